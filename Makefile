@@ -1,0 +1,49 @@
+# Every target makes .venv itself when it is missing or older than what it is made from.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+CONSTRAINTS := requirements/constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint format bench docs pocket clean
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by side; about two minutes
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+
+test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds
+	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed  ## ratios of each speed-up, measured in one run
+	$(BIN)/python benchmarks/local_training.py
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+pocket: $(VENV)/installed  ## make the shipped model again from nothing; about an hour on two cores
+	$(BIN)/python -m fedmllm.models.pocket.pretrain --out build/pocket
+
+clean:
+	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

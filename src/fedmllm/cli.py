@@ -1,0 +1,322 @@
+"""The command line. Results go to stdout, everything else to stderr.
+
+Exit status: 0 done, 1 a run failed, 2 bad input (one sentence, no traceback), 130 interrupted (go on with --resume).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+from fedmllm import __version__, config
+from fedmllm.config import Experiment
+from fedmllm.errors import RunError, UserError
+from fedmllm.store import RunDir, new_run, unfinished
+
+P = ParamSpec("P")
+app = typer.Typer(
+    help="Federated fine-tuning of multimodal language models whose clients hold different modalities.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with this experiment's latest run that is not complete.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Patterns = Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")]
+
+
+class Baseline(str, Enum):
+    zero_shot = "zero-shot"
+    local = "local"
+    centralised = "centralised"
+
+
+class Kinds(str, Enum):
+    tasks = "tasks"
+    scenarios = "scenarios"
+    partitions = "partitions"
+    algorithms = "algorithms"
+    regularizations = "regularizations"
+    prompts = "prompts"
+    models = "models"
+
+
+def _guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into exit statuses and messages for people."""
+
+    @wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command with --resume goes on after the last finished round", err=True)
+            raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
+        except Exception as error:  # the boundary: whatever else went wrong is a failed run, told in one line
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})", err=True)
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def _load(file: Path, overrides: list[str] | None) -> Experiment:
+    from fedmllm.experiment import options_of
+
+    raw, notes = config.apply_overrides(config.read(file), overrides or [], options_of)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return config.validate(raw, str(file))
+
+
+def _quiet() -> None:
+    """transformers and its hub client have their own bars and advice; ours are enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _table(table: Any) -> None:
+    # Rich cuts tables to 80 columns where it cannot ask the terminal; a file can hold more.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
+    from fedmllm.experiment import Bench, default_stem, prepare
+    from fedmllm.progress import Progress
+    from fedmllm.report.tables import comparison, metrics_table
+    from fedmllm.runs import Runner
+
+    _quiet()
+    experiment = _load(file, overrides)
+    run = _choose_run(experiment, default_stem(experiment, kind), kind, out, resume)
+    if run.complete:
+        result = run.result()
+    else:
+        data = prepare(experiment)
+        with Progress() as report:
+            bench = Bench(experiment, data, report, train=kind in ("federated", "local"))
+            result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
+    if as_json:
+        _print(result)
+        return
+    _table(comparison([result]))
+    _table(metrics_table(result["metrics"], "by modality pattern"))
+    typer.echo(f"run directory: {run.path}")
+
+
+def _choose_run(experiment: Experiment, stem: str, kind: str, out: Path | None, resume: bool) -> RunDir:
+    if out is None:
+        parent = Path("runs")
+        found = unfinished(parent, stem, experiment.digest()) if resume else None
+        return found or new_run(parent, stem)
+    run = RunDir(out)
+    if resume and run.complete:
+        known = run.result()
+        if known["config_digest"] != experiment.digest() or known["kind"] != kind:
+            raise RunError(f"{out} holds another experiment's run; give another --out.")
+        return run
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
+    return run
+
+
+@app.command()
+@_guarded
+def run(file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False) -> None:
+    """Run a federated experiment."""
+    _execute("federated", file, overrides, out, resume, as_json)
+
+
+@app.command()
+@_guarded
+def baseline(
+    kind: Baseline, file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False
+) -> None:
+    """Run what a federation is compared with: the model untrained, each client alone, all data pooled."""
+    _execute(kind.value, file, overrides, out, resume, as_json)
+
+
+@app.command()
+@_guarded
+def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
+    """Validate the settings, the data and the model. Trains nothing."""
+    from fedmllm.experiment import client_rows, prepare
+    from fedmllm.models.mllm import MLLM
+
+    _quiet()
+    experiment = _load(file, overrides)
+    data = prepare(experiment)
+    model = MLLM.load(experiment.model, experiment.seed)
+    parameters = model.adapter.parameters.values()
+    found = {
+        "name": experiment.name,
+        "config_digest": experiment.digest(),
+        "manifest_digest": data.manifest.digest(),
+        "train_samples": len(data.train),
+        "test_samples": len(data.test),
+        "skipped_samples": data.skipped,
+        "clients": client_rows(data.manifest),
+        "model": experiment.model.name,
+        "adapter_parameters": sum(p.numel() for p in parameters),
+        "adapter_bytes": sum(p.numel() * 4 for p in parameters),
+        "caches_features": model.caches,
+    }
+    if as_json:
+        _print(found)
+        return
+    sizes = data.manifest.sizes()
+    typer.echo(f"{file} is good: {found['train_samples']} samples to train on and {found['test_samples']} to test on,")
+    typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {data.skipped} samples skipped,")
+    typer.echo(f"an adapter of {found['adapter_parameters']} parameters ({found['adapter_bytes'] / 1e6:.2f} MB each way).")
+
+
+@app.command()
+@_guarded
+def partition(
+    file: File,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where the manifest goes.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.html", help="Draw it, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the manifest: which client holds which sample and sees what of it."""
+    from rich.table import Table
+
+    from fedmllm.data.picture import draw_manifest
+    from fedmllm.experiment import client_rows, prepare
+    from fedmllm.tensors import write_atomically
+
+    experiment = _load(file, overrides)
+    data = prepare(experiment)
+    path = out or Path(f"{experiment.name}.manifest.parquet")
+    data.manifest.write(path)
+    if plot:
+        write_atomically(plot, draw_manifest(data.manifest, data.train, experiment.name).encode())
+    rows = client_rows(data.manifest)
+    if as_json:
+        _print({"manifest": str(path), "manifest_digest": data.manifest.digest(), "clients": rows})
+        return
+    table = Table(title=f"{path}  {data.manifest.digest()[:12]}", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    _table(table)
+
+
+@app.command("eval")
+@_guarded
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    patterns: Patterns = None,
+    as_json: Json = False,
+) -> None:
+    """Test a finished run's adapter again, under other modality patterns."""
+    from fedmllm.progress import Progress
+    from fedmllm.report.tables import metrics_table
+    from fedmllm.runs import reevaluate
+
+    _quiet()
+    run = RunDir(directory)
+    run.result()
+    raw = config.read(run.config)
+    if patterns:
+        raw.setdefault("eval", {})["patterns"] = [p.strip() for p in patterns.split(",")]
+    with Progress() as report:
+        metrics = reevaluate(run, config.validate(raw, str(run.config)), report)
+    if as_json:
+        _print({"run": str(directory), "metrics": metrics})
+    else:
+        _table(metrics_table(metrics, str(directory)))
+
+
+@app.command()
+@_guarded
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)], as_json: Json = False
+) -> None:
+    """Put finished runs side by side."""
+    from fedmllm.report.tables import comparison
+
+    results = [RunDir(directory).result() for directory in directories]
+    if as_json:
+        _print([{"run": str(d), **r} for d, r in zip(directories, results, strict=True)])
+    else:
+        _table(comparison(results))
+
+
+@app.command("list")
+@_guarded
+def list_parts(kind: Kinds, as_json: Json = False) -> None:
+    """List what an experiment file can name."""
+    from rich.table import Table
+
+    found = _parts(kind)
+    if as_json:
+        _print(found)
+        return
+    table = Table(show_header=False, box=None)
+    for part in found:
+        options = f"[dim]options: {', '.join(part['options'])}[/dim]" if part["options"] else ""
+        table.add_row(f"[bold]{part['name']}[/bold]", part["description"] + ("\n" + options if options else ""))
+    _table(table)
+
+
+def _parts(kind: Kinds) -> list[dict[str, Any]]:
+    from fedmllm.algorithms import algorithms, regularizations
+    from fedmllm.data.partition import partitions
+    from fedmllm.data.prompts import prompts
+    from fedmllm.data.scenarios import scenarios
+    from fedmllm.data.tasks import tasks
+    from fedmllm.models.families import families
+
+    if kind is Kinds.models:
+        pocket = {"name": "pocket", "description": "The small model that ships with the package.", "options": []}
+        known = [
+            {"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []}
+            for name in families.names()
+        ]
+        return [pocket, *known]
+    registries = (tasks, scenarios, partitions, algorithms, regularizations, prompts)
+    registry: Any = next(r for r in registries if f"{r.kind}s" == kind.value)
+    return [
+        {"name": name, "description": registry.describe(name), "options": registry.option_names(name)}
+        for name in registry.names()
+    ]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit(0)
+
+
+if __name__ == "__main__":
+    app()

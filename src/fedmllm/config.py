@@ -1,0 +1,251 @@
+"""The experiment file: TOML into frozen models, `key=value` overrides, and the digest that names an experiment.
+
+The skeleton (which tables there are, the settings of the engine) is checked here; the options of a named part, such as
+`alpha` of the Dirichlet partition, are checked by that part's registry when it is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedmllm.errors import ConfigError, suggest
+from fedmllm.registry import explain
+
+Pattern = Literal["both", "image", "text"]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Table(BaseModel):
+    """A table whose keys are all known here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Named(BaseModel):
+    """A table {name, …}: what is not a field of the table is an option of the part called `name`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TaskTable(Named):
+    train_samples: Positive | None = None
+    """Keep a seeded draw of this many training samples."""
+    test_samples: Positive | None = None
+    on_bad_sample: Literal["error", "skip"] = "error"
+    companion: TaskTable | None = None
+    """A second task whose samples join the first: the text-only source beside a picture task."""
+
+
+class PartitionTable(Named):
+    clients: Positive = 10
+    min_samples: Positive = 1
+
+
+class LoraTable(Table):
+    rank: Positive = 8
+    alpha: Rate = 8.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target: str | None = None
+    """A regular expression over module names; by default the model family's: q, k, v, o of the text model's attention."""
+
+
+class ModelTable(Table):
+    name: str = "pocket"
+    """"pocket", a Hugging Face id, or a local folder."""
+    lora: LoraTable = LoraTable()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    cache_features: bool = True
+
+
+class TrainTable(Table):
+    rounds: Positive = 10
+    clients_per_round: Positive = 2
+    min_updates: Positive = 1
+    """A round fails when fewer usable updates than this come back."""
+    epochs: Positive = 1
+    batch_size: Positive = 4
+    accumulate: Positive = 1
+    """Batches whose gradients add up to one optimizer step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    max_length: Positive = 1200
+    """A longer prompt is a bad sample."""
+
+
+class EvalTable(Table):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after every so many rounds as well as at the end; 0: at the end only."""
+    patterns: Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)] = ("both",)
+    split: Literal["test", "validation"] = "test"
+    """"validation" holds a share of the training data out and leaves the test set alone: for choosing settings."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    batch_size: Positive = 64
+    bootstrap: Positive = 1000
+    max_new_tokens: Positive = 16
+
+
+class Experiment(Table):
+    """A whole experiment file. `Experiment.model_json_schema()` documents it for editors."""
+
+    name: str = "experiment"
+    seed: Annotated[int, Field(ge=0)] = 0
+    task: TaskTable
+    partition: PartitionTable = PartitionTable(name="iid")
+    scenario: Named = Named(name="aligned")
+    prompt: Named = Named(name="modality-agnostic")
+    model: ModelTable = ModelTable()
+    algorithm: Named = Named(name="fedavg")
+    regularization: Named = Named(name="none")
+    train: TrainTable = TrainTable()
+    eval: EvalTable = EvalTable()
+    fleet: Named = Named(name="in-process")
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_folder(cls, name: str) -> str:
+        if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+            raise ValueError("must be usable as a folder's name")
+        return name
+
+    @model_validator(mode="after")
+    def _sampled_clients_exist(self) -> Experiment:
+        if self.train.clients_per_round > self.partition.clients:
+            raise ValueError(
+                f"train.clients_per_round = {self.train.clients_per_round} is more than partition.clients = {self.partition.clients}"
+            )
+        if self.train.min_updates > self.train.clients_per_round:
+            raise ValueError(
+                f"train.min_updates = {self.train.min_updates} is more than "
+                f"train.clients_per_round = {self.train.clients_per_round}"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings, defaults filled in, as plain values; keys that are None are left out."""
+        return _without_none(self.model_dump(mode="json"))
+
+    def toml(self) -> str:
+        return tomli_w.dumps(self.resolved())
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved settings: two files that mean the same experiment have the same digest."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value
+
+
+def _inner_models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is not None or isinstance(annotation, type(Union[int, str])):
+        return [model for part in get_args(annotation) for model in _inner_models(part)]
+    return []
+
+
+def _keys_at(path: tuple[int | str, ...]) -> Mapping[str, Any]:
+    model: type[BaseModel] = Experiment
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = _inner_models(field.annotation) if field else []
+        if not inner:
+            return {}
+        model = inner[0]
+    return model.model_fields
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`train.rounds=5` into (["train", "rounds"], 5). The value is read as TOML; what is not TOML is a string."""
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text}: write it as key=value, for example --set train.rounds=5.")
+    try:
+        return path, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path, value.strip()
+
+
+OptionNames = Callable[[str, str], Sequence[str]]
+"""(table, part name) -> the options of that part; raises ConfigError for an unknown part."""
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: OptionNames) -> tuple[dict[str, Any], list[str]]:
+    """`raw` with the overrides put in, and a note for each option that an override made meaningless.
+
+    `--set scenario.name=cross` on a file that says hybrid drops hybrid's own options, which cross does not know;
+    what the user wrote wrongly stays and is refused later.
+    """
+    result = json.loads(json.dumps(raw, default=str))
+    notes: list[str] = []
+    # Names first, so that an option set in the same command belongs to the new part whatever the order.
+    for path, value in sorted((parse_override(o) for o in overrides), key=lambda pv: pv[0][-1] != "name"):
+        table = result
+        for depth, part in enumerate(path[:-1], start=1):
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {'.'.join(path)}: {'.'.join(path[:depth])} is a value, not a table.")
+        old = table.get("name")
+        if len(path) == 2 and path[-1] == "name" and isinstance(old, str) and isinstance(value, str) and old != value:
+            try:
+                gone = set(options_of(path[0], old)) - set(options_of(path[0], value))
+            except ConfigError as error:
+                raise ConfigError(f"--set {'.'.join(path)}={value}: {error}") from None
+            for option in sorted(gone & table.keys()):
+                notes.append(f"{path[0]}.{option} = {table.pop(option)!r} is an option of {old!r} and was dropped")
+        table[path[-1]] = value
+    return result, notes
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The raw tables of a TOML file. Raises ConfigError where there is none or it does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such experiment file.") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error}).") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+
+
+def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
+    """The frozen experiment. Raises ConfigError, naming `where` and the key, for the first thing that is wrong."""
+    try:
+        return Experiment.model_validate(dict(raw))
+    except ValidationError as error:
+        message = explain(error, "", _keys_at)
+        if error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]:
+            message = str(error.errors()[0]["ctx"]["error"]) + "; lower the first or raise the second."
+        raise ConfigError(f"{where}: {message}" if where else message) from None
+
+
+__all__ = [
+    "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named", "PartitionTable", "TaskTable", "TrainTable",
+    "apply_overrides", "parse_override", "read", "suggest", "validate",
+]  # fmt: skip

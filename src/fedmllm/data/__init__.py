@@ -1,0 +1,1 @@
+"""Samples, tasks, partitions, scenarios, manifests and prompts: who holds what, and how it is asked."""

@@ -1,0 +1,90 @@
+"""The user's own data: one JSON object a line,
+`{"id", "image"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
+
+Picture paths are relative to the file they stand in. A line that does not parse or lacks a key is a bad sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from fedmllm.data.samples import Problem, Sample, Split, Task
+from fedmllm.data.tasks import tasks
+from fedmllm.errors import DataError, suggest
+
+KEYS = ("id", "image", "text", "question", "choices", "answer", "label", "source")
+
+
+def _flaw(line: Any) -> str | None:
+    if not isinstance(line, dict):
+        return "the line is not a JSON object"
+    for key in ("id", "answer"):
+        if not isinstance(line.get(key), str | int) or line[key] == "":
+            return f"the key {key!r} is missing or is neither text nor a whole number"
+    for key in line:
+        if key not in KEYS:
+            return f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip(".")
+    for key in ("image", "text", "question", "source"):
+        if line.get(key) is not None and not isinstance(line[key], str):
+            return f"the key {key!r} must be text"
+    choices = line.get("choices")
+    if choices is not None and not (
+        isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+    ):
+        return "the key 'choices' must be a list of at least two texts"
+    if not line.get("question") and not choices:
+        return "a sample needs a 'question', or 'choices' to choose from"
+    return None
+
+
+def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
+    """The samples of one file. Raises DataError where there is no such file."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.") from None
+    for number, raw in enumerate(content.splitlines(), start=1):
+        if not raw.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            yield Problem(where, f"the line is not valid JSON ({error})")
+            continue
+        if what := _flaw(line):
+            known = f", id {line['id']!r}" if isinstance(line, dict) and "id" in line else ""
+            yield Problem(where + known, what)
+            continue
+        choices = tuple(line["choices"]) if line.get("choices") else None
+        yield Sample(
+            id=str(line["id"]),
+            question=line.get("question") or "",
+            answer=str(line["answer"]),
+            image=path.parent / line["image"] if line.get("image") else None,
+            text=line.get("text") or None,
+            choices=choices,
+            lettered=lettered and choices is not None,
+            label=str(line.get("label", line["answer"])),
+            source=line.get("source") or "",
+            where=where,
+        )
+
+
+@tasks.register("jsonl")
+def jsonl(
+    *,
+    train: str,
+    test: str,
+    metric: Literal["accuracy", "macro-f1", "auc"] = "accuracy",
+    positive: str | None = None,
+    lettered: bool = True,
+) -> Task:
+    """Your own data: one JSON object a line with id, image, text, question, choices, answer."""
+    if metric == "auc" and positive is None:
+        raise ValueError('metric = "auc" needs positive = "…", the answer whose probability is the score')
+    files: dict[Split, Path] = {"train": Path(train), "test": Path(test)}
+    return Task("jsonl", metric, lambda split: read_lines(files[split], lettered), positive)

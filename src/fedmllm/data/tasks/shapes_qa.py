@@ -1,0 +1,66 @@
+"""shapes-qa: text-only questions in easy-VQA's answer space, generated from a seed.
+
+"A red circle is above a blue rectangle. what color is the circle?" It is the text-only source that pairs with easy-VQA
+as MedAlpaca pairs with VQA-RAD: the same question forms and answers, the facts in words instead of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fedmllm.data.samples import Sample, Split, Task
+from fedmllm.data.tasks import tasks
+from fedmllm.rng import stream
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "gray", "red", "blue", "teal", "brown", "green", "yellow")
+RELATIONS = ("above", "below", "left of", "right of", "inside", "behind")
+YES_NO = ("yes", "no")
+
+
+def _draw(rng: np.random.Generator) -> tuple[str, str, str]:
+    """(text, question, answer): two things of different shape and colour; half of the questions are yes/no."""
+    shapes = [SHAPES[int(i)] for i in rng.permutation(len(SHAPES))[:2]]
+    colors = [COLORS[int(i)] for i in rng.permutation(len(COLORS))[:2]]
+    relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+    text = f"A {colors[0]} {shapes[0]} is {relation} a {colors[1]} {shapes[1]}."
+    one = int(rng.integers(2))
+    kind = int(rng.integers(4))
+    if kind == 0:
+        return text, f"what color is the {shapes[one]}?", colors[one]
+    if kind == 1:
+        return text, f"what is the {colors[one]} shape?", shapes[one]
+    exists = rng.random() < 0.5
+    if rng.random() < 0.5:  # a pair that is there, or the right shape in the other's color
+        said = f"{colors[one] if exists else colors[1 - one]} {shapes[one]}"
+    else:
+        absent = [c for c in COLORS if c not in colors]
+        said = f"{colors[one] if exists else absent[int(rng.integers(len(absent)))]} shape"
+    if kind == 2:
+        return text, f"is there a {said}?", "yes" if exists else "no"
+    return text, f"is there not a {said}?", "no" if exists else "yes"
+
+
+@tasks.register("shapes-qa")
+def shapes_qa(*, train: int = 4000, test: int = 1000, seed: int = 0) -> Task:
+    """Text-only questions about shapes and colours, in easy-vqa's answer space; generated; accuracy."""
+    for name, count in (("train", train), ("test", test)):
+        if count < 1:
+            raise ValueError(f"{name} = {count} must be at least 1")
+
+    def load(split: Split) -> Iterator[Sample]:
+        for index in range(train if split == "train" else test):
+            text, question, answer = _draw(stream(seed, "shapes-qa", split, index))
+            yield Sample(
+                id=f"shapes-qa/{split}/{index:05d}",
+                question=question,
+                answer=answer,
+                text=text,
+                choices=YES_NO if answer in YES_NO else None,
+                label=answer,
+                source="shapes-qa",
+            )
+
+    return Task("shapes-qa", "accuracy", load)

@@ -1,0 +1,1 @@
+"""Deterministic evaluation: option log-probabilities, greedy answers, metrics and their intervals."""

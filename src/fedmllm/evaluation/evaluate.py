@@ -1,0 +1,176 @@
+"""Test one model under modality patterns: what it answers, and the metrics of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fedmllm.config import EvalTable, Pattern
+from fedmllm.data.prompts import Strategy, render
+from fedmllm.data.samples import Modality, Sample, Task
+from fedmllm.evaluation.intervals import interval, mean_interval, resamples
+from fedmllm.evaluation.metrics import auc, macro_f1, normalise, token_f1
+from fedmllm.models.mllm import MLLM, Encoded
+
+PATTERNS: dict[Pattern, frozenset[Modality]] = {
+    "both": frozenset(("image", "text")),
+    "image": frozenset(("image",)),
+    "text": frozenset(("text",)),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test sample as one pattern shows it. Under "image" and "text" only samples that have that modality are asked."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`score` is the probability of the positive answer, where the task has one. `failed`: nothing could be read as an answer."""
+
+    pattern: str
+    id: str
+    answer: str
+    predicted: str
+    correct: bool
+    closed: bool
+    failed: bool
+    score: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Examination:
+    """A fixed set of questions, encoded once and put to any number of adapters."""
+
+    def __init__(
+        self, model: MLLM, task: Task, samples: Sequence[Sample], patterns: Sequence[Pattern], strategy: Strategy, max_length: int
+    ) -> None:
+        self._model, self._task = model, task
+        self._rows: dict[Pattern, list[int]] = {pattern: [] for pattern in patterns}
+        known: dict[tuple[str, frozenset[Modality]], int] = {}
+        shown: list[tuple[Sample, frozenset[Modality]]] = []
+        for pattern in self._rows:
+            for sample in samples:
+                visible = sample.modalities & PATTERNS[pattern]
+                if pattern != "both" and not visible:
+                    continue
+                # A sample without text looks the same under "both" and "image": it is asked once.
+                if (sample.id, visible) not in known:
+                    known[sample.id, visible] = len(shown)
+                    shown.append((sample, visible))
+                self._rows[pattern].append(known[sample.id, visible])
+        conversations = [render(sample, visible, strategy) for sample, visible in shown]
+        encoded = model.encode(conversations, [sample.image for sample, _ in shown], max_length)
+        self._questions = [Question(sample, one) for (sample, _), one in zip(shown, encoded, strict=True)]
+
+    @property
+    def size(self) -> int:
+        """Distinct questions asked."""
+        return len(self._questions)
+
+    def take(self, settings: EvalTable) -> list[Prediction]:
+        """The predictions of the adapter that is set now, pattern by pattern."""
+        answers = self._answers(settings)
+        return [
+            self._judge(pattern, self._questions[index], *answers[index])
+            for pattern, indices in self._rows.items()
+            for index in indices
+        ]
+
+    def _answers(self, settings: EvalTable) -> dict[int, tuple[str, float | None]]:
+        """index -> (predicted answer, probability of the positive answer)."""
+        by_length = sorted(range(len(self._questions)), key=lambda i: len(self._questions[i].encoded.prompt))
+        closed = [i for i in by_length if self._questions[i].encoded.options]
+        open_ended = [i for i in by_length if not self._questions[i].encoded.options]
+        answers: dict[int, tuple[str, float | None]] = {}
+        for batch in _chunks(closed, settings.batch_size):
+            for i, scores in zip(batch, self._model.option_scores([self._questions[i].encoded for i in batch]), strict=True):
+                choices = self._questions[i].sample.choices or ()
+                positive = float(np.exp(scores[choices.index(self._task.positive)])) if self._task.positive in choices else None
+                answers[i] = (choices[int(np.argmax(scores))], positive)
+        for batch in _chunks(open_ended, settings.batch_size):
+            texts = self._model.generate([self._questions[i].encoded for i in batch], settings.max_new_tokens)
+            answers |= {i: (text, None) for i, text in zip(batch, texts, strict=True)}
+        return answers
+
+    def _judge(self, pattern: str, question: Question, predicted: str, score: float | None) -> Prediction:
+        sample = question.sample
+        said = normalise(predicted)
+        # An answer that normalises to nothing ("a", "the") is compared as it stands.
+        correct = said == normalise(sample.answer) if said else predicted.strip() == sample.answer
+        closed = bool(question.encoded.options)
+        return Prediction(pattern, sample.id, sample.answer, predicted, correct, closed, not predicted.strip(), score)
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def summarise(task: Task, models: Sequence[Sequence[Prediction]], seed: int, bootstrap: int) -> dict[str, dict[str, Any]]:
+    """{pattern: {metric: value, metric_ci: [low, high], "n", "parse_failures"}}; metrics are shares of 1.
+
+    With several models (clients that trained alone) each figure is the mean over them, and the interval is of that mean.
+    """
+    patterns = list(dict.fromkeys(p.pattern for p in models[0]))
+    return {name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap) for name in patterns}
+
+
+def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap: int) -> dict[str, Any]:
+    n = len(models[0])
+    summary: dict[str, Any] = {"n": n, "parse_failures": round(sum(p.failed for m in models for p in m) / len(models))}
+
+    def put(name: str, values: np.ndarray) -> None:
+        if len(values):
+            summary[name] = round(float(values.mean()), 6)
+            summary[f"{name}_ci"] = [round(v, 6) for v in mean_interval(values, resamples(len(values), bootstrap, seed))]
+
+    correct = np.array([[p.correct for p in m] for m in models], dtype=np.float64).mean(axis=0)
+    closed = np.array([p.closed for p in models[0]], dtype=bool)
+    put("accuracy", correct)
+    if closed.any() and not closed.all():
+        put("accuracy_closed", correct[closed])
+        put("accuracy_open", correct[~closed])
+    if not closed.all():
+        overlap = np.array([[token_f1(p.predicted, p.answer) for p in m if not p.closed] for m in models]).mean(axis=0)
+        put("token_f1_open", overlap)
+    if task.metric != "accuracy":
+        draws = resamples(n, bootstrap, seed)
+        for name, statistic in _ranked(task, models).items():
+            summary[name] = round(statistic(np.arange(n)), 6)
+            summary[f"{name}_ci"] = [round(v, 6) for v in interval(statistic, draws)]
+    return summary
+
+
+def _ranked(task: Task, models: list[list[Prediction]]) -> dict[str, Any]:
+    """Statistics of a draw of indices that are no means over samples."""
+    truth = np.array([p.answer for p in models[0]])
+    said = [np.array([p.predicted for p in m]) for m in models]
+
+    def f1(draw: np.ndarray) -> float:
+        return float(np.mean([macro_f1(truth[draw], s[draw]) for s in said]))
+
+    if task.metric == "macro-f1":
+        return {"macro_f1": f1}
+    scores = [np.array([p.score if p.score is not None else np.nan for p in m]) for m in models]
+    positive = truth == task.positive
+
+    def soft(draw: np.ndarray) -> float:
+        return float(np.mean([auc(positive[draw], s[draw]) for s in scores]))
+
+    def hard(draw: np.ndarray) -> float:
+        return float(np.mean([auc(positive[draw], s[draw] == task.positive) for s in said]))
+
+    return {"macro_f1": f1, "auc": soft, "auc_hard": hard}
+
+
+def primary_metric(task: Task) -> str:
+    """The key of the task's metric in a summary."""
+    return task.metric.replace("-", "_")

@@ -1,0 +1,170 @@
+"""From an experiment file to its parts: data and manifest, model, algorithm, the questions of the evaluation.
+
+`prepare` needs no model and says everything that can be wrong with the data; `Bench` holds the loaded model with all
+samples encoded, ready for any number of runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmllm.algorithms import Algorithm, algorithms, regularizations
+from fedmllm.config import Experiment, TaskTable
+from fedmllm.data import manifest as manifests
+from fedmllm.data.manifest import Manifest
+from fedmllm.data.partition import partitions
+from fedmllm.data.prompts import Strategy, prompts, render
+from fedmllm.data.samples import Loaded, Sample, Split, Task, collect
+from fedmllm.data.scenarios import scenarios
+from fedmllm.data.tasks import tasks
+from fedmllm.errors import ConfigError, DataError
+from fedmllm.evaluation.evaluate import Examination
+from fedmllm.fleets import fleets
+from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.rng import stream
+
+Report = Callable[[str, int, int, str], None]
+"""(stage, done, total, note): what a long run tells whoever watches."""
+
+
+def silent(stage: str, done: int, total: int, note: str) -> None:
+    """A `Report` that tells nobody."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """`test` is what is evaluated on: the test split, or what `eval.split = "validation"` holds out."""
+
+    task: Task
+    train: list[Sample]
+    test: list[Sample]
+    skipped: int
+    manifest: Manifest
+
+
+def options_of(table: str, name: str) -> Sequence[str]:
+    """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
+    kinds = {r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, fleets)}
+    return kinds[table].option_names(name) if table in kinds else []
+
+
+def build_algorithm(config: Experiment) -> Algorithm:
+    """The server's algorithm with its regularisation around it."""
+    algorithm = algorithms.build(config.algorithm.name, config.algorithm.options)
+    return regularizations.build(config.regularization.name, config.regularization.options)(algorithm)
+
+
+def _draw_some(samples: list[Sample], count: int | None, *names: str) -> list[Sample]:
+    """A draw that is the same for every seed of the experiment, so that seeds are compared on the same data."""
+    if count is None or count >= len(samples):
+        return samples
+    chosen = stream(0, "subset", *names).choice(len(samples), size=count, replace=False)
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def _load(table: TaskTable, split: Split, where: str) -> tuple[Task, Loaded]:
+    task = tasks.build(table.name, table.options, where)
+    loaded = collect(task, split, table.on_bad_sample)
+    count = table.train_samples if split == "train" else table.test_samples
+    kept = _draw_some(loaded.samples, count, table.name, split)
+    if table.companion is None:
+        return task, Loaded(kept, loaded.skipped)
+    other_task, other = _load(table.companion, split, f"{where}.companion")
+    if other_task.metric != task.metric:
+        raise ConfigError(f"{where}.companion: {other_task.name!r} is measured by {other_task.metric}, {task.name!r} by {task.metric}.")
+    shared = {s.id for s in kept} & {s.id for s in other.samples}
+    if shared:
+        raise DataError(f"{where}.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
+    return task, Loaded(sorted(kept + other.samples, key=lambda s: s.id), loaded.skipped + other.skipped)
+
+
+def prepare(config: Experiment) -> Data:
+    """Load the data and draw the manifest. Raises ConfigError and DataError for whatever is wrong with either."""
+    deal = partitions.build(config.partition.name, config.partition.options)
+    scenario = scenarios.build(config.scenario.name, config.scenario.options)
+    prompts.build(config.prompt.name, config.prompt.options)
+    build_algorithm(config)
+    fleets.build(config.fleet.name, config.fleet.options)
+    task, train = _load(config.task, "train", "task")
+    samples, skipped = train.samples, len(train.skipped)
+    if config.eval.split == "validation":
+        held = {s.id for s in _draw_some(samples, max(1, round(len(samples) * config.eval.validation_share)), "validation")}
+        test = [s for s in samples if s.id in held]
+        samples = [s for s in samples if s.id not in held]
+    else:
+        _, loaded = _load(config.task, "test", "task")
+        test, skipped = loaded.samples, skipped + len(loaded.skipped)
+    if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
+        raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
+    drawn = manifests.draw(
+        samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed
+    )
+    return Data(task, samples, test, skipped, drawn)
+
+
+class Bench:
+    """A loaded model with every sample encoded and every picture through the vision tower."""
+
+    def __init__(self, config: Experiment, data: Data, report: Report = silent, train: bool = True) -> None:
+        began = time.monotonic()
+        report("loading the model", 0, 0, config.model.name)
+        self.config, self.data = config, data
+        self.model = MLLM.load(config.model, config.seed)
+        self.initial = self.model.adapter.get()
+        self.strategy: Strategy = prompts.build(config.prompt.name, config.prompt.options)
+        report("encoding samples", 0, 0, f"{len(data.train)} to train on, {len(data.test)} to test on")
+        self.clients = self.encode(data.manifest) if train else {}
+        self.examination = Examination(
+            self.model, data.task, data.test, config.eval.patterns, self.strategy, config.train.max_length
+        )
+        report("encoding pictures", 0, 0, "once, then kept")
+        self.pictures_encoded = self.model.prepare_features()
+        self.seconds = time.monotonic() - began
+
+    def encode(self, manifest: Manifest) -> dict[int, list[Encoded]]:
+        """Each client's samples as it sees them."""
+        by_id = {s.id: s for s in self.data.train}
+        samples = [by_id[h.sample_id] for h in manifest.holdings]
+        conversations = [render(s, h.visible, self.strategy) for s, h in zip(samples, manifest.holdings, strict=True)]
+        encoded = self.model.encode(conversations, [s.image for s in samples], self.config.train.max_length)
+        clients: dict[int, list[Encoded]] = {client: [] for client in range(manifest.clients)}
+        for holding, one in zip(manifest.holdings, encoded, strict=True):
+            clients[holding.client].append(one)
+        return clients
+
+    def pooled(self) -> Bench:
+        """This bench with all samples, all modalities, on one client: for centralised training."""
+        data = replace(self.data, manifest=self.data.manifest.pooled(self.data.train))
+        other = object.__new__(Bench)
+        other.__dict__.update(self.__dict__)
+        other.data = data
+        other.clients = other.encode(data.manifest)
+        self.model.prepare_features()
+        return other
+
+
+def rounds_alone(config: Experiment) -> int:
+    """Rounds for a client that trains alone: as many as it would take part in, on average, in the federation."""
+    train = config.train
+    return max(1, round(train.rounds * train.clients_per_round / config.partition.clients))
+
+
+def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """What each client holds and sees: `samples`, and of them `image` and `text` visible."""
+    rows = []
+    for client in range(manifest.clients):
+        held = manifest.of_client(client)
+        image, text = (sum(m in h.visible for h in held) for m in ("image", "text"))
+        rows.append({"client": client, "samples": len(held), "image": image, "text": text})
+    return rows
+
+
+def default_stem(config: Experiment, kind: str) -> str:
+    return f"{config.name}-{kind}-seed{config.seed}"
+
+
+__all__ = ["Bench", "Data", "Path", "Report", "build_algorithm", "client_rows", "options_of", "prepare", "rounds_alone"]

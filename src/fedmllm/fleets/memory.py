@@ -1,0 +1,43 @@
+"""What clients remember between rounds, on disk: one safetensors file a client, written for those who took part.
+
+A file carries its round in its name and replaces nothing until the server's state of that round is safe, so a run killed
+between the two finds the memory from before.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedmllm.tensors import State, load_state, save_state
+
+_NAME = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
+
+
+class ClientMemory:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _rounds(self, client: int) -> list[int]:
+        found = (_NAME.fullmatch(path.name) for path in self._folder.glob(f"client-{client}.round-*.safetensors"))
+        return sorted(int(match.group(2)) for match in found if match)
+
+    def _path(self, client: int, round: int) -> Path:
+        return self._folder / f"client-{client}.round-{round}.safetensors"
+
+    def load(self, client: int, round: int) -> State:
+        """What the client remembered before `round`; empty where it never took part or remembers nothing."""
+        earlier = [r for r in self._rounds(client) if r < round]
+        return load_state(self._path(client, earlier[-1]))[0] if earlier else {}
+
+    def save(self, client: int, round: int, state: State) -> None:
+        """Remember `state` as of the end of `round`. Nothing is written for clients that never remember anything."""
+        if any(state.values()) or self._rounds(client):
+            save_state(self._path(client, round), state)
+
+    def commit(self, round: int, clients: list[int]) -> None:
+        """The server is past `round`: what these clients remembered before it is not needed any more."""
+        for client in clients:
+            kept = [r for r in self._rounds(client) if r <= round]
+            for old in kept[:-1]:
+                self._path(client, old).unlink()

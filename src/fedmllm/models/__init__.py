@@ -1,0 +1,1 @@
+"""Multimodal language models: loading, adapters, cached vision features."""

@@ -1,0 +1,312 @@
+"""One class over transformers' AutoModelForImageTextToText and AutoProcessor: load, encode, loss, scores, generate.
+
+All work that does not depend on the adapter is done once: prompts are tokenised once, pictures go through the frozen vision
+tower once, and the text model is asked for logits at answer positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from fedmllm.config import ModelTable
+from fedmllm.data.prompts import Conversation
+from fedmllm.data.samples import decode, image_key
+from fedmllm.errors import DataError
+from fedmllm.models import features, lora
+from fedmllm.models.backbone import Backbone, load_backbone
+
+# Inputs that a cached picture replaces.
+_PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
+
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One tokenised conversation. `options` are the closed question's answers; `picture` numbers a distinct picture.
+
+    `tokenwise` holds further inputs of the prompt's length (token types), `imagewise` those that come one a picture.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    picture: int | None
+    tokenwise: dict[str, tuple[int, ...]]
+    imagewise: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class MLLM:
+    """A frozen model with one adapter, and the pictures it has met."""
+
+    def __init__(self, backbone: Backbone, settings: ModelTable, seed: int) -> None:
+        self.backbone = backbone
+        self.settings = settings
+        target = settings.lora.target or backbone.family.target
+        self.model = lora.attach(
+            backbone.model, target, settings.lora.rank, settings.lora.alpha, settings.lora.dropout, seed
+        )
+        self.adapter = lora.Adapter(self.model)
+        trains_text_only = all(backbone.family.layer_of(name) is not None for name in self.adapter.parameters)
+        self.caches = settings.cache_features and backbone.takes_features and trains_text_only
+        self._pictures: dict[str, int] = {}
+        self._images: list[Path | bytes] = []
+        self._features: features.FeatureFile | None = None
+        self._live: dict[int, Tensor] = {}
+        # Whether `get_image_features` pools into one tensor or into a list; its annotation does not say, so ask it once.
+        self._pooled_is_tensor = self.caches and self._pools_into_tensor()
+        self._parameters = set(inspect.signature(backbone.model.forward).parameters)
+
+    @classmethod
+    def load(cls, settings: ModelTable, seed: int) -> MLLM:
+        """Raises ConfigError where the model cannot be found or is not of a supported kind."""
+        return cls(load_backbone(settings), settings, seed)
+
+    @property
+    def layers(self) -> int:
+        """Layers of the text model."""
+        return int(self.backbone.model.config.get_text_config().num_hidden_layers)
+
+    # Encoding
+
+    def encode(self, conversations: Sequence[Conversation], images: Sequence[Path | bytes | None], max_length: int) -> list[Encoded]:
+        """Tokenise; `images[i]` is the picture of conversation `i` where it shows one.
+
+        Raises DataError for a prompt of more than `max_length` tokens: cutting it could cut the picture or the question.
+        """
+        encoded = []
+        for conversation, image in zip(conversations, images, strict=True):
+            one = self._encode_one(conversation, image if conversation.image else None)
+            if one.length > max_length:
+                raise DataError(
+                    f"a prompt has {one.length} tokens, more than train.max_length = {max_length} "
+                    f"(it begins {conversation.user[:40]!r}); raise the limit or shorten the text."
+                )
+            encoded.append(one)
+        return encoded
+
+    def _encode_one(self, conversation: Conversation, image: Path | bytes | None) -> Encoded:
+        processor = self.backbone.processor
+        prompt = processor.apply_chat_template(conversation.messages(), add_generation_prompt=True, tokenize=False)
+        inputs = self._process(prompt, decode(image) if image is not None else None)
+        ids = inputs.pop("input_ids")[0]
+        inputs.pop("attention_mask", None)
+        tokenwise = {k: tuple(v[0].tolist()) for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == (1, len(ids))}
+        imagewise = {k: v for k, v in inputs.items() if k not in tokenwise and k not in _PIXELS and isinstance(v, Tensor)}
+        return Encoded(
+            tuple(ids.tolist()),
+            self._answer_ids(conversation.answer),
+            tuple(self._answer_ids(option) for option in conversation.options),
+            self._picture(image) if image is not None else None,
+            tokenwise,
+            imagewise,
+        )
+
+    def _process(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"images": [[image]]} if image is not None else {}
+        begin = self.backbone.tokenizer.bos_token
+        if begin and prompt.startswith(begin):  # a template that writes the begin mark must not get a second one
+            options["add_special_tokens"] = False
+        return dict(self.backbone.processor(text=[prompt], return_tensors="pt", **options))
+
+    def _answer_ids(self, answer: str) -> tuple[int, ...]:
+        """The assistant's turn up to and with its end mark, as the chat template writes it."""
+        before, after = self.backbone.answer_frame
+        ids = self.backbone.tokenizer(before + answer + after, add_special_tokens=False)["input_ids"]
+        ends = [i for i, token in enumerate(ids) if token in self.backbone.end_ids]
+        return tuple(ids[: ends[0] + 1] if ends else [*ids, self.backbone.end_ids[0]])
+
+    def _picture(self, image: Path | bytes) -> int:
+        key = image_key(image)
+        if key not in self._pictures:
+            self._pictures[key] = len(self._images)
+            self._images.append(image)
+        return self._pictures[key]
+
+    # Vision features
+
+    def prepare_features(self) -> int:
+        """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""
+        if not self.caches or not self._images:
+            return 0
+        name = features.digest_of([self.backbone.vision_digest(), *self._pictures])
+        path = features.cache_folder() / "features" / f"{name}.bin"
+        found = features.open_features(path)
+        self._features = found or features.write_features(path, self._encode_pictures(range(len(self._images))))
+        return 0 if found else len(self._images)
+
+    def _pixel_inputs(self, picture: int) -> dict[str, Tensor]:
+        return self._pixel_inputs_of(decode(self._images[picture]))
+
+    def _pixel_inputs_of(self, image: Image.Image) -> dict[str, Tensor]:
+        prompt = self.backbone.processor.apply_chat_template(
+            Conversation("", "", True).messages(), add_generation_prompt=True, tokenize=False
+        )
+        inputs = self._process(prompt, image)
+        return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
+
+    @torch.no_grad()
+    def _encode_pictures(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
+        get_features = self.backbone.model.get_image_features
+        takes = set(inspect.signature(get_features).parameters)
+        for start in range(0, len(pictures), batch):
+            inputs = [self._pixel_inputs(picture) for picture in pictures[start : start + batch]]
+            for group in _alike(inputs):
+                joined = {k: torch.cat([one[k] for one in group]).to(self.backbone.device) for k in group[0] if k in takes}
+                yield from features.split_output(get_features(**joined, return_dict=True), len(group))
+
+    @torch.no_grad()
+    def _pools_into_tensor(self) -> bool:
+        inputs = self._pixel_inputs_of(Image.new("RGB", (64, 64), (200, 120, 40)))
+        get_features = self.backbone.model.get_image_features
+        takes = set(inspect.signature(get_features).parameters)
+        given = {k: v.to(self.backbone.device) for k, v in inputs.items() if k in takes}
+        return isinstance(get_features(**given, return_dict=True).pooler_output, Tensor)
+
+    def _record(self, picture: int) -> Tensor:
+        if self._features is not None and picture < len(self._features.shapes):
+            return self._features.record(picture)
+        if picture not in self._live:  # a picture met after the file was made
+            self._live[picture] = next(iter(self._encode_pictures([picture])))
+        return self._live[picture]
+
+    # Batches
+
+    def collate(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Model inputs for prompts followed by `endings`, padded on the left so that endings end together."""
+        rows = [one.prompt + tuple(ending) for one, ending in zip(batch, endings, strict=True)]
+        length = max(map(len, rows))
+        pad = self.backbone.pad_id
+        ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self.backbone.family.positions:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        for key in batch[0].tokenwise.keys() | {k for one in batch for k in one.tokenwise}:
+            if key in self._parameters:
+                values = [[0] * (length - len(row)) + list(one.tokenwise.get(key, ())) for one, row in zip(batch, rows, strict=True)]
+                inputs[key] = torch.tensor([value + [0] * (length - len(value)) for value in values])
+        pictured = [one for one in batch if one.picture is not None]
+        for key in {k for one in pictured for k in one.imagewise if k in self._parameters}:
+            inputs[key] = torch.cat([one.imagewise[key] for one in pictured])
+        inputs = {key: value.to(self.backbone.device) for key, value in inputs.items()}
+        if pictured:
+            inputs |= self._vision_inputs([one.picture for one in pictured if one.picture is not None])
+        return inputs
+
+    def _vision_inputs(self, pictures: Sequence[int]) -> dict[str, Any]:
+        if self.caches:
+            records = [self._record(picture).to(self.backbone.device, self.backbone.dtype) for picture in pictures]
+            return {"mm_encoder_outputs": {"image": features.join_output(records, self._pooled_is_tensor)}}
+        raw = [self._pixel_inputs(picture) for picture in pictures]
+        keys = [k for k in raw[0] if k in _PIXELS and k in self._parameters]
+        return {k: torch.cat([one[k] for one in raw]).to(self.backbone.device) for k in keys}
+
+    def _last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
+        """Logits of the last `last` positions, (rows, last, vocabulary) in float32."""
+        keep = {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
+        logits = self.model(**inputs, use_cache=False, **keep).logits
+        wanted: Tensor = logits[:, -last:].float()
+        return wanted
+
+    # What the model is asked
+
+    def loss(self, batch: Sequence[Encoded]) -> Tensor:
+        """The sum over samples of the mean cross-entropy over each one's answer tokens; a scalar with gradient.
+
+        Each sample weighs the same, so a batch of 8 and 8 accumulated batches of 1 have the same gradient.
+        """
+        answers = [one.answer for one in batch]
+        longest = max(map(len, answers))
+        logits = self._last_logits(self.collate(batch, answers), longest + 1)[:, :-1]
+        labels = torch.tensor([[-100] * (longest - len(a)) + list(a) for a in answers], device=logits.device)
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        counts = torch.tensor([len(a) for a in answers], device=logits.device)
+        return (losses.view(labels.shape).sum(1) / counts).sum()
+
+    @torch.no_grad()
+    def option_scores(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        """For each closed question the log-probability of each option, normalised over the options.
+
+        One forward pass: after what all options begin with, the next token tells them apart. Options of which one
+        begins another are scored whole, in a second pass.
+        """
+        heads = [_telling_token(one.options) for one in batch]
+        scores: list[list[float]] = [[] for _ in batch]
+        single = [i for i, head in enumerate(heads) if head is not None]
+        if single:
+            shared = [heads[i] or 0 for i in single]
+            inputs = self.collate([batch[i] for i in single], [batch[i].options[0][:n] for i, n in zip(single, shared, strict=True)])
+            logits = self._last_logits(inputs, 1)[:, 0]
+            for row, (i, n) in enumerate(zip(single, shared, strict=True)):
+                picked = logits[row, [option[n] for option in batch[i].options]]
+                scores[i] = functional.log_softmax(picked, dim=-1).tolist()
+        for i in (i for i, head in enumerate(heads) if head is None):
+            scores[i] = self._whole_scores(batch[i])
+        return scores
+
+    def _whole_scores(self, one: Encoded) -> list[float]:
+        longest = max(map(len, one.options))
+        rows = [one] * len(one.options)
+        logits = self._last_logits(self.collate(rows, one.options), longest + 1)[:, :-1].log_softmax(-1)
+        totals = []
+        for row, option in zip(logits, one.options, strict=True):
+            steps = row[longest - len(option) :]
+            totals.append(steps.gather(1, torch.tensor(option, device=row.device).unsqueeze(1)).sum())
+        whole: list[float] = functional.log_softmax(torch.stack(totals), dim=-1).tolist()
+        return whole
+
+    @torch.no_grad()
+    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """Greedy answers, end mark and surrounding space removed."""
+        inputs = self.collate(batch, [()] * len(batch))
+        inputs.pop("position_ids", None)  # generation counts them from the mask itself
+        made = self.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.backbone.pad_id,
+            eos_token_id=list(self.backbone.end_ids),
+        )
+        new = made[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _telling_token(options: Sequence[Sequence[int]]) -> int | None:
+    """How many tokens all options share before the one that tells them apart; None where none does for all."""
+    shared = 0
+    while all(len(option) > shared for option in options):
+        column = [option[shared] for option in options]
+        if len(set(column)) == len(column):
+            return shared
+        if len(set(column)) > 1:
+            return None
+        shared += 1
+    return None
+
+
+def _alike(inputs: Sequence[dict[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
+    """Runs of neighbours whose tensors have the same shapes."""
+    run: list[dict[str, Tensor]] = []
+    for one in inputs:
+        if run and {k: v.shape for k, v in run[0].items()} != {k: v.shape for k, v in one.items()}:
+            yield run
+            run = []
+        run.append(one)
+    if run:
+        yield run
+
+
+__all__ = ["MLLM", "Encoded"]

@@ -1,0 +1,1 @@
+"""The small multimodal model that ships with the package, and the recipe that made it."""

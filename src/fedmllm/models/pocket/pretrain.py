@@ -1,0 +1,278 @@
+"""Make the pocket model from nothing: `python -m fedmllm.models.pocket.pretrain --out DIR`.
+
+Seeded and restartable: the batch of step `i` is a function of the seed and `i`, and a checkpoint holds weights, optimizer
+and step, so a run that was killed goes on where it was and ends with the same weights. About an hour on two cores.
+
+One row of a batch is a picture followed by several question-answer blocks. A block sees the picture and itself, never
+another block, and its positions start right after the picture: each block is exactly the prompt that the finished model
+will meet, while the picture is encoded once for all of them.
+
+Answers alone teach the vision tower slowly: the language model first learns what can be guessed without looking, and stays
+there for long (docs/log.md has the figures). So two linear heads, thrown away afterwards, read from each image token the
+colour and the shape of the thing whose centre is in its cell: first alone, on many pictures and no text, then beside the
+answers with a weight that falls to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
+
+from fedmllm.models.pocket import architecture as parts
+from fedmllm.models.pocket.questions import ask_scene, ask_text
+from fedmllm.models.pocket.scenes import COLORS, SHAPES, cells, draw_scene
+from fedmllm.rng import seed_for, stream
+
+
+@dataclass(frozen=True)
+class Recipe:
+    vision_steps: int = 360
+    vision_rows: int = 256
+    vision_lr: float = 1.5e-3
+    steps: int = 1700  # the vision steps among them
+    rows: int = 32
+    questions: int = 5
+    text_share: float = 0.3  # rows without a picture
+    lr: float = 2e-3
+    warmup: int = 60
+    weight_decay: float = 0.05
+    most_things: int = 3
+    cells_until: float = 0.5  # share of the later steps over which the weight of the cell loss falls from 1 to 0
+    save_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids`, `positions`, `labels`: (rows, length); `mask`: (rows, 1, length, length) bool; `pixels`: (pictures, 1, 3, S, S);
+    `colors`, `shapes`: (pictures, image tokens), what is in each cell."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    mask: Tensor
+    pixels: Tensor
+    colors: Tensor
+    shapes: Tensor
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _inside(entries: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    colors, shapes = (torch.tensor([entry[k] for entry in entries]) for k in range(2))
+    return colors, shapes
+
+
+def make_pictures(recipe: Recipe, step: int) -> Batch:
+    """A batch of pictures alone, for the vision steps; its text tensors are empty."""
+    grid = int(parts.IMAGE_TOKENS**0.5)
+    drawn = [draw_scene(stream(recipe.seed, "picture", step, row), recipe.most_things) for row in range(recipe.vision_rows)]
+    none = torch.empty(0, dtype=torch.long)
+    pictures = torch.from_numpy(parts.pixels([scene.image for scene in drawn])).unsqueeze(1)
+    return Batch(none, none, none, none, pictures, *_inside([cells(scene, grid) for scene in drawn]))
+
+
+def make_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
+    """The batch of `step`. Labels are −100 except on answers and the end mark that follows each."""
+    image_part = f"{parts.AROUND}{parts.GLOBAL}{parts.IMAGE * parts.IMAGE_TOKENS}{parts.AROUND}"
+    prefixes = {True: _encode(tokenizer, f"{parts.BEGIN}User:{image_part}"), False: _encode(tokenizer, f"{parts.BEGIN}User:")}
+    # Scenes start simple: words attach to pictures sooner when there is little else to explain.
+    most = 1 if step < recipe.vision_steps + 60 else recipe.most_things
+    grid = int(parts.IMAGE_TOKENS**0.5)
+    rows, images, inside = [], [], []
+    for row in range(recipe.rows):
+        rng = stream(recipe.seed, "row", step, row)
+        pictured = rng.random() >= recipe.text_share
+        if pictured:
+            scene = draw_scene(rng, most)
+            images.append(scene.image)
+            inside.append(cells(scene, grid))
+            pairs = ask_scene(scene, rng, recipe.questions)
+        else:
+            pairs = [ask_text(rng) for _ in range(recipe.questions)]
+        prefix = prefixes[pictured]
+        ids, positions, labels, block = list(prefix), list(range(len(prefix))), [-100] * len(prefix), [0] * len(prefix)
+        for number, (question, answer) in enumerate(pairs, start=1):
+            asked = _encode(tokenizer, f" {question}{parts.END}\nAssistant:")
+            said = _encode(tokenizer, f" {answer}{parts.END}")
+            ids += asked + said
+            positions += range(len(prefix), len(prefix) + len(asked) + len(said))
+            labels += [-100] * len(asked) + said
+            block += [number] * (len(asked) + len(said))
+        rows.append((ids, positions, labels, block))
+    length = max(len(ids) for ids, *_ in rows)
+    pads = (tokenizer.pad_token_id, 0, -100, -1)
+    arrays = [
+        torch.tensor([entry[k] + [pads[k]] * (length - len(entry[k])) for entry in rows]) for k in range(4)
+    ]
+    ids, positions, labels, block = arrays
+    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
+    pictures = torch.from_numpy(parts.pixels(images)).unsqueeze(1)
+    return Batch(ids, positions, labels, mask.unsqueeze(1), pictures, *_inside(inside))
+
+
+class CellHeads(torch.nn.Module):
+    """Two linear readings of an image token: (…, hidden) to the numbers of `scenes.cells`."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.color = torch.nn.Linear(hidden, len(COLORS) + 1)
+        self.shape = torch.nn.Linear(hidden, len(SHAPES) + 1)
+
+    def forward(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of both readings: the mean over things, and a fifth of the mean over empty cells."""
+        total = torch.zeros(())
+        for head, truth in ((self.color, batch.colors), (self.shape, batch.shapes)):
+            for cell, weight in ((truth > 0, 1.0), (truth == 0, 0.2)):
+                total = total + weight * torch.nn.functional.cross_entropy(head(tokens[cell]), truth[cell])
+        return total
+
+
+def vision_loss(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: Batch) -> Tensor:
+    return heads(torch.stack(model.get_image_features(pixel_values=batch.pixels).pooler_output), batch)
+
+
+def losses_of(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over answer tokens (logits are made at those positions only), and the cell loss."""
+    features = model.get_image_features(pixel_values=batch.pixels)
+    outputs = model.model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        mm_encoder_outputs={"image": features},
+        use_cache=False,
+    )
+    targets = batch.labels[:, 1:]
+    wanted = targets != -100
+    hidden = outputs.last_hidden_state[:, :-1][wanted]
+    answers = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[wanted])
+    return answers, heads(torch.stack(features.pooler_output), batch)
+
+
+def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Warm-up and cosine, once for the vision steps and once for the rest."""
+    first, last, peak = (0, recipe.vision_steps, recipe.vision_lr)
+    if step >= recipe.vision_steps:
+        first, last, peak = (recipe.vision_steps, recipe.steps, recipe.lr)
+    if step - first < recipe.warmup:
+        return peak * (step - first + 1) / recipe.warmup
+    progress = (step - first - recipe.warmup) / max(1, last - first - recipe.warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: Recipe) -> None:
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": value.contiguous() for slot, value in slots.items()}
+    _replace(path, tensors, {"step": str(step), "recipe": json.dumps(vars(recipe))})
+
+
+def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
+    """The step to go on from. Raises ValueError where the checkpoint was made by another recipe."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if json.loads(metadata["recipe"]) != vars(recipe):
+        raise ValueError(f"{path} was made with another recipe; choose another --out or remove it.")
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            state.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+def export(model: Idefics3ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """The Hugging Face folder that ships. Weights are stored in float16 and computed with in float32."""
+    parts.build_processor(tokenizer).save_pretrained(out)
+    model.config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    tensors = {name: p.detach().to(torch.float16).contiguous() for name, p in model.named_parameters()}
+    _replace(out / "model.safetensors", tensors, {"format": "pt"})
+
+
+def pretrain(recipe: Recipe, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed_for(recipe.seed, "pocket-init"))
+    tokenizer = parts.build_tokenizer(recipe.seed)
+    model = parts.build_model(parts.build_config(tokenizer))
+    heads = CellHeads(model.config.text_config.hidden_size)
+    both = torch.nn.ModuleDict({"model": model, "heads": heads})
+    optimizer = _optimizer(both, recipe)
+    checkpoint = out / "checkpoint.safetensors"
+    start = load_checkpoint(checkpoint, both, optimizer, recipe) if checkpoint.exists() else 0
+    count = sum(p.numel() for p in model.parameters())
+    print(f"pocket model: {count / 1e6:.2f} M parameters, steps {start} to {recipe.steps}", file=sys.stderr)
+    began = time.monotonic()
+    losses: list[tuple[float, float]] = []
+    for step in range(start, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        if step < recipe.vision_steps:
+            inside = loss = vision_loss(model, heads, make_pictures(recipe, step))
+            answers = torch.zeros(())
+        else:
+            answers, inside = losses_of(model, heads, make_batch(tokenizer, recipe, step))
+            later = (step - recipe.vision_steps) / (recipe.steps - recipe.vision_steps)
+            loss = answers + max(0.0, 1.0 - later / recipe.cells_until) * inside
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        losses.append((float(answers.detach()), float(inside.detach())))
+        if (step + 1) % 20 == 0:
+            (said, seen), speed = np.mean(losses[-20:], axis=0), (time.monotonic() - began) / len(losses)
+            line = f"step {step + 1:5d}  answers {said:.4f}  cells {seen:.4f}  {speed:.2f} s a step"
+            print(line, file=sys.stderr, flush=True)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            save_checkpoint(checkpoint, both, optimizer, step + 1, recipe)
+            export(model, tokenizer, out / "pocket")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and, in pocket/, the finished model")
+    defaults = Recipe()
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--rows", type=int, default=defaults.rows)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    arguments = parser.parse_args()
+    pretrain(Recipe(steps=arguments.steps, rows=arguments.rows, seed=arguments.seed), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Do a run of one kind from start to `result.json`, or go on with one that was cut short.
+
+All kinds share one loop: zero-shot trains nothing, local is a federation of one client for each client, centralised a
+federation of one client that holds everything.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms.fedavg import fedavg
+from fedmllm.config import Experiment
+from fedmllm.data import manifest as manifests
+from fedmllm.errors import RunError
+from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
+from fedmllm.experiment import Bench, Data, Report, build_algorithm, client_rows, prepare, rounds_alone, silent
+from fedmllm.federation import Plan, federate
+from fedmllm.fleets import fleets
+from fedmllm.fleets.base import Site
+from fedmllm.models.lora import read_adapter
+from fedmllm.models.mllm import Encoded
+from fedmllm.store import SCHEMA, RunDir
+from fedmllm.tensors import Tensors, digest
+
+Kind = Literal["federated", "zero-shot", "local", "centralised"]
+
+
+def _commit() -> str | None:
+    """The git commit of the package's own checkout, where it runs from one."""
+    folder = Path(__file__).parent
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+        inside = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 and inside.returncode == 0 else None
+
+
+def describe(config: Experiment, kind: Kind, data: Data, bench: Bench) -> dict[str, Any]:
+    """`meta.json`: what made this run."""
+    return {
+        "kind": kind,
+        "config_digest": config.digest(),
+        "manifest_digest": data.manifest.digest(),
+        "versions": {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
+        | {"python": platform.python_version()},
+        "git_commit": _commit(),
+        "hardware": {
+            "platform": platform.platform(),
+            "device": str(bench.model.backbone.device),
+            "threads": torch.get_num_threads(),
+            "precision": str(bench.model.backbone.dtype).removeprefix("torch."),
+        },
+        "caches_features": bench.model.caches,
+    }
+
+
+def peak_memory_mb() -> int:
+    """The process's largest resident size, or the GPU's largest allocation where there is one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+class Runner:
+    """One run of one kind in one directory."""
+
+    def __init__(self, config: Experiment, data: Data, bench: Bench, run: RunDir, kind: Kind, report: Report = silent) -> None:
+        self.config, self.data, self.bench, self.run, self.kind, self.report = config, data, bench, run, kind, report
+        self._began = time.monotonic()
+        self._eval_seconds = 0.0
+
+    def start(self) -> None:
+        """Write what is known beforehand. Raises RunError where the directory holds another experiment's run."""
+        if self.run.exists:
+            meta = self.run.meta()
+            if meta.get("config_digest") != self.config.digest() or meta.get("kind") != self.kind:
+                raise RunError(f"{self.run.path} holds another experiment's run; give another --out.")
+            if meta.get("manifest_digest") != self.data.manifest.digest():
+                raise RunError(f"{self.run.path}: the data changed since this run began; start a new one with another --out.")
+            return
+        self.data.manifest.write(self.run.manifest)
+        self.run.begin(self.config.toml(), describe(self.config, self.kind, self.data, self.bench))
+
+    def execute(self) -> dict[str, Any]:
+        """Do the run, or what is left of it, and return its result."""
+        self.start()
+        work = {
+            "federated": self._federated, "zero-shot": self._zero_shot, "local": self._local, "centralised": self._centralised
+        }  # fmt: skip
+        result = work[self.kind]()
+        self.run.finish(result)
+        return result
+
+    # The kinds
+
+    def _zero_shot(self) -> dict[str, Any]:
+        predictions = self._examine(self.bench.initial)
+        self.run.save_predictions(p.to_json() for p in predictions)
+        return self._result([predictions], [], None, client_rows(self.data.manifest))
+
+    def _federated(self) -> dict[str, Any]:
+        config, manifest = self.config, self.data.manifest
+        plan = Plan.of(config.train, range(manifest.clients), config.seed)
+        adapter, records = self._train(build_algorithm(config), self.bench.clients, plan, "rounds")
+        rows = client_rows(manifest)
+        for row in rows:
+            row["rounds"] = sum(row["client"] in record["sampled"] for record in records)
+        return self._conclude(adapter, records, rows)
+
+    def _centralised(self) -> dict[str, Any]:
+        pooled = self.bench.pooled()
+        rounds = rounds_alone(self.config)
+        plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds)
+        adapter, records = self._train(fedavg(), pooled.clients, plan, "epochs over the pooled data")
+        return self._conclude(adapter, records, client_rows(pooled.data.manifest))
+
+    def _local(self) -> dict[str, Any]:
+        rows, everyone, records = client_rows(self.data.manifest), [], []
+        plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
+        for row in rows:
+            client = row["client"]
+            part = self.run.load_part(f"client-{client}")
+            if part is None:
+                own = {client: self.bench.clients[client]}
+                adapter = self.bench.initial
+                done = []
+                fleet = self._fleet(fedavg(), own)
+                for record, state in federate(fedavg(), fleet, replace(plan, clients=(client,)), self.bench.initial):
+                    adapter = state["adapter"]
+                    done.append(asdict(record))
+                part = {"predictions": [p.to_json() for p in self._examine(adapter)], "rounds": done}
+                self.run.save_part(f"client-{client}", part)
+            predictions = [Prediction(**p) for p in part["predictions"]]
+            row["metrics"] = summarise(self.data.task, [predictions], self.config.seed, self.config.eval.bootstrap)
+            everyone.append(predictions)
+            records += part["rounds"]
+            score = row["metrics"][self.config.eval.patterns[0]][primary_metric(self.data.task)]
+            self.report("clients alone", client + 1, len(rows), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %")
+        lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
+        self.run.save_predictions(lines)
+        # Nothing travels when clients train alone.
+        silent_records = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
+        return self._result(everyone, silent_records, None, rows)
+
+    # Their common steps
+
+    def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Any:
+        make = fleets.build(self.config.fleet.name, self.config.fleet.options)
+        memory = self.run.checkpoint / "clients"
+        return make(Site(self.bench.model, algorithm, clients, self.config.train, memory))
+
+    def _train(
+        self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: Plan, stage: str
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        """The final adapter and all rounds' records, going on from the checkpoint where there is one."""
+        resume = self.run.load_checkpoint()
+        adapter = resume[1]["adapter"] if resume else self.bench.initial
+        if resume:
+            self.report(stage, resume[0], plan.rounds, "resumed")
+        every = self.config.eval.every
+        for record, state in federate(algorithm, self._fleet(algorithm, clients), plan, self.bench.initial, resume):
+            adapter, done, note = state["adapter"], record.round + 1, f"loss {record.loss:.3f}"
+            if every and done % every == 0 and done < plan.rounds:
+                taken = summarise(self.data.task, [self._examine(adapter)], self.config.seed, self.config.eval.bootstrap)
+                record = replace(record, metrics=taken)
+                metric = primary_metric(self.data.task)
+                note += f"  {metric} {100 * taken[self.config.eval.patterns[0]][metric]:.1f} %"
+            self.run.save_round(asdict(record), state, self.config.digest())
+            if record.refused:
+                note += f"  {len(record.refused)} updates refused"
+            self.report(stage, done, plan.rounds, note)
+        return adapter, self.run.rounds()
+
+    def _conclude(self, adapter: Tensors, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        predictions = self._examine(adapter)
+        self.run.save_predictions(p.to_json() for p in predictions)
+        self.bench.model.adapter.export(self.run.adapter, self.config.model.name)
+        return self._result([predictions], records, adapter, rows)
+
+    def _examine(self, adapter: Tensors) -> list[Prediction]:
+        began = time.monotonic()
+        self.bench.model.adapter.set(adapter)
+        predictions = self.bench.examination.take(self.config.eval)
+        self._eval_seconds += time.monotonic() - began
+        return predictions
+
+    def _result(
+        self,
+        models: Sequence[Sequence[Prediction]],
+        records: Sequence[Mapping[str, Any]],
+        adapter: Tensors | None,
+        rows: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        config, task = self.config, self.data.task
+        companion = f"+{config.task.companion.name}" if config.task.companion else ""
+        train_seconds = sum(float(record["seconds"]) for record in records)
+        return {
+            "schema": SCHEMA,
+            "name": config.name,
+            "kind": self.kind,
+            "task": config.task.name + companion,
+            "scenario": config.scenario.name,
+            "partition": config.partition.name,
+            "algorithm": config.algorithm.name,
+            "regularization": config.regularization.name,
+            "prompt": config.prompt.name,
+            "model": config.model.name,
+            "seed": config.seed,
+            "primary_metric": primary_metric(task),
+            "metrics": summarise(task, models, config.seed, config.eval.bootstrap),
+            "per_client": rows,
+            "rounds": len(records),
+            "bytes_up": _sum_groups(records, "bytes_up"),
+            "bytes_down": _sum_groups(records, "bytes_down"),
+            "seconds": {
+                "total": round(time.monotonic() - self._began + self.bench.seconds, 2),
+                "train": round(train_seconds, 2),
+                "eval": round(self._eval_seconds, 2),
+                "setup": round(self.bench.seconds, 2),
+            },
+            "peak_memory_mb": peak_memory_mb(),
+            "config_digest": config.digest(),
+            "manifest_digest": self.data.manifest.digest(),
+            "adapter_sha256": digest(adapter) if adapter is not None else None,
+            "skipped_samples": self.data.skipped,
+            "refused_updates": sum(len(record["refused"]) for record in records),
+        }
+
+
+def _sum_groups(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for record in records:
+        for group, count in record[key].items():
+            total[group] = total.get(group, 0) + count
+    return total
+
+
+def reevaluate(run: RunDir, config: Experiment, report: Report = silent) -> dict[str, Any]:
+    """Test a finished run's adapter again, under `config.eval`; {pattern: metrics}."""
+    data = prepare(config)
+    if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
+        raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
+    bench = Bench(config, data, report, train=False)
+    if run.adapter.is_dir():
+        bench.model.adapter.set(read_adapter(run.adapter))
+    elif run.result()["kind"] != "zero-shot":
+        raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
+    return summarise(data.task, [bench.examination.take(config.eval)], config.seed, config.eval.bootstrap)

@@ -1,0 +1,157 @@
+"""The one currency: named tensors, and named groups of them.
+
+`Tensors` is an adapter, a gradient offset, a momentum. `State` holds several under group names (`adapter`, `control`,
+`fold`, `m`, `v` …) and serves unchanged as message, server state, client memory and checkpoint. All functions here are
+pure: they return new dictionaries and never write to their inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+State = dict[str, Tensors]
+
+_SEPARATOR = "/"
+
+
+def _same_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise ValueError(f"tensors differ in {len(odd)} names, the first is {odd[0]!r}")
+
+
+def add(a: Tensors, b: Tensors) -> Tensors:
+    """a + b, name by name. Raises ValueError unless both have the same names."""
+    _same_names(a, b)
+    return {name: a[name] + b[name] for name in a}
+
+
+def subtract(a: Tensors, b: Tensors) -> Tensors:
+    """a − b, name by name. Raises ValueError unless both have the same names."""
+    _same_names(a, b)
+    return {name: a[name] - b[name] for name in a}
+
+
+def scale(a: Tensors, factor: float) -> Tensors:
+    return {name: tensor * factor for name, tensor in a.items()}
+
+
+def zeros_like(a: Tensors) -> Tensors:
+    return {name: torch.zeros_like(tensor) for name, tensor in a.items()}
+
+
+def clone(a: Tensors) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in a.items()}
+
+
+def weighted_mean(items: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    """Σ wᵢ xᵢ / Σ wᵢ, summed in float64 and returned in each tensor's own dtype.
+
+    Raises ValueError where there is nothing to average, names differ, or the weights do not sum to a positive number.
+    """
+    if not items or len(items) != len(weights):
+        raise ValueError(f"{len(items)} items and {len(weights)} weights: need as many of each, at least one")
+    total = float(sum(weights))
+    if not total > 0:
+        raise ValueError(f"weights must sum to a positive number, not {total}")
+    for other in items[1:]:
+        _same_names(items[0], other)
+    mean: Tensors = {}
+    for name, first in items[0].items():
+        accumulated = torch.zeros_like(first, dtype=torch.float64)
+        for item, weight in zip(items, weights, strict=True):
+            accumulated += item[name].to(torch.float64) * (weight / total)
+        mean[name] = accumulated.to(first.dtype)
+    return mean
+
+
+def norm(a: Tensors) -> float:
+    """The Euclidean norm of all entries together, in float64."""
+    return float(sum(float(t.to(torch.float64).square().sum()) for t in a.values())) ** 0.5
+
+
+def distance(a: Tensors, b: Tensors) -> float:
+    """‖a − b‖ over all entries. Raises ValueError unless both have the same names."""
+    return norm(subtract(a, b))
+
+
+def nbytes(a: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in a.values())
+
+
+def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
+    """Why `candidate` cannot stand where `reference` stood: names, shapes, or numbers that are not finite; else None."""
+    for names, word in ((reference.keys() - candidate.keys(), "missing"), (candidate.keys() - reference.keys(), "unknown")):
+        if names:
+            return f"{word} tensor {min(names)!r}"
+    for name in sorted(reference):
+        if candidate[name].shape != reference[name].shape:
+            return f"shape {tuple(candidate[name].shape)} of {name!r} is not {tuple(reference[name].shape)}"
+        if not bool(torch.isfinite(candidate[name]).all()):
+            return f"NaN or infinity in {name!r}"
+    return None
+
+
+def flatten(state: State) -> Tensors:
+    """{"group/name": tensor}. Raises ValueError for a group name with a slash; empty groups are not kept."""
+    for group in state:
+        if _SEPARATOR in group:
+            raise ValueError(f"group name {group!r} holds {_SEPARATOR!r}")
+    return {f"{group}{_SEPARATOR}{name}": t for group, tensors in state.items() for name, t in tensors.items()}
+
+
+def unflatten(flat: Tensors) -> State:
+    """The inverse of `flatten`."""
+    state: State = {}
+    for key, tensor in flat.items():
+        group, _, name = key.partition(_SEPARATOR)
+        state.setdefault(group, {})[name] = tensor
+    return state
+
+
+def digest(a: Tensors) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(a):
+        tensor = a[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary neighbour, flush to disk, rename: a reader meets the old file or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, written atomically; `metadata` goes into its header."""
+    flat = {name: t.detach().cpu().contiguous() for name, t in flatten(state).items()}
+    write_atomically(path, serialize(flat, metadata=dict(metadata or {})))
+
+
+def load_state(path: Path) -> tuple[State, dict[str, str]]:
+    """The state and the header's metadata."""
+    with safe_open(path, "pt") as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return unflatten(flat), dict(file.metadata() or {})
+
+
+def select(state: State, groups: Iterable[str]) -> State:
+    """The named groups that `state` has."""
+    return {group: state[group] for group in groups if group in state}

@@ -1,0 +1,1 @@
+"""Local training: one client's pass over its samples."""

@@ -1,0 +1,102 @@
+"""Fixtures: a tiny model of the pocket architecture with random weights, and a small data set of generated pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from fedmllm.config import LoraTable, ModelTable
+from fedmllm.models.mllm import MLLM
+from fedmllm.models.pocket import architecture as parts
+
+logging.disable_progress_bar()
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Vision features go to a folder of the test session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder in Hugging Face format: the pocket architecture, two narrow layers, random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = parts.build_tokenizer(documents=60, vocabulary=420)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = parts.build_config(tokenizer, **small, num_key_value_heads=2)
+    for key, value in {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}.items():
+        setattr(config.vision_config, key, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = parts.build_model(config)
+    model.save_pretrained(folder)
+    parts.build_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tiny: Path) -> ModelTable:
+    return ModelTable(name=str(tiny), lora=LoraTable(rank=2, alpha=4.0), precision="fp32")
+
+
+@pytest.fixture
+def model(settings: ModelTable) -> MLLM:
+    return MLLM.load(settings, seed=0)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train.jsonl` (30 lines) and `test.jsonl` (12): paired, picture-only and text-only samples, closed and open."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, rgb in COLORS.items():
+        Image.new("RGB", (64, 64), rgb).save(folder / f"{name}.png")
+    for split, count in (("train", 30), ("test", 12)):
+        lines = []
+        for i in range(count):
+            color = list(COLORS)[i % 3]
+            line: dict[str, object] = {"id": f"{split}-{i:02d}", "answer": color, "source": f"site-{i % 4}"}
+            if i % 5 != 4:
+                line["image"] = f"{color}.png"
+            if i % 5 != 3:
+                line["text"] = f"a {color} thing"
+            if i % 2:
+                line |= {"question": "which color is it?", "choices": list(COLORS)}
+            else:
+                line |= {"question": "name the color."}
+            lines.append(json.dumps(line))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def write_experiment(tiny: Path, dataset: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a small experiment file; `extra` is appended to it."""
+
+    def write(extra: str = "", rounds: int = 3, name: str = "small") -> Path:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            f'name = "{name}"\n'
+            f'[task]\nname = "jsonl"\ntrain = "{dataset / "train.jsonl"}"\ntest = "{dataset / "test.jsonl"}"\n'
+            '[partition]\nname = "dirichlet"\nclients = 4\nalpha = 1.0\n'
+            '[scenario]\nname = "hybrid"\npresence = 0.7\n'
+            f'[model]\nname = "{tiny}"\nprecision = "fp32"\n[model.lora]\nrank = 2\nalpha = 4\n'
+            f"[train]\nrounds = {rounds}\nclients_per_round = 2\nbatch_size = 4\nlr = 5e-3\n"
+            '[eval]\npatterns = ["both", "image", "text"]\nbootstrap = 50\nmax_new_tokens = 3\n' + extra
+        )
+        return path
+
+    return write

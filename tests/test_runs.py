@@ -1,0 +1,285 @@
+"""Whole runs on a tiny model, through the command line as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from fedmllm.cli import app
+from fedmllm.store import RunDir
+
+Write = Callable[..., Path]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    done = call(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_leaves_what_the_design_promises(write_experiment: Write) -> None:
+    result = run("run", write_experiment("every = 1\n"))
+    folder = RunDir(Path("runs/small-federated-seed0"))
+    assert folder.result() == result
+    keys = (
+        "schema name kind task scenario partition algorithm regularization prompt model seed primary_metric metrics per_client "
+        "rounds bytes_up bytes_down seconds peak_memory_mb config_digest manifest_digest adapter_sha256 skipped_samples refused_updates"
+    )
+    assert set(keys.split()) <= result.keys()
+    assert result["kind"] == "federated"
+    assert set(result["metrics"]) == {"both", "image", "text"}
+    both = result["metrics"]["both"]
+    assert both["n"] == 12
+    assert both["accuracy_ci"][0] <= both["accuracy"] <= both["accuracy_ci"][1]
+    files = {p.name for p in folder.path.iterdir()}
+    assert files == {
+        "config.toml", "meta.json", "manifest.parquet", "rounds.jsonl", "predictions.jsonl", "checkpoint", "adapter", "result.json"
+    }  # fmt: skip
+    records = folder.rounds()
+    assert [r["round"] for r in records] == [0, 1, 2]
+    assert [bool(r["metrics"]) for r in records] == [True, True, False]
+    adapter_bytes = sum(p.numel() * 4 for p in _adapter(folder.path).values())
+    assert result["bytes_up"] == result["bytes_down"] == {"adapter": 3 * 2 * adapter_bytes}
+    assert pq.read_table(folder.manifest).num_rows == 30
+    predictions = [json.loads(line) for line in (folder.path / "predictions.jsonl").read_text().splitlines()]
+    correct = [p["correct"] for p in predictions if p["pattern"] == "both"]
+    assert both["accuracy"] == pytest.approx(sum(correct) / 12, abs=1e-6)
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from fedmllm.models.lora import read_adapter
+
+    return read_adapter(folder / "adapter")
+
+
+def test_twice_the_same_and_a_new_directory_each_time(write_experiment: Write) -> None:
+    file = write_experiment()
+    first, second = run("run", file), run("run", file)
+    assert first["adapter_sha256"] == second["adapter_sha256"]
+    assert first["metrics"] == second["metrics"]
+    assert RunDir(Path("runs/small-federated-seed0-2")).complete
+    other = run("run", file, "--set", "seed=1")
+    assert other["adapter_sha256"] != first["adapter_sha256"]
+
+
+KILLER = """
+import os, signal, sys
+from fedmllm import store, cli
+save, after = store.RunDir.save_round, int(sys.argv[1])
+def save_and_die(self, record, state, digest):
+    save(self, record, state, digest)
+    if record["round"] == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+store.RunDir.save_round = save_and_die
+sys.argv = ["fedmllm", *sys.argv[2:]]
+cli.app()
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int) -> None:
+    file = write_experiment(name="killed")
+    whole = run("run", file, "--out", "whole")
+    killed = subprocess.run([sys.executable, "-c", KILLER, str(after), "run", str(file)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    folder = RunDir(Path("runs/killed-federated-seed0"))
+    assert not folder.complete
+    assert len(folder.rounds()) == after + 1
+    resumed = run("run", file, "--resume")
+    assert folder.complete
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["bytes_up"] == whole["bytes_up"]
+    assert run("run", file, "--out", folder.path, "--resume") == resumed
+
+
+def test_interrupted_is_130_and_resumable(write_experiment: Write) -> None:
+    file = write_experiment(rounds=200, name="stopped")
+    command = [sys.executable, "-m", "fedmllm", "run", str(file), "--out", "stopped"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    folder, deadline = RunDir(Path("stopped")), time.monotonic() + 120
+    while not folder.rounds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert folder.load_checkpoint() is not None
+
+
+@pytest.mark.parametrize("scenario", ["aligned", "missing", "cross", "hybrid"])
+def test_every_scenario_by_set(write_experiment: Write, scenario: str) -> None:
+    result = run("run", write_experiment(rounds=1), "--set", f"scenario.name={scenario}")
+    assert result["scenario"] == scenario
+    assert result["rounds"] == 1
+
+
+def test_baselines(write_experiment: Write) -> None:
+    file = write_experiment()
+    zero = run("baseline", "zero-shot", file)
+    assert (zero["kind"], zero["rounds"], zero["adapter_sha256"], zero["bytes_up"]) == ("zero-shot", 0, None, {})
+    local = run("baseline", "local", file)
+    assert len(local["per_client"]) == 4
+    scores = [row["metrics"]["both"]["accuracy"] for row in local["per_client"]]
+    assert local["metrics"]["both"]["accuracy"] == pytest.approx(sum(scores) / 4, abs=1e-5)
+    # 3 rounds × 2 of 4 clients: each client takes part in 1.5 rounds on average, rounded to 2.
+    assert local["rounds"] == 4 * 2
+    assert local["bytes_up"] == {}
+    pooled = run("baseline", "centralised", file)
+    assert pooled["rounds"] == 2
+    assert [row["samples"] for row in pooled["per_client"]] == [30]
+
+
+def test_local_goes_on_with_the_client_it_was_at(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_experiment()
+    whole = run("baseline", "local", file, "--out", "whole")
+    save = RunDir.save_part
+
+    def save_then_fail(self: RunDir, name: str, value: dict[str, Any]) -> None:
+        save(self, name, value)
+        if name == "client-1":
+            raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_part", save_then_fail)
+        failed = call("baseline", "local", file)
+    assert failed.exit_code == 1
+    assert "the disk is full" in failed.stderr
+    assert run("baseline", "local", file, "--resume")["metrics"] == whole["metrics"]
+
+
+def test_one_client_equals_centralised(write_experiment: Write) -> None:
+    """All data on one client, aligned, in every round: the federation is the centralised run."""
+    same = ["partition.clients=1", "train.clients_per_round=1", "scenario.name=aligned"]
+    arguments = [word for setting in same for word in ("--set", setting)]
+    file = write_experiment()
+    assert run("run", file, *arguments)["adapter_sha256"] == run("baseline", "centralised", file, *arguments)["adapter_sha256"]
+
+
+def test_eval_and_compare(write_experiment: Write) -> None:
+    file = write_experiment()
+    result = run("run", file, "--out", "a")
+    again = run("eval", "a", "--patterns", "image,both")
+    assert again["metrics"]["both"] == result["metrics"]["both"]
+    assert again["metrics"].keys() == {"image", "both"}
+    run("baseline", "zero-shot", file, "--out", "b")
+    table = call("compare", "a", "b")
+    assert table.exit_code == 0
+    assert "fedavg" in table.stdout
+    assert "zero-shot" in table.stdout
+    assert [r["kind"] for r in json.loads(call("compare", "a", "b", "--json").stdout)] == ["federated", "zero-shot"]
+
+
+def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:
+    made = run("partition", write_experiment(), "--out", "m.parquet", "--plot", "m.html")
+    assert sum(row["samples"] for row in made["clients"]) == 30
+    assert pq.read_table("m.parquet").column_names == ["sample_id", "client", "has_image", "has_text"]
+    page = Path("m.html").read_text()
+    assert page.count("client 3") >= 2
+    assert "<svg" in page
+
+
+def test_check_trains_nothing(write_experiment: Write) -> None:
+    found = run("check", write_experiment())
+    assert (found["train_samples"], found["test_samples"], found["skipped_samples"]) == (30, 12, 0)
+    assert found["adapter_bytes"] == 4 * found["adapter_parameters"]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["tasks", "scenarios", "partitions", "algorithms", "regularizations", "prompts", "models"])
+def test_list(kind: str) -> None:
+    found = json.loads(call("list", kind, "--json").stdout)
+    assert found
+    assert all(part["name"] and part["description"].endswith((".", ")")) for part in found)
+    assert found[0]["name"] in call("list", kind).stdout
+
+
+BAD = [
+    (["--set", "train.ruonds=3"], "train.ruonds: unknown key; did you mean 'rounds'?"),
+    (["--set", "scenario.name=hybird"], "there is no scenario 'hybird'; did you mean 'hybrid'?"),
+    (["--set", "scenario.presnce=0.5"], "scenario.presnce: unknown key for scenario 'hybrid'; did you mean 'presence'?"),
+    (["--set", "train.rounds=0"], "train.rounds: input should be greater than or equal to 1, got 0"),
+    (["--set", "train.rounds=two"], "train.rounds: input should be a valid integer, got 'two'"),
+    (["--set", "partition.clients=50"], "partition.clients = 50 with min_samples = 1 needs 50 samples and there are 30"),
+    (["--set", "train.clients_per_round=9"], "train.clients_per_round = 9 is more than partition.clients = 4"),
+    (["--set", "task.train=absent.jsonl"], "absent.jsonl is missing or cannot be read"),
+    (["--set", "algorithm.name=fedavgg"], "there is no algorithm 'fedavgg'; did you mean 'fedavg'?"),
+    (["--set", "model.name=absent"], "model.name = 'absent' cannot be loaded"),
+    (["--set", "rounds"], "--set rounds: write it as key=value"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[a[-1] for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_status_2(write_experiment: Write, arguments: Sequence[str], sentence: str) -> None:
+    done = call("run", write_experiment(), *arguments)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.output
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"id": "x", "answer": "red", "question": "which?", "image": "gone.png"}', "gone.png is missing"),
+        ('{"id": "x", "answer": "red", "quest', "the line is not valid JSON"),
+    ],
+    ids=["missing picture", "truncated line"],
+)
+def test_a_bad_sample_is_named(write_experiment: Write, dataset: Path, line: str, sentence: str) -> None:
+    good = (dataset / "train.jsonl").read_text().replace('"image": "', f'"image": "{dataset}/')
+    Path("bad.jsonl").write_text(good + line + "\n")
+    arguments = ["run", write_experiment(rounds=1), "--set", "task.train=bad.jsonl"]
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert "bad.jsonl, line 31" in done.stderr
+    assert run(*arguments, "--set", "task.on_bad_sample=skip")["skipped_samples"] == 1
+
+
+def test_a_full_directory_is_left_alone(write_experiment: Write) -> None:
+    Path("full").mkdir()
+    Path("full/precious").write_text("keep")
+    done = call("run", write_experiment(), "--out", "full")
+    assert done.exit_code == 2
+    assert "full is not empty" in done.stderr
+    assert [p.name for p in Path("full").iterdir()] == ["precious"]
+
+
+def test_resume_refuses_another_experiment(write_experiment: Write) -> None:
+    file = write_experiment(rounds=1)
+    run("run", file, "--out", "a")
+    done = call("run", file, "--out", "a", "--resume", "--set", "seed=4")
+    assert done.exit_code == 2
+    assert "another experiment's run" in done.stderr
+
+
+def test_not_a_run_directory() -> None:
+    done = call("compare", ".")
+    assert done.exit_code == 2
+    assert "is not a run directory" in done.stderr

@@ -1,0 +1,154 @@
+"""Local training: the engine's invariants on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.algorithms import LocalRule
+from fedmllm.config import LoraTable, ModelTable
+from fedmllm.data.prompts import Conversation
+from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.rng import stream
+from fedmllm.tensors import Tensors, digest, distance
+from fedmllm.training.batches import plan
+from fedmllm.training.local import LocalSettings, train_local
+
+ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
+SGD = LocalSettings("sgd", 0.5, 0.0, (0.9, 0.95), 0.0, 0.0)
+
+
+@pytest.fixture
+def samples(model: MLLM, dataset: Path) -> list[Encoded]:
+    names = ["red", "blue", "green", "red"]
+    talks = [Conversation(f"question {i}, name the color.", name, image=i % 3 != 2) for i, name in enumerate(names * 2)]
+    return model.encode(talks, [dataset / f"{name}.png" for name in names * 2], 200)
+
+
+def train(model: MLLM, steps: list[list[list[Encoded]]], settings: LocalSettings = ADAMW, rule: LocalRule | None = None, seed: int = 0):
+    start = start_of(model)
+    return train_local(model, steps, start, rule or LocalRule(), settings, seed)
+
+
+def start_of(model: MLLM) -> Tensors:
+    generator = torch.Generator().manual_seed(5)
+    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
+
+
+def test_training_lowers_the_loss_and_leaves_its_input(model: MLLM, samples: list[Encoded]) -> None:
+    start = start_of(model)
+    before = digest(start)
+    result = train_local(model, [[samples]] * 8, start, LocalRule(), ADAMW, 0)
+    assert digest(start) == before
+    assert (result.steps, result.examples) == (8, 64)
+    first = train_local(model, [[samples]], start, LocalRule(), ADAMW, 0).metrics["loss"]
+    assert result.metrics["loss"] < first
+    assert result.trained.keys() == start.keys()
+
+
+def test_equals_a_plain_loop(model: MLLM, samples: list[Encoded]) -> None:
+    """A hand-written AdamW loop over the same steps: what centralised training is."""
+    steps = [[samples[:4]], [samples[4:]], [samples[2:6]]]
+    got = train(model, steps).trained
+    model.adapter.set(start_of(model))
+    parameters = list(model.adapter.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01, betas=(0.9, 0.95))
+    for (batch,) in steps:
+        optimizer.zero_grad()
+        (model.loss(batch) / len(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    expected = model.adapter.get()
+    assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_batch_of_8_equals_8_accumulated(model: MLLM, samples: list[Encoded], optimizer: LocalSettings) -> None:
+    whole = train(model, [[samples]], optimizer).trained
+    pieces = train(model, [[[one] for one in samples]], optimizer).trained
+    assert distance(whole, pieces) < 1e-5 * max(1.0, distance(whole, start_of(model)))
+
+
+def test_same_seed_same_bits(settings: ModelTable, dataset: Path) -> None:
+    """With dropout, so that the seed matters; the global generator neither matters nor moves."""
+    lora = LoraTable(rank=2, alpha=4.0, dropout=0.3)
+    found = []
+    for noise, seed in ((1, 0), (2, 0), (3, 1)):
+        model = MLLM.load(settings.model_copy(update={"lora": lora}), seed=0)
+        samples = model.encode([Conversation("name the color.", "red", True)] * 2, [dataset / "red.png"] * 2, 200)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        found.append(digest(train(model, [[samples]] * 2, seed=seed).trained))
+        assert torch.equal(before, torch.get_rng_state())
+    assert found[0] == found[1] != found[2]
+
+
+def test_untrainable_tensors_stay_bit_for_bit(model: MLLM, samples: list[Encoded]) -> None:
+    result = train(model, [[samples]] * 2, rule=LocalRule(trainable=lambda name: "lora_B" in name))
+    for name, tensor in result.trained.items():
+        assert torch.equal(tensor, result.received[name]) == ("lora_A" in name)
+    assert all(p.requires_grad for p in model.adapter.parameters.values())
+
+
+def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encoded]) -> None:
+    """With SGD, w₁ = w₀ − η (g₀ + o) and w₂ = w₁ − η (g₁ + μ (w₁ − w₀) + o), against autograd on the written-out loss."""
+    mu, lr = 0.7, SGD.lr
+    start = start_of(model)
+    offset = {k: torch.full_like(t, 0.01) for k, t in start.items()}
+    rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, observe_gradient=True)
+    got = train_local(model, [[samples]] * 2, start, rule, SGD, 0)
+    model.adapter.set(start)
+    parameters = model.adapter.parameters
+    raw = {k: torch.zeros_like(t) for k, t in start.items()}
+    for _ in range(2):
+        penalty = sum(mu / 2 * (p - start[k]).square().sum() + (offset[k] * p).sum() for k, p in parameters.items())
+        loss = model.loss(samples) / len(samples)
+        plain = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        whole = torch.autograd.grad(loss + penalty, list(parameters.values()))
+        with torch.no_grad():
+            for (name, p), g_raw, g in zip(parameters.items(), plain, whole, strict=True):
+                raw[name] += g_raw / 2
+                p -= lr * g
+    assert distance(got.trained, model.adapter.get()) < 1e-5
+    assert got.mean_gradient is not None
+    assert distance(got.mean_gradient, raw) < 1e-6
+
+
+def test_gradients_are_clipped(model: MLLM, samples: list[Encoded]) -> None:
+    clipped = LocalSettings("sgd", 1.0, 0.0, (0.9, 0.95), 0.0, 1e-3)
+    result = train(model, [[samples]], clipped)
+    assert distance(result.trained, result.received) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_nothing_to_train_is_an_error(model: MLLM, samples: list[Encoded]) -> None:
+    with pytest.raises(ValueError, match="leaves no tensor to train"):
+        train(model, [[samples]], rule=LocalRule(trainable=lambda name: False))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=70),
+    batch_size=st.integers(1, 9),
+    accumulate=st.integers(1, 4),
+)
+def test_every_sample_is_in_one_step(lengths: list[int], batch_size: int, accumulate: int) -> None:
+    made = plan(lengths, batch_size, accumulate, stream(0, "test"))
+    flat = [i for step in made.steps for batch in step for i in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert all(len(batch) <= batch_size for step in made.steps for batch in step)
+    assert all(len(step) <= accumulate for step in made.steps)
+    assert 0 <= made.padding < 1
+    one_by_one = plan(lengths, 1, batch_size * accumulate, stream(0, "test"))
+    gathered = [sorted(i for batch in step for i in batch) for step in made.steps]
+    assert gathered == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
+
+
+def test_buckets_pad_less_than_random_batches() -> None:
+    lengths = [10, 50] * 64
+    order = stream(1, "other").permutation(len(lengths)).tolist()
+    batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+    unsorted = 1 - sum(lengths) / sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert plan(lengths, 8, 1, stream(0, "test")).padding < 0.6 * unsorted
