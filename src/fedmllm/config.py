@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,7 +27,7 @@ Rate = Annotated[float, Field(gt=0)]
 class Table(BaseModel):
     """A table whose keys are all known here."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Named(BaseModel):
@@ -133,7 +133,8 @@ class Experiment(Table):
     def _sampled_clients_exist(self) -> Experiment:
         if self.train.clients_per_round > self.partition.clients:
             raise ValueError(
-                f"train.clients_per_round = {self.train.clients_per_round} is more than partition.clients = {self.partition.clients}"
+                f"train.clients_per_round = {self.train.clients_per_round} is more than "
+                f"partition.clients = {self.partition.clients}"
             )
         if self.train.min_updates > self.train.clients_per_round:
             raise ValueError(
@@ -144,7 +145,7 @@ class Experiment(Table):
 
     def resolved(self) -> dict[str, Any]:
         """All settings, defaults filled in, as plain values; keys that are None are left out."""
-        return _without_none(self.model_dump(mode="json"))
+        return {key: _without_none(value) for key, value in self.model_dump(mode="json").items() if value is not None}
 
     def toml(self) -> str:
         return tomli_w.dumps(self.resolved())
@@ -163,7 +164,7 @@ def _without_none(value: Any) -> Any:
 def _inner_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) is not None or isinstance(annotation, type(Union[int, str])):
+    if get_origin(annotation) is not None:
         return [model for part in get_args(annotation) for model in _inner_models(part)]
     return []
 
@@ -228,7 +229,7 @@ def read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such experiment file.") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error}).") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None

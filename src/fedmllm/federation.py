@@ -27,7 +27,7 @@ class Fleet(Protocol):
     def commit(self, round: int) -> None: ...
 
 
-class TooFewUpdates(RuntimeError):
+class TooFewUpdates(RuntimeError):  # noqa: N818 (it says what happened)
     """A round brought fewer usable updates than `train.min_updates`."""
 
 
@@ -81,12 +81,16 @@ def sample_clients(plan: Plan, round: int) -> tuple[int, ...]:
     return tuple(sorted(plan.clients[int(i)] for i in chosen))
 
 
-def usable(updates: Sequence[Update], reference: State) -> tuple[list[Update], list[dict[str, str | int]]]:
+def usable(
+    updates: Sequence[Update], reference: State, sampled: Sequence[int]
+) -> tuple[list[Update], list[dict[str, str | int]]]:
     """The updates that can be aggregated, and for each other one its client and why it was refused."""
     good: list[Update] = []
     refused: list[dict[str, str | int]] = []
     for update in sorted(updates, key=lambda u: u.client):
-        why = "no examples" if update.examples < 1 or update.steps < 1 else None
+        why = None if update.client in sampled else "not sampled in this round"
+        if why is None and (update.examples < 1 or update.steps < 1):
+            why = "no examples"
         if why is None and update.groups.keys() != reference.keys():
             why = f"groups {sorted(update.groups)} instead of {sorted(reference)}"
         for group in sorted(reference) if why is None else ():
@@ -108,13 +112,13 @@ def federate(
     `resume` is (rounds already done, the server's state after them). Raises TooFewUpdates where a round cannot go on.
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
-    for round in range(done, plan.rounds):
+    for round in range(done, plan.rounds):  # noqa: A001 (the field's word)
         began = time.monotonic()
         info = RoundInfo(round, plan.rounds, len(plan.clients), sample_clients(plan, round), plan.seed)
         received = select(state, algorithm.send)
         lr = learning_rate(plan, round)
         updates = fleet.train(info, received, lr)
-        good, refused = usable(updates, algorithm.uploads(state))
+        good, refused = usable(updates, algorithm.uploads(state), info.sampled)
         if len(good) < plan.min_updates:
             reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
             raise TooFewUpdates(

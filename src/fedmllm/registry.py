@@ -59,9 +59,9 @@ class Registry(Generic[T]):
         """The first line of the factory's docstring."""
         return (inspect.getdoc(self.factory(name)) or "").partition("\n")[0]
 
-    def factory(self, name: str) -> Callable[..., T]:
+    def factory(self, name: str, where: str | None = None) -> Callable[..., T]:
         if name not in self._found:
-            raise ConfigError(f"{self.kind}.name: there is no {self.kind} {name!r}; {suggest(name, self._found)}")
+            raise ConfigError(f"{where or self.kind}.name: there is no {self.kind} {name!r}; {suggest(name, self._found)}")
         return self._found[name]
 
     def option_names(self, name: str) -> list[str]:
@@ -75,21 +75,21 @@ class Registry(Generic[T]):
                 key: (hints.get(key, Any), ... if p.default is inspect.Parameter.empty else p.default)
                 for key, p in inspect.signature(factory).parameters.items()
             }
-            self._options[name] = create_model(
-                f"{self.kind}:{name}", __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True), **fields
-            )
+            settings = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+            self._options[name] = create_model(f"{self.kind}:{name}", __config__=settings, **fields)
         return self._options[name]
 
     def build(self, name: str, options: Mapping[str, Any], where: str | None = None) -> T:
         """Make the part. Raises ConfigError naming the option, as `where.option`, where one is unknown or unfit."""
         where = where or self.kind
+        factory = self.factory(name, where)
         model = self._model(name)
         try:
             checked = model.model_validate(dict(options))
         except ValidationError as error:
             raise ConfigError(explain(error, where, lambda _: model.model_fields, f"{self.kind} {name!r}")) from None
         try:
-            return self.factory(name)(**{key: getattr(checked, key) for key in model.model_fields})
+            return factory(**{key: getattr(checked, key) for key in model.model_fields})
         except ConfigError:
             raise
         except ValueError as error:  # a factory's own check of its values

@@ -127,6 +127,7 @@ def new_run(parent: Path, stem: str) -> RunDir:
 def unfinished(parent: Path, stem: str, config_digest: str) -> RunDir | None:
     """The latest incomplete run of this experiment under `parent`."""
     pattern = re.compile(re.escape(stem) + r"(-\d+)?")
-    runs = [RunDir(path) for path in parent.glob(f"{stem}*") if path.is_dir() and pattern.fullmatch(path.name)]
+    # Not glob(stem): a name may hold a bracket or a star.
+    runs = [RunDir(path) for path in parent.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
     mine = [run for run in runs if run.exists and not run.complete and run.meta().get("config_digest") == config_digest]
     return max(mine, key=lambda run: run.config.stat().st_mtime, default=None)

@@ -8,6 +8,7 @@ pure: they return new dictionaries and never write to their inputs.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def weighted_mean(items: Sequence[Tensors], weights: Sequence[float]) -> Tensors
 
 def norm(a: Tensors) -> float:
     """The Euclidean norm of all entries together, in float64."""
-    return float(sum(float(t.to(torch.float64).square().sum()) for t in a.values())) ** 0.5
+    return math.sqrt(sum(float(t.to(torch.float64).square().sum()) for t in a.values()))
 
 
 def distance(a: Tensors, b: Tensors) -> float:
@@ -89,13 +90,15 @@ def nbytes(a: Tensors) -> int:
 
 
 def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
-    """Why `candidate` cannot stand where `reference` stood: names, shapes, or numbers that are not finite; else None."""
+    """Why `candidate` cannot stand where `reference` stood: names, shapes, dtypes, or NaN and infinity; else None."""
     for names, word in ((reference.keys() - candidate.keys(), "missing"), (candidate.keys() - reference.keys(), "unknown")):
         if names:
             return f"{word} tensor {min(names)!r}"
     for name in sorted(reference):
         if candidate[name].shape != reference[name].shape:
             return f"shape {tuple(candidate[name].shape)} of {name!r} is not {tuple(reference[name].shape)}"
+        if candidate[name].dtype != reference[name].dtype:
+            return f"dtype {candidate[name].dtype} of {name!r} is not {reference[name].dtype}"
         if not bool(torch.isfinite(candidate[name]).all()):
             return f"NaN or infinity in {name!r}"
     return None
@@ -132,17 +135,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary neighbour, flush to disk, rename: a reader meets the old file or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, written atomically; `metadata` goes into its header."""
-    flat = {name: t.detach().cpu().contiguous() for name, t in flatten(state).items()}
-    write_atomically(path, serialize(flat, metadata=dict(metadata or {})))
+    # Copies, because safetensors refuses tensors that share memory, as two groups with one tensor do.
+    flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
+    # None, because safetensors writes a broken header for no tensors with empty metadata.
+    write_atomically(path, serialize(flat, metadata=dict(metadata) if metadata else None))
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:

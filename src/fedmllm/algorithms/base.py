@@ -43,7 +43,8 @@ class LocalResult:
     """What local training hands to `Algorithm.finish`.
 
     `received` and `trained` are the adapter before and after, `steps` the optimizer steps taken, `lr` their learning rate,
-    `mean_gradient` the average of the raw gradients, before clipping and before the rule changed them; None unless the rule asked for it.
+    `mean_gradient` the average of the raw gradients, before clipping and before the rule changed them; None unless the
+    rule asked for it.
     """
 
     received: Tensors

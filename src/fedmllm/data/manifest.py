@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,7 @@ from fedmllm.errors import DataError
 from fedmllm.rng import stream
 from fedmllm.tensors import write_atomically
 
-SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("client", pa.int32()), ("has_image", pa.bool_()), ("has_text", pa.bool_())]
-)
+SCHEMA = pa.schema([("sample_id", pa.string()), ("client", pa.int32()), ("has_image", pa.bool_()), ("has_text", pa.bool_())])
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Manifest:
 
     def sizes(self) -> list[int]:
         """Samples held by each client."""
-        return np.bincount([h.client for h in self.holdings], minlength=self.clients).tolist()
+        counts = Counter(h.client for h in self.holdings)
+        return [counts[client] for client in range(self.clients)]
 
     def digest(self) -> str:
         """SHA-256 over the rows, independent of the Parquet library's version."""
@@ -80,7 +80,7 @@ def read(path: Path) -> Manifest:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as a manifest ({error}).") from None
     metadata = table.schema.metadata or {}
-    if table.schema.names != SCHEMA.names or b"clients" not in metadata:
+    if table.schema.names != SCHEMA.names or not metadata.keys() >= {b"clients", b"digest"}:
         raise DataError(f"{path}: is not a manifest; its columns must be {', '.join(SCHEMA.names)}.")
     rows = tuple(
         Holding(row["sample_id"], row["client"], frozenset(m for m in ("image", "text") if row[f"has_{m}"]))
@@ -104,9 +104,9 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
-    eligible = [
-        frozenset(c for c in range(clients) if not s.modalities or s.modalities & has[c]) for s in ordered
-    ]
+    kinds = {s.modalities for s in ordered}
+    able_to_hold = {kind: frozenset(c for c in range(clients) if not kind or kind & has[c]) for kind in kinds}
+    eligible = [able_to_hold[s.modalities] for s in ordered]
     owner = np.empty(len(ordered), dtype=np.int64)
     pools: dict[Modalities, list[int]] = {}
     for index, sample in enumerate(ordered):

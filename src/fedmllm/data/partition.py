@@ -19,8 +19,10 @@ partitions: Registry[Deal] = Registry("partition", __name__)
 
 
 def _by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    array = np.array(values)
-    return {value: np.flatnonzero(array == value) for value in sorted(set(values))}
+    members: dict[str, list[int]] = {}
+    for index, value in enumerate(values):
+        members.setdefault(value, []).append(index)
+    return {value: np.array(members[value], dtype=np.int64) for value in sorted(members)}
 
 
 @partitions.register("iid")
@@ -100,7 +102,7 @@ def ensure_minimum(
             f"{len(owner)}; lower one of them or use more data."
         )
     owner = owner.copy()
-    held = Counter({client: 0 for client in range(clients)})
+    held = Counter(dict.fromkeys(range(clients), 0))
     held.update(owner.tolist())
     order = rng.permutation(len(owner))
     for client in range(clients):

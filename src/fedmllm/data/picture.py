@@ -10,8 +10,11 @@ from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Sample
 
 _SEEN = (("both", "#4c72b0"), ("image", "#dd8452"), ("text", "#55a868"), ("neither", "#bbbbbb"))
-_PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
-_MOST_LABELS = 12
+_PALETTE = (
+    "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd",
+    "#2f4b7c", "#a05195",
+)  # fmt: skip
+_MOST_LABELS = len(_PALETTE)
 _ROW, _LEFT, _WIDTH = 22, 90, 640
 
 
@@ -49,12 +52,13 @@ def draw_manifest(manifest: Manifest, samples: Sequence[Sample], title: str) -> 
         seen[holding.client][_seen(holding.visible)] += 1
         label = labels[holding.sample_id]
         named[holding.client][label if label in common else "other"] += 1
-    by_label = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(sorted(common))}
+    by_label = dict(zip(sorted(common), _PALETTE, strict=False))
     if any(row["other"] for row in named):
         by_label["other"] = "#dddddd"
     style = (
         "body{font:14px sans-serif;margin:2em auto;max-width:820px;color:#222}svg{width:100%}text{font-size:12px}"
-        ".legend span{margin-right:1em;white-space:nowrap}.legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}"
+        ".legend span{margin-right:1em;white-space:nowrap}"
+        ".legend i{display:inline-block;width:.8em;height:.8em;margin-right:.3em}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'

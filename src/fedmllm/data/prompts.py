@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedmllm.data.samples import Modality, Sample
+from fedmllm.data.samples import LETTERS, Modality, Sample
 from fedmllm.registry import Registry
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DEFAULT_QUESTION = "which option is right?"
 
 Strategy = Callable[[str, frozenset[Modality]], str]

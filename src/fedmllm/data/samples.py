@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from fedmllm.errors import DataError
@@ -18,6 +19,8 @@ from fedmllm.errors import DataError
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 Split = Literal["train", "test"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""A lettered sample has no more choices than there are letters."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ def decode(image: Path | bytes) -> Image.Image:
     """The picture in RGB. Raises OSError or ValueError where the file is missing or is no picture."""
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         opened.load()
+        if opened.mode.startswith("I;16"):  # Pillow would cut every grey value above 255 to white
+            return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
+        if opened.mode in ("I", "F"):
+            raise ValueError(f"its pixels are of mode {opened.mode}, whose range is unknown; save it as a PNG of 8 or 16 bits")
         return opened.convert("RGB")
 
 
@@ -91,24 +98,27 @@ def _undecodable(image: Path | bytes) -> str | None:
         return f"the picture {image} is missing"
     try:
         decode(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
         return f"the picture {image if isinstance(image, Path) else '(in memory)'} cannot be decoded ({error})"
     return None
 
 
-def _flaws(samples: list[Sample]) -> Iterator[tuple[int, str]]:
+def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, str]]:
     """(index, what is wrong) for samples that parse but cannot be used."""
-    pictures = list(dict.fromkeys(s.image for s in samples if s.image is not None))
+    samples = {index: entry for index, entry in enumerate(entries) if isinstance(entry, Sample)}
+    pictures = list(dict.fromkeys(s.image for s in samples.values() if s.image is not None))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         broken = dict(zip(pictures, pool.map(_undecodable, pictures), strict=True))
     seen: set[str] = set()
-    for index, sample in enumerate(samples):
+    for index, sample in samples.items():
         if sample.id in seen:
             yield index, f"the id {sample.id!r} is used twice"
         elif not sample.answer:
             yield index, "the answer is empty"
         elif sample.choices is not None and sample.answer not in sample.choices:
             yield index, f"the answer {sample.answer!r} is not among the choices {', '.join(sample.choices)}"
+        elif sample.lettered and len(sample.choices or ()) > len(LETTERS):
+            yield index, f"{len(sample.choices or ())} choices are more than the {len(LETTERS)} letters"
         elif sample.image is not None and (what := broken[sample.image]):
             yield index, what
         seen.add(sample.id)
@@ -120,22 +130,21 @@ def collect(task: Task, split: Split, on_bad_sample: Literal["error", "skip"]) -
     Raises DataError that counts the bad samples and names the first, unless they are to be skipped; and where
     nothing usable is left.
     """
-    samples: list[Sample] = []
+    entries = list(task.load(split))
+    flaws = dict(_flaws(entries))
+    usable: list[Sample] = []
     problems: list[Problem] = []
-    for entry in task.load(split):
+    for index, entry in enumerate(entries):
         if isinstance(entry, Problem):
             problems.append(entry)
+        elif index in flaws:
+            problems.append(Problem(f"{entry.where or task.name}, id {entry.id!r}", flaws[index]))
         else:
-            samples.append(entry)
-    flaws = dict(_flaws(samples))
-    for index, what in flaws.items():
-        sample = samples[index]
-        problems.append(Problem(f"{sample.where or task.name}, id {sample.id!r}", what))
+            usable.append(entry)
     if problems and on_bad_sample == "error":
         count = f"{len(problems)} bad samples, the first: " if len(problems) > 1 else ""
         raise DataError(f'{count}{problems[0]}; mend it, or set task.on_bad_sample = "skip" to go on without.')
-    usable = sorted((s for index, s in enumerate(samples) if index not in flaws), key=lambda s: s.id)
     if not usable:
         first = f"; the first problem: {problems[0]}" if problems else ""
         raise DataError(f"task {task.name!r} has no usable sample in its {split} split{first}.")
-    return Loaded(usable, problems)
+    return Loaded(sorted(usable, key=lambda s: s.id), problems)

@@ -39,11 +39,11 @@ def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
 def auc(positive: ArrayLike, scores: ArrayLike) -> float:
     """The area under the ROC curve: how often a positive scores above a negative, ties counting half.
 
-    From ranks (Mann and Whitney 1947), O(n log n); NaN where a class is absent.
+    From ranks (Mann and Whitney 1947), O(n log n); NaN where a class is absent or a score is NaN.
     """
     is_positive, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
     count = int(is_positive.sum())
-    if count in (0, len(is_positive)):
+    if count in (0, len(is_positive)) or np.isnan(values).any():
         return float("nan")
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

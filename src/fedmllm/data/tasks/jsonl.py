@@ -18,12 +18,18 @@ from fedmllm.errors import DataError, suggest
 KEYS = ("id", "image", "text", "question", "choices", "answer", "label", "source")
 
 
-def _flaw(line: Any) -> str | None:
+def _is_text_or_number(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def _flaw(line: Any, lettered: bool) -> str | None:
     if not isinstance(line, dict):
         return "the line is not a JSON object"
     for key in ("id", "answer"):
-        if not isinstance(line.get(key), str | int) or line[key] == "":
+        if not _is_text_or_number(line.get(key)):
             return f"the key {key!r} is missing or is neither text nor a whole number"
+    if line.get("label") not in (None, "") and not _is_text_or_number(line["label"]):
+        return "the key 'label' is neither text nor a whole number"
     for key in line:
         if key not in KEYS:
             return f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip(".")
@@ -31,12 +37,13 @@ def _flaw(line: Any) -> str | None:
         if line.get(key) is not None and not isinstance(line[key], str):
             return f"the key {key!r} must be text"
     choices = line.get("choices")
-    if choices is not None and not (
-        isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-    ):
-        return "the key 'choices' must be a list of at least two texts"
-    if not line.get("question") and not choices:
-        return "a sample needs a 'question', or 'choices' to choose from"
+    if choices is not None:
+        if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
+            return "the key 'choices' must be a list of at least two texts"
+        if len(set(choices)) < len(choices):
+            return "the key 'choices' holds the same text twice"
+    if not line.get("question") and not (lettered and choices):
+        return "a sample needs a 'question', or lettered 'choices' to choose from"
     return None
 
 
@@ -52,10 +59,11 @@ def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
         where = f"{path}, line {number}"
         try:
             line = json.loads(raw)
-        except ValueError as error:
+            json.dumps(line, ensure_ascii=False).encode()  # half of a surrogate pair parses, but is no text
+        except (ValueError, RecursionError) as error:
             yield Problem(where, f"the line is not valid JSON ({error})")
             continue
-        if what := _flaw(line):
+        if what := _flaw(line, lettered):
             known = f", id {line['id']!r}" if isinstance(line, dict) and "id" in line else ""
             yield Problem(where + known, what)
             continue
@@ -68,7 +76,7 @@ def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
             text=line.get("text") or None,
             choices=choices,
             lettered=lettered and choices is not None,
-            label=str(line.get("label", line["answer"])),
+            label=str(line["answer"] if line.get("label") in (None, "") else line["label"]),
             source=line.get("source") or "",
             where=where,
         )

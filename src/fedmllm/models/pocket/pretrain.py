@@ -41,7 +41,7 @@ class Recipe:
     vision_steps: int = 360
     vision_rows: int = 256
     vision_lr: float = 1.5e-3
-    steps: int = 1700  # the vision steps among them
+    steps: int = 1500  # the vision steps among them
     rows: int = 32
     questions: int = 5
     text_share: float = 0.3  # rows without a picture
