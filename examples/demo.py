@@ -1,56 +1,84 @@
-"""The quickstart, three ways on one loaded model: untrained, each client alone, and federated.
+"""The quickstart, three ways: the untrained model, each client alone, and federated. `make demo` runs this.
 
-`make demo` runs this. It is also how the package is used from Python: an experiment file gives the data and a bench, a
-bench and a run directory give a run. Each of the three is what one command line would do:
+It types the commands that the README shows, the two that train side by side with half of the cores each:
 
     fedmllm baseline zero-shot experiments/quickstart.toml
     fedmllm baseline local experiments/quickstart.toml
     fedmllm run experiments/quickstart.toml
+    fedmllm compare …
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from transformers.utils import logging
-
-from fedmllm import config
-from fedmllm.experiment import Bench, default_stem, options_of, prepare
-from fedmllm.progress import Progress
-from fedmllm.report.tables import comparison
-from fedmllm.runs import Kind, Runner
-from fedmllm.store import new_run
-
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
-KINDS: tuple[Kind, ...] = ("zero-shot", "local", "federated")
+COMMANDS = {"zero-shot": ["baseline", "zero-shot"], "local": ["baseline", "local"], "federated": ["run"]}
 
 
-def main() -> None:
+class Run:
+    """One `fedmllm` process; its progress is passed on line by line, marked with its name."""
+
+    def __init__(self, kind: str, seed: int, out: Path, threads: int) -> None:
+        self.kind, self.folder = kind, out / f"quickstart-{kind}-seed{seed}"
+        arguments = [*COMMANDS[kind], str(QUICKSTART), "--set", f"seed={seed}", "--out", str(self.folder), "--json"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fedmllm", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        self._watcher = threading.Thread(target=self._pass_on, daemon=True)
+        self._watcher.start()
+
+    def _pass_on(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            print(f"{self.kind:>9} | {line}", end="", file=sys.stderr, flush=True)
+
+    def accuracy(self) -> float:
+        """Wait for the end; the accuracy in percent. Leaves with the process's status where it failed."""
+        status = self._process.wait()
+        self._watcher.join()
+        if status:
+            sys.exit(status)
+        result = json.loads((self.folder / "result.json").read_text())
+        return 100 * float(result["metrics"]["both"]["accuracy"])
+
+
+def free_folder(parent: Path) -> Path:
+    """`parent/demo`, or with -2, -3, … where that is taken."""
+    number = 1
+    while (folder := parent / ("demo" if number == 1 else f"demo-{number}")).exists():
+        number += 1
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="zero-shot, local and federated on the quickstart experiment")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run directories go")
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    began = time.monotonic()
-    raw, _ = config.apply_overrides(config.read(QUICKSTART), [f"seed={arguments.seed}"], options_of)
-    experiment = config.validate(raw, str(QUICKSTART))
-    data = prepare(experiment)
-    results, folders = {}, {}
-    with Progress() as report:
-        bench = Bench(experiment, data, report)
-        for kind in KINDS:
-            run = new_run(arguments.out, default_stem(experiment, kind))
-            results[kind] = Runner(experiment, data, bench, run, kind, report).execute()
-            folders[kind] = run.path
-    Console(width=None if sys.stdout.isatty() else 140).print(comparison(list(results.values())))
-    score = {kind: 100 * result["metrics"]["both"]["accuracy"] for kind, result in results.items()}
+    parser.add_argument("--out", type=Path, help="where the run directories go; by default a new folder in runs/")
+    options = parser.parse_args(arguments)
+    out = options.out or free_folder(Path("runs"))
+    began, cores = time.monotonic(), os.cpu_count() or 1
+    # First, and alone: it also puts the pictures through the vision tower, which the other two then find done.
+    score = {"zero-shot": Run("zero-shot", options.seed, out, cores).accuracy()}
+    both = [Run(kind, options.seed, out, max(1, cores // 2)) for kind in ("local", "federated")]
+    score |= {run.kind: run.accuracy() for run in both}
+    folders = [str(out / f"quickstart-{kind}-seed{options.seed}") for kind in COMMANDS]
+    subprocess.run([sys.executable, "-m", "fedmllm", "compare", *folders], check=True)
     for other, what in (("zero-shot", "the untrained model"), ("local", "the mean client alone")):
         print(f"federated is {score['federated'] - score[other]:+.1f} points from {what}")
-    print(f"took {time.monotonic() - began:.0f} s; run directory of the federated run: {folders['federated']}")
+    print(f"took {time.monotonic() - began:.0f} s; the runs are in {out}/")
 
 
 if __name__ == "__main__":

@@ -50,9 +50,7 @@ def test_prompt_is_what_the_processor_makes(model: MLLM, pictures: list[Path | N
     assert second.picture is None
 
 
-def test_cached_features_give_the_same_loss_scores_and_answers(
-    settings: ModelTable, pictures: list[Path | None]
-) -> None:
+def test_cached_features_give_the_same_loss_scores_and_answers(settings: ModelTable, pictures: list[Path | None]) -> None:
     cached = MLLM.load(settings, seed=0)
     plain = MLLM.load(settings.model_copy(update={"cache_features": False}), seed=0)
     results = []
@@ -78,7 +76,9 @@ def test_features_are_found_again(settings: ModelTable, pictures: list[Path | No
     assert made == [2, 0]
 
 
-def test_a_cut_feature_file_is_made_again(settings: ModelTable, pictures: list[Path | None], monkeypatch, tmp_path: Path) -> None:
+def test_a_cut_feature_file_is_made_again(
+    settings: ModelTable, pictures: list[Path | None], monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path))
     model = MLLM.load(settings, seed=0)
     encoded(model, pictures)

@@ -29,7 +29,9 @@ def samples(model: MLLM, dataset: Path) -> list[Encoded]:
     return model.encode(talks, [dataset / f"{name}.png" for name in names * 2], 200)
 
 
-def train(model: MLLM, steps: list[list[list[Encoded]]], settings: LocalSettings = ADAMW, rule: LocalRule | None = None, seed: int = 0):
+def train(
+    model: MLLM, steps: list[list[list[Encoded]]], settings: LocalSettings = ADAMW, rule: LocalRule | None = None, seed: int = 0
+):
     start = start_of(model)
     return train_local(model, steps, start, rule or LocalRule(), settings, seed)
 

@@ -6,10 +6,11 @@ Exit status: 0 done, 1 a run failed, 2 bad input (one sentence, no traceback), 1
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -38,13 +39,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Patterns = Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")]
 
 
-class Baseline(str, Enum):
+class Baseline(StrEnum):
     zero_shot = "zero-shot"
     local = "local"
     centralised = "centralised"
 
 
-class Kinds(str, Enum):
+class Kinds(StrEnum):
     tasks = "tasks"
     scenarios = "scenarios"
     partitions = "partitions"
@@ -73,7 +74,7 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})", err=True)
-            if "--debug" in sys.argv:
+            if os.environ.get("FEDMLLM_DEBUG"):
                 traceback.print_exc()
             raise typer.Exit(1) from None
 
@@ -173,7 +174,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     experiment = _load(file, overrides)
     data = prepare(experiment)
     model = MLLM.load(experiment.model, experiment.seed)
-    parameters = model.adapter.parameters.values()
+    count = sum(p.numel() for p in model.adapter.parameters.values())
     found = {
         "name": experiment.name,
         "config_digest": experiment.digest(),
@@ -183,8 +184,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "skipped_samples": data.skipped,
         "clients": client_rows(data.manifest),
         "model": experiment.model.name,
-        "adapter_parameters": sum(p.numel() for p in parameters),
-        "adapter_bytes": sum(p.numel() * 4 for p in parameters),
+        "adapter_parameters": count,
+        "adapter_bytes": 4 * count,
         "caches_features": model.caches,
     }
     if as_json:
@@ -193,7 +194,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     sizes = data.manifest.sizes()
     typer.echo(f"{file} is good: {found['train_samples']} samples to train on and {found['test_samples']} to test on,")
     typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {data.skipped} samples skipped,")
-    typer.echo(f"an adapter of {found['adapter_parameters']} parameters ({found['adapter_bytes'] / 1e6:.2f} MB each way).")
+    typer.echo(f"an adapter of {count} parameters ({4 * count / 1e6:.2f} MB each way).")
 
 
 @app.command()

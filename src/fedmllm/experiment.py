@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, regularizations
@@ -68,18 +67,19 @@ def _draw_some(samples: list[Sample], count: int | None, *names: str) -> list[Sa
 
 def _load(table: TaskTable, split: Split, where: str) -> tuple[Task, Loaded]:
     task = tasks.build(table.name, table.options, where)
-    loaded = collect(task, split, table.on_bad_sample)
     count = table.train_samples if split == "train" else table.test_samples
-    kept = _draw_some(loaded.samples, count, table.name, split)
+    loaded = collect(task, split, table.on_bad_sample, lambda samples: _draw_some(samples, count, table.name, split))
     if table.companion is None:
-        return task, Loaded(kept, loaded.skipped)
+        return task, loaded
     other_task, other = _load(table.companion, split, f"{where}.companion")
     if other_task.metric != task.metric:
-        raise ConfigError(f"{where}.companion: {other_task.name!r} is measured by {other_task.metric}, {task.name!r} by {task.metric}.")
-    shared = {s.id for s in kept} & {s.id for s in other.samples}
+        raise ConfigError(
+            f"{where}.companion: {other_task.name!r} is measured by {other_task.metric}, {task.name!r} by {task.metric}."
+        )
+    shared = {s.id for s in loaded.samples} & {s.id for s in other.samples}
     if shared:
         raise DataError(f"{where}.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
-    return task, Loaded(sorted(kept + other.samples, key=lambda s: s.id), loaded.skipped + other.skipped)
+    return task, Loaded(sorted(loaded.samples + other.samples, key=lambda s: s.id), loaded.skipped + other.skipped)
 
 
 def prepare(config: Experiment) -> Data:
@@ -100,9 +100,7 @@ def prepare(config: Experiment) -> Data:
         test, skipped = loaded.samples, skipped + len(loaded.skipped)
     if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
         raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
-    drawn = manifests.draw(
-        samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed
-    )
+    drawn = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
     return Data(task, samples, test, skipped, drawn)
 
 
@@ -126,7 +124,7 @@ class Bench:
         self.seconds = time.monotonic() - began
 
     def encode(self, manifest: Manifest) -> dict[int, list[Encoded]]:
-        """Each client's samples as it sees them."""
+        """Each client's samples as it sees them. Pictures met for the first time wait for `prepare_features`."""
         by_id = {s.id: s for s in self.data.train}
         samples = [by_id[h.sample_id] for h in manifest.holdings]
         conversations = [render(s, h.visible, self.strategy) for s, h in zip(samples, manifest.holdings, strict=True)]
@@ -135,16 +133,6 @@ class Bench:
         for holding, one in zip(manifest.holdings, encoded, strict=True):
             clients[holding.client].append(one)
         return clients
-
-    def pooled(self) -> Bench:
-        """This bench with all samples, all modalities, on one client: for centralised training."""
-        data = replace(self.data, manifest=self.data.manifest.pooled(self.data.train))
-        other = object.__new__(Bench)
-        other.__dict__.update(self.__dict__)
-        other.data = data
-        other.clients = other.encode(data.manifest)
-        self.model.prepare_features()
-        return other
 
 
 def rounds_alone(config: Experiment) -> int:
@@ -165,6 +153,3 @@ def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 def default_stem(config: Experiment, kind: str) -> str:
     return f"{config.name}-{kind}-seed{config.seed}"
-
-
-__all__ = ["Bench", "Data", "Path", "Report", "build_algorithm", "client_rows", "options_of", "prepare", "rounds_alone"]

@@ -122,11 +122,12 @@ class Runner:
         return self._conclude(adapter, records, rows)
 
     def _centralised(self) -> dict[str, Any]:
-        pooled = self.bench.pooled()
-        rounds = rounds_alone(self.config)
-        plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds)
-        adapter, records = self._train(fedavg(), pooled.clients, plan, "epochs over the pooled data")
-        return self._conclude(adapter, records, client_rows(pooled.data.manifest))
+        pooled = self.data.manifest.pooled(self.data.train)
+        clients = self.bench.encode(pooled)
+        self.bench.model.prepare_features()
+        plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
+        adapter, records = self._train(fedavg(), clients, plan, "epochs over the pooled data")
+        return self._conclude(adapter, records, client_rows(pooled))
 
     def _local(self) -> dict[str, Any]:
         rows, everyone, records = client_rows(self.data.manifest), [], []
@@ -149,7 +150,9 @@ class Runner:
             everyone.append(predictions)
             records += part["rounds"]
             score = row["metrics"][self.config.eval.patterns[0]][primary_metric(self.data.task)]
-            self.report("clients alone", client + 1, len(rows), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %")
+            self.report(
+                "clients alone", client + 1, len(rows), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %"
+            )
         lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
         self.run.save_predictions(lines)
         # Nothing travels when clients train alone.

@@ -89,12 +89,36 @@ def by_source() -> Deal:
     return deal
 
 
+def _pass_on(client: int, owner: NDArray[np.int64], eligible: Sequence[frozenset[int]], held: Counter[int], least: int) -> bool:
+    """Bring `client` a sample along the shortest chain of clients that each give one and get one; False where there is none.
+
+    A text-only client may need what a paired client cannot spare until it gets a picture from one that has pictures to spare.
+    """
+    gives: dict[int, tuple[int, int]] = {}  # a client in the chain -> (the sample it gives, to whom)
+    queue = [client]
+    for receiver in queue:
+        for index, giver in enumerate(owner.tolist()):
+            if giver == client or giver in gives or receiver not in eligible[index]:
+                continue
+            gives[giver] = (index, receiver)
+            queue.append(giver)
+            if held[giver] > least:
+                held[giver] -= 1
+                held[client] += 1
+                while giver != client:
+                    index, giver = gives[giver]
+                    owner[index] = giver
+                return True
+    return False
+
+
 def ensure_minimum(
     owner: NDArray[np.int64], eligible: Sequence[frozenset[int]], clients: int, least: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Move samples from the clients that hold most until every client holds at least `least`; nothing is dropped.
 
-    `eligible[i]` are the clients that may hold sample `i`. Raises DataError where there are too few samples.
+    `eligible[i]` are the clients that may hold sample `i`. Raises DataError where there are too few samples, or too few
+    that a client may hold.
     """
     if clients * least > len(owner):
         raise DataError(
@@ -108,6 +132,8 @@ def ensure_minimum(
     for client in range(clients):
         while held[client] < least:
             givers = [int(i) for i in order if client in eligible[i] and held[int(owner[i])] > least]
+            if not givers and _pass_on(client, owner, eligible, held, least):
+                continue
             if not givers:
                 raise DataError(
                     f"client {client} cannot be given min_samples = {least} samples that it may hold; "

@@ -124,13 +124,20 @@ def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, str]]:
         seen.add(sample.id)
 
 
-def collect(task: Task, split: Split, on_bad_sample: Literal["error", "skip"]) -> Loaded:
-    """All usable samples of a split in the order of their ids, so that no file system's order shows.
+def collect(
+    task: Task,
+    split: Split,
+    on_bad_sample: Literal["error", "skip"],
+    choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples,
+) -> Loaded:
+    """The usable samples of a split in the order of their ids, so that no file system's order shows.
 
-    Raises DataError that counts the bad samples and names the first, unless they are to be skipped; and where
-    nothing usable is left.
+    `choose` picks the ones to keep; only their pictures are decoded. Raises DataError that counts the bad samples and
+    names the first, unless they are to be skipped; and where nothing usable is left.
     """
     entries = list(task.load(split))
+    kept = {id(s) for s in choose(sorted((e for e in entries if isinstance(e, Sample)), key=lambda s: s.id))}
+    entries = [e for e in entries if isinstance(e, Problem) or id(e) in kept]
     flaws = dict(_flaws(entries))
     usable: list[Sample] = []
     problems: list[Problem] = []

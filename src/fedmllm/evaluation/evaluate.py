@@ -32,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`score` is the probability of the positive answer, where the task has one. `failed`: nothing could be read as an answer."""
+    """`score` is the probability of the positive answer, where the task has one; `failed`: there was no answer to read."""
 
     pattern: str
     id: str
@@ -51,7 +51,13 @@ class Examination:
     """A fixed set of questions, encoded once and put to any number of adapters."""
 
     def __init__(
-        self, model: MLLM, task: Task, samples: Sequence[Sample], patterns: Sequence[Pattern], strategy: Strategy, max_length: int
+        self,
+        model: MLLM,
+        task: Task,
+        samples: Sequence[Sample],
+        patterns: Sequence[Pattern],
+        strategy: Strategy,
+        max_length: int,
     ) -> None:
         self._model, self._task = model, task
         self._rows: dict[Pattern, list[int]] = {pattern: [] for pattern in patterns}
@@ -120,7 +126,9 @@ def summarise(task: Task, models: Sequence[Sequence[Prediction]], seed: int, boo
     With several models (clients that trained alone) each figure is the mean over them, and the interval is of that mean.
     """
     patterns = list(dict.fromkeys(p.pattern for p in models[0]))
-    return {name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap) for name in patterns}
+    return {
+        name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap) for name in patterns
+    }
 
 
 def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap: int) -> dict[str, Any]:

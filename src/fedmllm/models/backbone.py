@@ -104,7 +104,9 @@ def load_backbone(settings: ModelTable) -> Backbone:
     ends = model.generation_config.eos_token_id
     ends = ends if ends is not None else processor.tokenizer.eos_token_id
     if ends is None:
-        raise ConfigError(f"model.name = {settings.name!r} names no end-of-turn token; set eos_token_id in its generation config.")
+        raise ConfigError(
+            f"model.name = {settings.name!r} names no end-of-turn token; set eos_token_id in its generation config."
+        )
     return Backbone(
         model=model,
         processor=processor,

@@ -27,7 +27,7 @@ class Family:
     """A regular expression that LoRA's module names match in full."""
     layer_of: Callable[[str], int | None] = text_layer
     positions: bool = False
-    """Give position ids counted from the first real token. Families that count their own (M-RoPE, offsets) must not get them."""
+    """Give position ids counted from the first real token; families that count their own (M-RoPE, offsets) must get none."""
     cache: bool = True
     """Whether the vision tower's output depends on the picture alone and may be handed back."""
 

@@ -57,7 +57,7 @@ def join_output(records: Sequence[Tensor], as_tensor: bool) -> BaseModelOutputWi
     output = BaseModelOutputWithPooling(pooler_output=torch.cat(pooled) if as_tensor else pooled)
     layers = records[0].shape[0] - 1
     if layers:
-        output.deepstack_features = [[r[1 + k] for r in records] for k in range(layers)]  # type: ignore[attr-defined]
+        output.deepstack_features = [[r[1 + k] for r in records] for k in range(layers)]
     return output
 
 
@@ -94,14 +94,14 @@ def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shapes = []
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         for record in records:
             array = record.detach().to("cpu", torch.float32).contiguous().numpy()
             shapes.append(list(array.shape))
             file.write(array.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     write_atomically(path.with_suffix(".json"), json.dumps({"shapes": shapes}).encode())
     opened = open_features(path)
     assert opened is not None

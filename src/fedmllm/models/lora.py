@@ -28,13 +28,13 @@ FOLD_DOWN, FOLD_UP = "fold_A", "fold_B"
 
 def attach(model: Any, target: str, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
     """Wrap `model` with a LoRA adapter whose start is a function of `seed`. Raises ConfigError where nothing matches."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, bias="none")  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, bias="none")
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT asks transformers for a property under its older name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(seed_for(seed, "adapter"))
         try:
-            return get_peft_model(model, config)  # type: ignore[return-value]
+            return get_peft_model(model, config)
         except ValueError as error:
             reason = str(error).partition(". ")[0]
             raise ConfigError(f"model.lora.target = {target!r} matches no module of the model ({reason}).") from None

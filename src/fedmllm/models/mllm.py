@@ -28,7 +28,6 @@ from fedmllm.models.backbone import Backbone, load_backbone
 _PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 
 
-
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """One tokenised conversation. `options` are the closed question's answers; `picture` numbers a distinct picture.
@@ -55,15 +54,14 @@ class MLLM:
         self.backbone = backbone
         self.settings = settings
         target = settings.lora.target or backbone.family.target
-        self.model = lora.attach(
-            backbone.model, target, settings.lora.rank, settings.lora.alpha, settings.lora.dropout, seed
-        )
+        self.model = lora.attach(backbone.model, target, settings.lora.rank, settings.lora.alpha, settings.lora.dropout, seed)
         self.adapter = lora.Adapter(self.model)
         trains_text_only = all(backbone.family.layer_of(name) is not None for name in self.adapter.parameters)
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures: dict[str, int] = {}
         self._images: list[Path | bytes] = []
         self._features: features.FeatureFile | None = None
+        self._place: dict[int, int] = {}
         self._live: dict[int, Tensor] = {}
         # Whether `get_image_features` pools into one tensor or into a list; its annotation does not say, so ask it once.
         self._pooled_is_tensor = self.caches and self._pools_into_tensor()
@@ -81,7 +79,9 @@ class MLLM:
 
     # Encoding
 
-    def encode(self, conversations: Sequence[Conversation], images: Sequence[Path | bytes | None], max_length: int) -> list[Encoded]:
+    def encode(
+        self, conversations: Sequence[Conversation], images: Sequence[Path | bytes | None], max_length: int
+    ) -> list[Encoded]:
         """Tokenise; `images[i]` is the picture of conversation `i` where it shows one.
 
         Raises DataError for a prompt of more than `max_length` tokens: cutting it could cut the picture or the question.
@@ -141,11 +141,15 @@ class MLLM:
         """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""
         if not self.caches or not self._images:
             return 0
-        name = features.digest_of([self.backbone.vision_digest(), *self._pictures])
+        # In the order of their digests: another seed deals the same pictures out otherwise, and finds this file.
+        ordered = sorted(self._pictures)
+        name = features.digest_of([self.backbone.vision_digest(), *ordered])
         path = features.cache_folder() / "features" / f"{name}.bin"
+        pictures = [self._pictures[key] for key in ordered]
         found = features.open_features(path)
-        self._features = found or features.write_features(path, self._encode_pictures(range(len(self._images))))
-        return 0 if found else len(self._images)
+        self._features = found or features.write_features(path, self._encode_pictures(pictures))
+        self._place = {picture: place for place, picture in enumerate(pictures)}
+        return 0 if found else len(pictures)
 
     def _pixel_inputs(self, picture: int) -> dict[str, Tensor]:
         return self._pixel_inputs_of(decode(self._images[picture]))
@@ -176,8 +180,8 @@ class MLLM:
         return isinstance(get_features(**given, return_dict=True).pooler_output, Tensor)
 
     def _record(self, picture: int) -> Tensor:
-        if self._features is not None and picture < len(self._features.shapes):
-            return self._features.record(picture)
+        if self._features is not None and picture in self._place:
+            return self._features.record(self._place[picture])
         if picture not in self._live:  # a picture met after the file was made
             self._live[picture] = next(iter(self._encode_pictures([picture])))
         return self._live[picture]
@@ -196,7 +200,9 @@ class MLLM:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         for key in batch[0].tokenwise.keys() | {k for one in batch for k in one.tokenwise}:
             if key in self._parameters:
-                values = [[0] * (length - len(row)) + list(one.tokenwise.get(key, ())) for one, row in zip(batch, rows, strict=True)]
+                values = [
+                    [0] * (length - len(row)) + list(one.tokenwise.get(key, ())) for one, row in zip(batch, rows, strict=True)
+                ]
                 inputs[key] = torch.tensor([value + [0] * (length - len(value)) for value in values])
         pictured = [one for one in batch if one.picture is not None]
         for key in {k for one in pictured for k in one.imagewise if k in self._parameters}:
@@ -248,7 +254,9 @@ class MLLM:
         single = [i for i, head in enumerate(heads) if head is not None]
         if single:
             shared = [heads[i] or 0 for i in single]
-            inputs = self.collate([batch[i] for i in single], [batch[i].options[0][:n] for i, n in zip(single, shared, strict=True)])
+            inputs = self.collate(
+                [batch[i] for i in single], [batch[i].options[0][:n] for i, n in zip(single, shared, strict=True)]
+            )
             logits = self._last_logits(inputs, 1)[:, 0]
             for row, (i, n) in enumerate(zip(single, shared, strict=True)):
                 picked = logits[row, [option[n] for option in batch[i].options]]

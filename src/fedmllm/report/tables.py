@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def percent(metrics: Mapping[str, Any], name: str) -> str:
-    """"71.3 [67.8, 74.9]", or a dash where the metric is absent."""
+    """ "71.3 [67.8, 74.9]", or a dash where the metric is absent."""
     if name not in metrics:
         return "–"
     low, high = metrics[f"{name}_ci"]

@@ -36,9 +36,7 @@ def _optimizer(parameters: list[nn.Parameter], settings: LocalSettings) -> torch
         return torch.optim.SGD(
             parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
-    return torch.optim.AdamW(
-        parameters, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
 
 
 def _on(tensors: Tensors, device: torch.device) -> Tensors:

@@ -30,7 +30,7 @@ def _load(split: Split) -> Iterator[Sample]:
             question=question,
             answer=answer,
             # A path that is not there is found and reported by `collect`.
-            image=pictures.get(picture, Path(f"{picture}.png")),
+            image=pictures.get(picture) or Path(f"{picture}.png"),
             choices=YES_NO if answer in YES_NO else None,
             label=answer,
             source="easy-vqa",

@@ -10,7 +10,8 @@ will meet, while the picture is encoded once for all of them.
 Answers alone teach the vision tower slowly: the language model first learns what can be guessed without looking, and stays
 there for long (docs/log.md has the figures). So two linear heads, thrown away afterwards, read from each image token the
 colour and the shape of the thing whose centre is in its cell: first alone, on many pictures and no text, then beside the
-answers with a weight that falls to nothing.
+answers with a weight that falls to nothing. A last stage asks mostly yes/no questions: to compare what is asked for with
+what is there comes last and takes practice.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from fedmllm.models.pocket import architecture as parts
-from fedmllm.models.pocket.questions import ask_scene, ask_text
+from fedmllm.models.pocket.questions import EVENLY, MOSTLY_PRESENCE, ask_scene, ask_text
 from fedmllm.models.pocket.scenes import COLORS, SHAPES, cells, draw_scene
 from fedmllm.rng import seed_for, stream
 
@@ -41,17 +42,28 @@ class Recipe:
     vision_steps: int = 360
     vision_rows: int = 256
     vision_lr: float = 1.5e-3
-    steps: int = 1500  # the vision steps among them
+    answer_steps: int = 1040
+    presence_steps: int = 400
+    presence_lr: float = 1e-3
     rows: int = 32
     questions: int = 5
     text_share: float = 0.3  # rows without a picture
     lr: float = 2e-3
+    vision_share: float = 0.1  # of that learning rate for the vision tower, which forgets shapes at the full one
     warmup: int = 60
     weight_decay: float = 0.05
     most_things: int = 3
     cells_until: float = 0.5  # share of the later steps over which the weight of the cell loss falls from 1 to 0
     save_every: int = 100
     seed: int = 0
+
+    @property
+    def presence_from(self) -> int:
+        return self.vision_steps + self.answer_steps
+
+    @property
+    def steps(self) -> int:
+        return self.presence_from + self.presence_steps
 
 
 @dataclass(frozen=True)
@@ -86,44 +98,68 @@ def make_pictures(recipe: Recipe, step: int) -> Batch:
     return Batch(none, none, none, none, pictures, *_inside([cells(scene, grid) for scene in drawn]))
 
 
+@dataclass
+class _Row:
+    """One row under way. `block` is 0 for what all blocks see, then the number of the block."""
+
+    ids: list[int]
+    positions: list[int]
+    labels: list[int]
+    block: list[int]
+
+    @classmethod
+    def begin(cls, prefix: list[int]) -> _Row:
+        return cls(list(prefix), list(range(len(prefix))), [-100] * len(prefix), [0] * len(prefix))
+
+    def append(self, asked: list[int], said: list[int]) -> None:
+        after_prefix, length = self.block.count(0), len(asked) + len(said)
+        self.ids += asked + said
+        self.positions += range(after_prefix, after_prefix + length)
+        self.labels += [-100] * len(asked) + said
+        self.block += [self.block[-1] + 1] * length
+
+
 def make_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
     """The batch of `step`. Labels are −100 except on answers and the end mark that follows each."""
     image_part = f"{parts.AROUND}{parts.GLOBAL}{parts.IMAGE * parts.IMAGE_TOKENS}{parts.AROUND}"
     prefixes = {True: _encode(tokenizer, f"{parts.BEGIN}User:{image_part}"), False: _encode(tokenizer, f"{parts.BEGIN}User:")}
     # Scenes start simple: words attach to pictures sooner when there is little else to explain.
     most = 1 if step < recipe.vision_steps + 60 else recipe.most_things
+    last = step >= recipe.presence_from
+    single, asks = (0.75, MOSTLY_PRESENCE) if last else (0.45, EVENLY)
     grid = int(parts.IMAGE_TOKENS**0.5)
     rows, images, inside = [], [], []
-    for row in range(recipe.rows):
-        rng = stream(recipe.seed, "row", step, row)
+    for number in range(recipe.rows):
+        rng = stream(recipe.seed, "row", step, number)
         pictured = rng.random() >= recipe.text_share
         if pictured:
-            scene = draw_scene(rng, most)
+            scene = draw_scene(rng, most, single)
             images.append(scene.image)
             inside.append(cells(scene, grid))
-            pairs = ask_scene(scene, rng, recipe.questions)
+            pairs = ask_scene(scene, rng, recipe.questions, asks)
         else:
             pairs = [ask_text(rng) for _ in range(recipe.questions)]
-        prefix = prefixes[pictured]
-        ids, positions, labels, block = list(prefix), list(range(len(prefix))), [-100] * len(prefix), [0] * len(prefix)
-        for number, (question, answer) in enumerate(pairs, start=1):
+        row = _Row.begin(prefixes[pictured])
+        for question, answer in pairs:
             asked = _encode(tokenizer, f" {question}{parts.END}\nAssistant:")
-            said = _encode(tokenizer, f" {answer}{parts.END}")
-            ids += asked + said
-            positions += range(len(prefix), len(prefix) + len(asked) + len(said))
-            labels += [-100] * len(asked) + said
-            block += [number] * (len(asked) + len(said))
-        rows.append((ids, positions, labels, block))
-    length = max(len(ids) for ids, *_ in rows)
-    pads = (tokenizer.pad_token_id, 0, -100, -1)
-    arrays = [
-        torch.tensor([entry[k] + [pads[k]] * (length - len(entry[k])) for entry in rows]) for k in range(4)
-    ]
-    ids, positions, labels, block = arrays
+            row.append(asked, _encode(tokenizer, f" {answer}{parts.END}"))
+        rows.append(row)
+    length = max(len(row.ids) for row in rows)
+
+    def padded(lists: list[list[int]], pad: int) -> Tensor:
+        return torch.tensor([entries + [pad] * (length - len(entries)) for entries in lists])
+
+    block = padded([row.block for row in rows], -1)
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril()
-    pictures = torch.from_numpy(parts.pixels(images)).unsqueeze(1)
-    return Batch(ids, positions, labels, mask.unsqueeze(1), pictures, *_inside(inside))
+    return Batch(
+        padded([row.ids for row in rows], tokenizer.pad_token_id),
+        padded([row.positions for row in rows], 0),
+        padded([row.labels for row in rows], -100),
+        mask.unsqueeze(1),
+        torch.from_numpy(parts.pixels(images)).unsqueeze(1),
+        *_inside(inside),
+    )
 
 
 class CellHeads(torch.nn.Module):
@@ -134,7 +170,7 @@ class CellHeads(torch.nn.Module):
         self.color = torch.nn.Linear(hidden, len(COLORS) + 1)
         self.shape = torch.nn.Linear(hidden, len(SHAPES) + 1)
 
-    def forward(self, tokens: Tensor, batch: Batch) -> Tensor:
+    def loss(self, tokens: Tensor, batch: Batch) -> Tensor:
         """The cross-entropy of both readings: the mean over things, and a fifth of the mean over empty cells."""
         total = torch.zeros(())
         for head, truth in ((self.color, batch.colors), (self.shape, batch.shapes)):
@@ -144,7 +180,7 @@ class CellHeads(torch.nn.Module):
 
 
 def vision_loss(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: Batch) -> Tensor:
-    return heads(torch.stack(model.get_image_features(pixel_values=batch.pixels).pooler_output), batch)
+    return heads.loss(torch.stack(model.get_image_features(pixel_values=batch.pixels).pooler_output), batch)
 
 
 def losses_of(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -161,21 +197,28 @@ def losses_of(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: 
     wanted = targets != -100
     hidden = outputs.last_hidden_state[:, :-1][wanted]
     answers = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[wanted])
-    return answers, heads(torch.stack(features.pooler_output), batch)
+    return answers, heads.loss(torch.stack(features.pooler_output), batch)
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for of_vision in (True, False):
+        own = [p for name, p in model.named_parameters() if (".vision_model." in name or ".connector." in name) == of_vision]
+        for decay, parameters in (
+            (recipe.weight_decay, [p for p in own if p.ndim >= 2]),
+            (0.0, [p for p in own if p.ndim < 2]),
+        ):
+            groups.append({"params": parameters, "weight_decay": decay, "vision": of_vision})
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up and cosine, once for the vision steps and once for the rest."""
-    first, last, peak = (0, recipe.vision_steps, recipe.vision_lr)
-    if step >= recipe.vision_steps:
-        first, last, peak = (recipe.vision_steps, recipe.steps, recipe.lr)
+    """Warm-up and cosine, once for each of the three stages."""
+    first, last, peak = 0, recipe.vision_steps, recipe.vision_lr
+    if step >= recipe.presence_from:
+        first, last, peak = recipe.presence_from, recipe.steps, recipe.presence_lr
+    elif step >= recipe.vision_steps:
+        first, last, peak = recipe.vision_steps, recipe.presence_from, recipe.lr
     if step - first < recipe.warmup:
         return peak * (step - first + 1) / recipe.warmup
     progress = (step - first - recipe.warmup) / max(1, last - first - recipe.warmup)
@@ -185,7 +228,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: Recipe) -> None:
@@ -241,13 +284,14 @@ def pretrain(recipe: Recipe, out: Path) -> None:
     losses: list[tuple[float, float]] = []
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            share = recipe.vision_share if group["vision"] and step >= recipe.vision_steps else 1.0
+            group["lr"] = share * learning_rate(recipe, step)
         if step < recipe.vision_steps:
             inside = loss = vision_loss(model, heads, make_pictures(recipe, step))
             answers = torch.zeros(())
         else:
             answers, inside = losses_of(model, heads, make_batch(tokenizer, recipe, step))
-            later = (step - recipe.vision_steps) / (recipe.steps - recipe.vision_steps)
+            later = (step - recipe.vision_steps) / recipe.answer_steps
             loss = answers + max(0.0, 1.0 - later / recipe.cells_until) * inside
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -258,7 +302,7 @@ def pretrain(recipe: Recipe, out: Path) -> None:
             (said, seen), speed = np.mean(losses[-20:], axis=0), (time.monotonic() - began) / len(losses)
             line = f"step {step + 1:5d}  answers {said:.4f}  cells {seen:.4f}  {speed:.2f} s a step"
             print(line, file=sys.stderr, flush=True)
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % recipe.save_every == 0 or step + 1 in (recipe.vision_steps, recipe.presence_from, recipe.steps):
             save_checkpoint(checkpoint, both, optimizer, step + 1, recipe)
             export(model, tokenizer, out / "pocket")
 
@@ -267,11 +311,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and, in pocket/, the finished model")
     defaults = Recipe()
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--answer-steps", type=int, default=defaults.answer_steps)
     parser.add_argument("--rows", type=int, default=defaults.rows)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     arguments = parser.parse_args()
-    pretrain(Recipe(steps=arguments.steps, rows=arguments.rows, seed=arguments.seed), arguments.out)
+    recipe = Recipe(answer_steps=arguments.answer_steps, rows=arguments.rows, seed=arguments.seed)
+    pretrain(recipe, arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from fedmllm.models.pocket.scenes import COLORS, SHAPES, WORDS, Scene, Thing
 Pair = tuple[str, str]
 LETTERS = "ABCDEF"
 NUMBERS = ("none", "one", "two", "three", "four")
+ANSWERS = {"color_of": list(COLORS), "shape_of": SHAPES, "reading": WORDS, "counting": NUMBERS}
+"""The wrong options of lettered questions, by who asks; the others are answered yes or no."""
 LETTER_RULE = "Answer with the letter of the right option."
 
 
@@ -135,17 +137,20 @@ def lettered(pair: Pair, distractors: Sequence[str], rng: np.random.Generator) -
     return f"{question}\n{lines}{LETTER_RULE}", f"({LETTERS[options.index(answer)]}) {answer}"
 
 
-def ask_scene(scene: Scene, rng: np.random.Generator, how_many: int) -> list[Pair]:
+Ask = Callable[[Scene, np.random.Generator], Pair | None]
+EVENLY: tuple[Ask, ...] = (color_of, shape_of, presence, presence, presence, counting, place_of, relation, reading)
+MOSTLY_PRESENCE: tuple[Ask, ...] = (color_of, shape_of, *[presence] * 7, place_of)
+
+
+def ask_scene(scene: Scene, rng: np.random.Generator, how_many: int, asks: Sequence[Ask] = EVENLY) -> list[Pair]:
     """A caption and `how_many` questions about one picture; about one question in seven is lettered."""
     pairs = [caption(scene, rng)]
-    asks: list[Callable[[Scene, np.random.Generator], Pair | None]]
-    asks = [color_of, shape_of, presence, presence, presence, counting, place_of, relation, reading]
     while len(pairs) <= how_many:
         ask = asks[int(rng.integers(len(asks)))] if scene.word is None or rng.random() < 0.7 else reading
         if (pair := ask(scene, rng)) is None:
             continue
-        distractors = {color_of: list(COLORS), shape_of: SHAPES, reading: WORDS, counting: NUMBERS}.get(ask, ("yes", "no"))
-        if ask not in (place_of,) and rng.random() < 0.15:
+        distractors: Sequence[str] = ANSWERS.get(ask.__name__, ("yes", "no"))
+        if ask is not place_of and rng.random() < 0.15:
             pair = lettered(pair, distractors, rng)
         pairs.append(pair)
     return pairs
@@ -167,9 +172,15 @@ def ask_text(rng: np.random.Generator) -> Pair:
     i = int(rng.integers(number))
     kind = int(rng.integers(4))
     if kind == 0:
-        pair, distractors = (_pick(rng, ("Name the color of the {}.", "Which color has the {}?")).format(shapes[i]), colors[i]), list(COLORS)
+        pair, distractors = (
+            (_pick(rng, ("Name the color of the {}.", "Which color has the {}?")).format(shapes[i]), colors[i]),
+            list(COLORS),
+        )
     elif kind == 1:
-        pair, distractors = (_pick(rng, ("Name the shape of the {} object.", "Which shape is {}?")).format(colors[i]), shapes[i]), list(SHAPES)
+        pair, distractors = (
+            (_pick(rng, ("Name the shape of the {} object.", "Which shape is {}?")).format(colors[i]), shapes[i]),
+            list(SHAPES),
+        )
     elif kind == 2:
         exists = rng.random() < 0.5
         near = [f"{colors[i]} {s}" for s in SHAPES] + [f"{c} {shapes[i]}" for c in COLORS]

@@ -83,7 +83,7 @@ def cells(scene: Scene, grid: int) -> tuple[list[int], list[int]]:
 
 
 def _polygon(thing: Thing, scale: int) -> list[tuple[float, float]]:
-    outlines = {
+    outlines: dict[str, list[tuple[float, float]]] = {
         "triangle": [(0, -1), (1, 1), (-1, 1)],
         "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
         "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35)]
@@ -110,9 +110,12 @@ def _background(rng: np.random.Generator, taken: set[str]) -> tuple[int, int, in
     return int(light[0]), int(light[1]), int(light[2])
 
 
-def draw_scene(rng: np.random.Generator, most_things: int) -> Scene:
-    """One picture with 1 to `most_things` shapes that do not overlap; about one in eight carries a word as well."""
-    wanted = 1 if rng.random() < 0.45 else int(rng.integers(1, most_things + 1))
+def draw_scene(rng: np.random.Generator, most_things: int, single: float = 0.45) -> Scene:
+    """One picture with 1 to `most_things` shapes that do not overlap; about one in eight carries a word as well.
+
+    A share `single` of the pictures has one thing whatever `most_things` is.
+    """
+    wanted = 1 if rng.random() < single else int(rng.integers(1, most_things + 1))
     word = str(rng.choice(WORDS)) if rng.random() < 0.12 else None
     # The word has the lowest fifth of the picture to itself.
     floor = SIZE * (0.78 if word else 1.0)
@@ -134,7 +137,10 @@ def draw_scene(rng: np.random.Generator, most_things: int) -> Scene:
         fill = _jitter(COLORS[thing.color], rng, 10)
         if thing.shape in ("circle", "rectangle"):
             # A rectangle need not be square: one side keeps the extent, the other shrinks.
-            sx, sy = (1.0, 1.0) if thing.shape == "circle" else tuple(rng.permutation([1.0, rng.uniform(0.45, 1.0)]))
+            sides = np.ones(2)
+            if thing.shape == "rectangle":
+                sides = rng.permutation(np.array([1.0, rng.uniform(0.45, 1.0)]))
+            sx, sy = float(sides[0]), float(sides[1])
             box = [(thing.x - thing.half * sx) * scale, (thing.y - thing.half * sy) * scale]
             box += [(thing.x + thing.half * sx) * scale, (thing.y + thing.half * sy) * scale]
             (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=fill)

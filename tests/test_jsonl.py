@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmllm.data.samples import Loaded, Sample, collect
+from fedmllm.data.tasks import tasks
+from fedmllm.errors import ConfigError, DataError
+from helpers import png
+
+GOOD = {"id": "good", "text": "a text", "question": "what?", "answer": "yes"}
+
+
+def write(folder: Path, *lines: dict[str, Any] | bytes) -> Path:
+    path = folder / "data.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n")
+    return path
+
+
+def load(path: Path, on_bad_sample: Any = "error", **options: Any) -> Loaded:
+    return collect(tasks.build("jsonl", {"train": str(path), "test": str(path), **options}), "train", on_bad_sample)
+
+
+def only(folder: Path, line: dict[str, Any], **options: Any) -> Sample:
+    (sample,) = load(write(folder, line), **options).samples
+    return sample
+
+
+def test_a_full_line_becomes_a_sample(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "1.png").write_bytes(png())
+    line = {"id": 42953, "image": "img/1.png", "text": "its text", "question": "is it?", "choices": ["no", "yes"]}
+    assert only(tmp_path, {**line, "answer": "yes", "label": 1, "source": "site-a"}) == Sample(
+        id="42953",
+        question="is it?",
+        answer="yes",
+        image=tmp_path / "img" / "1.png",
+        text="its text",
+        choices=("no", "yes"),
+        lettered=True,
+        label="1",
+        source="site-a",
+        where=f"{tmp_path / 'data.jsonl'}, line 1",
+    )
+
+
+def test_a_short_line_becomes_a_sample(tmp_path: Path) -> None:
+    found = only(tmp_path, {"id": "a", "question": "how many?", "answer": 3, "text": None, "image": "", "label": None})
+    assert (found.answer, found.label, found.source) == ("3", "3", "")
+    assert (found.text, found.image, found.choices, found.lettered) == (None, None, None, False)
+
+
+@pytest.mark.parametrize("label", [0, "0"])
+def test_a_label_of_zero_is_a_label(tmp_path: Path, label: Any) -> None:
+    assert only(tmp_path, {**GOOD, "label": label}).label == "0"
+
+
+def test_choices_need_no_question_unless_they_are_not_shown(tmp_path: Path) -> None:
+    line = {"id": "a", "choices": ["no", "yes"], "answer": "yes"}
+    assert only(tmp_path, line).lettered
+    with pytest.raises(DataError, match="a sample needs a 'question', or lettered 'choices'"):
+        only(tmp_path, line, lettered=False)
+    assert not only(tmp_path, {**line, "question": "is it?"}, lettered=False).lettered
+
+
+def test_blank_lines_count_as_lines_but_not_as_samples(tmp_path: Path) -> None:
+    (sample,) = load(write(tmp_path, b"", b"  \r", GOOD)).samples
+    assert sample.where.endswith("line 3")
+
+
+def test_a_byte_order_mark_and_other_scripts_are_read(tmp_path: Path) -> None:
+    line = json.dumps({**GOOD, "text": "Zürich 東京\u2028🎉"}, ensure_ascii=False)
+    (sample,) = load(write(tmp_path, b"\xef\xbb\xbf" + line.encode())).samples
+    assert sample.text == "Zürich 東京\u2028🎉"
+
+
+BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
+    ("truncated", b'{"id": "x", "answer": "y', "the line is not valid JSON (Unterminated string"),
+    ("no utf-8", b'{"id": "x", "answer": "\xff"}', "the line is not valid JSON ("),
+    ("half a surrogate pair", b'{"id": "x", "answer": "\\ud83d", "question": "?"}', "the line is not valid JSON ("),
+    ("nested too deep", b"[" * 200_000, "the line is not valid JSON ("),
+    ("no object", b"[1, 2]", "the line is not a JSON object"),
+    ("no id", {"question": "?", "answer": "y"}, "the key 'id' is missing"),
+    ("empty id", {**GOOD, "id": ""}, ", id '': the key 'id' is missing"),
+    ("boolean id", {**GOOD, "id": True}, ", id True: the key 'id' is missing or is neither text nor a whole number"),
+    ("no answer", {"id": "x", "question": "?"}, ", id 'x': the key 'answer' is missing"),
+    ("boolean answer", {**GOOD, "id": "x", "answer": False}, ", id 'x': the key 'answer' is missing or is neither"),
+    ("answer is a list", {**GOOD, "id": "x", "answer": ["y"]}, ", id 'x': the key 'answer' is missing or is neither"),
+    ("label is a list", {**GOOD, "id": "x", "label": ["y"]}, ", id 'x': the key 'label' is neither text nor a whole number"),
+    ("unknown key", {**GOOD, "id": "x", "zz": 1}, ", id 'x': unknown key 'zz'; known are answer, choices, id, image, label, "),
+    ("misspelt key", {**GOOD, "id": "x", "imagee": ""}, ", id 'x': unknown key 'imagee'; did you mean 'image'?"),
+    ("text is a number", {**GOOD, "id": "x", "text": 3}, ", id 'x': the key 'text' must be text"),
+    ("no question", {"id": "x", "answer": "y"}, ", id 'x': a sample needs a 'question'"),
+    ("one choice", {**GOOD, "id": "x", "choices": ["yes"]}, ", id 'x': the key 'choices' must be a list of at least two"),
+    ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' holds the same"),
+    ("answer no choice", {**GOOD, "id": "x", "choices": ["a", "b"]}, ", id 'x': the answer 'yes' is not among the choices"),
+    ("too many choices", {**GOOD, "id": "x", "choices": ["yes", *map(str, range(26))]}, ", id 'x': 27 choices are more than"),
+    ("duplicate id", GOOD, ", id 'good': the id 'good' is used twice"),
+    ("missing picture", {**GOOD, "id": "x", "image": "no.png"}, ", id 'x': the picture "),
+    ("folder as picture", {**GOOD, "id": "x", "image": "."}, ", id 'x': the picture "),
+    ("undecodable picture", {**GOOD, "id": "x", "image": "data.jsonl"}, ", id 'x': the picture "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "what"), [pytest.param(line, what, id=name) for name, line, what in BAD])
+def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
+    tmp_path: Path, line: dict[str, Any] | bytes, what: str
+) -> None:
+    path = write(tmp_path, GOOD, line)
+    with pytest.raises(DataError) as refused:
+        load(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}, line 2")
+    assert what in message
+    assert message.endswith('; mend it, or set task.on_bad_sample = "skip" to go on without.')
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("line", "what"), [pytest.param(line, what, id=name) for name, line, what in BAD])
+def test_a_bad_line_is_skipped_and_counted(tmp_path: Path, line: dict[str, Any] | bytes, what: str) -> None:
+    loaded = load(write(tmp_path, GOOD, line, {**GOOD, "id": "other"}), "skip")
+    assert [s.id for s in loaded.samples] == ["good", "other"]
+    assert len(loaded.skipped) == 1
+    assert what in str(loaded.skipped[0])
+
+
+def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.png is missing;"):
+        load(write(tmp_path, {**GOOD, "image": "no.png"}))
+    with pytest.raises(DataError, match=r"data\.jsonl cannot be decoded \("):
+        load(write(tmp_path, {**GOOD, "image": "data.jsonl"}))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.jsonl", tmp_path):
+        with pytest.raises(DataError) as refused:
+            load(path, "skip")
+        assert str(refused.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
+
+
+def test_an_empty_file_has_no_usable_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable sample in its train split"):
+        load(write(tmp_path))
+
+
+def test_auc_needs_the_positive_answer() -> None:
+    options = {"train": "a", "test": "b", "metric": "auc"}
+    with pytest.raises(ConfigError, match="positive"):
+        tasks.build("jsonl", options)
+    assert tasks.build("jsonl", {**options, "positive": "hateful"}).positive == "hateful"

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.data import manifest as manifests
+from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.partition import partitions
+from fedmllm.data.samples import Sample
+from fedmllm.data.scenarios import BOTH, scenarios
+from fedmllm.errors import DataError
+from helpers import mixed, quick, sample
+
+combinations = pytest.mark.parametrize(("partition", "scenario"), list(product(partitions.names(), scenarios.names())))
+
+
+def drawn(
+    samples: list[Sample], partition: str = "iid", scenario: str = "aligned", clients: int = 4, least: int = 1, seed: int = 0,
+    **options: object,
+) -> Manifest:  # fmt: skip
+    return draw(samples, partitions.build(partition, {}), scenarios.build(scenario, options), clients, least, seed)
+
+
+@combinations
+@quick
+@given(count=st.integers(40, 80), clients=st.integers(2, 6), least=st.integers(1, 3), seed=st.integers(0, 20))
+def test_every_sample_is_held_once_and_every_client_holds_enough(
+    partition: str, scenario: str, count: int, clients: int, least: int, seed: int
+) -> None:
+    samples = {s.id: s for s in mixed(count)}
+    try:
+        made = drawn(list(samples.values()), partition, scenario, clients, least, seed)
+    except DataError:
+        assert scenario in ("cross", "hybrid"), "only where clients lack a modality can there be samples that nobody may hold"
+        return
+    assert sorted(h.sample_id for h in made.holdings) == list(samples)
+    assert min(made.sizes()) >= least
+    assert sum(made.sizes()) == count
+    assert [len(made.of_client(c)) for c in range(clients)] == made.sizes()
+    for holding in made.holdings:
+        had = samples[holding.sample_id].modalities
+        assert holding.visible <= had
+        assert holding.visible or not had
+
+
+@combinations
+def test_the_order_of_the_samples_does_not_show(partition: str, scenario: str) -> None:
+    # Two samples in five have one modality only, so the seed must give someone image and someone text.
+    expected = drawn(mixed(50), partition, scenario)
+    for seed in range(3):
+        shuffled = mixed(50)
+        random.Random(seed).shuffle(shuffled)
+        again = drawn(shuffled, partition, scenario)
+        assert again == expected
+        assert again.digest() == expected.digest()
+
+
+def test_the_manifest_of_a_small_input_is_known() -> None:
+    """A literal: whoever changes it changes every manifest that was ever published."""
+    made = drawn(mixed(6), "dirichlet", "missing", clients=2, rate=0.3)
+    rows = [(h.sample_id, h.client, "+".join(sorted(h.visible))) for h in made.holdings]
+    assert rows == [
+        ("s000", 0, "image"),
+        ("s001", 0, "image"),
+        ("s002", 0, "text"),
+        ("s004", 0, ""),
+        ("s005", 0, "image+text"),
+        ("s003", 1, "image+text"),
+    ]
+    assert made.digest() == "9fa19342b2968bff32a840e56916e6a06fb75d9512975cea13d5eb18fec40f25"
+
+
+def test_the_seed_the_partition_and_the_scenario_show_in_the_digest() -> None:
+    made = [
+        drawn(mixed(50)),
+        drawn(mixed(50), seed=1),
+        drawn(mixed(50), "dirichlet"),
+        drawn(mixed(50), "iid", "missing"),
+    ]
+    assert len({m.digest() for m in made}) == 4
+
+
+def test_samples_go_to_clients_that_can_see_something_of_them() -> None:
+    samples = mixed(100)
+    made = drawn(samples, scenario="cross", clients=4)
+    has = [{m for h in made.of_client(c) for m in h.visible} for c in range(4)]
+    assert sorted(map(sorted, has)) == [["image"], ["image"], ["text"], ["text"]]
+    by_id = {s.id: s for s in samples}
+    assert all(h.visible == by_id[h.sample_id].modalities & has[h.client] for h in made.holdings)
+
+
+def test_a_scenario_that_needs_more_clients_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"^scenario: image_clients = 5 is more than the 4 clients there are; change it or"):
+        drawn(mixed(20), scenario="cross", image_clients=5)
+
+
+def test_more_clients_than_samples_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"partition\.clients = 4 with min_samples = 1 needs 4 samples and there are 3"):
+        drawn(mixed(3))
+    with pytest.raises(DataError, match=r"min_samples = 3 needs 12 samples and there are 10"):
+        drawn(mixed(10), least=3)
+
+
+def test_samples_that_nobody_can_see_are_a_data_error() -> None:
+    texts = [sample(f"{i}", "text") for i in range(20)]
+    with pytest.raises(DataError, match="20 samples have only text and no client has that"):
+        drawn(texts, scenario="cross", image_clients=4)
+    with pytest.raises(DataError, match=r"client \d cannot be given min_samples = 1 samples that it may hold"):
+        drawn(texts, scenario="cross", image_clients=1)
+
+
+def test_the_work_does_not_grow_with_samples_times_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def counted(one: Sample) -> frozenset[str]:
+        nonlocal looks
+        looks += 1
+        return BOTH
+
+    monkeypatch.setattr(Sample, "modalities", property(counted))
+    drawn([sample(f"{i}") for i in range(100)], scenario="hybrid", clients=50)
+    assert looks <= 10 * 100
+
+
+# The file
+
+
+@quick
+@given(count=st.integers(4, 30), seed=st.integers(0, 5))
+def test_a_manifest_reads_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, count: int, seed: int) -> None:
+    made = drawn(mixed(count), scenario="missing", seed=seed)
+    path = tmp_path_factory.mktemp("manifest") / "m.parquet"
+    made.write(path)
+    assert manifests.read(path) == made
+
+
+def test_the_same_manifest_is_the_same_file_with_the_published_columns(tmp_path: Path) -> None:
+    for name in "ab":
+        drawn(mixed(20)).write(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert pq.read_table(tmp_path / "a").schema.names == ["sample_id", "client", "has_image", "has_text"]
+
+
+def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    drawn(mixed(20)).write(path)
+    table = pq.read_table(path)
+    moved = table.set_column(1, "client", pa.array([0] * 20, pa.int32()))
+    pq.write_table(moved, path)
+    with pytest.raises(DataError, match="do not match its digest"):
+        manifests.read(path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"clients": "2"}, {"digest": "d"}])
+def test_a_table_without_its_metadata_is_no_manifest(tmp_path: Path, metadata: dict[str, str]) -> None:
+    pq.write_table(manifests.SCHEMA.empty_table().replace_schema_metadata(metadata), tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="is not a manifest; its columns must be sample_id, client, has_image, has_text"):
+        manifests.read(tmp_path / "m.parquet")
+
+
+def test_other_files_are_no_manifests(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other")
+    for name, message in (("nowhere", "cannot be read"), ("text", "cannot be read"), ("other", "is not a manifest")):
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            manifests.read(tmp_path / name)
+
+
+def test_pooled_is_everything_on_one_client() -> None:
+    samples = [sample("b"), sample("a", "text"), sample("c")]
+    made = Manifest((Holding("c", 0, frozenset(("text",))), Holding("a", 1, BOTH & {"text"}), Holding("b", 1, frozenset())), 2)
+    pooled = made.pooled(samples)
+    assert pooled.clients == 1
+    assert pooled.holdings == (Holding("a", 0, frozenset(("text",))), Holding("b", 0, BOTH), Holding("c", 0, BOTH))

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.data.partition import ensure_minimum, partitions
+from fedmllm.data.samples import Sample
+from fedmllm.errors import ConfigError, DataError
+from fedmllm.rng import stream
+from helpers import mixed, quick, sample
+
+every_partition = pytest.mark.parametrize("name", partitions.names())
+
+
+def dealt(name: str, samples: Sequence[Sample], clients: Sequence[int], seed: int = 0, **options: float) -> list[int]:
+    owner: list[int] = partitions.build(name, options)(samples, clients, stream(seed, "test")).tolist()
+    return owner
+
+
+def of_sources(*sizes: int) -> list[Sample]:
+    return [sample(f"{name}{i}", source=name) for name, size in zip("abcdefgh", sizes, strict=False) for i in range(size)]
+
+
+@every_partition
+@quick
+@given(
+    count=st.integers(1, 60), clients=st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True), seed=st.integers(0, 5)
+)
+def test_each_sample_goes_to_one_of_the_clients_that_may_hold_it(name: str, count: int, clients: list[int], seed: int) -> None:
+    owner = dealt(name, mixed(count), sorted(clients), seed)
+    assert len(owner) == count
+    assert set(owner) <= set(clients)
+    assert owner == dealt(name, mixed(count), sorted(clients), seed)
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet"])
+def test_another_seed_deals_otherwise(name: str) -> None:
+    assert dealt(name, mixed(60), range(5)) != dealt(name, mixed(60), range(5), seed=1)
+
+
+@quick
+@given(count=st.integers(0, 60), clients=st.integers(1, 9))
+def test_iid_gives_all_clients_the_same_number_but_for_one(count: int, clients: int) -> None:
+    held = Counter(dealt("iid", mixed(count), range(clients)))
+    assert max(held[c] for c in range(clients)) - min(held[c] for c in range(clients)) <= 1
+
+
+def test_iid_as_its_docstring_says() -> None:
+    assert sorted(Counter(dealt("iid", mixed(10), range(3))).values()) == [3, 3, 4]
+
+
+def test_dirichlet_skews_the_labels_more_where_alpha_is_small() -> None:
+    samples = [sample(f"{i:04d}", label=str(i % 2)) for i in range(3000)]
+
+    def largest_share(alpha: float) -> float:
+        shares = []
+        for seed in range(5):
+            owner = dealt("dirichlet", samples, range(3), seed, alpha=alpha)
+            shares += [max(Counter(owner[k::2]).values()) / 1500 for k in range(2)]
+        return float(np.mean(shares))
+
+    assert largest_share(1000) == pytest.approx(1 / 3, abs=0.03)
+    assert largest_share(0.05) > 0.8
+
+
+def test_dirichlet_shares_out_each_label_by_itself() -> None:
+    # Other samples of another label change nothing for a label that is drawn before it.
+    first = [sample(f"a{i}", label="a") for i in range(40)]
+    alone = dealt("dirichlet", first, range(4))
+    together = dealt("dirichlet", [*first, *(sample(f"b{i}", label="b") for i in range(40))], range(4))
+    assert together[:40] == alone
+
+
+def test_labels_are_told_apart_to_the_last_sign() -> None:
+    # numpy's text arrays drop zero bytes at the end.
+    samples = [sample(str(i), label="a" if i % 2 else "a\0") for i in range(100)]
+    owner = dealt("dirichlet", samples, range(2), alpha=0.001)
+    assert len(set(owner[::2])) == len(set(owner[1::2])) == 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_dirichlet_needs_a_positive_alpha(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"^partition"):
+        partitions.build("dirichlet", {"alpha": alpha})
+
+
+@quick
+@given(sizes=st.lists(st.integers(1, 9), min_size=3, max_size=8), clients=st.integers(1, 3))
+def test_by_source_keeps_a_source_together_and_spreads_the_load(sizes: list[int], clients: int) -> None:
+    samples = of_sources(*sizes)
+    owner = dealt("by-source", samples, range(clients))
+    for name in {s.source for s in samples}:
+        assert len({client for s, client in zip(samples, owner, strict=True) if s.source == name}) == 1
+    held = Counter(owner)
+    assert set(held) == set(range(clients))
+    assert max(held.values()) - min(held.values()) <= max(sizes)
+
+
+def test_by_source_with_few_sources_gives_each_clients_of_its_own_by_size() -> None:
+    samples = of_sources(40, 20)
+    owner = dealt("by-source", samples, [3, 5, 6, 7, 8, 9])
+    by_source = [Counter(owner[:40]), Counter(owner[40:])]
+    assert by_source[0].keys().isdisjoint(by_source[1])
+    assert [sorted(held.values()) for held in by_source] == [[10, 10, 10, 10], [10, 10]]
+
+
+# The least that every client holds
+
+
+@quick
+@given(
+    owners=st.lists(st.integers(0, 5), min_size=6, max_size=40),
+    least=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+def test_every_client_holds_the_least_and_nothing_is_dropped(owners: list[int], least: int, seed: int) -> None:
+    owner = np.array(owners, dtype=np.int64)
+    anyone = [frozenset(range(6))] * len(owner)
+    if 6 * least > len(owner):
+        with pytest.raises(DataError, match=rf"needs {6 * least} samples and there are {len(owner)}"):
+            ensure_minimum(owner, anyone, 6, least, stream(seed, "test"))
+        return
+    moved = ensure_minimum(owner, anyone, 6, least, stream(seed, "test"))
+    assert owner.tolist() == owners
+    held, before = Counter(moved.tolist()), Counter(owners)
+    assert all(held[c] >= least for c in range(6))
+    # Who had enough gives away at most the surplus, who had too little takes no more than is missing.
+    assert all(held[c] <= max(before[c], least) for c in range(6))
+    assert int((moved != owner).sum()) == sum(max(0, least - before[c]) for c in range(6))
+
+
+def test_only_what_a_client_may_hold_moves_to_it() -> None:
+    owner = np.zeros(6, dtype=np.int64)
+    eligible = [frozenset((0, 1))] * 2 + [frozenset((0, 2))] * 4
+    moved = ensure_minimum(owner, eligible, 3, 2, stream(0, "test")).tolist()
+    assert Counter(moved) == {0: 2, 1: 2, 2: 2}
+    assert all(client in able for client, able in zip(moved, eligible, strict=True))
+
+
+def test_samples_are_passed_on_where_nobody_can_spare_the_right_one() -> None:
+    # Client 0 needs a text. The only one is all that client 1 holds, who can take a picture of client 2's instead.
+    text, picture = frozenset((0, 1)), frozenset((1, 2))
+    moved = ensure_minimum(np.array([1, 2, 2]), [text, picture, picture], 3, 1, stream(0, "test")).tolist()
+    assert moved[0] == 0
+    assert sorted(moved) == [0, 1, 2]
+
+
+@quick
+@given(
+    texts=st.integers(0, 8), pictures=st.integers(0, 8), kinds=st.lists(st.sampled_from("tpb"), min_size=1, max_size=5),
+    least=st.integers(1, 3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_the_minimum_is_reached_wherever_it_can_be(texts: int, pictures: int, kinds: list[str], least: int, seed: int) -> None:
+    can = {kind: frozenset(c for c, k in enumerate(kinds) if k in (kind, "b")) for kind in "tp"}
+    eligible = [can["t"]] * texts + [can["p"]] * pictures
+    if not all(eligible):
+        return
+    rng = stream(seed, "test")
+    owner = np.array([rng.choice(sorted(able)) for able in eligible], dtype=np.int64)
+    # Hall's condition: the clients of one kind get by with their own samples, and all together with all.
+    enough = (
+        least * kinds.count("t") <= texts and least * kinds.count("p") <= pictures and least * len(kinds) <= texts + pictures
+    )
+    if not enough:
+        with pytest.raises(DataError):
+            ensure_minimum(owner, eligible, len(kinds), least, rng)
+        return
+    moved = ensure_minimum(owner, eligible, len(kinds), least, rng).tolist()
+    assert all(Counter(moved)[c] >= least for c in range(len(kinds)))
+    assert all(client in able for client, able in zip(moved, eligible, strict=True))
+
+
+def test_a_client_that_nothing_fits_is_named() -> None:
+    with pytest.raises(DataError, match="client 1 cannot be given min_samples = 1 samples that it may hold"):
+        ensure_minimum(np.zeros(4, dtype=np.int64), [frozenset((0,))] * 4, 2, 1, stream(0, "test"))

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+
+from fedmllm.data.prompts import prompts, render
+from fedmllm.data.samples import Modality
+from helpers import sample
+
+BOTH: frozenset[Modality] = frozenset(("image", "text"))
+IMAGE: frozenset[Modality] = frozenset(("image",))
+TEXT: frozenset[Modality] = frozenset(("text",))
+NOTHING: frozenset[Modality] = frozenset()
+
+MEME = sample(
+    text="look who is here", question="is this hateful?", answer="hateful", choices=("fine", "hateful"), lettered=True
+)
+QUESTION = sample(text="A red circle is above a blue rectangle.", question="what color is the circle?", answer="red")
+
+OPTIONS = "(A) fine\n(B) hateful\nAnswer with the letter of the right option."
+
+LETTERED = [
+    ("modality-specific", BOTH, f"Text: look who is here\nBased on the image and the text, is this hateful?\n{OPTIONS}"),
+    ("modality-specific", IMAGE, f"Based on the image, is this hateful?\n{OPTIONS}"),
+    ("modality-specific", TEXT, f"Text: look who is here\nBased on the text, is this hateful?\n{OPTIONS}"),
+    ("modality-specific", NOTHING, f"is this hateful?\n{OPTIONS}"),
+    ("modality-agnostic", BOTH, f"Text: look who is here\nWithout considering the modality, is this hateful?\n{OPTIONS}"),
+    ("modality-agnostic", IMAGE, f"Without considering the modality, is this hateful?\n{OPTIONS}"),
+    ("modality-agnostic", TEXT, f"Text: look who is here\nWithout considering the modality, is this hateful?\n{OPTIONS}"),
+    ("modality-agnostic", NOTHING, f"Without considering the modality, is this hateful?\n{OPTIONS}"),
+]
+
+BARE = [
+    (BOTH, "A red circle is above a blue rectangle.\nwhat color is the circle?"),
+    (IMAGE, "what color is the circle?"),
+    (TEXT, "A red circle is above a blue rectangle.\nwhat color is the circle?"),
+    (NOTHING, "what color is the circle?"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "visible", "user"), LETTERED)
+def test_golden_prompts_of_a_lettered_sample(strategy: str, visible: frozenset[Modality], user: str) -> None:
+    made = render(MEME, visible, prompts.build(strategy, {}))
+    assert made.user == user
+    assert made.answer == "(B) hateful"
+    assert made.options == ("(A) fine", "(B) hateful")
+    assert made.image == ("image" in visible)
+
+
+@pytest.mark.parametrize("strategy", prompts.names())
+@pytest.mark.parametrize(("visible", "user"), BARE)
+def test_golden_prompts_of_a_bare_question(strategy: str, visible: frozenset[Modality], user: str) -> None:
+    made = render(QUESTION, visible, prompts.build(strategy, {}))
+    assert made.user == user
+    assert made.answer == "red"
+    assert made.options == ()
+    assert made.image == ("image" in visible)
+
+
+def test_the_goldens_cover_every_strategy() -> None:
+    assert {strategy for strategy, _, _ in LETTERED} == set(prompts.names())
+
+
+def test_what_a_sample_does_not_have_cannot_be_seen() -> None:
+    made = render(sample("s", "text", question="what?"), BOTH, prompts.build("modality-specific", {}))
+    assert (made.image, made.user) == (False, "a text\nwhat?")
+    lettered = sample("s", "image", question="what?", answer="a", choices=("a", "b"), lettered=True)
+    made = render(lettered, BOTH, prompts.build("modality-specific", {}))
+    assert made.user.startswith("Based on the image, what?\n(A) a\n(B) b\n")
+
+
+def test_choices_that_are_not_lettered_are_not_shown() -> None:
+    made = render(sample("s", "image", choices=("yes", "no")), BOTH, prompts.build("modality-agnostic", {}))
+    assert made.user == "what is it?"
+    assert made.options == ("yes", "no")
+    assert made.answer == "yes"
+
+
+def test_choices_without_a_question_ask_for_the_right_one() -> None:
+    made = render(
+        sample("s", "image", question="", choices=("yes", "no"), lettered=True), BOTH, prompts.build("modality-agnostic", {})
+    )
+    assert made.user.startswith("Without considering the modality, which option is right?\n(A) yes\n(B) no\n")
+
+
+def test_letters_reach_to_z() -> None:
+    choices = tuple(f"c{i}" for i in range(26))
+    made = render(sample(answer="c25", choices=choices, lettered=True), BOTH, prompts.build("modality-agnostic", {}))
+    assert made.answer == "(Z) c25"
+    assert "\n(Z) c25\n" in made.user
+
+
+def test_the_picture_comes_before_the_text_in_the_users_turn() -> None:
+    strategy = prompts.build("modality-agnostic", {})
+    words = {"type": "text", "text": BARE[0][1]}
+    assert render(QUESTION, BOTH, strategy).messages() == [{"role": "user", "content": [{"type": "image"}, words]}]
+    assert render(QUESTION, TEXT, strategy).messages() == [{"role": "user", "content": [words]}]

@@ -1,0 +1,87 @@
+"""What the README and the guides tell a user to type must work."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from fedmllm import config
+from fedmllm.algorithms import algorithms, regularizations
+from fedmllm.cli import app
+from fedmllm.config import Experiment
+from fedmllm.data.partition import partitions
+from fedmllm.data.prompts import prompts
+from fedmllm.data.scenarios import scenarios
+from fedmllm.data.tasks import tasks
+from fedmllm.experiment import options_of, prepare
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_its_whole_experiment_is_one(tmp_path: Path) -> None:
+    (shown,) = blocks(README, "toml")
+    experiment = config.validate(tomllib.loads(shown))
+    assert len(prepare(experiment).train) == 1500
+
+
+def test_its_make_targets_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"^make ([a-z-]+)", "\n".join(blocks(README, "sh")), re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+    assert {"demo", "test", "lint", "bench", "docs"} <= set(targets)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks(README, "sh") for line in block.splitlines()]
+    return [line.partition("#")[0].strip() for line in lines if line.startswith("fedmllm ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_its_commands_parse(line: str) -> None:
+    """Each command exists and takes these options; the experiment file and the settings it names are good."""
+    words = line.split()[1:]
+    command = typer.main.get_command(app)
+    context = command.make_context("fedmllm", words[:1], resilient_parsing=True)
+    sub = command.get_command(context, words[0])  # type: ignore[attr-defined]
+    parsed = sub.make_context(words[0], words[1:], parent=context)
+    if "file" in parsed.params:
+        raw, _ = config.apply_overrides(config.read(ROOT / parsed.params["file"]), parsed.params["overrides"] or [], options_of)
+        config.validate(raw)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").rglob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_experiment_checks(file: Path) -> None:
+    raw, notes = config.apply_overrides(config.read(file), [], options_of)
+    assert notes == []
+    assert prepare(config.validate(raw, str(file))).train
+
+
+def test_its_table_names_every_part() -> None:
+    for registry in (tasks, partitions, scenarios, prompts, algorithms, regularizations):
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{registry.kind}` |"))
+        assert [name for name in registry.names() if f"`{name}`" not in row] == []
+
+
+def test_the_guide_names_every_key() -> None:
+    guide = (ROOT / "docs" / "experiments.md").read_text()
+    for table, field in Experiment.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        for key in inner if table not in ("scenario", "prompt", "algorithm", "regularization", "fleet") else ():
+            assert f"`{key}`" in guide or f"`{key}." in guide, f"[{table}] {key} is not in docs/experiments.md"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmllm.errors import RunError
+from fedmllm.store import RunDir, new_run, unfinished
+from helpers import same, tensors
+
+
+def begun(path: Path, digest: str = "d", **meta: Any) -> RunDir:
+    run = RunDir(path)
+    run.begin('name = "x"\n', {"config_digest": digest, **meta})
+    return run
+
+
+def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert not run.exists
+    assert not run.complete
+    assert run.rounds() == []
+    assert run.load_checkpoint() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", kind="federated")
+    assert run.exists
+    assert run.meta() == {"config_digest": "d", "kind": "federated"}
+    assert run.config.read_text() == 'name = "x"\n'
+    run.save_predictions([{"id": "a"}, {"id": "b"}])
+    assert [json.loads(line)["id"] for line in (run.path / "predictions.jsonl").read_text().splitlines()] == ["a", "b"]
+    assert not run.complete
+    run.finish({"metrics": {"auc": float("nan")}})
+    assert run.complete
+    assert math.isnan(run.result()["metrics"]["auc"])
+
+
+def test_a_kill_between_config_and_meta_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, []
+
+    def killed_at_the_second(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        begun(tmp_path / "run")
+    assert RunDir(tmp_path / "run").config.is_file()
+    assert not RunDir(tmp_path / "run").exists
+
+
+def test_the_checkpoint_holds_the_round_and_the_state(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    for number in range(3):
+        run.save_round({"round": number, "loss": number / 2}, {"adapter": tensors(x=number), "m": tensors(x=-number)}, "d")
+    assert [r["round"] for r in run.rounds()] == [0, 1, 2]
+    loaded = run.load_checkpoint()
+    assert loaded is not None
+    assert loaded[0] == 3
+    assert same(loaded[1], {"adapter": tensors(x=2), "m": tensors(x=-2)})
+
+
+def test_a_round_done_again_replaces_its_record_and_those_after(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    for number in (0, 1, 2):
+        run.save_round({"round": number, "try": 1}, {"adapter": tensors(x=0)}, "d")
+    run.save_round({"round": 1, "try": 2}, {"adapter": tensors(x=0)}, "d")
+    assert run.rounds() == [{"round": 0, "try": 1}, {"round": 1, "try": 2}]
+
+
+def test_a_record_cut_by_a_kill_is_not_counted(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 1, "lo')
+    assert run.rounds() == [{"round": 0}]
+
+
+def test_parts_are_kept_for_resuming(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    assert run.load_part("client-3") is None
+    run.save_part("client-3", {"score": 0.5})
+    assert run.load_part("client-3") == {"score": 0.5}
+    assert run.load_part("client-4") is None
+
+
+def test_results_that_are_not_there_say_why(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run directory"):
+        RunDir(tmp_path).result()
+    run = begun(tmp_path)
+    with pytest.raises(RunError, match=r"is not complete; go on with `fedmllm run … --resume`"):
+        run.result()
+    (tmp_path / "result.json").write_text('{"cut')
+    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be made again"):
+        run.result()
+
+
+def test_a_new_run_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
+    assert new_run(tmp_path / "runs", "exp").path == tmp_path / "runs" / "exp"
+    for taken in ("exp", "exp-2", "exp-4"):
+        (tmp_path / taken).mkdir()
+    assert new_run(tmp_path, "exp").path == tmp_path / "exp-3"
+
+
+def test_the_latest_unfinished_run_of_the_same_settings_is_found(tmp_path: Path) -> None:
+    for age, name in enumerate(("exp", "exp-3", "exp-2")):
+        run = begun(tmp_path / name)
+        os.utime(run.config, (1000 + age, 1000 + age))
+    begun(tmp_path / "exp-4", digest="other settings")
+    begun(tmp_path / "exp-5").finish({})
+    begun(tmp_path / "exp1")
+    begun(tmp_path / "exp-old")
+    (tmp_path / "exp-6").mkdir()
+    found = unfinished(tmp_path, "exp", "d")
+    assert found is not None
+    assert found.path.name == "exp-2"
+
+
+def test_no_unfinished_run(tmp_path: Path) -> None:
+    assert unfinished(tmp_path / "nowhere", "exp", "d") is None
+    begun(tmp_path / "exp").finish({})
+    assert unfinished(tmp_path, "exp", "d") is None
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "a+b"])
+def test_signs_in_a_name_mean_themselves(tmp_path: Path, name: str) -> None:
+    begun(tmp_path / name)
+    begun(tmp_path / "ab")
+    found = unfinished(tmp_path, name, "d")
+    assert found is not None
+    assert found.path.name == name
