@@ -21,7 +21,7 @@ from fedmllm.models.pocket.questions import ask_scene, ask_text, lettered
 from fedmllm.models.pocket.scenes import COLORS, SHAPES, Scene, Thing, cells, draw_scene
 from fedmllm.rng import stream
 
-SMALL = pretrain.Recipe(vision_steps=2, vision_rows=4, steps=5, rows=3, questions=2, save_every=2)
+SMALL = pretrain.Recipe(vision_steps=2, vision_rows=4, answer_steps=2, presence_steps=1, rows=3, questions=2, save_every=2)
 
 
 def test_the_package_is_small_and_complete() -> None:
@@ -81,9 +81,9 @@ def test_the_recipes_blocks_are_the_prompts_that_users_send() -> None:
         torch.manual_seed(0)
         model = parts.build_model(parts.build_config(tokenizer, num_hidden_layers=2)).eval()
     recipe = replace(SMALL, rows=1, text_share=0.0)
-    batch = pretrain.make_batch(tokenizer, recipe, step=4)
+    batch = pretrain.make_batch(tokenizer, recipe, step=3)
     packed, _ = pretrain.losses_of(model, pretrain.CellHeads(160), batch)
-    rng = stream(recipe.seed, "row", 4, 0)
+    rng = stream(recipe.seed, "row", 3, 0)
     rng.random()
     scene = draw_scene(rng, 1)
     processor = parts.build_processor(tokenizer)

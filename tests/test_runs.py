@@ -120,7 +120,7 @@ def test_interrupted_is_130_and_resumable(write_experiment: Write) -> None:
     command = [sys.executable, "-m", "fedmllm", "run", str(file), "--out", "stopped"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     folder, deadline = RunDir(Path("stopped")), time.monotonic() + 120
-    while not folder.rounds() and time.monotonic() < deadline:
+    while folder.load_checkpoint() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
