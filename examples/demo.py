@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedmllm.store import new_run
+
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
 COMMANDS = {"zero-shot": ["baseline", "zero-shot"], "local": ["baseline", "local"], "federated": ["run"]}
 
@@ -55,20 +57,12 @@ class Run:
         return 100 * float(result["metrics"]["both"]["accuracy"])
 
 
-def free_folder(parent: Path) -> Path:
-    """`parent/demo`, or with -2, -3, … where that is taken."""
-    number = 1
-    while (folder := parent / ("demo" if number == 1 else f"demo-{number}")).exists():
-        number += 1
-    return folder
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="zero-shot, local and federated on the quickstart experiment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where the run directories go; by default a new folder in runs/")
     options = parser.parse_args(arguments)
-    out = options.out or free_folder(Path("runs"))
+    out = options.out or new_run(Path("runs"), "demo").path
     began, cores = time.monotonic(), os.cpu_count() or 1
     # First, and alone: it also puts the pictures through the vision tower, which the other two then find done.
     score = {"zero-shot": Run("zero-shot", options.seed, out, cores).accuracy()}

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedmllm.errors import ConfigError, suggest
+from fedmllm.errors import ConfigError
 from fedmllm.registry import explain
 
 Pattern = Literal["both", "image", "text"]
@@ -248,5 +248,5 @@ def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
 
 __all__ = [
     "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named", "PartitionTable", "TaskTable", "TrainTable",
-    "apply_overrides", "parse_override", "read", "suggest", "validate",
+    "apply_overrides", "parse_override", "read", "validate",
 ]  # fmt: skip

@@ -162,22 +162,22 @@ class MLLM:
         return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
 
     @torch.no_grad()
-    def _encode_pictures(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
+    def _image_features(self, inputs: dict[str, Tensor]) -> Any:
+        """What the vision tower makes of pixel inputs, of which it is given those it takes."""
         get_features = self.backbone.model.get_image_features
-        takes = set(inspect.signature(get_features).parameters)
+        takes = inspect.signature(get_features).parameters
+        return get_features(**{k: v.to(self.backbone.device) for k, v in inputs.items() if k in takes}, return_dict=True)
+
+    def _encode_pictures(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
         for start in range(0, len(pictures), batch):
             inputs = [self._pixel_inputs(picture) for picture in pictures[start : start + batch]]
             for group in _alike(inputs):
-                joined = {k: torch.cat([one[k] for one in group]).to(self.backbone.device) for k in group[0] if k in takes}
-                yield from features.split_output(get_features(**joined, return_dict=True), len(group))
+                joined = {k: torch.cat([one[k] for one in group]) for k in group[0]}
+                yield from features.split_output(self._image_features(joined), len(group))
 
-    @torch.no_grad()
     def _pools_into_tensor(self) -> bool:
         inputs = self._pixel_inputs_of(Image.new("RGB", (64, 64), (200, 120, 40)))
-        get_features = self.backbone.model.get_image_features
-        takes = set(inspect.signature(get_features).parameters)
-        given = {k: v.to(self.backbone.device) for k, v in inputs.items() if k in takes}
-        return isinstance(get_features(**given, return_dict=True).pooler_output, Tensor)
+        return isinstance(self._image_features(inputs).pooler_output, Tensor)
 
     def _record(self, picture: int) -> Tensor:
         if self._features is not None and picture in self._place:
@@ -198,7 +198,7 @@ class MLLM:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.backbone.family.positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        for key in batch[0].tokenwise.keys() | {k for one in batch for k in one.tokenwise}:
+        for key in {k for one in batch for k in one.tokenwise}:
             if key in self._parameters:
                 values = [
                     [0] * (length - len(row)) + list(one.tokenwise.get(key, ())) for one, row in zip(batch, rows, strict=True)

@@ -27,7 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -35,6 +37,7 @@ from fedmllm.models.pocket import architecture as parts
 from fedmllm.models.pocket.questions import EVENLY, MOSTLY_PRESENCE, ask_scene, ask_text
 from fedmllm.models.pocket.scenes import COLORS, SHAPES, cells, draw_scene
 from fedmllm.rng import seed_for, stream
+from fedmllm.tensors import write_atomically
 
 
 @dataclass(frozen=True)
@@ -225,23 +228,15 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(path)
-
-
 def save_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: Recipe) -> None:
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value.contiguous() for slot, value in slots.items()}
-    _replace(path, tensors, {"step": str(step), "recipe": json.dumps(vars(recipe))})
+    write_atomically(path, serialize(tensors, metadata={"step": str(step), "recipe": json.dumps(vars(recipe))}))
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
     """The step to go on from. Raises ValueError where the checkpoint was made by another recipe."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     if json.loads(metadata["recipe"]) != vars(recipe):
@@ -265,7 +260,7 @@ def export(model: Idefics3ForConditionalGeneration, tokenizer: PreTrainedTokeniz
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tensors = {name: p.detach().to(torch.float16).contiguous() for name, p in model.named_parameters()}
-    _replace(out / "model.safetensors", tensors, {"format": "pt"})
+    write_atomically(out / "model.safetensors", serialize(tensors, metadata={"format": "pt"}))
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
