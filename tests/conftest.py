@@ -20,6 +20,8 @@ from fedmllm.models.mllm import MLLM
 from fedmllm.models.pocket import architecture as parts
 
 logging.disable_progress_bar()
+# The tiny model gains nothing from a second thread, and loses much where another process wants the core.
+torch.set_num_threads(1)
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 
 

@@ -126,7 +126,7 @@ def test_cached_equals_uncached_and_training_works(checkpoint: Path, tmp_path: P
         settings = ModelTable(name=str(checkpoint), lora=LoraTable(rank=2), precision="fp32", cache_features=caches)
         model = MLLM.load(settings, seed=0)
         assert model.caches == caches
-        assert model.layers == 2
+        assert model.info.layers == 2
         assert len(model.adapter.parameters) == 2 * 4 * 2
         batch = model.encode(talks, pictures, 300)
         model.prepare_features()

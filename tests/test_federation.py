@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from fedmllm.algorithms import Update, algorithms
+from fedmllm.algorithms.base import groups
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.config import TrainTable
 from fedmllm.federation import Plan, RoundRecord, TooFewUpdates, federate, learning_rate, sample_clients
 from fedmllm.tensors import State, load_state, nbytes, save_state
-from helpers import COMBINATIONS, FakeFleet, built, lora_adapter, same, update
+from helpers import ADAPTER_INFO, COMBINATIONS, FakeFleet, built, lora_adapter, same, update
 
-PLAN = Plan(tuple(range(8)), 3, 4, 0.1, "cosine", 1, seed=0)
+PLAN = Plan(tuple(range(8)), 3, 4, 0.1, "cosine", 1, seed=0, adapter=ADAPTER_INFO)
 ADAPTER = lora_adapter()
 A_NAME = min(ADAPTER)
 BYTES = nbytes(ADAPTER)
@@ -76,11 +77,12 @@ def test_a_fleet_is_told_the_round_the_clients_the_state_and_the_rate() -> None:
     results = run(fleet)
     assert [record.round for record, _ in results] == [0, 1, 2, 3]
     states = [{"adapter": ADAPTER}, *(state for _, state in results)]
-    for number, (info, received, lr) in enumerate(fleet.seen):
+    for number, (info, messages, lr) in enumerate(fleet.seen):
         assert (info.round, info.rounds, info.clients, info.seed) == (number, 4, 8, 0)
         assert info.sampled == sample_clients(PLAN, number) == tuple(results[number][0].sampled)
         assert lr == results[number][0].lr == learning_rate(PLAN, number)
-        assert same(received, states[number])
+        assert messages.keys() == set(info.sampled)
+        assert all(same(message, states[number]) for message in messages.values())
     assert fleet.committed == [0, 1, 2, 3]
 
 
@@ -95,8 +97,8 @@ def test_a_round_is_committed_only_when_its_driver_comes_back() -> None:
 
 def test_a_record_adds_up_what_the_clients_did() -> None:
     record = run(FakeFleet(fedavg()), replace(PLAN, clients=(0, 1, 2)))[0][0]
-    # The pretended clients k have 10 (k + 1) examples, 4 + k steps and a loss of k.
-    assert (record.examples, record.steps) == (60, 15)
+    # The pretended clients k have 10 (k + 1) examples, 2 + k mod 3 steps and a loss of k.
+    assert (record.examples, record.steps) == (60, 9)
     assert record.loss == pytest.approx((10 * 0 + 20 * 1 + 30 * 2) / 60)
     assert record.refused == []
 
@@ -107,8 +109,8 @@ def test_bytes_are_counted_by_group_from_what_travels() -> None:
         plain,
         init=lambda adapter: {**plain.init(adapter), "control": {"c": torch.zeros(5)}, "private": {"p": torch.zeros(9)}},
         finish=lambda *args: ({**plain.finish(*args)[0], "control": {"c": torch.ones(5)}}, {}),
-        uploads=lambda state: {"adapter": state["adapter"], "control": state["control"]},
-        send=("adapter", "control"),
+        uploads=groups("adapter", "control"),
+        message=groups("adapter", "control"),
     )
     for record, _ in run(FakeFleet(extra)):
         assert record.bytes_down == {"adapter": 3 * BYTES, "control": 3 * 20}
@@ -197,14 +199,14 @@ def test_no_answer_at_all_ends_the_run() -> None:
 # Going on
 
 
-@pytest.mark.parametrize(("name", "regularization"), COMBINATIONS)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids="-".join)
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, name: str, regularization: str, done: int) -> None:
-    whole = run(FakeFleet(built(name, regularization)))
-    fleet = FakeFleet(built(name, regularization))
+def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, parts: tuple[str, str, str], done: int) -> None:
+    whole = run(FakeFleet(built(*parts)))
+    fleet = FakeFleet(built(*parts))
     first = list(islice(federate(fleet.algorithm, fleet, PLAN, ADAPTER), done))
     save_state(tmp_path / "server", first[-1][1])
-    second = FakeFleet(built(name, regularization))
+    second = FakeFleet(built(*parts))
     second.memory = fleet.memory
     rest = run(second, resume=(done, load_state(tmp_path / "server")[0]))
     assert [replace(r, seconds=0) for r, _ in first + rest] == [replace(r, seconds=0) for r, _ in whole]
@@ -213,3 +215,25 @@ def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, name: str, regul
 
 def test_a_finished_run_has_no_rounds_left() -> None:
     assert run(FakeFleet(algorithms.build("fedavg", {})), resume=(4, {"adapter": ADAPTER})) == []
+
+
+# Unequal ranks
+
+
+def test_each_client_is_sent_its_own_rank_and_bytes_are_what_was_sent() -> None:
+    fleet = FakeFleet(algorithms.build("hetlora", {}))
+    plan = replace(PLAN, clients=(0, 1, 2), ranks={0: 1, 1: 2, 2: 1})
+    for record, _ in run(fleet, plan):
+        # A row of A and a column of B: 3 + 4 numbers of 4 bytes, in 6 modules.
+        one = 6 * (3 + 4) * 4
+        assert record.bytes_down == record.bytes_up == {"adapter": (1 + 2 + 1) * one}
+    info, messages, _ = fleet.seen[0]
+    assert info.ranks == plan.ranks
+    assert [messages[c]["adapter"][A_NAME].shape for c in range(3)] == [(1, 3), (2, 3), (1, 3)]
+
+
+def test_an_update_of_another_rank_than_the_clients_is_refused() -> None:
+    plan = replace(PLAN, clients=(0, 1, 2), ranks={0: 1, 1: 2, 2: 2})
+    fleet = FakeFleet(algorithms.build("hetlora", {}), lambda _, updates: [replace(updates[0], client=1), *updates[1:]])
+    record = run(fleet, plan)[0][0]
+    assert [r["why"] for r in record.refused] == [f"shape (1, 3) of '{A_NAME}' is not (2, 3)"]

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "algorithms": BOTTOM,
     "evaluation.metrics": BOTTOM,
     "evaluation.intervals": BOTTOM,
-    "models": BOTTOM | {"data"},
+    "models": BOTTOM | {"data", "algorithms"},
     "training": MODELS,
     "evaluation": MODELS,
     "federation": {"algorithms", "config", "tensors", "rng"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import typer.main
 
 from fedmllm import config
-from fedmllm.algorithms import algorithms, regularizations
+from fedmllm.algorithms import algorithms, compressions, regularizations
 from fedmllm.cli import app
 from fedmllm.config import Experiment
 from fedmllm.data.partition import partitions
@@ -67,16 +68,28 @@ def test_every_shipped_experiment_checks(file: Path) -> None:
 
 
 def test_its_table_names_every_part() -> None:
-    for registry in (tasks, partitions, scenarios, prompts, algorithms, regularizations):
+    for registry in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions):
         row = next(line for line in README.splitlines() if line.startswith(f"| `{registry.kind}` |"))
         assert [name for name in registry.names() if f"`{name}`" not in row] == []
+
+
+@pytest.mark.parametrize("name", [*algorithms.names(), *regularizations.names(), *compressions.names()])
+def test_the_guide_to_algorithms_names_every_one(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "algorithms.md").read_text() or name == "none"
+
+
+def test_every_algorithm_file_is_in_the_papers() -> None:
+    papers = (ROOT / "docs" / "papers.md").read_text()
+    registered = {Path(inspect.getfile(algorithms.factory(name))).name for name in algorithms.names()}
+    registered |= {Path(inspect.getfile(regularizations.factory(name))).name for name in ("adaptive", "fedprox")}
+    assert [file for file in sorted(registered) if f"`algorithms/{file}`" not in papers] == []
 
 
 def test_the_guide_names_every_key() -> None:
     guide = (ROOT / "docs" / "experiments.md").read_text()
     for table, field in Experiment.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
-        for key in inner if table not in ("scenario", "prompt", "algorithm", "regularization", "fleet") else ():
+        for key in inner if table not in ("scenario", "prompt", "algorithm", "regularization", "compression", "fleet") else ():
             assert f"`{key}`" in guide or f"`{key}." in guide, f"[{table}] {key} is not in docs/experiments.md"
 
 

@@ -51,6 +51,7 @@ class Kinds(StrEnum):
     partitions = "partitions"
     algorithms = "algorithms"
     regularizations = "regularizations"
+    compressions = "compressions"
     prompts = "prompts"
     models = "models"
 
@@ -284,13 +285,20 @@ def list_parts(kind: Kinds, as_json: Json = False) -> None:
         return
     table = Table(show_header=False, box=None)
     for part in found:
-        options = f"[dim]options: {', '.join(part['options'])}[/dim]" if part["options"] else ""
-        table.add_row(f"[bold]{part['name']}[/bold]", part["description"] + ("\n" + options if options else ""))
+        lines = [part["description"]]
+        if part["options"]:
+            defaults = part.get("defaults", {})
+            shown = (f"{o} = {defaults[o]!r}" if o in defaults else o for o in part["options"])
+            lines.append(f"[dim]options: {', '.join(shown)}[/dim]")
+        if "down" in part:
+            lines.append(f"[dim]travels down: {', '.join(part['down'])}; up: {', '.join(part['up'])}[/dim]")
+        table.add_row(f"[bold]{part['name']}[/bold]", "\n".join(lines))
     _table(table)
 
 
 def _parts(kind: Kinds) -> list[dict[str, Any]]:
-    from fedmllm.algorithms import algorithms, regularizations
+    from fedmllm.algorithms import algorithms, compressions, regularizations
+    from fedmllm.algorithms.travel import travels
     from fedmllm.data.partition import partitions
     from fedmllm.data.prompts import prompts
     from fedmllm.data.scenarios import scenarios
@@ -304,12 +312,21 @@ def _parts(kind: Kinds) -> list[dict[str, Any]]:
             for name in families.names()
         ]
         return [pocket, *known]
-    registries = (tasks, scenarios, partitions, algorithms, regularizations, prompts)
+    registries = (tasks, scenarios, partitions, algorithms, regularizations, compressions, prompts)
     registry: Any = next(r for r in registries if f"{r.kind}s" == kind.value)
-    return [
-        {"name": name, "description": registry.describe(name), "options": registry.option_names(name)}
+    found = [
+        {
+            "name": name,
+            "description": registry.describe(name),
+            "options": registry.option_names(name),
+            "defaults": registry.defaults(name),
+        }
         for name in registry.names()
     ]
+    if kind is Kinds.algorithms:
+        for part in found:
+            part |= travels(algorithms.build(part["name"], {}))
+    return found
 
 
 @app.callback(invoke_without_command=True)

@@ -55,6 +55,11 @@ class PartitionTable(Named):
     min_samples: Positive = 1
 
 
+class ClientsTable(Table):
+    rank: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    """LoRA ranks: client k has the entry k modulo their number. Empty: all have `model.lora.rank`, which none may exceed."""
+
+
 class LoraTable(Table):
     rank: Positive = 8
     alpha: Rate = 8.0
@@ -63,9 +68,17 @@ class LoraTable(Table):
     """A regular expression over module names; by default the model family's: q, k, v, o of the text model's attention."""
 
 
+class AdapterTable(Table):
+    kind: Literal["lora", "rslora", "dora", "ia3", "prompt-tuning"] = "lora"
+    """What is trained. The first three take their settings from `model.lora`."""
+    virtual_tokens: Positive = 8
+    """Learned vectors in front of every prompt, for "prompt-tuning"."""
+
+
 class ModelTable(Table):
     name: str = "pocket"
     """"pocket", a Hugging Face id, or a local folder."""
+    adapter: AdapterTable = AdapterTable()
     lora: LoraTable = LoraTable()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
@@ -104,6 +117,8 @@ class EvalTable(Table):
     batch_size: Positive = 64
     bootstrap: Positive = 1000
     max_new_tokens: Positive = 16
+    clients: Positive | None = None
+    """Where each client has a model of its own, evaluate a seeded draw of this many; by default all."""
 
 
 class Experiment(Table):
@@ -114,10 +129,12 @@ class Experiment(Table):
     task: TaskTable
     partition: PartitionTable = PartitionTable(name="iid")
     scenario: Named = Named(name="aligned")
+    clients: ClientsTable = ClientsTable()
     prompt: Named = Named(name="modality-agnostic")
     model: ModelTable = ModelTable()
     algorithm: Named = Named(name="fedavg")
     regularization: Named = Named(name="none")
+    compression: Named = Named(name="none")
     train: TrainTable = TrainTable()
     eval: EvalTable = EvalTable()
     fleet: Named = Named(name="in-process")
@@ -141,7 +158,15 @@ class Experiment(Table):
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}"
             )
+        highest = max(self.clients.rank, default=0)
+        if highest > self.model.lora.rank:
+            raise ValueError(f"clients.rank = {highest} is more than model.lora.rank = {self.model.lora.rank}, the server's")
         return self
+
+    def rank_of(self, client: int) -> int:
+        """The client's LoRA rank."""
+        ranks = self.clients.rank
+        return ranks[client % len(ranks)] if ranks else self.model.lora.rank
 
     def resolved(self) -> dict[str, Any]:
         """All settings, defaults filled in, as plain values; keys that are None are left out."""
@@ -247,6 +272,6 @@ def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
 
 
 __all__ = [
-    "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named", "PartitionTable", "TaskTable", "TrainTable",
-    "apply_overrides", "parse_override", "read", "validate",
+    "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named", "PartitionTable",
+    "TaskTable", "TrainTable", "apply_overrides", "parse_override", "read", "validate",
 ]  # fmt: skip

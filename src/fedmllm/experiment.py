@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmllm.algorithms import Algorithm, algorithms, regularizations
+from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
 from fedmllm.config import Experiment, TaskTable
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
@@ -47,14 +47,41 @@ class Data:
 
 def options_of(table: str, name: str) -> Sequence[str]:
     """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
-    kinds = {r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, fleets)}
+    kinds = {r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions, fleets)}
     return kinds[table].option_names(name) if table in kinds else []
 
 
 def build_algorithm(config: Experiment) -> Algorithm:
-    """The server's algorithm with its regularisation around it."""
+    """The server's algorithm with its regularisation and its compression around it.
+
+    Raises ConfigError where one of them cannot work with the kind of adapter, or with clients of unequal rank.
+    """
     algorithm = algorithms.build(config.algorithm.name, config.algorithm.options)
-    return regularizations.build(config.regularization.name, config.regularization.options)(algorithm)
+    kind, name = config.model.adapter.kind, config.algorithm.name
+    if algorithm.needs_lora and kind not in ("lora", "rslora"):
+        raise ConfigError(
+            f"algorithm.name: {name!r} works on LoRA's factors A and B alone, and model.adapter.kind = {kind!r} has more or "
+            'none; set the kind to "lora" or "rslora", or choose an algorithm for any adapter, such as "fedavg".'
+        )
+    if config.clients.rank and kind not in ("lora", "rslora"):
+        raise ConfigError(f'clients.rank: model.adapter.kind = {kind!r} has no rank to vary; set it to "lora" or "rslora".')
+    ranks = {config.rank_of(client) for client in range(config.partition.clients)}
+    if ranks != {config.model.lora.rank} and not algorithm.unequal_ranks:
+        able = [n for n in algorithms.names() if algorithms.build(n, {}).unequal_ranks]
+        raise ConfigError(
+            f"clients.rank: {name!r} cannot average adapters of ranks {sorted(ranks)} under model.lora.rank = "
+            f"{config.model.lora.rank}; give all clients that rank, or choose one of {', '.join(able)}."
+        )
+    algorithm = regularizations.build(config.regularization.name, config.regularization.options)(algorithm)
+    if algorithm.needs_layers and kind == "prompt-tuning":
+        raise ConfigError(
+            f"regularization.name: {config.regularization.name!r} ties the middle layers, and the vectors of "
+            'model.adapter.kind = "prompt-tuning" belong to none; use "fedprox" or "none".'
+        )
+    try:
+        return compressions.build(config.compression.name, config.compression.options)(algorithm)
+    except ValueError as error:
+        raise ConfigError(f"compression.name: {config.compression.name!r} cannot be used with {name!r}: {error}.") from None
 
 
 def _draw_some(samples: list[Sample], count: int | None, *names: str) -> list[Sample]:
@@ -142,12 +169,14 @@ def rounds_alone(config: Experiment) -> int:
 
 
 def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """What each client holds and sees: `samples`, and of them `image` and `text` visible."""
+    """What each client holds and sees: `samples`, of them `image` and `text` visible, and `gap`, the share of the
+    2 · samples modality slots that are empty."""
     rows = []
     for client in range(manifest.clients):
         held = manifest.of_client(client)
         image, text = (sum(m in h.visible for h in held) for m in ("image", "text"))
-        rows.append({"client": client, "samples": len(held), "image": image, "text": text})
+        gap = 1 - (image + text) / (2 * len(held)) if held else 1.0
+        rows.append({"client": client, "samples": len(held), "image": image, "text": text, "gap": round(gap, 6)})
     return rows
 
 

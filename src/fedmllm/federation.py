@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedmllm.algorithms import Algorithm, RoundInfo, Update
+from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, nbytes, problem_with, select
+from fedmllm.tensors import State, Tensors, nbytes, problem_with
 
 
 class Fleet(Protocol):
-    """`train` answers with the updates of the clients in `info.sampled`, in any order. `commit(round)` says that the
-    server's state after that round is safe: client memory from before it may go."""
+    """`train` answers with the updates of the clients in `info.sampled`, in any order; `messages` is what each is sent.
+    `commit(round)` says that the server's state after that round is safe: client memory from before it may go.
+    `personal` is the adapter of a client that keeps part of it, after `done` rounds and with this message."""
 
-    def train(self, info: RoundInfo, received: State, lr: float) -> Sequence[Update]: ...
+    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
 
     def commit(self, round: int) -> None: ...
+
+    def personal(self, client: int, message: State, done: int) -> Tensors: ...
 
 
 class TooFewUpdates(RuntimeError):  # noqa: N818 (it says what happened)
@@ -33,7 +36,10 @@ class TooFewUpdates(RuntimeError):  # noqa: N818 (it says what happened)
 
 @dataclass(frozen=True)
 class Plan:
-    """`clients` are the ids of all clients; `per_round` of them are sampled each round without replacement."""
+    """`clients` are the ids of all clients; `per_round` of them are sampled each round without replacement.
+
+    `ranks` has the LoRA rank of each client where they differ, and is empty where they do not.
+    """
 
     clients: tuple[int, ...]
     per_round: int
@@ -42,12 +48,28 @@ class Plan:
     schedule: str
     min_updates: int
     seed: int
+    adapter: AdapterInfo = field(default_factory=AdapterInfo)
+    ranks: Mapping[int, int] = field(default_factory=dict)
+
+    def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
+        """What the algorithm is told of a round in which `sampled` take part."""
+        ranks = {client: self.ranks[client] for client in sampled if client in self.ranks}
+        return RoundInfo(round, self.rounds, len(self.clients), tuple(sampled), self.seed, self.adapter, ranks)
 
     @classmethod
-    def of(cls, train: TrainTable, clients: Sequence[int], seed: int) -> Plan:
+    def of(
+        cls,
+        train: TrainTable,
+        clients: Sequence[int],
+        seed: int,
+        adapter: AdapterInfo | None = None,
+        ranks: Mapping[int, int] | None = None,
+    ) -> Plan:
         ids = tuple(clients)
         per_round = min(train.clients_per_round, len(ids))
-        return cls(ids, per_round, train.rounds, train.lr, train.schedule, min(train.min_updates, per_round), seed)
+        enough = min(train.min_updates, per_round)
+        info = adapter or AdapterInfo()
+        return cls(ids, per_round, train.rounds, train.lr, train.schedule, enough, seed, info, ranks or {})
 
 
 @dataclass(frozen=True)
@@ -82,19 +104,13 @@ def sample_clients(plan: Plan, round: int) -> tuple[int, ...]:
 
 
 def usable(
-    updates: Sequence[Update], reference: State, sampled: Sequence[int]
+    updates: Sequence[Update], algorithm: Algorithm, state: State, info: RoundInfo
 ) -> tuple[list[Update], list[dict[str, str | int]]]:
     """The updates that can be aggregated, and for each other one its client and why it was refused."""
     good: list[Update] = []
     refused: list[dict[str, str | int]] = []
     for update in sorted(updates, key=lambda u: u.client):
-        why = None if update.client in sampled else "not sampled in this round"
-        if why is None and (update.examples < 1 or update.steps < 1):
-            why = "no examples"
-        if why is None and update.groups.keys() != reference.keys():
-            why = f"groups {sorted(update.groups)} instead of {sorted(reference)}"
-        for group in sorted(reference) if why is None else ():
-            why = why or problem_with(update.groups[group], reference[group])
+        why = _problem(update, algorithm, state, info)
         if why is None and any(update.client == other.client for other in good):
             why = "a second update in the same round"
         if why is None:
@@ -102,6 +118,29 @@ def usable(
         else:
             refused.append({"client": update.client, "why": why})
     return good, refused
+
+
+def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> str | None:
+    if update.client not in info.sampled:
+        return "not sampled in this round"
+    if update.examples < 1 or update.steps < 1:
+        return "no examples"
+    reference = algorithm.uploads(state, update.client, info)
+    if update.groups.keys() != reference.keys():
+        return f"groups {sorted(update.groups)} instead of {sorted(reference)}"
+    for group in sorted(reference):
+        if why := problem_with(update.groups[group], reference[group]):
+            return why
+    return algorithm.refuse(update, state, info)
+
+
+def _bytes(states: Sequence[State]) -> dict[str, int]:
+    """What these messages weigh, by group."""
+    total: dict[str, int] = {}
+    for state in states:
+        for group, tensors in state.items():
+            total[group] = total.get(group, 0) + nbytes(tensors)
+    return total
 
 
 def federate(
@@ -114,11 +153,11 @@ def federate(
     done, state = resume if resume else (0, algorithm.init(adapter))
     for round in range(done, plan.rounds):  # noqa: A001 (the field's word)
         began = time.monotonic()
-        info = RoundInfo(round, plan.rounds, len(plan.clients), sample_clients(plan, round), plan.seed)
-        received = select(state, algorithm.send)
+        info = plan.info(round, sample_clients(plan, round))
+        messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         lr = learning_rate(plan, round)
-        updates = fleet.train(info, received, lr)
-        good, refused = usable(updates, algorithm.uploads(state), info.sampled)
+        updates = fleet.train(info, messages, lr)
+        good, refused = usable(updates, algorithm, state, info)
         if len(good) < plan.min_updates:
             reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
             raise TooFewUpdates(
@@ -126,10 +165,6 @@ def federate(
             )
         state = algorithm.aggregate(state, good, info)
         examples = sum(u.examples for u in good)
-        up: dict[str, int] = {}
-        for update in updates:
-            for group, tensors in update.groups.items():
-                up[group] = up.get(group, 0) + nbytes(tensors)
         yield (
             RoundRecord(
                 round=round,
@@ -138,8 +173,8 @@ def federate(
                 examples=examples,
                 steps=sum(u.steps for u in good),
                 loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in good) / examples,
-                bytes_down={group: nbytes(tensors) * len(info.sampled) for group, tensors in received.items()},
-                bytes_up=up,
+                bytes_down=_bytes(list(messages.values())),
+                bytes_up=_bytes([update.groups for update in updates]),
                 refused=refused,
                 seconds=time.monotonic() - began,
                 padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in good) / examples,

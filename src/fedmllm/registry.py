@@ -67,6 +67,10 @@ class Registry(Generic[T]):
     def option_names(self, name: str) -> list[str]:
         return sorted(self._model(name).model_fields)
 
+    def defaults(self, name: str) -> dict[str, Any]:
+        """The options that need not be given, with what they are then."""
+        return {key: field.default for key, field in sorted(self._model(name).model_fields.items()) if not field.is_required()}
+
     def _model(self, name: str) -> type[BaseModel]:
         if name not in self._options:
             factory = self.factory(name)

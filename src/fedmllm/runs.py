@@ -20,19 +20,20 @@ from typing import Any, Literal
 import torch
 
 from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.experiment import Bench, Data, Report, build_algorithm, client_rows, prepare, rounds_alone, silent
-from fedmllm.federation import Plan, federate
+from fedmllm.federation import Fleet, Plan, federate
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Site
-from fedmllm.models.lora import read_adapter
 from fedmllm.models.mllm import Encoded
+from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir
-from fedmllm.tensors import Tensors, digest
+from fedmllm.tensors import State, Tensors, digest, flatten
 
 Kind = Literal["federated", "zero-shot", "local", "centralised"]
 
@@ -108,26 +109,31 @@ class Runner:
     # The kinds
 
     def _zero_shot(self) -> dict[str, Any]:
-        predictions = self._examine(self.bench.initial)
+        with self.bench.model.without_adapter():
+            predictions = self._examine({"adapter": self.bench.initial})
         self.run.save_predictions(p.to_json() for p in predictions)
         return self._result([predictions], [], None, client_rows(self.data.manifest))
 
     def _federated(self) -> dict[str, Any]:
-        config, manifest = self.config, self.data.manifest
-        plan = Plan.of(config.train, range(manifest.clients), config.seed)
-        adapter, records = self._train(build_algorithm(config), self.bench.clients, plan, "rounds")
+        config, manifest, algorithm = self.config, self.data.manifest, build_algorithm(self.config)
+        ranks = {client: config.rank_of(client) for client in range(manifest.clients)} if config.clients.rank else {}
+        plan = Plan.of(config.train, range(manifest.clients), config.seed, self.bench.model.info, ranks)
+        state, records = self._train(algorithm, self.bench.clients, plan, "rounds")
         rows = client_rows(manifest)
         for row in rows:
             row["rounds"] = sum(row["client"] in record["sampled"] for record in records)
-        return self._conclude(adapter, records, rows)
+            row |= {"rank": ranks[row["client"]]} if ranks else {}
+        if algorithm.personal:
+            return self._conclude_personal(algorithm, state, plan, records, rows)
+        return self._conclude(state, records, rows)
 
     def _centralised(self) -> dict[str, Any]:
         pooled = self.data.manifest.pooled(self.data.train)
         clients = self.bench.encode(pooled)
         self.bench.model.prepare_features()
         plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
-        adapter, records = self._train(fedavg(), clients, plan, "epochs over the pooled data")
-        return self._conclude(adapter, records, client_rows(pooled))
+        state, records = self._train(fedavg(), clients, plan, "epochs over the pooled data")
+        return self._conclude(state, records, client_rows(pooled))
 
     def _local(self) -> dict[str, Any]:
         rows, everyone, records = client_rows(self.data.manifest), [], []
@@ -138,65 +144,101 @@ class Runner:
             if part is None:
                 own = {client: self.bench.clients[client]}
                 adapter = self.bench.initial
+                if self.config.clients.rank:
+                    adapter = resized(adapter, self.config.rank_of(client), self.bench.model.info)
                 done = []
-                fleet = self._fleet(fedavg(), own)
-                for record, state in federate(fedavg(), fleet, replace(plan, clients=(client,)), self.bench.initial):
-                    adapter = state["adapter"]
+                fleet, state = self._fleet(fedavg(), own), {"adapter": adapter}
+                for record, state in federate(fedavg(), fleet, replace(plan, clients=(client,)), adapter):  # noqa: B007
                     done.append(asdict(record))
-                part = {"predictions": [p.to_json() for p in self._examine(adapter)], "rounds": done}
+                part = {"predictions": [p.to_json() for p in self._examine(state)], "rounds": done}
                 self.run.save_part(f"client-{client}", part)
             predictions = [Prediction(**p) for p in part["predictions"]]
-            row["metrics"] = summarise(self.data.task, [predictions], self.config.seed, self.config.eval.bootstrap)
+            row["metrics"] = self._summarise([predictions])
             everyone.append(predictions)
             records += part["rounds"]
             score = row["metrics"][self.config.eval.patterns[0]][primary_metric(self.data.task)]
             self.report(
                 "clients alone", client + 1, len(rows), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %"
             )
-        lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
-        self.run.save_predictions(lines)
+        self._save_each(rows, everyone)
         # Nothing travels when clients train alone.
         silent_records = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
         return self._result(everyone, silent_records, None, rows)
 
     # Their common steps
 
-    def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Any:
+    def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
         make = fleets.build(self.config.fleet.name, self.config.fleet.options)
+        gaps = {row["client"]: row["gap"] for row in client_rows(self.data.manifest)}
         memory = self.run.checkpoint / "clients"
-        return make(Site(self.bench.model, algorithm, clients, self.config.train, memory))
+        return make(Site(self.bench.model, algorithm, clients, self.config.train, self.bench.initial, gaps, memory))
 
     def _train(
         self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: Plan, stage: str
-    ) -> tuple[Tensors, list[dict[str, Any]]]:
-        """The final adapter and all rounds' records, going on from the checkpoint where there is one."""
+    ) -> tuple[State, list[dict[str, Any]]]:
+        """The server's final state and all rounds' records, going on from the checkpoint where there is one."""
         resume = self.run.load_checkpoint()
-        adapter = resume[1]["adapter"] if resume else self.bench.initial
+        state = resume[1] if resume else {"adapter": self.bench.initial}
         if resume:
             self.report(stage, resume[0], plan.rounds, "resumed")
-        every = self.config.eval.every
-        for record, state in federate(algorithm, self._fleet(algorithm, clients), plan, self.bench.initial, resume):
-            adapter, done, note = state["adapter"], record.round + 1, f"loss {record.loss:.3f}"
+        every, fleet = self.config.eval.every, self._fleet(algorithm, clients)
+        for record, state in federate(algorithm, fleet, plan, self.bench.initial, resume):
+            done, note = record.round + 1, f"loss {record.loss:.3f}"
             if every and done % every == 0 and done < plan.rounds:
-                taken = summarise(self.data.task, [self._examine(adapter)], self.config.seed, self.config.eval.bootstrap)
-                record = replace(record, metrics=taken)
+                models = self._own_models(algorithm, state, plan, fleet, done) if algorithm.personal else {0: state}
+                record = replace(record, metrics=self._summarise([self._examine(m) for m in models.values()]))
                 metric = primary_metric(self.data.task)
-                note += f"  {metric} {100 * taken[self.config.eval.patterns[0]][metric]:.1f} %"
+                note += f"  {metric} {100 * record.metrics[self.config.eval.patterns[0]][metric]:.1f} %"  # type: ignore[operator]
             self.run.save_round(asdict(record), state, self.config.digest())
             if record.refused:
                 note += f"  {len(record.refused)} updates refused"
             self.report(stage, done, plan.rounds, note)
-        return adapter, self.run.rounds()
+        return state, self.run.rounds()
 
-    def _conclude(self, adapter: Tensors, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        predictions = self._examine(adapter)
+    def _own_models(self, algorithm: Algorithm, state: State, plan: Plan, fleet: Fleet, done: int) -> dict[int, State]:
+        """client -> its own adapter, for all clients or as many as `eval.clients` says."""
+        count = min(self.config.eval.clients or len(plan.clients), len(plan.clients))
+        drawn = stream(plan.seed, "evaluated clients").choice(len(plan.clients), size=count, replace=False)
+        chosen = sorted(plan.clients[int(i)] for i in drawn)
+        info = plan.info(done, chosen)
+        return {c: {"adapter": fleet.personal(c, algorithm.message(state, c, info), done)} for c in chosen}
+
+    def _conclude(self, state: State, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        predictions = self._examine(state)
         self.run.save_predictions(p.to_json() for p in predictions)
         self.bench.model.adapter.export(self.run.adapter, self.config.model.name)
-        return self._result([predictions], records, adapter, rows)
+        fold = fold_of(state)
+        made = flatten({"adapter": state["adapter"], "fold": fold}) if fold else state["adapter"]
+        return self._result([predictions], records, made, rows)
 
-    def _examine(self, adapter: Tensors) -> list[Prediction]:
+    def _conclude_personal(
+        self, algorithm: Algorithm, state: State, plan: Plan, records: list[dict[str, Any]], rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Every client is tested with its own model and its adapter exported; the figures are the clients' mean."""
+        fleet = self._fleet(algorithm, self.bench.clients)
+        models = self._own_models(algorithm, state, plan, fleet, plan.rounds)
+        everyone, tested = [], [row for row in rows if row["client"] in models]
+        for number, row in enumerate(tested, start=1):
+            client = row["client"]
+            everyone.append(self._examine(models[client]))
+            row["metrics"] = self._summarise([everyone[-1]])
+            self.bench.model.adapter.export(self.run.adapters / f"client-{client}", self.config.model.name)
+            self.report("clients' own models", number, len(tested), f"client {client}")
+        self._save_each(tested, everyone)
+        made = flatten({f"client-{client}": model["adapter"] for client, model in models.items()})
+        return self._result(everyone, records, made, rows)
+
+    def _save_each(self, rows: Sequence[Mapping[str, Any]], everyone: Sequence[Sequence[Prediction]]) -> None:
+        lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
+        self.run.save_predictions(lines)
+
+    def _summarise(self, models: Sequence[Sequence[Prediction]]) -> dict[str, dict[str, Any]]:
+        return summarise(self.data.task, models, self.config.seed, self.config.eval.bootstrap)
+
+    def _examine(self, state: State) -> list[Prediction]:
         began = time.monotonic()
-        self.bench.model.adapter.set(adapter)
+        self.bench.model.adapter.set_fold(fold_of(state))
+        self.bench.model.adapter.set(state["adapter"])
         predictions = self.bench.examination.take(self.config.eval)
         self._eval_seconds += time.monotonic() - began
         return predictions
@@ -220,11 +262,13 @@ class Runner:
             "partition": config.partition.name,
             "algorithm": config.algorithm.name,
             "regularization": config.regularization.name,
+            "compression": config.compression.name,
             "prompt": config.prompt.name,
             "model": config.model.name,
+            "adapter": config.model.adapter.kind,
             "seed": config.seed,
             "primary_metric": primary_metric(task),
-            "metrics": summarise(task, models, config.seed, config.eval.bootstrap),
+            "metrics": self._summarise(models),
             "per_client": rows,
             "rounds": len(records),
             "bytes_up": _sum_groups(records, "bytes_up"),
@@ -258,8 +302,16 @@ def reevaluate(run: RunDir, config: Experiment, report: Report = silent) -> dict
     if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
     bench = Bench(config, data, report, train=False)
-    if run.adapter.is_dir():
-        bench.model.adapter.set(read_adapter(run.adapter))
-    elif run.result()["kind"] != "zero-shot":
+    own = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))
+    folders = own or [run.adapter]
+    if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
         raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
-    return summarise(data.task, [bench.examination.take(config.eval)], config.seed, config.eval.bootstrap)
+    models = []
+    for folder in folders:
+        if folder.is_dir():
+            bench.model.adapter.load(folder)
+            models.append(bench.examination.take(config.eval))
+    if not models:
+        with bench.model.without_adapter():
+            models.append(bench.examination.take(config.eval))
+    return summarise(data.task, models, config.seed, config.eval.bootstrap)

@@ -30,6 +30,7 @@ class RunDir:
         self.config = path / "config.toml"
         self.manifest = path / "manifest.parquet"
         self.adapter = path / "adapter"
+        self.adapters = path / "adapters"
         self.checkpoint = path / "checkpoint"
         self._result = path / "result.json"
         self._meta = path / "meta.json"

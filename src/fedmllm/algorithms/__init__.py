@@ -1,5 +1,20 @@
 """Federated algorithms, one file each, server half and client half together. They know tensors, not models."""
 
-from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, RoundInfo, Update, algorithms, regularizations
+from fedmllm.algorithms.base import (
+    AdapterInfo,
+    Algorithm,
+    ClientInfo,
+    LocalResult,
+    LocalRule,
+    RoundInfo,
+    Update,
+    algorithms,
+    complete,
+    compressions,
+    regularizations,
+)
 
-__all__ = ["Algorithm", "LocalResult", "LocalRule", "RoundInfo", "Update", "algorithms", "regularizations"]
+__all__ = [
+    "AdapterInfo", "Algorithm", "ClientInfo", "LocalResult", "LocalRule", "RoundInfo", "Update", "algorithms", "complete",
+    "compressions", "regularizations",
+]  # fmt: skip

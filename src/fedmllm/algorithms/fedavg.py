@@ -9,24 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order
+from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order, positive
 from fedmllm.tensors import State, Tensors, add, clone, scale, subtract, weighted_mean
 
 Weighting = Literal["examples", "uniform"]
 
 
+def weights_of(ordered: Sequence[Update], weighting: Weighting) -> list[float]:
+    """What each update counts: its examples, or 1. Not normalised."""
+    return [float(u.examples) if weighting == "examples" else 1.0 for u in ordered]
+
+
+def mean_adapter(updates: Sequence[Update], weighting: Weighting) -> Tensors:
+    """Σ_k p_k w_k over the tensors that were uploaded, p_k ∝ n_k or all equal."""
+    ordered = in_order(updates)
+    return weighted_mean([u.groups["adapter"] for u in ordered], weights_of(ordered, weighting))
+
+
 def mean_change(state: State, updates: Sequence[Update], weighting: Weighting) -> Tensors:
     """Δ̄ = Σ_k p_k (w_k − w), p_k ∝ n_k or all equal."""
-    ordered = in_order(updates)
-    weights = [float(u.examples) if weighting == "examples" else 1.0 for u in ordered]
-    return subtract(weighted_mean([u.groups["adapter"] for u in ordered], weights), state["adapter"])
+    return subtract(mean_adapter(updates, weighting), state["adapter"])
 
 
 @algorithms.register("fedavg")
 def fedavg(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Algorithm:
     """Average the clients' adapters, weighted by their samples (1602.05629)."""
-    if not server_lr > 0:
-        raise ValueError(f"server_lr = {server_lr} must be above 0")
+    positive(server_lr=server_lr)
 
     def init(adapter: Tensors) -> State:
         return {"adapter": clone(adapter)}

@@ -6,20 +6,34 @@ so it is a wrapper around any algorithm; the name `fedprox` among the algorithms
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from fedmllm.algorithms.base import Algorithm, LocalRule, Wrapper, algorithms, changed_rule, regularizations
+from fedmllm.algorithms.base import (
+    Algorithm,
+    LocalRule,
+    RoundInfo,
+    Wrapper,
+    algorithms,
+    changed_rule,
+    not_negative,
+    regularizations,
+)
 from fedmllm.algorithms.fedavg import Weighting, fedavg
 from fedmllm.tensors import State
 
 
+def tied(rule: LocalRule, strengths: Mapping[str, float]) -> LocalRule:
+    """`rule` with these proximal strengths on top of its own."""
+    return replace(rule, proximal={**rule.proximal, **{n: rule.proximal.get(n, 0.0) + mu for n, mu in strengths.items()}})
+
+
 def proximal(algorithm: Algorithm, mu: float) -> Algorithm:
     """`algorithm` with μ added to the proximal strength of every tensor it received."""
-    if mu < 0:
-        raise ValueError(f"mu = {mu} must not be negative")
+    not_negative(mu=mu)
 
-    def change(rule: LocalRule, received: State) -> LocalRule:
-        return replace(rule, proximal={name: rule.proximal.get(name, 0.0) + mu for name in received["adapter"]})
+    def change(rule: LocalRule, received: State, info: RoundInfo) -> LocalRule:
+        return tied(rule, dict.fromkeys(received["adapter"], mu))
 
     return changed_rule(algorithm, change)
 
@@ -27,8 +41,7 @@ def proximal(algorithm: Algorithm, mu: float) -> Algorithm:
 @regularizations.register("fedprox")
 def fedprox_wrapper(*, mu: float = 0.01) -> Wrapper:
     """Tie every trained tensor to its received value with strength mu (1812.06127)."""
-    if mu < 0:
-        raise ValueError(f"mu = {mu} must not be negative")
+    not_negative(mu=mu)
     return lambda algorithm: proximal(algorithm, mu)
 
 

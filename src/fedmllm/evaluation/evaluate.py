@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -123,7 +124,9 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
 def summarise(task: Task, models: Sequence[Sequence[Prediction]], seed: int, bootstrap: int) -> dict[str, dict[str, Any]]:
     """{pattern: {metric: value, metric_ci: [low, high], "n", "parse_failures"}}; metrics are shares of 1.
 
-    With several models (clients that trained alone) each figure is the mean over them, and the interval is of that mean.
+    With several models (clients that trained alone, or have a model of their own) each figure is the mean over them, the
+    interval is of that mean, and the task's metric has a `…_worst_decile`: the mean over the lowest tenth of the models,
+    rounded up.
     """
     patterns = list(dict.fromkeys(p.pattern for p in models[0]))
     return {
@@ -154,7 +157,18 @@ def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap
         for name, statistic in _ranked(task, models).items():
             summary[name] = round(statistic(np.arange(n)), 6)
             summary[f"{name}_ci"] = [round(v, 6) for v in interval(statistic, draws)]
+    if len(models) > 1:
+        metric = primary_metric(task)
+        each = sorted(_alone(task, m) for m in models)
+        summary[f"{metric}_worst_decile"] = round(float(np.mean(each[: math.ceil(len(each) / 10)])), 6)
     return summary
+
+
+def _alone(task: Task, model: list[Prediction]) -> float:
+    """The task's metric of one model."""
+    if task.metric == "accuracy":
+        return float(np.mean([p.correct for p in model]))
+    return float(_ranked(task, [model])[primary_metric(task)](np.arange(len(model))))
 
 
 def _ranked(task: Task, models: list[list[Prediction]]) -> dict[str, Any]:

@@ -9,14 +9,18 @@ from pathlib import Path
 from fedmllm.algorithms import Algorithm
 from fedmllm.config import TrainTable
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.tensors import Tensors
 
 
 @dataclass(frozen=True)
 class Site:
-    """`data[client]` are a client's encoded samples; `memory` is the folder for what clients remember between rounds."""
+    """`data[client]` are a client's encoded samples, `gaps[client]` the share of its (sample, modality) slots that are empty;
+    `initial` is the adapter that all start from, `memory` the folder for what clients remember between rounds."""
 
     model: MLLM
     algorithm: Algorithm
     data: Mapping[int, Sequence[Encoded]]
     train: TrainTable
+    initial: Tensors
+    gaps: Mapping[int, float]
     memory: Path

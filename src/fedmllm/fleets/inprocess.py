@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from fedmllm.algorithms import RoundInfo, Update
+from fedmllm.algorithms import ClientInfo, RoundInfo, Update, complete
+from fedmllm.algorithms.factors import fold_of
 from fedmllm.federation import Fleet
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import seed_for, stream
-from fedmllm.tensors import State
+from fedmllm.tensors import State, Tensors
 from fedmllm.training.batches import plan
 from fedmllm.training.local import LocalSettings, train_local
 
@@ -24,19 +26,23 @@ class InProcessFleet:
         self._memory = ClientMemory(site.memory)
         self._last: list[int] = []
 
-    def train(self, info: RoundInfo, received: State, lr: float) -> Sequence[Update]:
+    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
         self._last = list(info.sampled)
-        return [self._train_one(client, info, received, lr) for client in info.sampled]
+        return [self._train_one(client, info, messages[client], lr) for client in info.sampled]
 
     def commit(self, round: int) -> None:
         self._memory.commit(round, self._last)
 
-    def _train_one(self, client: int, info: RoundInfo, received: State, lr: float) -> Update:
+    def personal(self, client: int, message: State, done: int) -> Tensors:
+        return complete(message, self._memory.load(client, done), self._site.initial)["adapter"]
+
+    def _train_one(self, client: int, info: RoundInfo, message: State, lr: float) -> Update:
         site, algorithm = self._site, self._site.algorithm
+        info = replace(info, client=ClientInfo(client, site.gaps[client]))
         memory = self._memory.load(client, info.round)
+        received = complete(message, memory, site.initial)
         rule = algorithm.rule(received, memory, info)
-        if "fold" in received:
-            site.model.adapter.set_fold(received["fold"])
+        site.model.adapter.set_fold(fold_of(message))
         data = site.data[client]
         epochs = [
             plan(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fedmllm.registry import Registry
 
 ATTENTION = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+_FEEDFORWARD = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.mlp\.down_proj"
+_KEYS_VALUES = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(k_proj|v_proj)"
 _LAYER = re.compile(r"\b(?:text_model|language_model)\.(?:model\.)?layers\.(\d+)\.")
 
 
@@ -25,6 +27,9 @@ def text_layer(name: str) -> int | None:
 class Family:
     target: str = ATTENTION
     """A regular expression that LoRA's module names match in full."""
+    ia3_target: str = f"{_KEYS_VALUES}|{_FEEDFORWARD}"
+    """What IA3 rescales: keys, values and the feed-forward's inner activations (2205.05638)."""
+    ia3_feedforward: str = _FEEDFORWARD
     layer_of: Callable[[str], int | None] = text_layer
     positions: bool = False
     """Give position ids counted from the first real token; families that count their own (M-RoPE, offsets) must get none."""

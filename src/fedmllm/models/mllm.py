@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.data.samples import decode, image_key
 from fedmllm.errors import DataError
 from fedmllm.models import features, lora
 from fedmllm.models.backbone import Backbone, load_backbone
+from fedmllm.models.virtual import VirtualTokens
 
 # Inputs that a cached picture replaces.
 _PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
@@ -53,10 +56,18 @@ class MLLM:
     def __init__(self, backbone: Backbone, settings: ModelTable, seed: int) -> None:
         self.backbone = backbone
         self.settings = settings
-        target = settings.lora.target or backbone.family.target
-        self.model = lora.attach(backbone.model, target, settings.lora.rank, settings.lora.alpha, settings.lora.dropout, seed)
-        self.adapter = lora.Adapter(self.model)
-        trains_text_only = all(backbone.family.layer_of(name) is not None for name in self.adapter.parameters)
+        self.model = lora.attach(backbone.model, settings, backbone.family, seed)
+        found = {name: backbone.family.layer_of(name) for name in lora.tensor_names(self.model)}
+        self.info = AdapterInfo(
+            layers=int(backbone.model.config.get_text_config().num_hidden_layers),
+            layer={name: layer for name, layer in found.items() if layer is not None},
+            alpha=settings.lora.alpha,
+            rank_stabilised=settings.adapter.kind == "rslora",
+        )
+        self.adapter = lora.Adapter(self.model, self.info)
+        vectors = self.adapter.parameters.get(lora.VIRTUAL)
+        self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
+        trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures: dict[str, int] = {}
         self._images: list[Path | bytes] = []
@@ -72,10 +83,15 @@ class MLLM:
         """Raises ConfigError where the model cannot be found or is not of a supported kind."""
         return cls(load_backbone(settings), settings, seed)
 
-    @property
-    def layers(self) -> int:
-        """Layers of the text model."""
-        return int(self.backbone.model.config.get_text_config().num_hidden_layers)
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base model alone: what an adapter does before it is trained is not always nothing."""
+        virtual, self._virtual = self._virtual, None
+        try:
+            with nullcontext() if virtual else self.model.disable_adapter():
+                yield
+        finally:
+            self._virtual = virtual
 
     # Encoding
 
@@ -190,7 +206,8 @@ class MLLM:
 
     def collate(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Model inputs for prompts followed by `endings`, padded on the left so that endings end together."""
-        rows = [one.prompt + tuple(ending) for one, ending in zip(batch, endings, strict=True)]
+        virtual = self._virtual.ids if self._virtual else ()
+        rows = [(*virtual, *one.prompt, *ending) for one, ending in zip(batch, endings, strict=True)]
         length = max(map(len, rows))
         pad = self.backbone.pad_id
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
@@ -201,7 +218,8 @@ class MLLM:
         for key in {k for one in batch for k in one.tokenwise}:
             if key in self._parameters:
                 values = [
-                    [0] * (length - len(row)) + list(one.tokenwise.get(key, ())) for one, row in zip(batch, rows, strict=True)
+                    [0] * (length - len(row) + len(virtual)) + list(one.tokenwise.get(key, ()))
+                    for one, row in zip(batch, rows, strict=True)
                 ]
                 inputs[key] = torch.tensor([value + [0] * (length - len(value)) for value in values])
         pictured = [one for one in batch if one.picture is not None]
@@ -223,7 +241,7 @@ class MLLM:
     def _last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
         """Logits of the last `last` positions, (rows, last, vocabulary) in float32."""
         keep = {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
-        logits = self.model(**inputs, use_cache=False, **keep).logits
+        logits = self.backbone.model(**inputs, use_cache=False, **keep).logits
         wanted: Tensor = logits[:, -last:].float()
         return wanted
 
@@ -281,7 +299,7 @@ class MLLM:
         """Greedy answers, end mark and surrounding space removed."""
         inputs = self.collate(batch, [()] * len(batch))
         inputs.pop("position_ids", None)  # generation counts them from the mask itself
-        made = self.model.generate(
+        made = self.backbone.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -39,8 +39,8 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _method(result: Mapping[str, Any]) -> str:
-    added = "" if result["regularization"] == "none" else f" + {result['regularization']}"
-    return f"{result['algorithm']}{added}"
+    wrappers = [result.get(key, "none") for key in ("regularization", "compression")]
+    return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none")])
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:

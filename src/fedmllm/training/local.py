@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,6 @@ def _optimizer(parameters: list[nn.Parameter], settings: LocalSettings) -> torch
     return torch.optim.AdamW(parameters, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
 
 
-def _on(tensors: Tensors, device: torch.device) -> Tensors:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
 @torch.no_grad()
 def apply_rule(parameters: dict[str, nn.Parameter], rule: LocalRule, received: Tensors) -> None:
     """g ← g + μ (w − w_received) + offset, in place, for the parameters that have a gradient."""
@@ -73,9 +69,9 @@ def train_local(
     trainable = {name: p for name, p in adapter.parameters.items() if rule.trainable(name)}
     if not trainable:
         raise ValueError("the algorithm's rule leaves no tensor to train")
-    start = _on(received, device)
+    start = {name: p.detach().clone() for name, p in adapter.parameters.items()}
     if rule.offset is not None:
-        rule = LocalRule(rule.trainable, rule.proximal, _on(rule.offset, device), rule.observe_gradient)
+        rule = replace(rule, offset=adapter.pad(rule.offset))
     observed = {name: torch.zeros_like(p) for name, p in trainable.items()} if rule.observe_gradient else None
     # Kept as tensors: reading a number from a GPU would wait for it at every step.
     total_loss = torch.zeros((), device=device)
@@ -107,7 +103,7 @@ def train_local(
         for parameter in adapter.parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None
-    mean = {name: (total / max(taken, 1)).cpu() for name, total in observed.items()} if observed is not None else None
+    mean = adapter.crop({name: total / max(taken, 1) for name, total in observed.items()}) if observed is not None else None
     return LocalResult(
         received=received,
         trained=adapter.get(),
@@ -116,6 +112,7 @@ def train_local(
         steps=taken,
         lr=settings.lr,
         metrics={"loss": float(total_loss) / max(examples, 1)},
+        momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
     )
 
 

@@ -1,0 +1,63 @@
+"""The adaptive regularisation of FedMLLM (2411.14717): only the middle layers are tied to the global adapter.
+
+g ← g + μ_k (w_local − w) for tensors of the layers edge ≤ layer ≤ L − 1 − edge; the outer layers, which read the
+modalities and write the answer, stay free. L is the model's own number of layers. Strengths:
+
+    "fixed"          μ_k = μ · μ_w, the published code's
+    "modality-gap"   μ_k = μ · μ_w · (1 + κ · gap_k), this project's: gap_k is the share of the client's (sample, modality)
+                     slots that are empty, so that clients further from the aligned case are held closer
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal
+
+from fedmllm.algorithms.base import (
+    Algorithm,
+    LocalRule,
+    RoundInfo,
+    Wrapper,
+    changed_rule,
+    not_negative,
+    regularizations,
+)
+from fedmllm.algorithms.fedprox import tied
+from fedmllm.tensors import State
+
+
+@lru_cache  # said once, not in every client's round
+def middle(layers: int, edge: int) -> range:
+    """The layers that are tied. Where 2·edge leaves none, the edge shrinks to ⌊L/4⌋ and a warning is logged."""
+    if layers <= 2 * edge:
+        logging.getLogger(__name__).warning(
+            "adaptive regularisation: edge = %d leaves none of %d layers; using %d", edge, layers, layers // 4
+        )
+        edge = layers // 4
+    return range(edge, layers - edge)
+
+
+@regularizations.register("adaptive")
+def adaptive(
+    *,
+    mu: float = 0.01,
+    mu_w: float = 0.1,
+    edge: int = 4,
+    strength: Literal["fixed", "modality-gap"] = "fixed",
+    kappa: float = 1.0,
+) -> Wrapper:
+    """Tie the middle layers only, optionally the more a client lacks modalities (2411.14717)."""
+    not_negative(mu=mu, mu_w=mu_w, edge=edge, kappa=kappa)
+
+    def change(rule: LocalRule, received: State, info: RoundInfo) -> LocalRule:
+        mu_k = mu * mu_w * (1 + kappa * info.me.gap if strength == "modality-gap" else 1)
+        window = middle(info.adapter.layers, edge)
+        names = (name for name in received["adapter"] if info.adapter.layer.get(name) in window)
+        return tied(rule, dict.fromkeys(names, mu_k))
+
+    def wrap(algorithm: Algorithm) -> Algorithm:
+        return replace(changed_rule(algorithm, change), needs_layers=True)
+
+    return wrap

@@ -1,0 +1,134 @@
+"""Compressed updates: wrappers around any algorithm that shrink what a client sends up.
+
+What is compressed is the change of the adapter against what the server sent, Δ_k = w_k − w; other groups (control variates,
+step counts) travel as they are. The server restores w + Δ̂_k before it aggregates.
+
+int8    Δ̂ = s q with s = max|Δ| / 127 a tensor and q = ⌊Δ / s + u⌋, u uniform in [0, 1): E[Δ̂] = Δ. QSGD's stochastic
+        rounding (Alistarh et al. 2017, 1610.02132).
+top-k   the k = ⌈share · n⌉ entries of largest size a tensor, with error feedback: what was left out is remembered by the
+        client and added to its next change (Stich et al. 2018, 1809.07599; Karimireddy et al. 2019, 1901.09847).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedmllm.algorithms.base import Algorithm, LocalResult, RoundInfo, Update, Wrapper, compressions
+from fedmllm.rng import stream
+from fedmllm.tensors import State, Tensors, add, subtract, zeros_like
+
+Packed = State
+Pack = Callable[[Tensors, RoundInfo], Packed]
+Unpack = Callable[[Packed, Tensors], Tensors]
+"""(what was sent, shapes to restore) -> changes. Raises ValueError for what no honest client sends."""
+
+
+def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool) -> Algorithm:
+    """`algorithm` whose uploaded adapter travels as `pack` makes it; what got lost is made up for later with `feedback`."""
+
+    def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        left_over = memory.get("residual", {})
+        upload, remembered = algorithm.finish(result, received, {g: t for g, t in memory.items() if g != "residual"}, info)
+        change = {name: tensor - received["adapter"][name] for name, tensor in upload["adapter"].items()}
+        if feedback:
+            change = {name: tensor + left_over[name] if name in left_over else tensor for name, tensor in change.items()}
+        packed = pack(change, info)
+        if feedback:
+            lost = subtract(change, unpack(packed, change))
+            remembered = {**remembered, "residual": {**left_over, **lost}}
+        return {**{g: t for g, t in upload.items() if g != "adapter"}, **packed}, remembered
+
+    def restored(update: Update, state: State, info: RoundInfo) -> Update:
+        shapes = algorithm.uploads(state, update.client, info)
+        sent = algorithm.message(state, update.client, info)["adapter"]
+        change = unpack(update.groups, shapes["adapter"])
+        groups = {g: update.groups[g] for g in shapes if g != "adapter"}
+        return replace(update, groups={**groups, "adapter": add({n: sent[n] for n in change}, change)})
+
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        return algorithm.aggregate(state, [restored(update, state, info) for update in updates], info)
+
+    def uploads(state: State, client: int, info: RoundInfo) -> State:
+        shapes = algorithm.uploads(state, client, info)
+        return {**{g: t for g, t in shapes.items() if g != "adapter"}, **pack(zeros_like(shapes["adapter"]), info)}
+
+    def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
+        try:
+            plain = restored(update, state, info)
+        except ValueError as error:
+            return str(error)
+        for name, tensor in sorted(plain.groups["adapter"].items()):
+            if not bool(torch.isfinite(tensor).all()):
+                return f"NaN or infinity in {name!r} once restored"
+        return algorithm.refuse(plain, state, info)
+
+    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse)
+
+
+@compressions.register("int8")
+def int8() -> Wrapper:
+    """One byte a number: a scale a tensor and stochastic rounding, unbiased (1610.02132)."""
+
+    def pack(change: Tensors, info: RoundInfo) -> Packed:
+        client = info.client.client if info.client else -1  # the server packs shapes only
+        codes: Tensors = {}
+        steps: Tensors = {}
+        for name, tensor in sorted(change.items()):
+            step = tensor.abs().max() / 127
+            noise = stream(info.seed, "int8", client, info.round, name).random(tuple(tensor.shape), dtype="float32")
+            scaled = tensor / step if step > 0 else torch.zeros_like(tensor)
+            codes[name] = (scaled + torch.from_numpy(noise)).floor().clamp(-127, 127).to(torch.int8)
+            steps[name] = step.reshape(1)
+        return {"int8": codes, "step": steps}
+
+    def unpack(packed: Packed, shapes: Tensors) -> Tensors:
+        return {name: packed["int8"][name].to(t.dtype) * packed["step"][name] for name, t in shapes.items()}
+
+    return lambda algorithm: compressed(algorithm, pack, unpack, feedback=False)
+
+
+def _kept(tensor: Tensor, share: float) -> int:
+    return max(1, math.ceil(share * tensor.numel()))
+
+
+@compressions.register("top-k")
+def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
+    """The largest entries of each tensor; what is left out is remembered and sent later (1809.07599)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share = {share} must be above 0 and at most 1")
+
+    def pack(change: Tensors, info: RoundInfo) -> Packed:
+        places: Tensors = {}
+        values: Tensors = {}
+        for name, tensor in change.items():
+            flat = tensor.flatten()
+            # A stable sort, because topk breaks ties as it likes.
+            largest = torch.argsort(flat.abs(), descending=True, stable=True)[: _kept(tensor, share)].sort().values
+            places[name], values[name] = largest.to(torch.int32), flat[largest]
+        return {"places": places, "values": values}
+
+    def unpack(packed: Packed, shapes: Tensors) -> Tensors:
+        change: Tensors = {}
+        for name, shape in shapes.items():
+            places = packed["places"][name].long()
+            if bool((places < 0).any()) or bool((places >= shape.numel()).any()) or bool((places.diff() <= 0).any()):
+                raise ValueError(f"places of {name!r} are not increasing numbers below {shape.numel()}")
+            flat = torch.zeros(shape.numel(), dtype=shape.dtype)
+            flat[places] = packed["values"][name]
+            change[name] = flat.view(shape.shape)
+        return change
+
+    def wrap(algorithm: Algorithm) -> Algorithm:
+        if feedback and algorithm.refactors:
+            raise ValueError(
+                "error feedback adds last round's remainder to this round's change, but the server makes new factors between "
+                "them; set feedback = false or use int8"
+            )
+        return compressed(algorithm, pack, unpack, feedback)
+
+    return wrap

@@ -1,0 +1,120 @@
+"""LoRA's factors as algorithms see them: pairs A: (r, d_in) and B: (d_out, r) of modules, products, truncation, folds.
+
+A module's weight is W₀ + s(r) B A. Where clients hold different ranks, each trains with its own s(r_k), so what can be
+compared and summed is the effective s(r_k) B_k A_k; `resized` keeps it when the rank changes. Sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedmllm.algorithms.base import AdapterInfo, Update
+from fedmllm.tensors import State, Tensors
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+FOLD_A, FOLD_B, FOLD = ".fold_A", ".fold_B", ".fold"
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""module -> (left: (d_out, k), right: (k, d_in)), whose product is meant."""
+
+
+def is_a(name: str) -> bool:
+    return name.endswith(A)
+
+
+def is_b(name: str) -> bool:
+    return name.endswith(B)
+
+
+def modules(adapter: Tensors) -> list[str]:
+    """The adapted modules, sorted. Raises ValueError for tensors that are not pairs of LoRA factors."""
+    found = sorted(name.removesuffix(A) for name in adapter if is_a(name))
+    odd = adapter.keys() - {m + half for m in found for half in (A, B)}
+    if odd or not found or any(m + B not in adapter for m in found):
+        raise ValueError(f"not a LoRA adapter of pairs A and B: see {min(odd, default='its names')!r}")
+    return found
+
+
+def rank_of(adapter: Tensors) -> int:
+    return next(tensor.shape[0] for name, tensor in adapter.items() if is_a(name))
+
+
+def half(adapter: Tensors, suffix: str) -> Tensors:
+    """All A or all B."""
+    return {name: tensor for name, tensor in adapter.items() if name.endswith(suffix)}
+
+
+def resized(adapter: Tensors, rank: int, info: AdapterInfo) -> Tensors:
+    """The first `rank` rows of each A and columns of each B, or as many with zeros behind; s(r)·B A of these is unchanged.
+
+    B carries the ratio of the scales: a client of lower rank has the larger α / r.
+    """
+    old = rank_of(adapter)
+    if rank == old:
+        return adapter
+    new: Tensors = {}
+    for m in modules(adapter):
+        a, b = adapter[m + A], adapter[m + B] * (info.scale(old) / info.scale(rank))
+        more = max(rank - old, 0)
+        new[m + A] = torch.cat((a[:rank], a.new_zeros(more, a.shape[1])), dim=0)
+        new[m + B] = torch.cat((b[:, :rank], b.new_zeros(b.shape[0], more)), dim=1)
+    return new
+
+
+def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterInfo) -> Factors:
+    """left = [s_1 B_1 …], right = [p_1 A_1; …] in float64, so that left·right = Σ p_k s(r_k) B_k A_k with Σ p_k = 1."""
+    total = float(sum(weights))
+    adapters = [u.groups["adapter"] for u in updates]
+    return {
+        m: (
+            torch.cat([a[m + B].double() * info.scale(rank_of(a)) for a in adapters], dim=1),
+            torch.cat([a[m + A].double() * (w / total) for a, w in zip(adapters, weights, strict=True)], dim=0),
+        )
+        for m in modules(adapters[0])
+    }
+
+
+def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B = U_r Σ_r: (d_out, r) and A = V_rᵀ: (r, d_in) of the SVD of left·right, by QR of the two thin factors.
+
+    All of the size is in B: rows of A stay orthonormal, so a direction without weight yet still has a gradient. Signs are
+    fixed by each row's largest entry. Fewer than `rank` rows come back where the factors are thinner than that.
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
+    k = min(rank, sigma.numel())
+    a = vt[:k] @ q_right.T
+    signs = torch.sign(a.gather(1, a.abs().argmax(dim=1, keepdim=True)))
+    signs[signs == 0] = 1
+    return q_left @ u[:, :k] * sigma[:k] * signs.T, a * signs
+
+
+def folded(fold: Tensors, more: Factors) -> Tensors:
+    """The fold with left·right of each module added: the longer factors, or the dense change once that is smaller.
+
+    Names are `<module>.fold_A`: (k, d_in) with `<module>.fold_B`: (d_out, k), or `<module>.fold`: (d_out, d_in); the LoRA
+    scale is inside. Cumulative, so that a client sets it and needs no history.
+    """
+    new = dict(fold)
+    for m, (left, right) in more.items():
+        if m + FOLD in new:
+            new[m + FOLD] = (new[m + FOLD].double() + left @ right).float()
+            continue
+        if m + FOLD_A in new:
+            left = torch.cat((new.pop(m + FOLD_B).double(), left), dim=1)
+            right = torch.cat((new.pop(m + FOLD_A).double(), right), dim=0)
+        (d_out, k), d_in = left.shape, right.shape[1]
+        if k * (d_out + d_in) > d_out * d_in:
+            new[m + FOLD] = (left @ right).float()
+        else:
+            new[m + FOLD_A], new[m + FOLD_B] = right.float(), left.float()
+    return new
+
+
+def fold_of(state: State) -> Tensors:
+    """The fold so far; a state that never folded has no such group."""
+    return state.get("fold", {})

@@ -1,0 +1,58 @@
+"""FedNova: Wang et al. 2020, "Tackling the Objective Inconsistency Problem in … Federated Optimization" (2007.07481).
+
+Clients that take more local steps pull harder under FedAvg. Each change is divided by its own number of effective steps and
+the mean is multiplied by the average of those numbers:
+
+    d_k = Δ_k / a_k,   a_eff = Σ_k p_k a_k,   w ← w + η_g a_eff Σ_k p_k d_k
+
+a_k = τ_k for plain SGD and for AdamW (whose steps have about one length whatever the gradient); for SGD with momentum ρ
+a_k = (τ − ρ (1 − ρ^τ) / (1 − ρ)) / (1 − ρ). A client reports the a_k of the optimizer it used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fedmllm.algorithms.base import Algorithm, LocalResult, RoundInfo, Update, algorithms, in_order, positive, send_adapter
+from fedmllm.algorithms.fedavg import Weighting, fedavg, weights_of
+from fedmllm.tensors import State, add, scale, subtract, weighted_mean
+
+
+def effective_steps(steps: int, momentum: float) -> float:
+    """a_k: the sum of the weights with which the gradients of `steps` steps enter the total change."""
+    if not momentum:
+        return float(steps)
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+@algorithms.register("fednova")
+def fednova(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Algorithm:
+    """Average changes per effective local step, so that busy clients do not dominate (2007.07481)."""
+    positive(server_lr=server_lr)
+    plain = fedavg(server_lr=server_lr, weighting=weighting)
+
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        ordered = in_order(updates)
+        weights = weights_of(ordered, weighting)
+        a = [float(u.groups["normaliser"]["a"]) for u in ordered]
+        a_eff = sum(w * a_k for w, a_k in zip(weights, a, strict=True)) / sum(weights)
+        changes = [
+            scale(subtract(u.groups["adapter"], state["adapter"]), a_eff / a_k) for u, a_k in zip(ordered, a, strict=True)
+        ]
+        return {**state, "adapter": add(state["adapter"], scale(weighted_mean(changes, weights), server_lr))}
+
+    def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        upload, remembered = send_adapter(result, received, memory, info)
+        a = torch.tensor([effective_steps(result.steps, result.momentum)], dtype=torch.float32)
+        return {**upload, "normaliser": {"a": a}}, remembered
+
+    def uploads(state: State, client: int, info: RoundInfo) -> State:
+        return {"adapter": state["adapter"], "normaliser": {"a": torch.ones(1)}}
+
+    def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
+        return None if float(update.groups["normaliser"]["a"]) > 0 else "effective steps are not above 0"
+
+    return replace(plain, aggregate=aggregate, finish=finish, uploads=uploads, refuse=refuse)

@@ -1,0 +1,89 @@
+"""Methods that train or send one LoRA factor at a time, so that averaging the factors is averaging the products.
+
+FFA-LoRA   Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (2403.12313).
+           A stays at its shared initial value; B is trained, sent and averaged: mean(B_k) A = mean(B_k A).
+RoLoRA     Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA" (2502.01755).
+           Even rounds train, send and average B with A fixed, odd rounds A with B fixed.
+FedSA-LoRA Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning" (2410.01463).
+           Both are trained; A is sent and averaged, B_k stays with its client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, Message, RoundInfo, Update, algorithms, groups
+from fedmllm.algorithms.factors import A, B, half, modules
+from fedmllm.algorithms.fedavg import Weighting, mean_adapter
+from fedmllm.tensors import State, Tensors, clone
+
+
+def _init(adapter: Tensors) -> State:
+    modules(adapter)
+    return {"adapter": clone(adapter)}
+
+
+def _averaging(weighting: Weighting) -> Callable[[State, Sequence[Update], RoundInfo], State]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        return {**state, "adapter": {**state["adapter"], **mean_adapter(updates, weighting)}}
+
+    return aggregate
+
+
+def _only(suffix_of: Callable[[RoundInfo], str]) -> Message:
+    return lambda state, client, info: {"adapter": half(state["adapter"], suffix_of(info))}
+
+
+def _half_uploaded(
+    suffix_of: Callable[[RoundInfo], str],
+) -> Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]]:
+    def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        return {"adapter": clone(half(result.trained, suffix_of(info)))}, {}
+
+    return finish
+
+
+def _training_one(suffix_of: Callable[[RoundInfo], str]) -> Callable[[State, State, RoundInfo], LocalRule]:
+    def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
+        suffix = suffix_of(info)
+        return LocalRule(trainable=lambda name: name.endswith(suffix))
+
+    return rule
+
+
+@algorithms.register("ffa-lora")
+def ffa_lora(*, weighting: Weighting = "examples") -> Algorithm:
+    """Freeze A at its shared start; train, send and average B alone (2403.12313)."""
+
+    def b(info: RoundInfo) -> str:
+        return B
+
+    aggregate, only = _averaging(weighting), _only(b)
+    return Algorithm(_init, aggregate, _training_one(b), _half_uploaded(b), message=only, uploads=only, needs_lora=True)
+
+
+@algorithms.register("rolora")
+def rolora(*, weighting: Weighting = "examples") -> Algorithm:
+    """Train and send B in even rounds and A in odd ones (2502.01755)."""
+
+    def turn(info: RoundInfo) -> str:
+        return A if info.round % 2 else B
+
+    # Both go down: a client that was not sampled last round lacks the half that changed then.
+    down = groups("adapter")
+    aggregate = _averaging(weighting)
+    return Algorithm(_init, aggregate, _training_one(turn), _half_uploaded(turn), down, _only(turn), needs_lora=True)
+
+
+@algorithms.register("fedsa-lora")
+def fedsa_lora(*, weighting: Weighting = "examples") -> Algorithm:
+    """Average A; every client keeps its own B, and so has a model of its own (2410.01463)."""
+
+    def a(info: RoundInfo) -> str:
+        return A
+
+    def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        return {"adapter": clone(half(result.trained, A))}, {"adapter": clone(half(result.trained, B))}
+
+    aggregate, only = _averaging(weighting), _only(a)
+    return Algorithm(_init, aggregate, finish=finish, message=only, uploads=only, needs_lora=True, personal=True)

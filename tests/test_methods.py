@@ -1,0 +1,301 @@
+"""Every algorithm, adapter and wrapper through the command line, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+from fedmllm.algorithms import algorithms
+from fedmllm.cli import app
+from fedmllm.models.lora import read_adapter
+from fedmllm.store import RunDir
+from fedmllm.tensors import State, load_state
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    done = call(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def settings(**values: object) -> list[str]:
+    """`algorithm__name="flora"` as `--set algorithm.name=flora`."""
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: object) -> None:
+    """The same command, stopped right after the checkpoint of a round."""
+    save = RunDir.save_round
+
+    def save_then_fail(self: RunDir, record: Mapping[str, Any], state: State, digest: str) -> None:
+        save(self, record, state, digest)
+        if record["round"] == after:
+            raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save_round", save_then_fail)
+        assert call(*arguments).exit_code == 1
+
+
+COMPOSED = [
+    {"algorithm__name": "scaffold", "regularization__name": "adaptive", "compression__name": "top-k"},
+    {"algorithm__name": "flora", "clients__rank": "[1, 2]", "compression__name": "int8"},
+    {"algorithm__name": "feddyn", "model__adapter__kind": "dora", "regularization__name": "fedprox"},
+    {"algorithm__name": "fedsa-lora", "compression__name": "top-k"},
+    {"algorithm__name": "fedilora", "clients__rank": "[1, 2, 2]", "regularization__name": "adaptive"},
+    {"algorithm__name": "fedadam", "model__adapter__kind": "prompt-tuning"},
+]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [*({"algorithm__name": name} for name in algorithms.names()), *COMPOSED],
+    ids=lambda parts: "-".join(parts.values()).replace(" ", ""),
+)
+def test_cut_short_and_resumed_equals_uninterrupted(
+    write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+) -> None:
+    command = ["run", write_experiment(rounds=2), *settings(**parts)]
+    whole = run(*command)
+    cut_short(monkeypatch, 0, *command, "--out", "cut")
+    assert len(RunDir(Path("cut")).rounds()) == 1
+    resumed = run(*command, "--out", "cut", "--resume")
+    for key in ("adapter_sha256", "metrics", "per_client", "bytes_up", "bytes_down", "rounds"):
+        assert resumed[key] == whole[key], key
+    assert whole["refused_updates"] == 0
+    assert sum(whole["bytes_up"].values()) > 0
+
+
+def checkpoint(folder: str) -> State:
+    return load_state(Path(folder) / "checkpoint" / "server.safetensors")[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_scaffolds_variates_move(write_experiment: Write, optimizer: str) -> None:
+    run("run", write_experiment(), *settings(algorithm__name="scaffold", train__optimizer=optimizer), "--out", "a")
+    assert all(bool(c.any()) for c in checkpoint("a")["control"].values())
+    memories = sorted(Path("a/checkpoint/clients").iterdir())
+    assert memories
+    for path in memories:
+        assert all(bool(c.any()) for c in load_state(path)[0]["control"].values())
+
+
+def test_scaffold_on_the_model_is_the_papers_option_two_under_plain_sgd(write_experiment: Write) -> None:
+    """One round from c = c_k = 0: c_k⁺ = (w − w_k) / (τ_k η_l), from what the client really sent and remembered."""
+    parts = {
+        "algorithm__name": "scaffold", "train__optimizer": "sgd", "train__clip": 0, "train__lr": 0.05,
+        "train__clients_per_round": 1, "train__rounds": 1, "train__schedule": "constant",
+    }  # fmt: skip
+    result = run("run", write_experiment(), *settings(**parts), "--out", "a")
+    (client,) = RunDir(Path("a")).rounds()[0]["sampled"]
+    steps = RunDir(Path("a")).rounds()[0]["steps"]
+    run("run", write_experiment(), *settings(**{**parts, "train__lr": 1e-12}), "--out", "start")  # all but untouched
+    start, state = checkpoint("start")["adapter"], checkpoint("a")
+    (memory,) = Path("a/checkpoint/clients").glob(f"client-{client}.*")
+    for name, c in load_state(memory)[0]["control"].items():
+        option_two = (start[name] - state["adapter"][name]) / (steps * 0.05)
+        torch.testing.assert_close(c, option_two, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(state["control"][name], c / 4)
+    assert result["bytes_up"].keys() == {"adapter", "control"}
+
+
+# What is exported
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("name", ["fedavg", "flora", "fedex-lora", "flexlora"])
+def test_the_adapter_folder_answers_like_the_run(write_experiment: Write, tiny: Path, name: str) -> None:
+    """Loaded with PEFT alone, the exported adapter gives the answers that the run predicted; a fold is inside."""
+    from fedmllm.config import read, validate
+    from fedmllm.experiment import Bench, prepare
+
+    file = write_experiment()
+    run("run", file, *settings(algorithm__name=name), "--out", "a")
+    experiment = validate(read(Path("a/config.toml")))
+    bench = Bench(experiment, prepare(experiment), train=False)
+    base = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
+    bench.model.backbone = type(bench.model.backbone)(
+        **{**vars(bench.model.backbone), "model": PeftModel.from_pretrained(base, "a/adapter").eval().get_base_model()}
+    )
+    found = [p.to_json() for p in bench.examination.take(experiment.eval)]
+    written = [json.loads(line) for line in Path("a/predictions.jsonl").read_text().splitlines()]
+    assert [p["predicted"] for p in found] == [p["predicted"] for p in written]
+    with_fold = name in ("flora", "fedex-lora")
+    assert (json.loads(Path("a/adapter/adapter_config.json").read_text())["r"] > 2) == with_fold
+    assert ("fold" in checkpoint("a")) == with_fold
+
+
+@pytest.mark.parametrize("name", ["flora", "fedsa-lora"])
+def test_eval_repeats_the_runs_figures(write_experiment: Write, name: str) -> None:
+    result = run("run", write_experiment(), *settings(algorithm__name=name), "--out", "a")
+    assert run("eval", "a")["metrics"] == result["metrics"]
+
+
+# Personalised methods
+
+
+def test_personalised_each_client_is_tested_with_its_own_model(write_experiment: Write) -> None:
+    result = run("run", write_experiment(), *settings(algorithm__name="fedsa-lora"), "--out", "a")
+    rows = result["per_client"]
+    scores = sorted(row["metrics"]["both"]["accuracy"] for row in rows)
+    both = result["metrics"]["both"]
+    assert both["accuracy"] == pytest.approx(sum(scores) / 4, abs=1e-5)
+    assert both["accuracy_worst_decile"] == pytest.approx(scores[0], abs=1e-5)  # a tenth of four clients, rounded up
+    own = {row["client"]: read_adapter(Path(f"a/adapters/client-{row['client']}")) for row in rows}
+    assert not Path("a/adapter").exists(), "there is no adapter for all"
+    trained = [row["client"] for row in rows if row["rounds"]]
+    assert len(trained) >= 2
+    first, second = own[trained[0]], own[trained[1]]
+    assert all(torch.equal(first[n], second[n]) == ("lora_A" in n) for n in first)
+    for client in own.keys() - set(trained):
+        assert not any(bool(t.any()) for n, t in own[client].items() if "lora_B" in n)
+    lines = [json.loads(line) for line in Path("a/predictions.jsonl").read_text().splitlines()]
+    assert {line["client"] for line in lines} == {0, 1, 2, 3}
+
+
+def test_personalised_as_many_clients_are_tested_as_asked(write_experiment: Write) -> None:
+    parts = {"algorithm__name": "fedsa-lora", "eval__clients": 2, "eval__every": 1}
+    result = run("run", write_experiment(), *settings(**parts), "--out", "a")
+    tested = [row["client"] for row in result["per_client"] if "metrics" in row]
+    assert len(tested) == 2
+    assert sorted(p.name for p in Path("a/adapters").iterdir()) == [f"client-{c}" for c in tested]
+    assert all("accuracy_worst_decile" in r["metrics"]["both"] for r in RunDir(Path("a")).rounds()[:2])
+
+
+def test_the_local_baseline_has_a_worst_decile_too(write_experiment: Write) -> None:
+    result = run("baseline", "local", write_experiment())
+    lowest = min(row["metrics"]["both"]["accuracy"] for row in result["per_client"])
+    assert result["metrics"]["both"]["accuracy_worst_decile"] == pytest.approx(lowest, abs=1e-5)
+
+
+# Unequal ranks
+
+
+@pytest.mark.parametrize("name", ["flexlora", "flora", "hetlora", "fedilora"])
+def test_clients_of_unequal_rank(write_experiment: Write, name: str) -> None:
+    parts = {"algorithm__name": name, "clients__rank": "[1, 2]"}
+    result = run("run", write_experiment(), *settings(**parts), "--out", "a")
+    assert [row["rank"] for row in result["per_client"]] == [1, 2, 1, 2]
+    full = run("run", write_experiment(), *settings(algorithm__name=name))
+    assert result["bytes_up"]["adapter"] < full["bytes_up"]["adapter"]
+    assert result["adapter_sha256"] != full["adapter_sha256"]
+    of_rank_one = full["bytes_up"]["adapter"] / (3 * 2) / 2  # 3 rounds, 2 clients, rank 2
+    ranks = [1 + client % 2 for r in RunDir(Path("a")).rounds() for client in r["sampled"]]
+    assert result["bytes_up"]["adapter"] == of_rank_one * sum(ranks)
+
+
+def test_clients_of_unequal_rank_alone(write_experiment: Write) -> None:
+    parts = settings(algorithm__name="hetlora", clients__rank="[1, 2]")
+    result = run("baseline", "local", write_experiment(), *parts)
+    assert len(result["per_client"]) == 4
+    assert run("baseline", "centralised", write_experiment(), *parts)["rounds"] == 2
+
+
+# Other adapters
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "ia3", "prompt-tuning"])
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadagrad", "fedyogi", "fedadam"])
+def test_other_adapters_under_averaging_and_the_fedopt_family(write_experiment: Write, name: str, kind: str) -> None:
+    parts = {"algorithm__name": name, "model__adapter__kind": kind}
+    result = run("run", write_experiment(rounds=1), *settings(**parts), "--out", "a")
+    assert result["adapter"] == kind
+    assert result["bytes_up"] == result["bytes_down"] == {"adapter": result["bytes_up"]["adapter"]}
+    state = checkpoint("a")
+    assert read_adapter(Path("a/adapter")).keys() == state["adapter"].keys()
+    assert name == "fedavg" or all(bool(m.any()) for n, m in state["m"].items() if "lora_A" not in n), "nothing was trained"
+
+
+def test_zero_shot_is_the_base_model_whatever_the_adapter(write_experiment: Write) -> None:
+    found = [
+        run("baseline", "zero-shot", write_experiment(), *settings(model__adapter__kind=kind), "--out", kind)["metrics"]
+        for kind in ("lora", "prompt-tuning", "dora")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert run("eval", "prompt-tuning")["metrics"] == found[0]
+
+
+# Compression
+
+
+def test_compressed_updates_are_counted_as_they_travel(write_experiment: Write) -> None:
+    plain = run("run", write_experiment())
+    int8 = run("run", write_experiment(), *settings(compression__name="int8"))
+    top_k = run("run", write_experiment(), *settings(compression__name="top-k", compression__share=0.05))
+    full = plain["bytes_up"]["adapter"]
+    assert int8["compression"] == "int8"
+    assert int8["bytes_up"] == {"int8": full // 4, "step": 3 * 2 * 4 * 16}
+    # 64 numbers a tensor: ⌈0.05·64⌉ = 4 of them, each with its place.
+    assert top_k["bytes_up"] == {"places": full // 16, "values": full // 16}
+    assert plain["bytes_down"] == int8["bytes_down"] == top_k["bytes_down"]
+
+
+# Refusals
+
+REFUSED = [
+    ({"algorithm__name": "flora", "model__adapter__kind": "ia3"},
+     "algorithm.name: 'flora' works on LoRA's factors A and B alone, and model.adapter.kind = 'ia3' has more or none"),
+    ({"algorithm__name": "fedsvd", "model__adapter__kind": "dora"}, "works on LoRA's factors A and B alone"),
+    ({"clients__rank": "[1, 2]"},
+     "clients.rank: 'fedavg' cannot average adapters of ranks [1, 2] under model.lora.rank = 2; give all clients that rank, or "
+     "choose one of fedilora, flexlora, flora, hetlora."),
+    ({"clients__rank": "[1]", "algorithm__name": "scaffold"}, "clients.rank: 'scaffold' cannot average"),
+    ({"clients__rank": "[1, 8]", "algorithm__name": "flora"}, "clients.rank = 8 is more than model.lora.rank = 2"),
+    ({"clients__rank": "[0]", "algorithm__name": "flora"}, "clients.rank.0: input should be greater than or equal to 1"),
+    ({"clients__rank": "[2]", "model__adapter__kind": "ia3"}, "clients.rank: model.adapter.kind = 'ia3' has no rank to vary"),
+    ({"regularization__name": "adaptive", "model__adapter__kind": "prompt-tuning"}, "'adaptive' ties the middle"),
+    ({"compression__name": "top-k", "algorithm__name": "flora"},
+     "compression.name: 'top-k' cannot be used with 'flora': error feedback adds last round's remainder"),
+    ({"compression__name": "top-k", "compression__share": 0.0}, "compression: share = 0.0 must be above 0"),
+    ({"compression__name": "zip"}, "there is no compression 'zip'"),
+    ({"model__adapter__kind": "adalora"}, "model.adapter.kind: input should be 'lora', 'rslora'"),
+    ({"algorithm__name": "fedadam", "algorithm__beta2": 2.0}, "algorithm: beta2 = 2.0 must be at least 0 and below 1"),
+    ({"algorithm__name": "fednova", "algorithm__momentum": 0.9}, "algorithm.momentum: unknown key for algorithm 'fednova'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "sentence"), REFUSED, ids=[" ".join(map(str, p.values())) for p, _ in REFUSED])
+def test_what_does_not_go_together_is_one_sentence_and_status_2(
+    write_experiment: Write, parts: dict[str, object], sentence: str
+) -> None:
+    done = call("run", write_experiment(), *settings(**parts))
+    assert done.exit_code == 2, done.output
+    assert sentence in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert not Path("runs").exists()
+
+
+def test_list_has_defaults_and_what_travels() -> None:
+    found = {part["name"]: part for part in json.loads(call("list", "algorithms", "--json").stdout)}
+    assert found["fedadam"]["defaults"] == {
+        "beta1": 0.9, "beta2": 0.99, "server_lr": 0.001, "tau": 0.001, "weighting": "examples"
+    }  # fmt: skip
+    assert found["fedadam"]["options"] == sorted(found["fedadam"]["defaults"])
+    assert (found["fedsvd"]["down"], found["fedsvd"]["up"]) == (["adapter"], ["adapter (B)"])
+    wanted = (
+        "fedavg fedavgm fedadagrad fedyogi fedadam fednova scaffold feddyn fedprox ffa-lora rolora fedsa-lora flexlora flora "
+        "fedex-lora hetlora fedsvd fedilora"
+    )
+    assert set(wanted.split()) == found.keys()
+    assert "travels down: adapter; up: adapter (B)" in call("list", "algorithms").stdout
+    assert {part["name"] for part in json.loads(call("list", "compressions", "--json").stdout)} == {"none", "int8", "top-k"}
