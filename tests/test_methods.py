@@ -11,10 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from typer.testing import CliRunner
 
+from commands import call, run
 from fedmllm.algorithms import algorithms
-from fedmllm.cli import app
 from fedmllm.models.lora import read_adapter
 from fedmllm.store import RunDir
 from fedmllm.tensors import State, load_state
@@ -25,17 +24,6 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def run(*arguments: object) -> dict[str, Any]:
-    done = call(*arguments, "--json")
-    assert done.exit_code == 0, done.output
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def settings(**values: object) -> list[str]:

@@ -15,23 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from fedmllm.cli import app
+from commands import call, run
 from fedmllm.store import RunDir
 
 Write = Callable[..., Path]
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def run(*arguments: object) -> dict[str, Any]:
-    done = call(*arguments, "--json")
-    assert done.exit_code == 0, done.output
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmllm.algorithms.base import AdapterInfo, Update
-from fedmllm.tensors import State, Tensors
+from fedmllm.tensors import State, Tensors, clone
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 FOLD_A, FOLD_B, FOLD = ".fold_A", ".fold_B", ".fold"
@@ -36,6 +36,12 @@ def modules(adapter: Tensors) -> list[str]:
     if odd or not found or any(m + B not in adapter for m in found):
         raise ValueError(f"not a LoRA adapter of pairs A and B: see {min(odd, default='its names')!r}")
     return found
+
+
+def lora_state(adapter: Tensors) -> State:
+    """The server's state at the start of a method that has no other. Raises ValueError for what is no LoRA adapter."""
+    modules(adapter)
+    return {"adapter": clone(adapter)}
 
 
 def rank_of(adapter: Tensors) -> int:

@@ -14,18 +14,14 @@ from collections.abc import Sequence
 import torch
 
 from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, groups, in_order
-from fedmllm.algorithms.factors import A, B, Factors, fold_of, folded, modules, rank_of
+from fedmllm.algorithms.factors import A, B, Factors, fold_of, folded, lora_state, modules, rank_of
 from fedmllm.algorithms.fedavg import Weighting, mean_adapter, weights_of
-from fedmllm.tensors import State, Tensors, clone
+from fedmllm.tensors import State
 
 
 @algorithms.register("fedex-lora")
 def fedex_lora(*, weighting: Weighting = "examples") -> Algorithm:
     """Average A and B, and fold the residual of the products into the base (2410.09432)."""
-
-    def init(adapter: Tensors) -> State:
-        modules(adapter)
-        return {"adapter": clone(adapter)}
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, mean = in_order(updates), mean_adapter(updates, weighting)
@@ -42,4 +38,4 @@ def fedex_lora(*, weighting: Weighting = "examples") -> Algorithm:
             residual[m] = (torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
         return {**state, "adapter": mean, "fold": folded(fold_of(state), residual)}
 
-    return Algorithm(init, aggregate, message=groups("adapter", "fold"), needs_lora=True)
+    return Algorithm(lora_state, aggregate, message=groups("adapter", "fold"), needs_lora=True)

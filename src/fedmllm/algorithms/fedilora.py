@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from fedmllm.algorithms.base import Algorithm, LocalResult, RoundInfo, Update, algorithms, in_order
-from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
+from fedmllm.algorithms.factors import A, B, lora_state, modules, rank_of, resized
 from fedmllm.algorithms.fedavg import Weighting, weights_of
 from fedmllm.algorithms.flexlora import to_own_rank
 from fedmllm.tensors import State, Tensors, clone
@@ -35,10 +35,6 @@ def repaired(trained: Tensors, received: Tensors) -> Tensors:
 @algorithms.register("fedilora")
 def fedilora(*, repair: bool = True, weighting: Weighting = "examples") -> Algorithm:
     """Average each rank's row over the clients that have it; repair layers where modalities lack (2509.06984)."""
-
-    def init(adapter: Tensors) -> State:
-        modules(adapter)
-        return {"adapter": clone(adapter)}
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, adapter = in_order(updates), state["adapter"]
@@ -62,5 +58,5 @@ def fedilora(*, repair: bool = True, weighting: Weighting = "examples") -> Algor
         return {"adapter": repaired(result.trained, result.received) if mend else clone(result.trained)}, {}
 
     return Algorithm(
-        init, aggregate, finish=finish, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True
+        lora_state, aggregate, finish=finish, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True
     )

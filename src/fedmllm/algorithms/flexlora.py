@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order
-from fedmllm.algorithms.factors import A, B, best_factors, modules, rank_of, resized, stacked
+from fedmllm.algorithms.factors import A, B, best_factors, lora_state, rank_of, resized, stacked
 from fedmllm.algorithms.fedavg import Weighting, weights_of
-from fedmllm.tensors import State, Tensors, clone
+from fedmllm.tensors import State, Tensors
 
 
 def to_own_rank(state: State, client: int, info: RoundInfo) -> State:
@@ -34,10 +34,6 @@ def truncated(state: Tensors, module: str, left: torch.Tensor, right: torch.Tens
 def flexlora(*, weighting: Weighting = "examples") -> Algorithm:
     """Average the products B A and take them apart again by SVD; ranks may differ (2402.11505)."""
 
-    def init(adapter: Tensors) -> State:
-        modules(adapter)
-        return {"adapter": clone(adapter)}
-
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, adapter = in_order(updates), state["adapter"]
         scale = info.adapter.scale(rank_of(adapter))
@@ -47,5 +43,5 @@ def flexlora(*, weighting: Weighting = "examples") -> Algorithm:
         return {**state, "adapter": new}
 
     return Algorithm(
-        init, aggregate, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True, refactors=True
+        lora_state, aggregate, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True, refactors=True
     )

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, groups, in_order
-from fedmllm.algorithms.factors import fold_of, folded, is_a, modules, stacked
+from fedmllm.algorithms.factors import fold_of, folded, is_a, lora_state, stacked
 from fedmllm.algorithms.fedavg import Weighting, weights_of
 from fedmllm.algorithms.flexlora import to_own_rank
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, clone
+from fedmllm.tensors import State, Tensors
 
 
 def _anew(adapter: Tensors, info: RoundInfo) -> Tensors:
@@ -35,10 +35,6 @@ def flora(*, weighting: Weighting = "examples") -> Algorithm:
     """Stack the clients' factors into the base and start the adapter anew; ranks may differ (2409.05976)."""
     fold_down = groups("fold")
 
-    def init(adapter: Tensors) -> State:
-        modules(adapter)
-        return {"adapter": clone(adapter)}
-
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered = in_order(updates)
         fold = folded(fold_of(state), stacked(ordered, weights_of(ordered, weighting), info.adapter))
@@ -47,4 +43,6 @@ def flora(*, weighting: Weighting = "examples") -> Algorithm:
     def message(state: State, client: int, info: RoundInfo) -> State:
         return {**to_own_rank(state, client, info), **fold_down(state, client, info)}
 
-    return Algorithm(init, aggregate, message=message, uploads=to_own_rank, needs_lora=True, unequal_ranks=True, refactors=True)
+    return Algorithm(
+        lora_state, aggregate, message=message, uploads=to_own_rank, needs_lora=True, unequal_ranks=True, refactors=True
+    )

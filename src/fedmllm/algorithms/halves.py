@@ -13,14 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, Message, RoundInfo, Update, algorithms, groups
-from fedmllm.algorithms.factors import A, B, half, modules
+from fedmllm.algorithms.factors import A, B, half, lora_state
 from fedmllm.algorithms.fedavg import Weighting, mean_adapter
-from fedmllm.tensors import State, Tensors, clone
-
-
-def _init(adapter: Tensors) -> State:
-    modules(adapter)
-    return {"adapter": clone(adapter)}
+from fedmllm.tensors import State, clone
 
 
 def _averaging(weighting: Weighting) -> Callable[[State, Sequence[Update], RoundInfo], State]:
@@ -59,7 +54,7 @@ def ffa_lora(*, weighting: Weighting = "examples") -> Algorithm:
         return B
 
     aggregate, only = _averaging(weighting), _only(b)
-    return Algorithm(_init, aggregate, _training_one(b), _half_uploaded(b), message=only, uploads=only, needs_lora=True)
+    return Algorithm(lora_state, aggregate, _training_one(b), _half_uploaded(b), message=only, uploads=only, needs_lora=True)
 
 
 @algorithms.register("rolora")
@@ -72,7 +67,7 @@ def rolora(*, weighting: Weighting = "examples") -> Algorithm:
     # Both go down: a client that was not sampled last round lacks the half that changed then.
     down = groups("adapter")
     aggregate = _averaging(weighting)
-    return Algorithm(_init, aggregate, _training_one(turn), _half_uploaded(turn), down, _only(turn), needs_lora=True)
+    return Algorithm(lora_state, aggregate, _training_one(turn), _half_uploaded(turn), down, _only(turn), needs_lora=True)
 
 
 @algorithms.register("fedsa-lora")
@@ -86,4 +81,4 @@ def fedsa_lora(*, weighting: Weighting = "examples") -> Algorithm:
         return {"adapter": clone(half(result.trained, A))}, {"adapter": clone(half(result.trained, B))}
 
     aggregate, only = _averaging(weighting), _only(a)
-    return Algorithm(_init, aggregate, finish=finish, message=only, uploads=only, needs_lora=True, personal=True)
+    return Algorithm(lora_state, aggregate, finish=finish, message=only, uploads=only, needs_lora=True, personal=True)

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 from fedmllm.algorithms.base import AdapterInfo, Algorithm, RoundInfo, Update, algorithms, in_order
-from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
+from fedmllm.algorithms.factors import A, B, lora_state, modules, rank_of, resized
 from fedmllm.algorithms.flexlora import to_own_rank
-from fedmllm.tensors import State, Tensors, clone, weighted_mean
+from fedmllm.tensors import State, Tensors, weighted_mean
 
 
 def product_norm(adapter: Tensors, info: AdapterInfo) -> float:
@@ -29,10 +29,6 @@ def product_norm(adapter: Tensors, info: AdapterInfo) -> float:
 def hetlora() -> Algorithm:
     """Average factors padded with zeros, weighted by the size of what was learnt; ranks may differ (2401.06432)."""
 
-    def init(adapter: Tensors) -> State:
-        modules(adapter)
-        return {"adapter": clone(adapter)}
-
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, rank = in_order(updates), rank_of(state["adapter"])
         weights = [product_norm(u.groups["adapter"], info.adapter) for u in ordered]
@@ -41,4 +37,4 @@ def hetlora() -> Algorithm:
         padded = [resized(u.groups["adapter"], rank, info.adapter) for u in ordered]
         return {**state, "adapter": weighted_mean(padded, weights)}
 
-    return Algorithm(init, aggregate, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True)
+    return Algorithm(lora_state, aggregate, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True)

@@ -50,8 +50,12 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table
     table.add_column("pattern")
     for name in names:
         table.add_column(f"{name}, %", justify="right")
+    lows = list(dict.fromkeys(k for m in metrics.values() for k in m if k.endswith("_worst_decile")))
+    for name in lows:
+        table.add_column(f"{name.removesuffix('_worst_decile')} of the worst tenth of clients, %", justify="right")
     for name in ("n", "parse_failures"):
         table.add_column(name, justify="right")
     for pattern, values in metrics.items():
-        table.add_row(pattern, *(percent(values, n) for n in names), str(values["n"]), str(values["parse_failures"]))
+        low = (f"{100 * values[name]:.1f}" for name in lows)
+        table.add_row(pattern, *(percent(values, n) for n in names), *low, str(values["n"]), str(values["parse_failures"]))
     return table
