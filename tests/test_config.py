@@ -18,6 +18,7 @@ from fedmllm.experiment import options_of
 from helpers import quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
+SHIPPED = [path for path in SHIPPED if not path.name.endswith(".sweep.toml")]
 MINIMAL: dict[str, Any] = {"task": {"name": "easy-vqa"}}
 HYBRID: dict[str, Any] = {**MINIMAL, "scenario": {"name": "hybrid", "presence": 0.6}}
 

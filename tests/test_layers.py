@@ -15,7 +15,7 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-ALL = FLEETS | {"store", "experiment", "runs", "report", "progress", "cli", "__init__"}
+ALL = FLEETS | {"store", "experiment", "runs", "sweep", "report", "progress", "cli", "__init__"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "fleets": MODELS | {"training", "evaluation", "federation"},
     "experiment": FLEETS,
     "runs": FLEETS | {"store", "experiment"},
+    "sweep": FLEETS | {"store", "experiment"},
     "cli": ALL,
     "__main__": {"cli"},
 }  # fmt: skip

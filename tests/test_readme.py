@@ -19,6 +19,7 @@ from fedmllm.data.prompts import prompts
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.experiment import options_of, prepare
+from fedmllm.sweep import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,15 +57,34 @@ def test_its_commands_parse(line: str) -> None:
     sub = command.get_command(context, words[0])  # type: ignore[attr-defined]
     parsed = sub.make_context(words[0], words[1:], parent=context)
     if "file" in parsed.params:
-        raw, _ = config.apply_overrides(config.read(ROOT / parsed.params["file"]), parsed.params["overrides"] or [], options_of)
-        config.validate(raw)
+        file, overrides = ROOT / parsed.params["file"], parsed.params["overrides"] or []
+        if words[0] == "sweep":
+            assert plan(file, overrides)[1]
+            return
+        config.validate(config.apply_overrides(config.read(file), overrides, options_of)[0])
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments").rglob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "file",
+    [p for p in sorted((ROOT / "experiments").glob("*.toml")) if not p.name.endswith(".sweep.toml")],
+    ids=lambda p: p.stem,
+)
 def test_every_shipped_experiment_checks(file: Path) -> None:
     raw, notes = config.apply_overrides(config.read(file), [], options_of)
     assert notes == []
     assert prepare(config.validate(raw, str(file))).train
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").rglob("*.sweep.toml")), ids=lambda p: p.name)
+def test_every_shipped_sweep_checks(file: Path) -> None:
+    assert plan(file)[1]
+
+
+def test_the_guides_sweep_is_one(tmp_path: Path) -> None:
+    (shown,) = blocks((ROOT / "docs" / "sweeps.md").read_text(), "toml")
+    (tmp_path / "quickstart.toml").write_text((ROOT / "experiments" / "quickstart.toml").read_text())
+    (tmp_path / "grid.toml").write_text(shown)
+    assert len(plan(tmp_path / "grid.toml")[1]) == 2 * 3 * 3
 
 
 def test_its_table_names_every_part() -> None:

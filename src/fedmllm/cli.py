@@ -263,14 +263,54 @@ def evaluate(
 def compare(
     directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)], as_json: Json = False
 ) -> None:
-    """Put finished runs side by side."""
+    """Put finished runs side by side; a sweep's folder as a table with the published figures where there are some."""
+    from fedmllm.report.grids import grid_table, read_grid
     from fedmllm.report.tables import comparison
 
+    if len(directories) == 1 and (directories[0] / "sweep.json").is_file():
+        grid = read_grid(directories[0])
+        if as_json:
+            _print(grid)
+        else:
+            _table(grid_table(grid))
+        return
     results = [RunDir(directory).result() for directory in directories]
     if as_json:
         _print([{"run": str(d), **r} for d, r in zip(directories, results, strict=True)])
     else:
         _table(comparison(results))
+
+
+@app.command()
+@_guarded
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The sweep file.", show_default=False)],
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go; by default runs/NAME.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a grid of experiments, skipping what is complete and resuming what is not."""
+    from fedmllm.report.grids import cells_table
+    from fedmllm.sweep import Sweeper, plan
+
+    _quiet()
+    found, planned = plan(file, overrides or [])
+    folder = out or Path("runs") / found.name
+    sweeper = Sweeper(found, planned, folder, lambda done, total, text: typer.echo(f"{done}/{total}  {text}", err=True))
+    rows = sweeper.rows() if dry_run else sweeper.run(jobs)
+    if as_json:
+        _print({"sweep": found.name, "out": str(folder), "cells": rows})
+    elif dry_run:
+        _table(cells_table(rows))
+    else:
+        typer.echo(f"sweep directory: {folder}; put it side by side with `fedmllm compare {folder}`")
+    failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
+    for name, error in failed.items():
+        typer.echo(f"failed: {folder / name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("list")

@@ -137,6 +137,7 @@ class Experiment(Table):
     compression: Named = Named(name="none")
     train: TrainTable = TrainTable()
     eval: EvalTable = EvalTable()
+    judge: Named = Named(name="none")
     fleet: Named = Named(name="in-process")
 
     @field_validator("name")
@@ -205,7 +206,11 @@ def _keys_at(path: tuple[int | str, ...]) -> Mapping[str, Any]:
     return model.model_fields
 
 
-def parse_override(text: str) -> tuple[list[str], Any]:
+Setting = tuple[list[str], Any]
+"""(["train", "rounds"], 5)"""
+
+
+def parse_override(text: str) -> Setting:
     """`train.rounds=5` into (["train", "rounds"], 5). The value is read as TOML; what is not TOML is a string."""
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
@@ -222,7 +227,14 @@ OptionNames = Callable[[str, str], Sequence[str]]
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: OptionNames) -> tuple[dict[str, Any], list[str]]:
-    """`raw` with the overrides put in, and a note for each option that an override made meaningless.
+    """`apply_settings` of what `--set` gave, as text."""
+    return apply_settings(raw, [parse_override(override) for override in overrides], options_of)
+
+
+def apply_settings(
+    raw: dict[str, Any], settings: Sequence[Setting], options_of: OptionNames
+) -> tuple[dict[str, Any], list[str]]:
+    """`raw` with the settings put in, and a note for each option that a setting made meaningless.
 
     `--set scenario.name=cross` on a file that says hybrid drops hybrid's own options, which cross does not know;
     what the user wrote wrongly stays and is refused later.
@@ -230,7 +242,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: O
     result = json.loads(json.dumps(raw, default=str))
     notes: list[str] = []
     # Names first, so that an option set in the same command belongs to the new part whatever the order.
-    for path, value in sorted((parse_override(o) for o in overrides), key=lambda pv: pv[0][-1] != "name"):
+    for path, value in sorted(settings, key=lambda pv: pv[0][-1] != "name"):
         table = result
         for depth, part in enumerate(path[:-1], start=1):
             table = table.setdefault(part, {})
@@ -273,5 +285,5 @@ def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named", "PartitionTable",
-    "TaskTable", "TrainTable", "apply_overrides", "parse_override", "read", "validate",
+    "TaskTable", "TrainTable", "apply_overrides", "apply_settings", "parse_override", "read", "validate",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.evaluation.evaluate import Examination
+from fedmllm.evaluation.judging import judges
 from fedmllm.fleets import fleets
 from fedmllm.models.mllm import MLLM, Encoded
 from fedmllm.rng import stream
@@ -47,7 +48,9 @@ class Data:
 
 def options_of(table: str, name: str) -> Sequence[str]:
     """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
-    kinds = {r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions, fleets)}
+    kinds = {
+        r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions, fleets, judges)
+    }
     return kinds[table].option_names(name) if table in kinds else []
 
 
@@ -109,13 +112,26 @@ def _load(table: TaskTable, split: Split, where: str) -> tuple[Task, Loaded]:
     return task, Loaded(sorted(loaded.samples + other.samples, key=lambda s: s.id), loaded.skipped + other.skipped)
 
 
-def prepare(config: Experiment) -> Data:
-    """Load the data and draw the manifest. Raises ConfigError and DataError for whatever is wrong with either."""
-    deal = partitions.build(config.partition.name, config.partition.options)
-    scenario = scenarios.build(config.scenario.name, config.scenario.options)
+def check_parts(config: Experiment) -> None:
+    """Build every named part and throw it away; reads no data and no model. Raises ConfigError for the first that is unfit."""
+    partitions.build(config.partition.name, config.partition.options)
+    scenarios.build(config.scenario.name, config.scenario.options)
     prompts.build(config.prompt.name, config.prompt.options)
     build_algorithm(config)
     fleets.build(config.fleet.name, config.fleet.options)
+    judges.build(config.judge.name, config.judge.options)
+    table: TaskTable | None = config.task
+    where = "task"
+    while table is not None:
+        tasks.build(table.name, table.options, where)
+        table, where = table.companion, f"{where}.companion"
+
+
+def prepare(config: Experiment) -> Data:
+    """Load the data and draw the manifest. Raises ConfigError and DataError for whatever is wrong with either."""
+    check_parts(config)
+    deal = partitions.build(config.partition.name, config.partition.options)
+    scenario = scenarios.build(config.scenario.name, config.scenario.options)
     task, train = _load(config.task, "train", "task")
     samples, skipped = train.samples, len(train.skipped)
     if config.eval.split == "validation":

@@ -107,7 +107,8 @@ def explain(
     owner: str = "",
 ) -> str:
     """The first problem of a pydantic error as one sentence with its dotted path; `known(path)` lists the keys there."""
-    first = error.errors()[0]
+    # A key that is not known first: where one is misspelt, the right one is missing too.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = ".".join(part for part in (where, *(str(p) for p in first["loc"])) if part)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

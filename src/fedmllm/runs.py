@@ -26,6 +26,7 @@ from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
+from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.experiment import Bench, Data, Report, build_algorithm, client_rows, prepare, rounds_alone, silent
 from fedmllm.federation import Fleet, Plan, federate
 from fedmllm.fleets import fleets
@@ -232,8 +233,19 @@ class Runner:
         lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
         self.run.save_predictions(lines)
 
-    def _summarise(self, models: Sequence[Sequence[Prediction]]) -> dict[str, dict[str, Any]]:
-        return summarise(self.data.task, models, self.config.seed, self.config.eval.bootstrap)
+    def _summarise(self, models: Sequence[Sequence[Prediction]], judged: bool = False) -> dict[str, dict[str, Any]]:
+        return summarise(self.data.task, models, self.config.seed, self.config.eval.bootstrap, judged)
+
+    def _judged(self, models: Sequence[Sequence[Prediction]]) -> Sequence[Sequence[Prediction]]:
+        """The predictions with a judge's verdicts on the open ones, where the experiment names a judge."""
+        judge = judges.build(self.config.judge.name, self.config.judge.options)
+        if judge is None:
+            return models
+        self.report("asking the judge", 0, 0, self.config.judge.name)
+        panel, questions = Panel(judge), {s.id: s.question for s in self.data.test}
+        judged = [panel.judge(model, questions) for model in models]
+        self.run.save_judgements(panel.judgements())
+        return judged
 
     def _examine(self, state: State) -> list[Prediction]:
         began = time.monotonic()
@@ -251,6 +263,7 @@ class Runner:
         rows: list[dict[str, Any]],
     ) -> dict[str, Any]:
         config, task = self.config, self.data.task
+        models = self._judged(models)
         companion = f"+{config.task.companion.name}" if config.task.companion else ""
         train_seconds = sum(float(record["seconds"]) for record in records)
         return {
@@ -268,7 +281,8 @@ class Runner:
             "adapter": config.model.adapter.kind,
             "seed": config.seed,
             "primary_metric": primary_metric(task),
-            "metrics": self._summarise(models),
+            "judge": config.judge.name,
+            "metrics": self._summarise(models, judged=config.judge.name != "none"),
             "per_client": rows,
             "rounds": len(records),
             "bytes_up": _sum_groups(records, "bytes_up"),

@@ -108,6 +108,9 @@ class RunDir:
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         self._write_lines(self.path / "predictions.jsonl", predictions)
 
+    def save_judgements(self, judgements: Iterable[Mapping[str, Any]]) -> None:
+        self._write_lines(self.path / "judgements.jsonl", judgements)
+
     def finish(self, result: Mapping[str, Any]) -> None:
         write_atomically(self._result, _dump(result))
 

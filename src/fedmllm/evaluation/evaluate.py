@@ -33,7 +33,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`score` is the probability of the positive answer, where the task has one; `failed`: there was no answer to read."""
+    """`score` is the probability of the positive answer, where the task has one; `failed`: there was no answer to read;
+    `judged`: what a judge said of an open answer, None where none was asked or its reply could not be read."""
 
     pattern: str
     id: str
@@ -43,6 +44,7 @@ class Prediction:
     closed: bool
     failed: bool
     score: float | None = None
+    judged: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,20 +123,23 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def summarise(task: Task, models: Sequence[Sequence[Prediction]], seed: int, bootstrap: int) -> dict[str, dict[str, Any]]:
+def summarise(
+    task: Task, models: Sequence[Sequence[Prediction]], seed: int, bootstrap: int, judged: bool = False
+) -> dict[str, dict[str, Any]]:
     """{pattern: {metric: value, metric_ci: [low, high], "n", "parse_failures"}}; metrics are shares of 1.
 
     With several models (clients that trained alone, or have a model of their own) each figure is the mean over them, the
     interval is of that mean, and the task's metric has a `…_worst_decile`: the mean over the lowest tenth of the models,
-    rounded up.
+    rounded up. `judged` adds what a judge made of the open answers, closed ones as they are.
     """
     patterns = list(dict.fromkeys(p.pattern for p in models[0]))
     return {
-        name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap) for name in patterns
+        name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap, judged)
+        for name in patterns
     }
 
 
-def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap: int) -> dict[str, Any]:
+def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap: int, judged: bool) -> dict[str, Any]:
     n = len(models[0])
     summary: dict[str, Any] = {"n": n, "parse_failures": round(sum(p.failed for m in models for p in m) / len(models))}
 
@@ -152,6 +157,12 @@ def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap
     if not closed.all():
         overlap = np.array([[token_f1(p.predicted, p.answer) for p in m if not p.closed] for m in models]).mean(axis=0)
         put("token_f1_open", overlap)
+        if judged:
+            said = np.array([[p.correct if p.closed else p.judged is True for p in m] for m in models], dtype=np.float64)
+            put("judged_accuracy", said.mean(axis=0))
+            put("judged_accuracy_open", said.mean(axis=0)[~closed])
+            failures = sum(p.judged is None for m in models for p in m if not p.closed)
+            summary["judge_failures"] = round(failures / len(models))
     if task.metric != "accuracy":
         draws = resamples(n, bootstrap, seed)
         for name, statistic in _ranked(task, models).items():

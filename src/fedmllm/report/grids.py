@@ -1,0 +1,139 @@
+"""A sweep's folder as a table in the manner of the paper: methods down, heterogeneity across, published figures beside ours."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedmllm.errors import RunError
+from fedmllm.store import RunDir
+
+_PUBLISHED = Path(__file__).parent / "published.toml"
+
+
+def setting_of(config: Mapping[str, Any]) -> str:
+    """The heterogeneity of an experiment in the paper's notation, such as "β 0.3"; "" for one that the paper does not have."""
+    scenario, partition = config["scenario"], config["partition"]
+    if scenario["name"] == "aligned" and partition["name"] == "dirichlet":
+        return f"α {float(partition.get('alpha', 0.5))}"
+    if scenario["name"] == "missing":
+        return f"β {float(scenario.get('rate', 0.3))}"
+    if scenario["name"] == "hybrid":
+        return f"p {float(scenario.get('presence', 0.7))}"
+    if scenario["name"] == "cross":
+        image, clients = scenario.get("image_clients", 0.5), partition["clients"]
+        count = image if isinstance(image, int) else round(image * clients)
+        return f"I:T {count}:{clients - count}"
+    return ""
+
+
+def published() -> dict[str, Any]:
+    """{"source": …, task: {"metric": …, algorithm: {setting: percent}}}"""
+    raw = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    settings = raw.pop("settings")
+    for table in raw.values():
+        if isinstance(table, dict):
+            for algorithm, figures in table.items():
+                if isinstance(figures, list):
+                    table[algorithm] = dict(zip(settings, figures, strict=True))
+    return raw
+
+
+def read_grid(folder: Path) -> dict[str, Any]:
+    """{"name", "axes", "rows": […], "published": […]}: a row a cell of the grid, its metric's mean and s.d. over the seeds that
+    are complete. Raises RunError where the folder is no sweep's."""
+    try:
+        index = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / 'sweep.json'} cannot be read ({error}); run the sweep again.") from None
+    cells: dict[tuple[str, ...], dict[str, Any]] = {}
+    beside: dict[tuple[str, str], dict[str, Any]] = {}
+    known = published()
+    first = index["axes"][0] if index["axes"] else None
+    for row in index["cells"]:
+        cell = cells.setdefault(
+            tuple(row["axes"].values()), {"axes": row["axes"], "kind": row["kind"], "ids": [], "scores": [], "missing": 0}
+        )
+        run = RunDir(folder / row["id"])
+        if not run.complete:
+            cell["missing"] += 1
+            continue
+        result, config = run.result(), tomllib.loads(run.config.read_text(encoding="utf-8"))
+        metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
+        cell |= {"metric": metric, "pattern": pattern, "algorithm": result["algorithm"]}
+        cell["ids"].append(row["id"])
+        cell["scores"].append(result["metrics"][pattern][metric])
+        task = known.get(config["task"]["name"], {})
+        figure = task.get(result["algorithm"], {}).get(setting_of(config)) if row["kind"] == "federated" else None
+        if figure is not None and first:
+            beside.setdefault(
+                (result["algorithm"], row["axes"][first]),
+                {"algorithm": result["algorithm"], first: row["axes"][first], "percent": figure, "metric": task["metric"]},
+            )
+    for cell in cells.values():
+        scores = cell["scores"]
+        cell["mean"] = statistics.fmean(scores) if scores else None
+        cell["sd"] = statistics.stdev(scores) if len(scores) > 1 else None
+    return {
+        "name": index["name"],
+        "axes": index["axes"],
+        "rows": list(cells.values()),
+        "published": list(beside.values()),
+        "source": known["source"],
+    }
+
+
+def _figure(cell: Mapping[str, Any] | None) -> str:
+    if cell is None or cell["mean"] is None:
+        return "–"
+    spread = f" ± {100 * cell['sd']:.1f}" if cell["sd"] is not None else ""
+    return f"{100 * cell['mean']:.1f}{spread}" + ("*" if cell["missing"] else "")
+
+
+def grid_table(grid: Mapping[str, Any]) -> Table:
+    """The first axis across, the others down; what is published below each algorithm's first row."""
+    rows: Sequence[Mapping[str, Any]] = grid["rows"]
+    across = grid["axes"][0] if grid["axes"] else "run"
+    columns = list(dict.fromkeys(row["axes"].get(across, grid["name"]) for row in rows))
+    metric = next((row["metric"] for row in rows if "metric" in row), "no run is complete")
+    title = f"{grid['name']}: {metric}, %, mean ± s.d. over seeds; * not all seeds are complete"
+    table = Table(title=title, title_justify="left", caption=grid["source"] if grid["published"] else None)
+    for axis in grid["axes"][1:] or [""]:
+        table.add_column(axis)
+    for column in columns:
+        table.add_column(column, justify="right")
+    lines: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        down = tuple(row["axes"][axis] for axis in grid["axes"][1:])
+        lines.setdefault(down, {})[row["axes"].get(across, grid["name"])] = row
+    figures = {(p["algorithm"], p[across]): p for p in grid["published"]}
+    told: set[str] = set()
+    for down, found in lines.items():
+        table.add_row(*(down or ("",)), *(_figure(found.get(column)) for column in columns))
+        algorithm = next(
+            (row["algorithm"] for row in found.values() if row["kind"] == "federated" and "algorithm" in row), None
+        )
+        theirs = [figures.get((algorithm, column)) for column in columns] if algorithm and algorithm not in told else []
+        if any(theirs):
+            told.add(algorithm or "")
+            label = f"  {algorithm}, published ({next(t['metric'] for t in theirs if t)})"
+            blank = [""] * (max(len(down), 1) - 1)
+            table.add_row(label, *blank, *(f"{t['percent']:.1f}" if t else "–" for t in theirs), style="dim italic")
+    return table
+
+
+def cells_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What `sweep --dry-run` prints: every cell, its run and how far that is."""
+    runs = {row["id"] for row in rows}
+    table = Table(title=f"{len(rows)} cells, {len(runs)} distinct runs", title_justify="left")
+    for column in (*(rows[0]["axes"] if rows else ()), "seed", "run", "state"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row["axes"].values(), str(row["seed"]), row["id"], row["state"])
+    return table

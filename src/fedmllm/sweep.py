@@ -1,0 +1,222 @@
+"""Grids of experiments: a base file, axes of named cells, seeds; each distinct run once, in a process of its own.
+
+A run's id is the digest of what its kind depends on, so a cell that is complete is skipped, one that was cut short goes on,
+and cells that mean the same run (zero-shot under any algorithm) share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fedmllm import config as files
+from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.experiment import check_parts, options_of
+from fedmllm.registry import explain
+from fedmllm.store import RunDir
+from fedmllm.tensors import write_atomically
+
+Kind = Literal["federated", "zero-shot", "local", "centralised"]
+INDEX = "sweep.json"
+
+
+class Cell(Table):
+    """One value of an axis: settings in the notation of `--set`, and the kind of run where it is no federated one."""
+
+    name: str
+    kind: Kind | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Axis(Table):
+    name: str
+    cells: Annotated[tuple[Cell, ...], Field(strict=False, min_length=1)]
+
+
+class Sweep(Table):
+    """A sweep file. `base` is an experiment file, relative to it; `set` applies to every cell."""
+
+    name: str
+    base: str
+    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    set: dict[str, Any] = Field(default_factory=dict)
+    axes: Annotated[tuple[Axis, ...], Field(strict=False)] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell of the grid: where it lies on each axis, and the run that it needs."""
+
+    axes: Mapping[str, str]
+    seed: int
+    kind: Kind
+    experiment: Experiment
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.experiment.digest()[:12]}"
+
+    def __str__(self) -> str:
+        return " · ".join((*self.axes.values(), f"seed {self.seed}"))
+
+
+def essential(experiment: Experiment, kind: Kind) -> Experiment:
+    """The experiment with every setting that this kind of run does not depend on at its default."""
+    plain: dict[str, Any] = {"regularization": Named(name="none"), "compression": Named(name="none")}
+    if not experiment.clients.rank:  # an algorithm for unequal ranks must stay beside them
+        plain["algorithm"] = Named(name="fedavg")
+    if kind == "zero-shot":
+        plain |= {
+            "seed": 0,
+            "partition": PartitionTable(name="iid"),
+            "train": TrainTable(max_length=experiment.train.max_length),
+        }
+    if kind == "centralised":
+        plain["partition"] = PartitionTable(name="iid", clients=experiment.partition.clients)
+    if kind in ("zero-shot", "centralised"):
+        plain |= {"scenario": Named(name="aligned"), "clients": files.ClientsTable(), "algorithm": Named(name="fedavg")}
+    return experiment.model_copy(update=plain) if kind != "federated" else experiment
+
+
+def read(path: Path) -> Sweep:
+    """Raises ConfigError for the first thing that is wrong with the file."""
+    try:
+        return Sweep.model_validate(files.read(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, '', lambda where: _keys(where))}") from None
+
+
+def _keys(where: tuple[int | str, ...]) -> Mapping[str, Any]:
+    depth = len([part for part in where if isinstance(part, str)])
+    tables: tuple[type[Table], ...] = (Sweep, Axis, Cell)
+    return tables[min(depth, 2)].model_fields
+
+
+def plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Planned]]:
+    """All cells of the grid. Raises ConfigError, naming the cell, where one is no good; data and model are not touched."""
+    sweep = read(path)
+    raw = files.read(path.parent / sweep.base)
+    extra = [files.parse_override(override) for override in overrides]
+    planned = []
+    for cells in product(*(axis.cells for axis in sweep.axes)):
+        axes = {axis.name: cell.name for axis, cell in zip(sweep.axes, cells, strict=True)}
+        kinds: set[Kind] = {cell.kind for cell in cells if cell.kind} or {"federated"}
+        where = f"{path}: the cell {' · '.join(axes.values()) or sweep.name}"
+        if len(kinds) > 1:
+            raise ConfigError(f"{where}: is of kinds {sorted(kinds)} at once; let one axis say the kind.")
+        kind = kinds.pop()
+        settings = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
+        paths = [(key.split("."), value) for key, value in settings]
+        for seed in sweep.seeds:
+            chosen, _ = files.apply_settings(raw, [*paths, (["seed"], seed), *extra], options_of)
+            try:
+                experiment = essential(files.validate(chosen), kind)
+                check_parts(experiment)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+            planned.append(Planned(axes, seed, kind, experiment))
+    return sweep, planned
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises RunError where another process sweeps in this folder; the lock goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: another sweep is running there; wait for it, or give another --out.") from None
+        yield
+
+
+class Sweeper:
+    """Runs what is missing of a grid. `report(done, total, text)` is told of every run that ends."""
+
+    def __init__(self, sweep: Sweep, planned: Sequence[Planned], out: Path, report: Callable[[int, int, str], None]) -> None:
+        self._sweep, self._planned, self._out, self._report = sweep, planned, out, report
+        self._errors: dict[str, str] = {}
+        self._children: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopped = False
+
+    def state(self, one: Planned) -> str:
+        """ "complete", "failed", "cut short" or "new"."""
+        run = RunDir(self._out / one.id)
+        if run.complete:
+            return "complete"
+        return "failed" if one.id in self._errors else "cut short" if run.exists else "new"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The index: a row a cell."""
+        return [
+            {"axes": dict(p.axes), "seed": p.seed, "kind": p.kind, "id": p.id, "state": self.state(p)}
+            | ({"error": self._errors[p.id]} if p.id in self._errors else {})
+            for p in self._planned
+        ]
+
+    def run(self, jobs: int) -> list[dict[str, Any]]:
+        """Do all that is not complete, `jobs` at a time, going on past failures; the index. Raises KeyboardInterrupt."""
+        with _alone(self._out):
+            todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
+            self._write_index()
+            with ThreadPoolExecutor(max_workers=jobs) as pool:
+                futures = {pool.submit(self._one, p, jobs): p for p in todo}
+                try:
+                    for done, future in enumerate(as_completed(futures), start=1):
+                        future.result()
+                        one = futures[future]
+                        self._report(done, len(todo), f"{one}: {self._errors.get(one.id, 'done')}")
+                        self._write_index()
+                except KeyboardInterrupt:
+                    self._stop()
+                    raise
+            return self.rows()
+
+    def _write_index(self) -> None:
+        content = {"schema": 1, "name": self._sweep.name, "axes": [a.name for a in self._sweep.axes], "cells": self.rows()}
+        write_atomically(self._out / INDEX, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _stop(self) -> None:
+        with self._guard:
+            self._stopped = True
+            for child in self._children:
+                child.terminate()
+
+    def _one(self, one: Planned, jobs: int) -> None:
+        file = self._out / f"{one.id}.toml"
+        write_atomically(file, one.experiment.toml().encode())
+        what = ["run"] if one.kind == "federated" else ["baseline", one.kind]
+        command = [sys.executable, "-m", "fedmllm", *what, str(file), "--out", str(self._out / one.id), "--resume", "--json"]
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        with self._guard:
+            if self._stopped:
+                return
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={"OMP_NUM_THREADS": threads, **os.environ},
+            )
+            self._children.add(child)
+        _, said = child.communicate()
+        with self._guard:
+            self._children.discard(child)
+        if child.returncode:
+            last = said.strip().splitlines()[-1:] or ["no message"]
+            self._errors[one.id] = f"exit status {child.returncode}: {last[0]}"

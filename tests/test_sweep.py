@@ -1,0 +1,277 @@
+"""Grids: what is run, what is skipped, what goes on, what is told of failures, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import call, run
+from fedmllm import sweep
+from fedmllm.report.grids import published, setting_of
+from fedmllm.store import RunDir
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).parents[1]
+PAPER = sorted((ROOT / "experiments" / "paper").glob("*.sweep.toml"))
+
+GRID = """
+[[axes]]
+name = "heterogeneity"
+cells = [
+    { name = "α = 0.5", set = { "scenario.name" = "aligned", "partition.alpha" = 0.5 } },
+    { name = "β = 0.3", set = { "scenario.name" = "missing", "scenario.rate" = 0.3 } },
+]
+
+[[axes]]
+name = "method"
+cells = [
+    { name = "zero-shot", kind = "zero-shot" },
+    { name = "FedYogi", set = { "algorithm.name" = "fedyogi" } },
+]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def write_sweep(write_experiment: Write, tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a sweep file over the small experiment; `text` holds its axes."""
+
+    def write(text: str = GRID, head: str = "seeds = [0]", rounds: int = 1) -> Path:
+        base = write_experiment(rounds=rounds)
+        path = tmp_path / "grid.toml"
+        path.write_text(f'name = "grid"\nbase = "{base.name}"\n{head}\n{text}')
+        return path
+
+    return write
+
+
+def ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["id"] for row in rows]
+
+
+def test_a_dry_run_prints_the_cells_and_makes_nothing(write_sweep: Write) -> None:
+    file = write_sweep(head="seeds = [0, 1]")
+    rows = run("sweep", file, "--dry-run")["cells"]
+    assert [(tuple(r["axes"].values()), r["seed"], r["kind"]) for r in rows] == [
+        (("α = 0.5", "zero-shot"), 0, "zero-shot"), (("α = 0.5", "zero-shot"), 1, "zero-shot"),
+        (("α = 0.5", "FedYogi"), 0, "federated"), (("α = 0.5", "FedYogi"), 1, "federated"),
+        (("β = 0.3", "zero-shot"), 0, "zero-shot"), (("β = 0.3", "zero-shot"), 1, "zero-shot"),
+        (("β = 0.3", "FedYogi"), 0, "federated"), (("β = 0.3", "FedYogi"), 1, "federated"),
+    ]  # fmt: skip
+    assert {r["state"] for r in rows} == {"new"}
+    assert len({r["id"] for r in rows if r["kind"] == "zero-shot"}) == 1, "zero-shot depends on neither axis nor seed"
+    assert len({r["id"] for r in rows if r["kind"] == "federated"}) == 4
+    shown = call("sweep", file, "--dry-run").stdout
+    assert "8 cells, 5 distinct runs" in shown
+    assert not Path("runs").exists()
+
+
+def test_ids_follow_the_meaning_not_the_file(write_sweep: Write) -> None:
+    before = ids(run("sweep", write_sweep(), "--dry-run")["cells"])
+    renamed = GRID.replace("FedYogi", "yogi").replace('"scenario.name" = "aligned", ', "")
+    assert ids(run("sweep", write_sweep(renamed), "--dry-run")["cells"])[3:] == before[3:]
+    other = ids(run("sweep", write_sweep(), "--dry-run", "--set", "train.lr=0.5")["cells"])
+    assert other[0] == before[0], "zero-shot has no learning rate"
+    assert not {other[1], other[3]} & set(before)
+
+
+def test_a_grid_is_run_once_and_compared(write_sweep: Write) -> None:
+    file = write_sweep(head="seeds = [0, 1]")
+    done = run("sweep", file, "--jobs", 2)
+    assert [row["state"] for row in done["cells"]] == ["complete"] * 8
+    folder = Path(done["out"])
+    assert folder == Path("runs/grid")
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")}
+    assert len(stamps) == 5
+    again = call("sweep", file)
+    assert again.exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")} == stamps, "what was complete ran again"
+    grid = run("compare", folder)
+    assert grid["axes"] == ["heterogeneity", "method"]
+    yogi = next(row for row in grid["rows"] if row["axes"] == {"heterogeneity": "β = 0.3", "method": "FedYogi"})
+    scores = [RunDir(folder / i).result()["metrics"]["both"]["accuracy"] for i in yogi["ids"]]
+    assert yogi["scores"] == scores
+    assert yogi["mean"] == pytest.approx(sum(scores) / 2)
+    assert yogi["sd"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert grid["published"] == [], "nothing is published on this task"
+    table = call("compare", folder).stdout
+    assert "FedYogi" in table
+    assert "β = 0.3" in table
+    equal = run("run", folder / f"{yogi['ids'][0]}.toml", "--out", "alone")
+    assert equal["metrics"] == RunDir(folder / yogi["ids"][0]).result()["metrics"]
+
+
+def test_a_failed_cell_is_reported_at_the_end_and_the_others_run(write_sweep: Write) -> None:
+    broken = GRID.replace('"algorithm.name" = "fedyogi"', '"algorithm.name" = "fedyogi", "train.max_length" = 3')
+    done = call("sweep", write_sweep(broken), "--json")
+    assert done.exit_code == 1
+    rows = json.loads(done.stdout)["cells"]
+    assert [row["state"] for row in rows] == ["complete", "failed", "complete", "failed"]
+    assert "exit status 2" in rows[1]["error"]
+    assert "train.max_length = 3" in rows[1]["error"]
+    assert done.stderr.count("failed: ") == 2
+    assert "Traceback" not in done.output
+    index = json.loads(Path("runs/grid/sweep.json").read_text())
+    assert [row["state"] for row in index["cells"]] == [row["state"] for row in rows]
+    table = call("compare", "runs/grid")
+    assert table.exit_code == 0
+    assert "–" in table.stdout
+
+
+def test_a_cell_that_was_cut_short_goes_on(write_sweep: Write) -> None:
+    """Its first rounds are those of the run that was killed: they are not done again."""
+    file = write_sweep(rounds=3)
+    row = run("sweep", file, "--dry-run")["cells"][1]
+    folder = RunDir(Path("runs/grid") / row["id"])
+    whole = run("sweep", file, "--out", "whole")
+    expected = RunDir(Path("whole") / row["id"]).result()
+    Path("runs/grid").mkdir(parents=True)
+    (Path("whole") / row["id"]).rename(folder.path)
+    (folder.path / "result.json").unlink()
+    rounds = (folder.path / "rounds.jsonl").read_text()
+    assert run("sweep", file, "--dry-run")["cells"][1]["state"] == "cut short"
+    assert run("sweep", file)["cells"][1]["state"] == "complete"
+    assert (folder.path / "rounds.jsonl").read_text() == rounds
+    assert folder.result()["adapter_sha256"] == expected["adapter_sha256"]
+    assert whole["cells"][1]["id"] == row["id"]
+
+
+def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
+    file = write_sweep(rounds=500)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedmllm", "sweep", str(file)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(Path("runs/grid").glob("federated-*/checkpoint/server.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # to the parent alone
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    states = {row["state"] for row in run("sweep", file, "--dry-run")["cells"]}
+    assert "cut short" in states
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(Path.cwd() / "grid.toml") not in running
+    assert not [line for line in running.splitlines() if "runs/grid/federated-" in line]
+
+
+def test_two_sweeps_do_not_share_a_folder(write_sweep: Write) -> None:
+    planned = sweep.plan(write_sweep())
+    with sweep._alone(Path("runs/grid")):
+        done = call("sweep", write_sweep())
+    assert done.exit_code == 2
+    assert "another sweep is running there" in done.stderr
+    assert planned
+
+
+BAD = [
+    ("axes = 3", "grid.toml: axes: "),
+    ('axs = []\n', "axs: unknown key; did you mean 'axes'?"),
+    ('[[axes]]\nname = "m"\ncells = [{ nam = "x" }]', "axes.0.cells.0.nam: unknown key; did you mean 'name'?"),
+    ('[[axes]]\nname = "m"\ncells = [{ name = "x", set = { "algorithm.name" = "fedyogy" } }]',
+     "the cell x: algorithm.name: there is no algorithm 'fedyogy'; did you mean 'fedyogi'?"),
+    ('[[axes]]\nname = "m"\ncells = [{ name = "x", set = { "train.ruonds" = 1 } }]',
+     "the cell x: train.ruonds: unknown key; did you mean 'rounds'?"),
+    ('[[axes]]\nname = "m"\ncells = [{ name = "x", set = { "algorithm.name" = "flora", "model.adapter.kind" = "ia3" } }]',
+     "the cell x: algorithm.name: 'flora' works on LoRA's factors"),
+    ('[[axes]]\nname = "m"\ncells = [{ name = "x", kind = "zero-shot" }]\n'
+     '[[axes]]\nname = "n"\ncells = [{ name = "y", kind = "local" }]',
+     "the cell x · y: is of kinds ['local', 'zero-shot'] at once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD, ids=[s[:30] for _, s in BAD])
+def test_a_bad_sweep_file_is_one_sentence_and_status_2(write_sweep: Write, text: str, sentence: str) -> None:
+    done = call("sweep", write_sweep(text))
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert not Path("runs").exists()
+
+
+def test_a_base_that_is_not_there(write_sweep: Write) -> None:
+    file = write_sweep()
+    file.write_text(file.read_text().replace('base = "small.toml"', 'base = "large.toml"'))
+    done = call("sweep", file)
+    assert done.exit_code == 2
+    assert "large.toml: there is no such experiment file" in done.stderr
+
+
+# The paper's grids
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda p: p.name.removesuffix(".sweep.toml"))
+def test_the_papers_grids_are_whole(file: Path) -> None:
+    _, planned = sweep.plan(file)
+    settings = [setting_of(p.experiment.resolved()) for p in planned if p.kind == "federated"]
+    full = list(published_settings())
+    expected = full if file.name.startswith(("hateful", "crisis")) else full[6:]
+    assert list(dict.fromkeys(settings)) == expected
+    per_setting = {s: settings.count(s) for s in settings}
+    strategies = 4 if expected == full else 2
+    assert set(per_setting.values()) == {4 * strategies}
+    assert {p.experiment.algorithm.name for p in planned if p.kind == "federated"} == {
+        "fedyogi",
+        "fedadam",
+        "fedavgm",
+        "fedadagrad",
+    }
+    kinds = {kind: len({p.id for p in planned if p.kind == kind}) for kind in ("zero-shot", "local")}
+    prompts = strategies // 2
+    assert kinds == {"zero-shot": prompts, "local": prompts * len(expected)}
+
+
+def published_settings() -> list[str]:
+    return list(published()["hateful-memes"]["fedyogi"])
+
+
+def test_published_figures_are_the_papers() -> None:
+    known = published()
+    assert known["hateful-memes"]["fedavgm"]["α 0.5"] == 64.22
+    assert known["hateful-memes"]["fedadagrad"]["p 0.7"] == 72.96
+    assert known["crisismmd"]["fedavgm"]["I:T 7:3"] == 33.46
+    assert known["crisismmd"]["fedyogi"]["β 0.4"] == 56.76
+    assert known["vqa-rad"]["fedyogi"] == {"I:T 3:7": 58.98}
+    assert {
+        len(known[t][a]) for t in ("hateful-memes", "crisismmd") for a in ("fedyogi", "fedadam", "fedavgm", "fedadagrad")
+    } == {12}
+
+
+def test_published_figures_stand_beside_ours_and_are_marked(write_sweep: Write) -> None:
+    file = write_sweep()
+    folder = Path(run("sweep", file)["out"])
+    for config in folder.glob("*/config.toml"):  # as if the runs had been made on that task
+        config.write_text(config.read_text().replace('name = "jsonl"', 'name = "hateful-memes"'))
+    grid = run("compare", folder)
+    figures = {p["heterogeneity"]: (p["algorithm"], p["percent"], p["metric"]) for p in grid["published"]}
+    assert figures == {"α = 0.5": ("fedyogi", 74.32, "auc"), "β = 0.3": ("fedyogi", 76.58, "auc")}
+    table = call("compare", folder).stdout
+    assert "fedyogi, published (auc)" in table
+    assert "other hardware" in table
+    assert "74.3" in table
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"scenario": {"name": "aligned"}, "partition": {"name": "dirichlet", "alpha": 5, "clients": 10}}, "α 5.0"),
+        ({"scenario": {"name": "aligned"}, "partition": {"name": "iid", "clients": 10}}, ""),
+        ({"scenario": {"name": "cross", "image_clients": 0.3}, "partition": {"name": "iid", "clients": 10}}, "I:T 3:7"),
+        ({"scenario": {"name": "cross"}, "partition": {"name": "iid", "clients": 10}}, "I:T 5:5"),
+        ({"scenario": {"name": "hybrid", "presence": 0.6}, "partition": {"name": "iid", "clients": 10}}, "p 0.6"),
+    ],
+)
+def test_settings_in_the_papers_notation(config: dict[str, Any], expected: str) -> None:
+    assert setting_of(config) == expected
