@@ -159,6 +159,7 @@ class FakeFleet:
     def __init__(self, algorithm: Algorithm, spoil: Callable[[int, list[Update]], list[Update]] | None = None) -> None:
         self.algorithm, self.spoil = algorithm, spoil or (lambda _, updates: updates)
         self.memory: dict[int, State] = {}
+        self.before: dict[int, State] = {}
         self.seen: list[tuple[RoundInfo, Mapping[int, State], float]] = []
         self.committed: list[int] = []
 
@@ -166,10 +167,14 @@ class FakeFleet:
         self.seen.append((info, messages, lr))
         updates = []
         for client in info.sampled:
-            memory = self.memory.get(client, {})
+            memory = self.before[client] = self.memory.get(client, {})
             one, self.memory[client] = pretend_to_train(self.algorithm, client, messages[client], memory, info)
             updates.append(one)
         return self.spoil(info.round, updates)
+
+    def forget(self, round: int, clients: Sequence[int]) -> None:
+        for client in clients:
+            self.memory[client] = self.before[client]
 
     def commit(self, round: int) -> None:
         self.committed.append(round)

@@ -14,7 +14,7 @@ from fedmllm.algorithms import algorithms
 from fedmllm.config import Experiment
 from fedmllm.data.scenarios import scenarios
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import options_of
+from fedmllm.experiment import options_of, with_defaults
 from helpers import quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
@@ -221,3 +221,15 @@ def test_a_folder_and_a_path_through_a_file_are_no_experiment_files(tmp_path: Pa
 
 def test_the_schema_for_editors_can_be_made() -> None:
     assert "clients_per_round" in Experiment.model_json_schema()["$defs"]["TrainTable"]["properties"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["partition.alpha=1"], ["partition.alpha=1.0"], ["partition.alpha=1.0", "algorithm.server_lr=1", "task.companion.seed=0"]],
+)
+def test_one_experiment_said_in_several_ways_has_one_digest(settings: list[str]) -> None:
+    raw = config.read(SHIPPED[0].parents[1] / "experiments" / "quickstart.toml")
+    said, _ = config.apply_overrides(raw, settings, options_of)
+    plain, _ = config.apply_overrides(raw, ["partition.alpha=1.0"], options_of)
+    assert with_defaults(config.validate(said)).digest() == with_defaults(config.validate(plain)).digest()
+    assert with_defaults(with_defaults(config.validate(said))) == with_defaults(config.validate(said))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,13 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from commands import call, run
-from fedmllm.algorithms import algorithms
+from fedmllm.algorithms import LocalResult, algorithms
+from fedmllm.config import read, validate
+from fedmllm.data.prompts import Conversation
+from fedmllm.fleets import inprocess
+from fedmllm.fleets.memory import ClientMemory
 from fedmllm.models.lora import read_adapter
+from fedmllm.models.mllm import MLLM
 from fedmllm.store import RunDir
 from fedmllm.tensors import State, load_state
 
@@ -55,6 +62,10 @@ COMPOSED = [
 ]
 
 
+# Three of four clients a round: some come back, and what they remember is read again.
+BUSY = {"train__clients_per_round": 3}
+
+
 @pytest.mark.parametrize(
     "parts",
     [*({"algorithm__name": name} for name in algorithms.names()), *COMPOSED],
@@ -63,7 +74,7 @@ COMPOSED = [
 def test_cut_short_and_resumed_equals_uninterrupted(
     write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
 ) -> None:
-    command = ["run", write_experiment(rounds=2), *settings(**parts)]
+    command = ["run", write_experiment(rounds=2), *settings(**parts, **BUSY)]
     whole = run(*command)
     cut_short(monkeypatch, 0, *command, "--out", "cut")
     assert len(RunDir(Path("cut")).rounds()) == 1
@@ -72,6 +83,73 @@ def test_cut_short_and_resumed_equals_uninterrupted(
         assert resumed[key] == whole[key], key
     assert whole["refused_updates"] == 0
     assert sum(whole["bytes_up"].values()) > 0
+    sampled = [set(record["sampled"]) for record in RunDir(Path("cut")).rounds()]
+    assert sampled[0] & sampled[1]
+
+
+REMEMBERING = [
+    {"algorithm__name": "scaffold"},
+    {"algorithm__name": "feddyn"},
+    {"algorithm__name": "fedsa-lora"},
+    {"algorithm__name": "fedavg", "compression__name": "top-k"},
+]
+
+
+@pytest.mark.parametrize("parts", REMEMBERING, ids=lambda parts: "-".join(parts.values()))
+def test_what_clients_remember_matters(write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]) -> None:
+    """Forgetting it changes the result, so that the tests above would notice a memory that is lost."""
+    command = ["run", write_experiment(rounds=2), *settings(**parts, **BUSY)]
+    whole = run(*command)
+    monkeypatch.setattr(ClientMemory, "load", lambda *arguments: {})
+    assert run(*command)["adapter_sha256"] != whole["adapter_sha256"]
+
+
+@pytest.mark.parametrize("parts", REMEMBERING, ids=lambda parts: "-".join(parts.values()))
+def test_stopped_within_a_round_and_resumed_equals_uninterrupted(
+    write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+) -> None:
+    """Some clients of round 1 have saved their memory, the server has not: the round is done again from before it."""
+    command = ["run", write_experiment(rounds=3), *settings(**parts, **BUSY)]
+    whole = run(*command)
+    save, saved = ClientMemory.save, []
+
+    def save_then_fail(self: ClientMemory, client: int, round: int, state: State) -> None:
+        save(self, client, round, state)
+        saved.append((client, round))
+        if [r for _, r in saved].count(1) == 2:
+            raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientMemory, "save", save_then_fail)
+        assert call(*command, "--out", "cut").exit_code == 1
+    assert len(RunDir(Path("cut")).rounds()) == 1
+    assert run(*command, "--out", "cut", "--resume")["adapter_sha256"] == whole["adapter_sha256"]
+
+
+@pytest.mark.parametrize("parts", REMEMBERING, ids=lambda parts: "-".join(parts.values()))
+def test_a_client_that_was_refused_once_is_welcome_the_next_time(
+    write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+) -> None:
+    """Its first training ends in NaN: that round's memory goes with the update."""
+    train, spoilt = inprocess.train_local, []
+
+    def train_badly_once(model: MLLM, *arguments: Any) -> LocalResult:
+        result = train(model, *arguments)
+        if spoilt:
+            return result
+        spoilt.append(True)
+        nan = {name: torch.full_like(t, math.nan) for name, t in result.trained.items()}
+        return replace(result, trained=nan, mean_gradient=nan if result.mean_gradient is not None else None)
+
+    monkeypatch.setattr(inprocess, "train_local", train_badly_once)
+    result = run("run", write_experiment(rounds=2), *settings(**parts, train__clients_per_round=4), "--out", "a")
+    records = RunDir(Path("a")).rounds()
+    (refused,) = records[0]["refused"]
+    assert "NaN" in refused["why"]
+    assert result["refused_updates"] == 1
+    assert records[1]["refused"] == []
+    for path in Path("a/checkpoint/clients").iterdir():
+        assert not any(bool(t.isnan().any()) for tensors in load_state(path)[0].values() for t in tensors.values())
 
 
 def checkpoint(folder: str) -> State:
@@ -112,30 +190,33 @@ def test_scaffold_on_the_model_is_the_papers_option_two_under_plain_sgd(write_ex
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("name", ["fedavg", "flora", "fedex-lora", "flexlora"])
-def test_the_adapter_folder_answers_like_the_run(write_experiment: Write, tiny: Path, name: str) -> None:
-    """Loaded with PEFT alone, the exported adapter gives the answers that the run predicted; a fold is inside."""
-    from fedmllm.config import read, validate
-    from fedmllm.experiment import Bench, prepare
-
-    file = write_experiment()
-    run("run", file, *settings(algorithm__name=name), "--out", "a")
+def test_the_adapter_folder_is_the_model_of_the_run(write_experiment: Write, tiny: Path, name: str) -> None:
+    """Loaded with PEFT alone, it scores options as the run's state does, and not as the base; a fold is inside."""
+    run("run", write_experiment(), *settings(algorithm__name=name, train__lr=0.05), "--out", "a")
     experiment = validate(read(Path("a/config.toml")))
-    bench = Bench(experiment, prepare(experiment), train=False)
-    base = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
-    bench.model.backbone = type(bench.model.backbone)(
-        **{**vars(bench.model.backbone), "model": PeftModel.from_pretrained(base, "a/adapter").eval().get_base_model()}
-    )
-    found = [p.to_json() for p in bench.examination.take(experiment.eval)]
-    written = [json.loads(line) for line in Path("a/predictions.jsonl").read_text().splitlines()]
-    assert [p["predicted"] for p in found] == [p["predicted"] for p in written]
+    model, state = MLLM.load(experiment.model, experiment.seed), checkpoint("a")
+    talks = [Conversation("Text: a red thing\nwhich?", "(A) red", image=False, options=("(A) red", "(B) blue"))]
+    batch = model.encode(talks, [None], 200)
+    with model.without_adapter():
+        base_scores = model.option_scores(batch)
+    model.adapter.set_fold(state.get("fold", {}))
+    model.adapter.set(state["adapter"])
+    expected = torch.tensor(model.option_scores(batch))
+    assert (expected - torch.tensor(base_scores)).abs().max() > 1e-3, "the run changed nothing"
+    plain = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(plain, "a/adapter").eval().get_base_model()
+    model.backbone = replace(model.backbone, model=loaded)
+    torch.testing.assert_close(torch.tensor(model.option_scores(batch)), expected, rtol=1e-4, atol=1e-5)
     with_fold = name in ("flora", "fedex-lora")
     assert (json.loads(Path("a/adapter/adapter_config.json").read_text())["r"] > 2) == with_fold
-    assert ("fold" in checkpoint("a")) == with_fold
+    assert ("fold" in state) == with_fold
 
 
-@pytest.mark.parametrize("name", ["flora", "fedsa-lora"])
+@pytest.mark.parametrize("name", ["fedavg", "flora", "fedsa-lora"])
 def test_eval_repeats_the_runs_figures(write_experiment: Write, name: str) -> None:
-    result = run("run", write_experiment(), *settings(algorithm__name=name), "--out", "a")
+    file = write_experiment()
+    result = run("run", file, *settings(algorithm__name=name, train__lr=0.1), "--out", "a")
+    assert result["metrics"] != run("baseline", "zero-shot", file)["metrics"], "the run changed nothing"
     assert run("eval", "a")["metrics"] == result["metrics"]
 
 
@@ -199,6 +280,27 @@ def test_clients_of_unequal_rank_alone(write_experiment: Write) -> None:
     assert run("baseline", "centralised", write_experiment(), *parts)["rounds"] == 2
 
 
+def test_check_says_what_travels(write_experiment: Write) -> None:
+    plain = run("check", write_experiment())
+    assert plain["bytes_down"] == plain["bytes_up"] == {"adapter": plain["adapter_bytes"]}
+    found = run("check", write_experiment(), *settings(algorithm__name="ffa-lora", compression__name="int8"))
+    assert found["bytes_down"] == {"adapter": plain["adapter_bytes"] // 2}
+    assert found["bytes_up"] == {"int8": plain["adapter_bytes"] // 8, "step": 4 * 8}
+
+
+def test_as_many_clients_alone_as_asked(write_experiment: Write) -> None:
+    result = run("baseline", "local", write_experiment(), *settings(eval__clients=2))
+    assert len([row for row in result["per_client"] if "metrics" in row]) == 2
+    assert result["rounds"] == 2 * 2
+
+
+@pytest.mark.parametrize("target", [".*vision_model.*q_proj", ".*patch_embedding"])
+def test_an_adapter_elsewhere_trains_as_well(write_experiment: Write, target: str) -> None:
+    """On the vision tower a batch without a picture has no gradient."""
+    result = run("run", write_experiment(rounds=1), *settings(model__lora__target=target), "--out", "a")
+    assert result["bytes_up"]["adapter"] > 0
+
+
 # Other adapters
 
 
@@ -241,6 +343,16 @@ def test_compressed_updates_are_counted_as_they_travel(write_experiment: Write) 
 # Refusals
 
 REFUSED = [
+    ({"regularization__name": "adaptive", "model__lora__target": ".*modality_projection.*proj"},
+     "'adaptive' ties layers of the text model, and model.lora.target = '.*modality_projection.*proj' adapts none"),
+    ({"algorithm__name": "flexlora", "model__lora__target": ".*(patch_embedding|q_proj)"},
+     "algorithm.name: 'flexlora' cannot work with model.lora.target = '.*(patch_embedding|q_proj)' (not a LoRA"),
+    ({"model__lora__target": ".*embed_tokens"}, "takes in the embedding or the head, which share one weight in this model"),
+    ({"model__lora__target": ".*lm_head"}, "model.lora.target = '.*lm_head' takes in the embedding or the head"),
+    ({"model__lora__target": ".*nothing"}, "model.lora.target = '.*nothing' matches no module of the model"),
+    ({"model__lora__target": ".*q_proj", "model__adapter__kind": "ia3"},
+     "model.lora.target is set and model.adapter.kind = 'ia3' does not use it; leave one of them out."),
+    ({"model__adapter__kind": "prompt-tuning", "model__adapter__virtual_tokens": 5000}, "more than train.max_length = 1200"),
     ({"algorithm__name": "flora", "model__adapter__kind": "ia3"},
      "algorithm.name: 'flora' works on LoRA's factors A and B alone, and model.adapter.kind = 'ia3' has more or none"),
     ({"algorithm__name": "fedsvd", "model__adapter__kind": "dora"}, "works on LoRA's factors A and B alone"),

@@ -83,12 +83,12 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _load(file: Path, overrides: list[str] | None) -> Experiment:
-    from fedmllm.experiment import options_of
+    from fedmllm.experiment import options_of, with_defaults
 
     raw, notes = config.apply_overrides(config.read(file), overrides or [], options_of)
     for note in notes:
         typer.echo(f"note: {note}", err=True)
-    return config.validate(raw, str(file))
+    return with_defaults(config.validate(raw, str(file)))
 
 
 def _quiet() -> None:
@@ -168,13 +168,13 @@ def baseline(
 @_guarded
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model. Trains nothing."""
-    from fedmllm.experiment import client_rows, prepare
-    from fedmllm.models.mllm import MLLM
+    from fedmllm.experiment import check_model, client_rows, first_messages, prepare
 
     _quiet()
     experiment = _load(file, overrides)
     data = prepare(experiment)
-    model = MLLM.load(experiment.model, experiment.seed)
+    model = check_model(experiment)
+    down, up = first_messages(experiment, model)
     count = sum(p.numel() for p in model.adapter.parameters.values())
     found = {
         "name": experiment.name,
@@ -187,6 +187,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "model": experiment.model.name,
         "adapter_parameters": count,
         "adapter_bytes": 4 * count,
+        "bytes_down": down,
+        "bytes_up": up,
         "caches_features": model.caches,
     }
     if as_json:
@@ -195,7 +197,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     sizes = data.manifest.sizes()
     typer.echo(f"{file} is good: {found['train_samples']} samples to train on and {found['test_samples']} to test on,")
     typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {data.skipped} samples skipped,")
-    typer.echo(f"an adapter of {count} parameters ({4 * count / 1e6:.2f} MB each way).")
+    mb = [f"{sum(way.values()) / 1e6:.2f} MB" for way in (down, up)]
+    typer.echo(f"an adapter of {count} parameters; client 0 is sent {mb[0]} in the first round and sends {mb[1]}.")
 
 
 @app.command()

@@ -159,6 +159,8 @@ class Experiment(Table):
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}"
             )
+        if self.model.lora.target is not None and self.model.adapter.kind in ("ia3", "prompt-tuning"):
+            raise ValueError(f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it")
         highest = max(self.clients.rank, default=0)
         if highest > self.model.lora.rank:
             raise ValueError(f"clients.rank = {highest} is more than model.lora.rank = {self.model.lora.rank}, the server's")
@@ -279,7 +281,8 @@ def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
     except ValidationError as error:
         message = explain(error, "", _keys_at)
         if error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]:
-            message = str(error.errors()[0]["ctx"]["error"]) + "; lower the first or raise the second."
+            message = str(error.errors()[0]["ctx"]["error"])
+            message += "; lower the first or raise the second." if " is more than " in message else "; leave one of them out."
         raise ConfigError(f"{where}: {message}" if where else message) from None
 
 

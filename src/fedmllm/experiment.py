@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
-from fedmllm.config import Experiment, TaskTable
+from fedmllm.algorithms import Algorithm, RoundInfo, algorithms, compressions, regularizations
+from fedmllm.algorithms.factors import modules
+from fedmllm.config import Experiment, Named, TaskTable
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.partition import partitions
@@ -25,7 +26,9 @@ from fedmllm.evaluation.evaluate import Examination
 from fedmllm.evaluation.judging import judges
 from fedmllm.fleets import fleets
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.registry import Registry
 from fedmllm.rng import stream
+from fedmllm.tensors import nbytes
 
 Report = Callable[[str, int, int, str], None]
 """(stage, done, total, note): what a long run tells whoever watches."""
@@ -46,12 +49,37 @@ class Data:
     manifest: Manifest
 
 
+_PARTS: dict[str, Registry[Any]] = {
+    "task": tasks,
+    "partition": partitions,
+    "scenario": scenarios,
+    "prompt": prompts,
+    "algorithm": algorithms,
+    "regularization": regularizations,
+    "compression": compressions,
+    "judge": judges,
+    "fleet": fleets,
+}
+"""The tables of the experiment file that name a part, and where the parts are."""
+
+
 def options_of(table: str, name: str) -> Sequence[str]:
     """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
-    kinds = {
-        r.kind: r for r in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions, fleets, judges)
-    }
-    return kinds[table].option_names(name) if table in kinds else []
+    return _PARTS[table].option_names(name) if table in _PARTS else []
+
+
+def _filled(table: Named, registry: Registry[Any], where: str) -> Named:
+    known = {key: getattr(table, key) for key in type(table).model_fields}
+    if isinstance(table, TaskTable) and table.companion is not None:
+        known["companion"] = _filled(table.companion, registry, f"{where}.companion")
+    options = registry.check(table.name, table.options, where)
+    return type(table).model_validate(known | {key: value for key, value in options.items() if value is not None})
+
+
+def with_defaults(config: Experiment) -> Experiment:
+    """The experiment with all options of its parts written out, so that `alpha = 1`, `1.0` and nothing, where that is the
+    default, are one experiment with one digest. Raises ConfigError for the first option that is unfit."""
+    return config.model_copy(update={key: _filled(getattr(config, key), parts, key) for key, parts in _PARTS.items()})
 
 
 def build_algorithm(config: Experiment) -> Algorithm:
@@ -147,6 +175,36 @@ def prepare(config: Experiment) -> Data:
     return Data(task, samples, test, skipped, drawn)
 
 
+def _check_adapter(config: Experiment, model: MLLM) -> None:
+    """Raises ConfigError where the tensors that `model.lora.target` made do not suit the algorithm."""
+    algorithm, where = build_algorithm(config), f"model.lora.target = {config.model.lora.target!r}"
+    if algorithm.needs_layers and not model.info.layer:
+        raise ConfigError(
+            f"regularization.name: {config.regularization.name!r} ties layers of the text model, and {where} adapts none."
+        )
+    try:
+        if algorithm.needs_lora or config.clients.rank:
+            modules(model.adapter.get())
+    except ValueError as error:
+        raise ConfigError(f"algorithm.name: {config.algorithm.name!r} cannot work with {where} ({error}).") from None
+
+
+def check_model(config: Experiment) -> MLLM:
+    """The loaded model. Raises ConfigError where there is none, or its adapter does not suit the algorithm."""
+    model = MLLM.load(config.model, config.seed)
+    _check_adapter(config, model)
+    return model
+
+
+def first_messages(config: Experiment, model: MLLM) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by group that client 0 would be sent and send in the first round."""
+    algorithm = build_algorithm(config)
+    state = algorithm.init(model.adapter.get())
+    info = RoundInfo(0, config.train.rounds, config.partition.clients, (0,), config.seed, model.info, {0: config.rank_of(0)})
+    down, up = algorithm.message(state, 0, info), algorithm.uploads(state, 0, info)
+    return {g: nbytes(t) for g, t in down.items()}, {g: nbytes(t) for g, t in up.items()}
+
+
 class Bench:
     """A loaded model with every sample encoded and every picture through the vision tower."""
 
@@ -154,7 +212,7 @@ class Bench:
         began = time.monotonic()
         report("loading the model", 0, 0, config.model.name)
         self.config, self.data = config, data
-        self.model = MLLM.load(config.model, config.seed)
+        self.model = check_model(config)
         self.initial = self.model.adapter.get()
         self.strategy: Strategy = prompts.build(config.prompt.name, config.prompt.options)
         report("encoding samples", 0, 0, f"{len(data.train)} to train on, {len(data.test)} to test on")

@@ -20,10 +20,13 @@ from fedmllm.tensors import State, Tensors, nbytes, problem_with
 
 class Fleet(Protocol):
     """`train` answers with the updates of the clients in `info.sampled`, in any order; `messages` is what each is sent.
+    `forget(round, clients)` says that their updates were refused: what they remember of that round must go with them.
     `commit(round)` says that the server's state after that round is safe: client memory from before it may go.
     `personal` is the adapter of a client that keeps part of it, after `done` rounds and with this message."""
 
     def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
+
+    def forget(self, round: int, clients: Sequence[int]) -> None: ...
 
     def commit(self, round: int) -> None: ...
 
@@ -158,6 +161,8 @@ def federate(
         lr = learning_rate(plan, round)
         updates = fleet.train(info, messages, lr)
         good, refused = usable(updates, algorithm, state, info)
+        # Before the round is recorded: a control variate whose update never arrived must not outlive it, nor a NaN.
+        fleet.forget(round, sorted(set(info.sampled) - {u.client for u in good}))
         if len(good) < plan.min_updates:
             reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
             raise TooFewUpdates(

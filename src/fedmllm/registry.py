@@ -83,17 +83,23 @@ class Registry(Generic[T]):
             self._options[name] = create_model(f"{self.kind}:{name}", __config__=settings, **fields)
         return self._options[name]
 
-    def build(self, name: str, options: Mapping[str, Any], where: str | None = None) -> T:
-        """Make the part. Raises ConfigError naming the option, as `where.option`, where one is unknown or unfit."""
+    def check(self, name: str, options: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+        """All options of the part, defaults filled in. Raises ConfigError naming the one, as `where.option`, that is unfit."""
         where = where or self.kind
-        factory = self.factory(name, where)
+        self.factory(name, where)
         model = self._model(name)
         try:
             checked = model.model_validate(dict(options))
         except ValidationError as error:
             raise ConfigError(explain(error, where, lambda _: model.model_fields, f"{self.kind} {name!r}")) from None
+        return {key: getattr(checked, key) for key in model.model_fields}
+
+    def build(self, name: str, options: Mapping[str, Any], where: str | None = None) -> T:
+        """Make the part. Raises ConfigError naming the option, as `where.option`, where one is unknown or unfit."""
+        where = where or self.kind
+        checked = self.check(name, options, where)
         try:
-            return factory(**{key: getattr(checked, key) for key in model.model_fields})
+            return self.factory(name)(**checked)
         except ConfigError:
             raise
         except ValueError as error:  # a factory's own check of its values

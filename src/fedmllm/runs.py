@@ -139,7 +139,9 @@ class Runner:
     def _local(self) -> dict[str, Any]:
         rows, everyone, records = client_rows(self.data.manifest), [], []
         plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
-        for row in rows:
+        chosen = self._tested(range(len(rows)))
+        tested = [row for row in rows if row["client"] in chosen]
+        for number, row in enumerate(tested, start=1):
             client = row["client"]
             part = self.run.load_part(f"client-{client}")
             if part is None:
@@ -159,9 +161,9 @@ class Runner:
             records += part["rounds"]
             score = row["metrics"][self.config.eval.patterns[0]][primary_metric(self.data.task)]
             self.report(
-                "clients alone", client + 1, len(rows), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %"
+                "clients alone", number, len(tested), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %"
             )
-        self._save_each(rows, everyone)
+        self._save_each(tested, everyone)
         # Nothing travels when clients train alone.
         silent_records = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
         return self._result(everyone, silent_records, None, rows)
@@ -196,11 +198,15 @@ class Runner:
             self.report(stage, done, plan.rounds, note)
         return state, self.run.rounds()
 
+    def _tested(self, clients: Sequence[int]) -> list[int]:
+        """The clients whose own models are tested: all, or a draw of `eval.clients` of them."""
+        count = min(self.config.eval.clients or len(clients), len(clients))
+        drawn = stream(self.config.seed, "tested clients").choice(len(clients), size=count, replace=False)
+        return sorted(clients[int(i)] for i in drawn)
+
     def _own_models(self, algorithm: Algorithm, state: State, plan: Plan, fleet: Fleet, done: int) -> dict[int, State]:
         """client -> its own adapter, for all clients or as many as `eval.clients` says."""
-        count = min(self.config.eval.clients or len(plan.clients), len(plan.clients))
-        drawn = stream(plan.seed, "evaluated clients").choice(len(plan.clients), size=count, replace=False)
-        chosen = sorted(plan.clients[int(i)] for i in drawn)
+        chosen = self._tested(plan.clients)
         info = plan.info(done, chosen)
         return {c: {"adapter": fleet.personal(c, algorithm.message(state, c, info), done)} for c in chosen}
 

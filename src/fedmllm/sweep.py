@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from fedmllm import config as files
 from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.experiment import check_parts, options_of
+from fedmllm.experiment import check_parts, options_of, with_defaults
 from fedmllm.registry import explain
 from fedmllm.store import RunDir
 from fedmllm.tensors import write_atomically
@@ -124,7 +124,7 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Planned
         for seed in sweep.seeds:
             chosen, _ = files.apply_settings(raw, [*paths, (["seed"], seed), *extra], options_of)
             try:
-                experiment = essential(files.validate(chosen), kind)
+                experiment = with_defaults(essential(files.validate(chosen), kind))
                 check_parts(experiment)
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None

@@ -35,6 +35,8 @@ def modules(adapter: Tensors) -> list[str]:
     odd = adapter.keys() - {m + half for m in found for half in (A, B)}
     if odd or not found or any(m + B not in adapter for m in found):
         raise ValueError(f"not a LoRA adapter of pairs A and B: see {min(odd, default='its names')!r}")
+    if deep := [name for name, tensor in adapter.items() if tensor.dim() != 2]:
+        raise ValueError(f"not a LoRA adapter of linear layers only: see {min(deep)!r}")
     return found
 
 

@@ -29,7 +29,7 @@ def fedex_lora(*, weighting: Weighting = "examples") -> Algorithm:
         scale = info.adapter.scale(rank_of(mean))
         residual: Factors = {}
         for m in modules(mean):
-            # From the mean as it is sent, in float32: the sum stays exact whatever that rounding did.
+            # From the means as they are sent, in float32; what that rounding leaves out is of its own order.
             lefts = [scale * (u.groups["adapter"][m + B].double() - mean[m + B].double()) for u in ordered]
             rights = [
                 (w / sum(weights)) * (u.groups["adapter"][m + A].double() - mean[m + A].double())

@@ -30,6 +30,9 @@ class InProcessFleet:
         self._last = list(info.sampled)
         return [self._train_one(client, info, messages[client], lr) for client in info.sampled]
 
+    def forget(self, round: int, clients: Sequence[int]) -> None:
+        self._memory.forget(round, clients)
+
     def commit(self, round: int) -> None:
         self._memory.commit(round, self._last)
 

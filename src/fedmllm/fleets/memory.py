@@ -7,7 +7,10 @@ between the two finds the memory from before.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from fedmllm.tensors import State, load_state, save_state
 
@@ -31,9 +34,17 @@ class ClientMemory:
         return load_state(self._path(client, earlier[-1]))[0] if earlier else {}
 
     def save(self, client: int, round: int, state: State) -> None:
-        """Remember `state` as of the end of `round`. Nothing is written for clients that never remember anything."""
+        """Remember `state` as of the end of `round`. Nothing is written for clients that never remember anything, and no NaN
+        or infinity: it would spoil every later round of the client."""
+        if not all(bool(torch.isfinite(t).all()) for tensors in state.values() for t in tensors.values()):
+            return
         if any(state.values()) or self._rounds(client):
             save_state(self._path(client, round), state)
+
+    def forget(self, round: int, clients: Sequence[int]) -> None:
+        """What these clients remembered of `round` goes; what they remembered before it stays."""
+        for client in clients:
+            self._path(client, round).unlink(missing_ok=True)
 
     def commit(self, round: int, clients: list[int]) -> None:
         """The server is past `round`: what these clients remembered before it is not needed any more."""

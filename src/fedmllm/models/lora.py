@@ -61,6 +61,7 @@ def _as_peft_likes_it(seed: int) -> Iterator[None]:
     """A generator of our own, and no word of a property that PEFT asks transformers for under its older name."""
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("error", message=".*tie_word_embeddings.*", category=UserWarning)
         torch.manual_seed(seed_for(seed, "adapter"))
         yield
 
@@ -71,10 +72,20 @@ def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftM
     with _as_peft_likes_it(seed):
         try:
             return get_peft_model(model, config)
+        except UserWarning:  # a fold would change both at once, and a merged head is not what was trained
+            raise ConfigError(
+                f"model.lora.target = {settings.lora.target!r} takes in the embedding or the head, which share one weight in "
+                "this model; let it match other layers only."
+            ) from None
         except ValueError as error:
             reason = str(error).partition(". ")[0]
-            target = getattr(config, "target_modules", None)
-            raise ConfigError(f"model.lora.target = {target!r} matches no module of the model ({reason}).") from None
+            kind, wanted = settings.adapter.kind, settings.lora.target
+            if wanted:
+                raise ConfigError(f"model.lora.target = {wanted!r} matches no module of the model ({reason}).") from None
+            raise ConfigError(
+                f"model.adapter.kind = {kind!r} finds nothing to adapt in this model ({reason}); set model.lora.target to a "
+                "regular expression over its module names."
+            ) from None
 
 
 def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -82,7 +93,12 @@ def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     if isinstance(model.peft_config["default"], PromptTuningConfig):
         return {VIRTUAL: model.prompt_encoder["default"].embedding.weight}
     by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
-    return {name: by_storage[t.data_ptr()] for name, t in sorted(get_peft_model_state_dict(model).items())}
+    # Without the embeddings that PEFT would save beside the adapter where its target touches them: those are frozen.
+    named = get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = sorted(name for name in named if "lora_embedding" in name)
+    if odd:
+        raise ConfigError(f"model.lora.target takes in an embedding ({odd[0]!r}); let it match linear layers only.")
+    return {name: by_storage[t.data_ptr()] for name, t in sorted(named.items())}
 
 
 def tensor_names(model: PeftModel) -> list[str]:
@@ -176,7 +192,7 @@ class Adapter:
                 self._branches[module] = base.register_forward_hook(_branch(module, fold, base.weight.device))
                 continue
             original = self._base.setdefault(module, base.weight.detach().clone())
-            change = _dense(module, fold).to(original.device) if module in folded else 0
+            change = _dense(module, fold, original.device) if module in folded else 0
             base.weight.copy_(original + change)
         self._fold = fold
 
@@ -215,11 +231,11 @@ class Adapter:
             raise RunError(f"{folder} holds an adapter of another kind ({error}).") from None
 
 
-def _dense(module: str, fold: Tensors) -> Tensor:
+def _dense(module: str, fold: Tensors, device: torch.device) -> Tensor:
     """The change of the module's weight: (d_out, d_in)."""
     if module + FOLD in fold:
-        return fold[module + FOLD].float()
-    return fold[module + FOLD_B].float() @ fold[module + FOLD_A].float()
+        return fold[module + FOLD].to(device)
+    return fold[module + FOLD_B].to(device) @ fold[module + FOLD_A].to(device)
 
 
 def _branch(module: str, fold: Tensors, device: torch.device) -> Any:
@@ -242,8 +258,11 @@ def _with_fold(adapter: Tensors, fold: Tensors, scale: float) -> Tensors:
     for m in modules(adapter):
         right, left = adapter[m + A], adapter[m + B] * scale
         if m + FOLD in fold:
-            u, sigma, vt = torch.linalg.svd(_dense(m, fold).double(), full_matrices=False)
-            right, left = torch.cat((right, vt.float())), torch.cat((left, (u * sigma).float()), dim=1)
+            change = fold[m + FOLD]
+            d_out, d_in = change.shape
+            # Exact and of the least rank that any matrix of this shape may need: the change beside an identity.
+            extra = (torch.eye(d_out), change) if d_out <= d_in else (change, torch.eye(d_in))
+            right, left = torch.cat((right, extra[1])), torch.cat((left, extra[0]), dim=1)
         elif m + FOLD_A in fold:
             right, left = torch.cat((right, fold[m + FOLD_A])), torch.cat((left, fold[m + FOLD_B]), dim=1)
         stacked[m] = (right, left)

@@ -105,9 +105,10 @@ class MLLM:
         encoded = []
         for conversation, image in zip(conversations, images, strict=True):
             one = self._encode_one(conversation, image if conversation.image else None)
-            if one.length > max_length:
+            length = one.length + (len(self._virtual.ids) if self._virtual else 0)
+            if length > max_length:
                 raise DataError(
-                    f"a prompt has {one.length} tokens, more than train.max_length = {max_length} "
+                    f"a prompt has {length} tokens, more than train.max_length = {max_length} "
                     f"(it begins {conversation.user[:40]!r}); raise the limit or shorten the text."
                 )
             encoded.append(one)

@@ -88,7 +88,8 @@ def train_local(
                 optimizer.zero_grad(set_to_none=True)
                 for batch in step:
                     loss = model.loss(batch)
-                    (loss / samples).backward()  # type: ignore[no-untyped-call]
+                    if loss.requires_grad:  # not where the adapter is on the vision tower and no sample has a picture
+                        (loss / samples).backward()  # type: ignore[no-untyped-call]
                     total_loss += loss.detach()
                 if observed is not None:
                     _accumulate(observed, trainable)
