@@ -17,6 +17,7 @@ from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
+from fedmllm.models.families import families
 from fedmllm.models.mllm import MLLM, Encoded
 from fedmllm.tensors import digest
 from fedmllm.training.local import LocalSettings, train_local
@@ -65,6 +66,10 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     save(request.param, folder)
     return request.param, folder
+
+
+def test_every_family_known_here_is_tested() -> None:
+    assert set(families.names()) == set(FAMILIES)
 
 
 def load(folder: Path, unsettled: bool = True, caches: bool = True) -> MLLM:

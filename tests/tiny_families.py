@@ -19,6 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -100,6 +101,21 @@ def llava() -> Made:
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"),
     )  # fmt: skip
     return Made(hf.LlavaForConditionalGeneration(config), processor)
+
+
+def llava_next() -> Made:
+    """As OneVision below, with CLIP's first token left out."""
+    words, grids = tokenizer(), [[32, 32], [32, 64], [64, 32], [64, 64]]
+    config = hf.LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "projection_dim": 24},
+        text_config=llama(words), image_token_id=3, image_grid_pinpoints=grids,
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=grids)
+    processor = hf.LlavaNextProcessor(
+        images, words, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"),
+    )  # fmt: skip
+    return Made(hf.LlavaNextForConditionalGeneration(config), processor)
 
 
 def llava_onevision() -> Made:
@@ -207,20 +223,40 @@ def gemma3() -> Made:
     )
 
 
-def minicpmv4_6() -> Made:
+def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: str) -> Made:
     """A layer with linear attention and one with full attention; larger pictures are cut in slices."""
-    names = ("image", "video", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
+    names = (
+        "image",
+        "video",
+        "image_start",
+        "image_end",
+        "slice_start",
+        "slice_end",
+        "image_id_start",
+        "image_id_end",
+        "newline",
+    )
     words = tokenizer(**{f"{name}_token": f"<|{name}|>" for name in names})
     layers = ["linear_attention", "full_attention"]
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    config = hf.MiniCPMV4_6Config(
+    config = config_class(
         text_config={"model_type": "qwen3_5_text", **text(words, head_dim=16, layer_types=layers, **linear)},
         vision_config={**VISION, "image_size": 64, "patch_size": 8}, insert_layer_id=0, image_size=64,
         image_token_id=words.image_token_id, video_token_id=words.video_token_id,
+        **{f"{name}_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in ids},
     )  # fmt: skip
     images = MiniCPMV4_6ImageProcessorPil(scale_resolution=48, patch_size=8, max_slice_nums=4)
-    processor = picture_processor(hf.MiniCPMV4_6Processor)(images, NoVideos(), words, chat_template=template("<|image|>"))
-    return Made(hf.MiniCPMV4_6ForConditionalGeneration(config), processor)
+    processor = picture_processor(processor_class)(images, NoVideos(), words, chat_template=template("<|image|>"))
+    return Made(model_class(config), processor)
+
+
+def minicpmv4_6() -> Made:
+    return _minicpm(hf.MiniCPMV4_6Config, hf.MiniCPMV4_6ForConditionalGeneration, hf.MiniCPMV4_6Processor)
+
+
+def minicpmv4_7() -> Made:
+    marks = ("image_start", "image_end", "slice_start", "slice_end", "newline")
+    return _minicpm(hf.MiniCPMV4_7Config, hf.MiniCPMV4_7ForConditionalGeneration, hf.MiniCPMV4_7Processor, *marks)
 
 
 @dataclass(frozen=True)
@@ -236,6 +272,7 @@ FAMILIES = {
     "idefics3": Entry(idefics3, dynamic=True),
     "smolvlm": Entry(smolvlm, dynamic=True),
     "llava": Entry(llava),
+    "llava_next": Entry(llava_next, dynamic=True),
     "llava_onevision": Entry(llava_onevision, dynamic=True),
     "internvl": Entry(internvl, dynamic=True),
     "qwen2_vl": Entry(qwen2_vl, dynamic=True),
@@ -244,6 +281,7 @@ FAMILIES = {
     "paligemma": Entry(paligemma),
     "gemma3": Entry(gemma3),
     "minicpmv4_6": Entry(minicpmv4_6, adapted=(1,), dynamic=True),
+    "minicpmv4_7": Entry(minicpmv4_7, adapted=(1,), dynamic=True),
 }
 
 

@@ -63,7 +63,17 @@ for _name in ("idefics3", "smolvlm", "llava", "llava_next", "llava_onevision", "
     families.register(_name)(_plain_rotary)
 
 
-def _minicpm() -> Family:
+def _own_positions() -> Family:
+    """A text model whose positions follow the picture's rows and columns (M-RoPE), which it counts itself."""
+    return Family()
+
+
+for _name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    families.register(_name)(_own_positions)
+
+
+@families.register("minicpmv4_6")
+def _minicpm46() -> Family:
     """Pictures of any size are cut in patches that lie in one row, all pictures of a batch behind each other.
 
     Three of four text layers have linear attention, which has no q, k, v, o: the adapter is on the others.
@@ -71,8 +81,10 @@ def _minicpm() -> Family:
     return Family(first_position=0, pixels_dim=-1)
 
 
-for _name in ("minicpmv4_6", "minicpmv4_7"):
-    families.register(_name)(_minicpm)
+@families.register("minicpmv4_7")
+def _minicpm47() -> Family:
+    """As 4.6, with positions of its own: those of a picture's patches on a canvas."""
+    return Family(pixels_dim=-1)
 
 
 @families.register("paligemma")

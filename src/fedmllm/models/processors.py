@@ -18,7 +18,7 @@ class NoVideos(PushToHubMixin):  # type: ignore[misc]
     _auto_class = None
     slice_mode = False
     downsample_mode = "16x"
-    num_frames = fps = video_sampling = size = max_image_size = None
+    num_frames = fps = None
 
     def to_dict(self) -> dict[str, Any]:
         return {}
