@@ -69,7 +69,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_family_known_here_is_tested() -> None:
-    assert set(families.names()) == set(FAMILIES)
+    assert set(families.names()) <= set(FAMILIES)
 
 
 def load(folder: Path, unsettled: bool = True, caches: bool = True) -> MLLM:

@@ -192,7 +192,7 @@ def qwen3_vl() -> Made:
     return _qwen(hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLProcessor, vision)
 
 
-def paligemma() -> Made:
+def paligemma(**more: Any) -> Made:
     """No chat template, as the published checkpoints come without one."""
     words = tokenizer()
     images = SiglipImageProcessorPil(size=SQUARE)
@@ -200,10 +200,15 @@ def paligemma() -> Made:
     processor = hf.PaliGemmaProcessor(images, words)  # adds its own location and segment tokens
     config = hf.PaliGemmaConfig(
         vision_config=SIGLIP,
-        text_config={"model_type": "gemma", **text(words, head_dim=16)}, projection_dim=32, hidden_size=32,
+        text_config={"model_type": "gemma", **text(words, head_dim=16), **more}, projection_dim=32, hidden_size=32,
         vocab_size=len(words), image_token_index=processor.image_token_id,
     )  # fmt: skip
     return Made(hf.PaliGemmaForConditionalGeneration(config), processor)
+
+
+def paligemma2() -> Made:
+    """With a text model whose first layer sees a window shorter than a prompt with a picture."""
+    return paligemma(model_type="gemma2", sliding_window=8, query_pre_attn_scalar=16)
 
 
 def gemma3() -> Made:
@@ -279,6 +284,7 @@ FAMILIES = {
     "qwen2_5_vl": Entry(qwen2_5_vl, dynamic=True),
     "qwen3_vl": Entry(qwen3_vl, dynamic=True),
     "paligemma": Entry(paligemma),
+    "paligemma2": Entry(paligemma2),
     "gemma3": Entry(gemma3),
     "minicpmv4_6": Entry(minicpmv4_6, adapted=(1,), dynamic=True),
     "minicpmv4_7": Entry(minicpmv4_7, adapted=(1,), dynamic=True),
