@@ -1,143 +1,250 @@
-"""Other families of transformers, on tiny random checkpoints: nothing in the package may be particular to the pocket model."""
+"""What every model family must do, on tiny random checkpoints: nothing in the package may be particular to the pocket model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
-from transformers import (
-    AutoProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
+from transformers import AutoModelForImageTextToText
+from transformers.models.smolvlm import processing_smolvlm
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.models.mllm import MLLM
-from fedmllm.models.pocket import architecture as parts
-from fedmllm.tensors import distance
+from fedmllm.models import processors
+from fedmllm.models.families import families
+from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.tensors import digest
 from fedmllm.training.local import LocalSettings, train_local
+from tiny_families import FAMILIES, save
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-"""How Qwen's templates mark a picture."""
+# PaliGemma's processor makes a numpy array of a tensor in a way that numpy 2 will refuse one day.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 
+OPTIONS = ("(A) red", "(B) blue")
+WIDE, SMALL, TALL = (96, 48), (32, 32), (40, 80)
+TALKS = [
+    Conversation("which color is it?", "red", image=True),
+    Conversation("name the color.", "blue", image=False),
+    Conversation("Text: a red thing that is a little longer\nwhich option is right?", "(A) red", image=True, options=OPTIONS),
+    Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=OPTIONS),
+    Conversation("what is in it?", "a circle", image=True),
+]
+SHOWN = [WIDE, None, SMALL, None, TALL]
+ADAMW = LocalSettings("adamw", 2e-2, 0.0, (0.9, 0.95), 0.0, 1.0)
 
-def _tokenizer(*special: str):
-    tokenizer = parts.build_tokenizer(documents=40, vocabulary=400)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-    return tokenizer
-
-
-def _template(image: str) -> str:
-    return parts.CHAT_TEMPLATE.replace("'<image>'", repr(image))
-
-
-def _ids(tokenizer) -> dict[str, int]:
-    return {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def llava(folder: Path) -> ProcessorMixin:
-    tokenizer = _tokenizer()
-    vision = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
-    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 24}
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", **TEXT, **_ids(tokenizer)},
-        image_token_id=3,
-        image_seq_length=16,
-    )
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(
-        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", image_token="<image>",
-        num_additional_image_tokens=1, chat_template=_template("<image>"),
-    )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return processor
+BATCHES = {"text": [1, 3], "image": [0, 4], "image and text": [2, 0], "mixed": [0, 1, 2, 3, 4]}
+"""Which of `TALKS` are together in a batch; the pictures are of different sizes."""
 
 
-def _qwen(folder: Path, config_class, model_class, processor_class, vision: dict[str, object]) -> ProcessorMixin:
-    marks = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    tokenizer = _tokenizer(*marks)
-    start, pad, end, video = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    vision = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
-    config = config_class(
-        text_config={**TEXT, **_ids(tokenizer), "rope_parameters": rope, "max_position_embeddings": 512, "head_dim": 16},
-        vision_config=vision,
-        image_token_id=pad, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
-    )  # fmt: skip
-    images = Qwen2VLImageProcessorPil(
-        patch_size=8, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096}
-    )
-    model_class(config).save_pretrained(folder)
-    # These processors cannot be saved and loaded without torchvision, which their videos need; pictures do not.
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path | None]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, size in enumerate((WIDE, SMALL, TALL)):
+        channels = [Image.effect_noise(size, 60 + 20 * i + 10 * c) for c in range(3)]
+        Image.merge("RGB", channels).save(folder / f"{size}.png")
+    return [folder / f"{size}.png" if size else None for size in SHOWN]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_torchvision_and_num2words() -> Iterator[None]:
+    """As where neither is installed, on every machine: both serve videos alone, which the checkpoints here know nothing of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: object)
-        return processor_class(images, tokenizer, chat_template=_template(VISION))
+        patch.setattr(processors, "is_torchvision_available", lambda: False)
+        patch.setattr(processing_smolvlm, "num2words", str)
+        yield
 
 
-def qwen2_vl(folder: Path) -> ProcessorMixin:
-    return _qwen(folder, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, {"embed_dim": 32, "hidden_size": 32})
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A family's name and a folder with its checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save(request.param, folder)
+    return request.param, folder
 
 
-def qwen3_vl(folder: Path) -> ProcessorMixin:
-    """With DeepStack features, which go into several layers of the text model."""
-    vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "deepstack_visual_indexes": [0, 1]}
-    vision |= {"num_position_embeddings": 64}
-    return _qwen(folder, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision)
+def test_every_family_known_here_is_tested() -> None:
+    assert set(families.names()) <= set(FAMILIES)
 
 
-@pytest.fixture(params=[llava, qwen2_vl, qwen3_vl], ids=lambda f: f.__name__)
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    make: Callable[[Path], ProcessorMixin] = request.param
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        processor = make(tmp_path / "model")
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_: processor)
-    return tmp_path / "model"
+def load(folder: Path, unsettled: bool = True, caches: bool = True) -> MLLM:
+    settings = ModelTable(name=str(folder), lora=LoraTable(rank=2, alpha=4.0), precision="fp32", cache_features=caches)
+    model = MLLM.load(settings, seed=0)
+    if unsettled:  # away from the start, where B = 0 hides A
+        generator = torch.Generator().manual_seed(3)
+        moved = {k: t + 0.2 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
+        model.adapter.set(moved)
+    return model
 
 
-def test_cached_equals_uncached_and_training_works(checkpoint: Path, tmp_path: Path) -> None:
-    for name, size in (("red", (48, 32)), ("blue", (32, 32))):
-        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
-    talks = [
-        Conversation("which color is it?", "red", image=True),
-        Conversation("name the color.", "blue", image=False),
-        Conversation("which option is right?", "(A) red", image=True, options=("(A) red", "(B) blue")),
-    ]
-    pictures = [tmp_path / "red.png", None, tmp_path / "blue.png"]
-    found = []
-    for caches in (True, False):
-        settings = ModelTable(name=str(checkpoint), lora=LoraTable(rank=2), precision="fp32", cache_features=caches)
-        model = MLLM.load(settings, seed=0)
-        assert model.caches == caches
-        assert model.info.layers == 2
-        assert len(model.adapter.parameters) == 2 * 4 * 2
-        batch = model.encode(talks, pictures, 300)
-        model.prepare_features()
-        result = train_local(
-            model, [[batch]] * 2, model.adapter.get(), LocalRule(), LocalSettings("sgd", 0.5, 0.0, (0.9, 0.95), 0.0, 1.0), 0
+@pytest.fixture(scope="module")
+def cached(family: tuple[str, Path]) -> MLLM:
+    return load(family[1])
+
+
+@pytest.fixture(scope="module")
+def uncached(family: tuple[str, Path]) -> MLLM:
+    return load(family[1], caches=False)
+
+
+def encode(model: MLLM, pictures: list[Path | None]) -> list[Encoded]:
+    encoded = model.encode(TALKS, pictures, 300)
+    model.prepare_features()
+    return encoded
+
+
+@torch.no_grad()
+def logits(model: MLLM, batch: list[Encoded], last: int = 1) -> torch.Tensor:
+    """(rows, last, vocabulary): what the model says at the last positions of prompts and answers."""
+    found: torch.Tensor = model.backbone.model(**model.collate(batch, [one.answer for one in batch])).logits[:, -last:]
+    return found.float()
+
+
+def test_the_adapter_is_on_the_language_models_attention_alone(family: tuple[str, Path], cached: MLLM) -> None:
+    adapted = FAMILIES[family[0]].adapted
+    assert cached.info.layers == 2
+    names = cached.adapter.parameters
+    assert len(names) == len(adapted) * 4 * 2
+    expected = {name: int(name.partition(".layers.")[2].partition(".")[0]) for name in names}
+    assert cached.info.layer == expected
+    assert set(expected.values()) == set(adapted)
+    assert not any(part in name for name in names for part in ("vision", "visual", "projector", "connector", "merger"))
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_a_picture_makes_tokens_and_matters(family: tuple[str, Path], cached: MLLM, pictures: list[Path | None]) -> None:
+    batch = cached.encode([TALKS[0]] * 3, [pictures[0], pictures[2], pictures[4]], 300)
+    assert len({round(cached.loss([one]).item(), 4) for one in batch}) == 3
+    assert (len({one.length for one in batch}) > 1) == FAMILIES[family[0]].dynamic
+
+
+@pytest.mark.parametrize("picked", BATCHES.values(), ids=BATCHES)
+def test_a_batch_is_its_samples_one_by_one(
+    cached: MLLM, uncached: MLLM, pictures: list[Path | None], picked: list[int]
+) -> None:
+    for model in (cached, uncached):
+        assert model.caches == (model is cached)
+        encoded = encode(model, pictures)
+        batch = [encoded[i] for i in picked]
+        assert len({one.length for one in batch}) > 1
+        alone = torch.cat([logits(model, [one]) for one in batch])
+        torch.testing.assert_close(logits(model, batch), alone, rtol=1e-3, atol=1e-4)
+        assert model.loss(batch).item() == pytest.approx(sum(model.loss([one]).item() for one in batch), rel=1e-4)
+        assert model.generate(batch, 3) == [model.generate([one], 3)[0] for one in batch]
+        closed = [one for one in batch if one.options]
+        scores = [model.option_scores([one])[0] for one in closed]
+        torch.testing.assert_close(torch.tensor(model.option_scores(closed)), torch.tensor(scores), rtol=1e-3, atol=1e-4)
+
+
+def test_cached_equals_uncached(cached: MLLM, uncached: MLLM, pictures: list[Path | None]) -> None:
+    ours, theirs = encode(cached, pictures), encode(uncached, pictures)
+    torch.testing.assert_close(logits(cached, ours), logits(uncached, theirs), rtol=1e-3, atol=1e-4)
+    assert cached.generate(ours, 3) == uncached.generate(theirs, 3)
+
+
+def test_the_model_sees_what_the_processor_makes(cached: MLLM, pictures: list[Path | None]) -> None:
+    """A prompt with a picture, against the processor's own output given to the model as it is."""
+    for one, talk, picture in zip(encode(cached, pictures), TALKS, pictures, strict=True):
+        if picture is None:
+            continue
+        made = cached.backbone.processor(
+            text=[cached.backbone.prompt(talk)], images=[[Image.open(picture)]], return_tensors="pt", add_special_tokens=False
         )
-        assert distance(result.trained, result.received) > 1e-3
-        found.append((model.loss(batch).item(), model.option_scores(batch[2:]), model.generate(batch, 3), result.trained))
-        alone = sum(model.loss([one]).item() for one in batch)
-        assert found[-1][0] == pytest.approx(alone, rel=1e-4)
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    torch.testing.assert_close(torch.tensor(found[0][1]), torch.tensor(found[1][1]), rtol=1e-3, atol=1e-4)
-    assert found[0][2] == found[1][2]
-    assert distance(found[0][3], found[1][3]) < 1e-3
+        with torch.no_grad():
+            expected = cached.backbone.model(**{k: v for k, v in made.items() if k != "labels"}).logits[:, -1]
+            found = cached.backbone.model(**cached.collate([one], [()])).logits[:, -1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_starts_with_what_scoring_finds_likeliest(cached: MLLM, pictures: list[Path | None]) -> None:
+    """Training, scoring and generation see the same prompt: the same mask, positions and token types."""
+    for one in encode(cached, pictures):
+        with torch.no_grad():
+            likeliest = int(cached.backbone.model(**cached.collate([one], [()])).logits[0, -1].argmax())
+        expected = cached.backbone.tokenizer.decode([likeliest], skip_special_tokens=True).strip()
+        assert cached.generate([one], 1) == [expected]
+
+
+def test_generation_goes_on_as_a_forward_pass_of_all_tokens_would(cached: MLLM, pictures: list[Path | None]) -> None:
+    """Without a cache of keys and values, token by token: the naive twin."""
+    for one in encode(cached, pictures):
+        made: list[int] = []
+        for _ in range(3):
+            with torch.no_grad():
+                made.append(int(cached.backbone.model(**cached.collate([one], [made])).logits[0, -1].argmax()))
+            if made[-1] in cached.backbone.end_ids:
+                break
+        assert cached.generate([one], 3) == [cached.backbone.tokenizer.decode(made, skip_special_tokens=True).strip()]
+
+
+def test_an_answer_does_not_see_what_follows(cached: MLLM, pictures: list[Path | None]) -> None:
+    """Where a prompt attends both ways, its answer must not, or training would copy."""
+    for one in encode(cached, pictures):
+        answers = [(*one.answer[:1], 50, 60), (*one.answer[:1], 70, 80)]
+        first, second = (logits(cached, [replace(one, answer=answer)], last=4)[0] for answer in answers)
+        torch.testing.assert_close(first[:2], second[:2], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(first[2:], second[2:], rtol=1e-2)
+
+
+def test_training_lowers_the_loss(family: tuple[str, Path], pictures: list[Path | None]) -> None:
+    model = load(family[1], unsettled=False)
+    batch = encode(model, pictures)
+    start = model.adapter.get()
+    result = train_local(model, [[batch]] * 6, start, LocalRule(), ADAMW, 0)
+    with torch.no_grad():
+        after = model.loss(batch).item()
+        model.adapter.set(start)
+        before = model.loss(batch).item()
+    assert after < 0.9 * before
+    assert all(not torch.equal(result.trained[name], start[name]) for name in start)
+    assert not any(p.requires_grad for name, p in model.model.named_parameters() if "lora" not in name)
+
+
+# PEFT asks transformers for a property under its older name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_adapter_comes_back_from_its_folder(
+    family: tuple[str, Path], cached: MLLM, pictures: list[Path | None], tmp_path: Path
+) -> None:
+    batch = encode(cached, pictures)
+    expected = logits(cached, batch)
+    cached.adapter.export(tmp_path, "tiny")
+    again = load(family[1], unsettled=False)
+    again.adapter.load(tmp_path)
+    assert digest(again.adapter.get()) == digest(cached.adapter.get())
+    assert torch.equal(logits(again, encode(again, pictures)), expected)
+    base = AutoModelForImageTextToText.from_pretrained(family[1], dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        found = loaded(**cached.collate(batch, [one.answer for one in batch])).logits[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_paligemma_is_asked_as_its_processor_asks(paligemma: MLLM, pictures: list[Path | None]) -> None:
+    """With a picture, prompt and answer and their token types are those of the processor's own `suffix`."""
+    (one,) = paligemma.encode(TALKS[:1], pictures[:1], 300)
+    assert pictures[0] is not None
+    expected = paligemma.backbone.processor(
+        images=Image.open(pictures[0]), text="<image>" + TALKS[0].user, suffix=TALKS[0].answer, return_tensors="pt"
+    )
+    ours = paligemma.collate([one], [one.answer])
+    assert torch.equal(ours["input_ids"], expected["input_ids"])
+    assert torch.equal(ours["token_type_ids"], expected["token_type_ids"])
+    assert ours["position_ids"][0].tolist() == list(range(1, one.length + 1))
+
+
+def test_paligemma_is_asked_the_same_without_a_picture(paligemma: MLLM) -> None:
+    (one,) = paligemma.encode(TALKS[1:2], [None], 300)
+    assert paligemma.backbone.tokenizer.decode(one.prompt) == "<begin>name the color.\n"
+    types = paligemma.collate([one], [one.answer])["token_type_ids"][0].tolist()
+    assert types == [0] * len(one.prompt) + [1] * len(one.answer)
+
+
+@pytest.fixture
+def paligemma(tmp_path: Path) -> MLLM:
+    save("paligemma", tmp_path)
+    return load(tmp_path)

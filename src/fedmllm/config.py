@@ -83,6 +83,10 @@ class ModelTable(Table):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     cache_features: bool = True
+    quantize: Literal["none", "4bit"] = "none"
+    """"4bit" keeps the frozen weights as nf4 (bitsandbytes, on a GPU)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
 
 
 class TrainTable(Table):

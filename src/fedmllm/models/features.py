@@ -1,8 +1,9 @@
 """The frozen vision tower's outputs: computed once, kept in one memory-mapped file, handed back to the model.
 
 A picture's record is an array (parts, tokens, width): the projected image tokens, followed by the DeepStack features of
-families that have them. The file's name is a digest of the tower's weights, the processor and the pictures, so a second
-experiment on the same data and model finds it; it holds nothing that depends on the adapter.
+families that have them; (parts, tiles, tokens, width) where the family pools into one tensor with a row a tile. The file's
+name is a digest of the tower's weights, the processor and the pictures, so a second experiment on the same data and model
+finds it; it holds nothing that depends on the adapter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.tensors import write_atomically
 
+LAYOUT = "2"
+"""Changes when records are laid out otherwise, so that older files are not taken for these."""
+
 
 def cache_folder() -> Path:
     """`$FEDMLLM_CACHE`, else `fedmllm` in the user's cache folder."""
@@ -40,10 +44,13 @@ def digest_of(parts: Iterable[str | bytes]) -> str:
 
 
 def split_output(output: BaseModelOutputWithPooling, pictures: int) -> list[Tensor]:
-    """One tensor (parts, tokens, width) a picture from what `get_image_features` gives for equally shaped pictures."""
+    """One record a picture from what `get_image_features` gives for equally shaped pictures."""
     pooled: Any = output.pooler_output
     if isinstance(pooled, Tensor):  # (pictures × tiles, tokens, width)
-        pooled = pooled.reshape(pictures, -1, pooled.shape[-1])
+        pooled = pooled.reshape(pictures, -1, *pooled.shape[1:])
+    elif len(pooled) > pictures:  # a list with an entry a slice, as many slices for each picture
+        slices = len(pooled) // pictures
+        pooled = [torch.cat(list(pooled[i * slices : (i + 1) * slices])) for i in range(pictures)]
     deep = getattr(output, "deepstack_features", None) or []
     return [torch.stack([pooled[i], *(layer[i] for layer in deep)]) for i in range(pictures)]
 
@@ -66,11 +73,11 @@ class FeatureFile:
     """All records of one set of pictures, in one read-only memory map of float32."""
 
     data: NDArray[np.float32]
-    shapes: list[tuple[int, int, int]]
+    shapes: list[tuple[int, ...]]
     starts: list[int]
 
     def record(self, index: int) -> Tensor:
-        """A copy of picture `index`'s record, (parts, tokens, width)."""
+        """A copy of picture `index`'s record."""
         shape, start = self.shapes[index], self.starts[index]
         return torch.from_numpy(np.array(self.data[start : start + int(np.prod(shape))]).reshape(shape))
 

@@ -14,21 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import decode, image_key
+from fedmllm.data.samples import decode
 from fedmllm.errors import DataError
-from fedmllm.models import features, lora
+from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
+from fedmllm.models.pictures import PIXELS, Pictures
 from fedmllm.models.virtual import VirtualTokens
-
-# Inputs that a cached picture replaces.
-_PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +66,7 @@ class MLLM:
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
-        self._pictures: dict[str, int] = {}
-        self._images: list[Path | bytes] = []
-        self._features: features.FeatureFile | None = None
-        self._place: dict[int, int] = {}
-        self._live: dict[int, Tensor] = {}
-        # Whether `get_image_features` pools into one tensor or into a list; its annotation does not say, so ask it once.
-        self._pooled_is_tensor = self.caches and self._pools_into_tensor()
+        self._pictures = Pictures(backbone, self.caches)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
     @classmethod
@@ -115,28 +106,20 @@ class MLLM:
         return encoded
 
     def _encode_one(self, conversation: Conversation, image: Path | bytes | None) -> Encoded:
-        processor = self.backbone.processor
-        prompt = processor.apply_chat_template(conversation.messages(), add_generation_prompt=True, tokenize=False)
-        inputs = self._process(prompt, decode(image) if image is not None else None)
+        inputs = self.backbone.process(self.backbone.prompt(conversation), decode(image) if image is not None else None)
         ids = inputs.pop("input_ids")[0]
-        inputs.pop("attention_mask", None)
+        for unused in ("attention_mask", "labels"):
+            inputs.pop(unused, None)
         tokenwise = {k: tuple(v[0].tolist()) for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == (1, len(ids))}
-        imagewise = {k: v for k, v in inputs.items() if k not in tokenwise and k not in _PIXELS and isinstance(v, Tensor)}
+        imagewise = {k: v for k, v in inputs.items() if k not in tokenwise and k not in PIXELS and isinstance(v, Tensor)}
         return Encoded(
             tuple(ids.tolist()),
             self._answer_ids(conversation.answer),
             tuple(self._answer_ids(option) for option in conversation.options),
-            self._picture(image) if image is not None else None,
+            self._pictures.number(image) if image is not None else None,
             tokenwise,
             imagewise,
         )
-
-    def _process(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        options: dict[str, Any] = {"images": [[image]]} if image is not None else {}
-        begin = self.backbone.tokenizer.bos_token
-        if begin and prompt.startswith(begin):  # a template that writes the begin mark must not get a second one
-            options["add_special_tokens"] = False
-        return dict(self.backbone.processor(text=[prompt], return_tensors="pt", **options))
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         """The assistant's turn up to and with its end mark, as the chat template writes it."""
@@ -145,63 +128,9 @@ class MLLM:
         ends = [i for i, token in enumerate(ids) if token in self.backbone.end_ids]
         return tuple(ids[: ends[0] + 1] if ends else [*ids, self.backbone.end_ids[0]])
 
-    def _picture(self, image: Path | bytes) -> int:
-        key = image_key(image)
-        if key not in self._pictures:
-            self._pictures[key] = len(self._images)
-            self._images.append(image)
-        return self._pictures[key]
-
-    # Vision features
-
     def prepare_features(self) -> int:
         """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""
-        if not self.caches or not self._images:
-            return 0
-        # In the order of their digests: another seed deals the same pictures out otherwise, and finds this file.
-        ordered = sorted(self._pictures)
-        name = features.digest_of([self.backbone.vision_digest(), *ordered])
-        path = features.cache_folder() / "features" / f"{name}.bin"
-        pictures = [self._pictures[key] for key in ordered]
-        found = features.open_features(path)
-        self._features = found or features.write_features(path, self._encode_pictures(pictures))
-        self._place = {picture: place for place, picture in enumerate(pictures)}
-        return 0 if found else len(pictures)
-
-    def _pixel_inputs(self, picture: int) -> dict[str, Tensor]:
-        return self._pixel_inputs_of(decode(self._images[picture]))
-
-    def _pixel_inputs_of(self, image: Image.Image) -> dict[str, Tensor]:
-        prompt = self.backbone.processor.apply_chat_template(
-            Conversation("", "", True).messages(), add_generation_prompt=True, tokenize=False
-        )
-        inputs = self._process(prompt, image)
-        return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
-
-    @torch.no_grad()
-    def _image_features(self, inputs: dict[str, Tensor]) -> Any:
-        """What the vision tower makes of pixel inputs, of which it is given those it takes."""
-        get_features = self.backbone.model.get_image_features
-        takes = inspect.signature(get_features).parameters
-        return get_features(**{k: v.to(self.backbone.device) for k, v in inputs.items() if k in takes}, return_dict=True)
-
-    def _encode_pictures(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
-        for start in range(0, len(pictures), batch):
-            inputs = [self._pixel_inputs(picture) for picture in pictures[start : start + batch]]
-            for group in _alike(inputs):
-                joined = {k: torch.cat([one[k] for one in group]) for k in group[0]}
-                yield from features.split_output(self._image_features(joined), len(group))
-
-    def _pools_into_tensor(self) -> bool:
-        inputs = self._pixel_inputs_of(Image.new("RGB", (64, 64), (200, 120, 40)))
-        return isinstance(self._image_features(inputs).pooler_output, Tensor)
-
-    def _record(self, picture: int) -> Tensor:
-        if self._features is not None and picture in self._place:
-            return self._features.record(self._place[picture])
-        if picture not in self._live:  # a picture met after the file was made
-            self._live[picture] = next(iter(self._encode_pictures([picture])))
-        return self._live[picture]
+        return self._pictures.prepare()
 
     # Batches
 
@@ -214,30 +143,23 @@ class MLLM:
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if self.backbone.family.positions:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        for key in {k for one in batch for k in one.tokenwise}:
-            if key in self._parameters:
-                values = [
-                    [0] * (length - len(row) + len(virtual)) + list(one.tokenwise.get(key, ()))
-                    for one, row in zip(batch, rows, strict=True)
-                ]
-                inputs[key] = torch.tensor([value + [0] * (length - len(value)) for value in values])
+        family = self.backbone.family
+        if family.first_position is not None:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + family.first_position
+        for key in {k for one in batch for k in one.tokenwise} & self._parameters:
+            values = []
+            for one, row, ending in zip(batch, rows, endings, strict=True):
+                before = [0] * (length - len(row) + len(virtual))
+                prompt = one.tokenwise.get(key, (0,) * len(one.prompt))
+                values.append([*before, *prompt, *[family.answer_type] * len(ending)])
+            inputs[key] = torch.tensor(values)
         pictured = [one for one in batch if one.picture is not None]
         for key in {k for one in pictured for k in one.imagewise if k in self._parameters}:
             inputs[key] = torch.cat([one.imagewise[key] for one in pictured])
         inputs = {key: value.to(self.backbone.device) for key, value in inputs.items()}
         if pictured:
-            inputs |= self._vision_inputs([one.picture for one in pictured if one.picture is not None])
+            inputs |= self._pictures.inputs([one.picture for one in pictured if one.picture is not None])
         return inputs
-
-    def _vision_inputs(self, pictures: Sequence[int]) -> dict[str, Any]:
-        if self.caches:
-            records = [self._record(picture).to(self.backbone.device, self.backbone.dtype) for picture in pictures]
-            return {"mm_encoder_outputs": {"image": features.join_output(records, self._pooled_is_tensor)}}
-        raw = [self._pixel_inputs(picture) for picture in pictures]
-        keys = [k for k in raw[0] if k in _PIXELS and k in self._parameters]
-        return {k: torch.cat([one[k] for one in raw]).to(self.backbone.device) for k in keys}
 
     def _last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
         """Logits of the last `last` positions, (rows, last, vocabulary) in float32."""
@@ -322,18 +244,6 @@ def _telling_token(options: Sequence[Sequence[int]]) -> int | None:
             return None
         shared += 1
     return None
-
-
-def _alike(inputs: Sequence[dict[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
-    """Runs of neighbours whose tensors have the same shapes."""
-    run: list[dict[str, Tensor]] = []
-    for one in inputs:
-        if run and {k: v.shape for k, v in run[0].items()} != {k: v.shape for k, v in one.items()}:
-            yield run
-            run = []
-        run.append(one)
-    if run:
-        yield run
 
 
 __all__ = ["MLLM", "Encoded"]
