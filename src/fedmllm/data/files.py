@@ -39,8 +39,11 @@ def inside(folder: Path, *names: str, absolute: bool = False) -> Path:
         raise EntryError(f"the path {shown!r} is absolute; write it relative to {folder}", kind)
     try:
         leaves = not path.resolve().is_relative_to(folder.resolve())
+        if not leaves:
+            path.is_file()  # raises where the name is too long for a file
     except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, half a surrogate pair, links in a circle
-        raise EntryError(f"the path {shown!r} cannot be one ({error})", "missing picture") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EntryError(f"the path {shown[:99]!r} cannot be one ({reason})", "missing picture") from None
     if leaves:
         raise EntryError(f"the path {shown!r} leads out of {folder}; put the file inside", kind)
     return path
