@@ -70,7 +70,7 @@ def test_a_second_name_may_not_leave_or_be_absolute_either(world: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png", "circle", "x" * 5000])
 def test_names_that_no_file_can_have_are_no_crash(world: Path, name: str) -> None:
-    with pytest.raises(EntryError, match="cannot be one") as refused:
+    with pytest.raises(EntryError, match="cannot be used") as refused:
         inside(world / "data", name)
     assert refused.value.kind == "missing picture"
 
@@ -110,8 +110,9 @@ def test_a_folder_a_level_off_is_told_so(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match=r"there is no file .*dev\.jsonl; data_dir must be the folder that holds 'dev\.jsonl'"):
         find("t", right, "dev.jsonl")
-    with pytest.raises(DataError, match=r"data_dir = '.*nowhere' is no folder; give the one that holds 'train\.jsonl'"):
-        find("t", tmp_path / "nowhere", "train.jsonl")
+    for nowhere in (tmp_path / "nowhere", right / "train.jsonl", tmp_path / ("x" * 5000)):
+        with pytest.raises(DataError, match=r"is no folder that can be read \(.*\); give the one that holds 'train\.jsonl'\.$"):
+            find("t", nowhere, "train.jsonl")
 
 
 def test_lines_end_as_they_like_and_empty_ones_count(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_each_damage_is_one_bad_sample(
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_that_is_not_there_or_a_level_off(folder: Folder, name: str) -> None:
     data = folder(name)
-    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is no folder; give the one that holds"):
+    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is no folder that can be read"):
         load(name, data / "nowhere", on_bad_sample="skip")
     for wrong in (data.parent, next(p for p in sorted(data.iterdir()) if p.is_dir()) if name != "medalpaca" else data.parent):
         with pytest.raises(DataError, match=f"^task '{name}': there is no file .*; did you mean data_dir = '{data}'"):

@@ -43,22 +43,35 @@ def inside(folder: Path, *names: str, absolute: bool = False) -> Path:
             path.is_file()  # raises where the name is too long for a file
     except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, half a surrogate pair, links in a circle
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise EntryError(f"the path {shown[:99]!r} cannot be one ({reason})", "missing picture") from None
+        raise EntryError(f"the path {shown[:99]!r} cannot be used ({reason})", "missing picture") from None
     if leaves:
         raise EntryError(f"the path {shown!r} leads out of {folder}; put the file inside", kind)
     return path
+
+
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, and False where one may not look or the name is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def find(task: str, data_dir: str | Path, name: str) -> Path:
     """The file `name` of the unpacked download. Raises DataError, with a guess where `data_dir` is a level off."""
     folder = Path(data_dir)
     path = folder / name
-    if path.is_file():
+    if is_file(path):
         return path
-    if not folder.is_dir():
-        raise DataError(f"task {task!r}: data_dir = {str(data_dir)!r} is no folder; give the one that holds {name!r}.")
-    around = [folder.resolve().parent, *sorted(child for child in folder.iterdir() if child.is_dir())]
-    near = next((other for other in around if (other / name).is_file()), None)
+    try:
+        around = [folder.resolve().parent, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DataError(
+            f"task {task!r}: data_dir = {str(data_dir)!r} is no folder that can be read ({reason}); give the one that holds "
+            f"{name!r}."
+        ) from None
+    near = next((other for other in around if is_file(other / name)), None)
     hint = f"did you mean data_dir = {str(near)!r}?" if near else f"data_dir must be the folder that holds {name!r}."
     raise DataError(f"task {task!r}: there is no file {path}; {hint}")
 

@@ -126,9 +126,9 @@ def image_key(image: Path | bytes) -> str:
 
 def _flaw_of_picture(image: Path | bytes) -> tuple[str, Kind] | None:
     name = image if isinstance(image, Path) else "(in memory)"
-    if isinstance(image, Path) and not image.is_file():
-        return f"the picture {name} is missing", "missing picture"
     try:
+        if isinstance(image, Path) and not image.is_file():
+            return f"the picture {name} is missing", "missing picture"
         decode(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         most = f"{Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs"

@@ -67,7 +67,7 @@ def _open(library: Any, dataset: str, subset: str | None, revision: str | None, 
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"task 'hub': the split {split!r} of {dataset!r} cannot be loaded ({type(error).__name__}: {reason}); check the "
-            "name or folder, task.subset and the names of the splits, or fetch it first where there is a network."
+            "name or folder, task.subset, task.train_split and task.test_split, or fetch it first where there is a network."
         ) from None
 
 
@@ -177,8 +177,8 @@ def hub(
     lettered: bool = True,
     subset: str | None = None,
     revision: str | None = None,
-    train: str = "train",
-    test: str = "test",
+    train_split: str = "train",
+    test_split: str = "test",
     metric: Literal["accuracy", "macro-f1", "auc"] = "accuracy",
     positive: str | None = None,
 ) -> Task:
@@ -186,7 +186,7 @@ def hub(
     if metric == "auc" and positive is None:
         raise ValueError('metric = "auc" needs positive = "…", the answer whose probability is the score')
     columns = Columns(answer, question, image, text, choices, id, label, source, answer_is_index, ask)
-    named: dict[Split, str] = {"train": train, "test": test}
+    named: dict[Split, str] = {"train": train_split, "test": test_split}
 
     def load(split: Split) -> Iterator[Sample | Problem]:
         library = _library()
@@ -194,4 +194,4 @@ def hub(
         read = _reader(rows.features[answer], columns, dataset, _folder(library, dataset), split, lettered)
         return samples_of(_entries(rows, columns, dataset, named[split]), read)
 
-    return Task("hub", metric, load, positive, splits=("train", "test") if test else ("train",))
+    return Task("hub", metric, load, positive, splits=("train", "test") if test_split else ("train",))

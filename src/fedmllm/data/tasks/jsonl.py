@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmllm.data.files import Entry, EntryError, inside, json_lines, samples_of
+from fedmllm.data.files import Entry, EntryError, inside, is_file, json_lines, samples_of
 from fedmllm.data.samples import Problem, Sample, Split, Task
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import DataError, suggest
@@ -67,7 +67,7 @@ def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
 
 def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     """The samples of one file. Raises DataError where there is no such file."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
     return samples_of(json_lines(path), lambda entry: _sample(entry, path.parent, lettered))
 

@@ -1,8 +1,9 @@
 """SLAKE: questions about medical pictures in English and Chinese (Liu et al. 2021, 2102.09542).
 
-The published folder: `train.json`, `validate.json` and `test.json`, each a list of `{img_id, img_name ("xmlab1/source.jpg"),
-question, answer, q_lang, answer_type, content_type, modality, location, qid, …}`, and the pictures in `imgs/`. One language
-is read at a time. The label of a sample is the type of its content, its source the place in the body.
+The published folder: `train.json`, `validate.json` (`validation.json` in the copy on the hub) and `test.json`, each a list of
+`{img_id, img_name ("xmlab1/source.jpg"), question, answer, q_lang, answer_type, content_type, modality, location, qid, …}`,
+and the pictures in `imgs/`. One language is read at a time. The label of a sample is the type of its content, its source the
+place in the body.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def _sample(entry: Entry, folder: Path, language: str) -> Sample | None:
 
 
 @tasks.register("slake")
-def slake(*, data_dir: str, language: Literal["en", "zh"] = "en", test_set: Literal["test", "validate"] = "test") -> Task:
+def slake(
+    *, data_dir: str, language: Literal["en", "zh"] = "en", test_set: Literal["test", "validate", "validation"] = "test"
+) -> Task:
     """Questions about medical pictures, from the published files in `data_dir`; accuracy, closed and open."""
 
     def load(split: Split) -> Iterator[Sample | Problem]:
