@@ -98,7 +98,7 @@ def test_check_counts_classes_and_modalities(experiment: Write) -> None:
     lines = call("check", file).stdout.splitlines()
     assert lines[0] == "train: 8 samples, 8 with image and text"
     assert lines[1] == (
-        "  4 classes: affected individuals 2, not humanitarian 2, other relevant information 2, vehicle damage 2"
+        "  classes (4): affected individuals 2, not humanitarian 2, other relevant information 2, vehicle damage 2"
     )
     assert lines[2] == "test: 4 samples, 4 with image and text"
     assert lines[4].startswith(f"{file} is good: 8 samples to train on and 4 to test on")
@@ -121,11 +121,11 @@ def test_check_counts_all_that_is_wrong_before_it_refuses(experiment: Write, tmp
     assert refused.exit_code == 2
     assert refused.stdout.splitlines() == [
         "train: 5 samples, 5 with image and text",
-        "  2 classes: not hateful 3, hateful 2",
-        "  3 bad samples: missing picture 2, undecodable picture 1",
+        "  classes (2): not hateful 3, hateful 2",
+        "  bad samples (3): missing picture 2, undecodable picture 1",
         "test: 4 samples, 4 with image and text",
-        "  2 classes: hateful 2, not hateful 2",
-        "  1 bad samples: unreadable entry 1",
+        "  classes (2): hateful 2, not hateful 2",
+        "  bad samples (1): unreadable entry 1",
     ]
     assert refused.stderr.startswith(
         "error: 3 bad samples, the first: data/hateful-memes/train.jsonl, line 1, id 'hateful-memes/40001': the picture "
@@ -156,7 +156,7 @@ def test_a_long_list_of_classes_is_cut_in_the_text_alone(experiment: Write, tmp_
     for number, entry in enumerate(entries):
         entry["question_type"] = f"type {number}"
     path.write_text(json.dumps(entries))
-    assert "  8 classes: TYPE 0 1, TYPE 1 1, TYPE 2 1, TYPE 3 1, TYPE 4 1, and 3 more" in call("check", file).stdout
+    assert "  classes (8): TYPE 0 1, TYPE 1 1, TYPE 2 1, TYPE 3 1, TYPE 4 1, and 3 more" in call("check", file).stdout
     assert len(run("check", file)["splits"]["train"]["classes"]) == 8
 
 

@@ -109,21 +109,19 @@ def _look(table: TaskTable, splits: Sequence[Split], where: str) -> list[Part]:
     if lacking and where == "task":
         way_out = 'make it the task.companion of another, or set eval.split = "validation"'
         raise ConfigError(f"task.name: {table.name!r} has no {lacking[0]} split; {way_out}.")
+    if table.companion is not None:  # before anything is read
+        other = tasks.build(table.companion.name, table.companion.options, f"{where}.companion")
+        if other.metric != task.metric:
+            raise ConfigError(
+                f"{where}.companion: {other.name!r} is measured by {other.metric}, {task.name!r} by {task.metric}."
+            )
     parts = []
     for split in splits:
         if split not in lacking:
             count = table.train_samples if split == "train" else table.test_samples
             choose = partial(_draw_some, count=count, names=(table.name, split))
             parts.append(Part(task, split, table, survey(task, split, choose)))
-    if table.companion is None:
-        return parts
-    others = _look(table.companion, splits, f"{where}.companion")
-    for other in others:
-        if other.task.metric != task.metric:
-            raise ConfigError(
-                f"{where}.companion: {other.task.name!r} is measured by {other.task.metric}, {task.name!r} by {task.metric}."
-            )
-    return parts + others
+    return parts if table.companion is None else parts + _look(table.companion, splits, f"{where}.companion")
 
 
 def look(config: Experiment) -> list[Part]:

@@ -47,7 +47,7 @@ def described(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         classes = about["classes"]
         named = [f"{label or '(none)'} {count}" for label, count in list(classes.items())[:SHOWN]]
         more = [f"and {len(classes) - SHOWN} more"] if len(classes) > SHOWN else []
-        yield f"  {len(classes)} classes: {', '.join(named + more)}" if classes else "  no classes"
+        yield f"  classes ({len(classes)}): {', '.join(named + more)}" if classes else "  no classes"
         bad = about["bad_samples"]
         if bad:
-            yield f"  {sum(bad.values())} bad samples: {', '.join(f'{kind} {count}' for kind, count in bad.items())}"
+            yield f"  bad samples ({sum(bad.values())}): {', '.join(f'{kind} {count}' for kind, count in bad.items())}"

@@ -8,6 +8,7 @@ they came in; a picture that is a path stays in the folder, or in the library's 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def _library() -> Any:
             f"task 'hub': the library datasets cannot be imported ({error}); install it with pip install \"fedmllm[hub]\"."
         ) from None
     library.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry; what comes of them is told once
     return library
 
 
