@@ -228,7 +228,7 @@ def test_the_schema_for_editors_can_be_made() -> None:
     [["partition.alpha=1"], ["partition.alpha=1.0"], ["partition.alpha=1.0", "algorithm.server_lr=1", "task.companion.seed=0"]],
 )
 def test_one_experiment_said_in_several_ways_has_one_digest(settings: list[str]) -> None:
-    raw = config.read(SHIPPED[0].parents[1] / "experiments" / "quickstart.toml")
+    raw = config.read(Path(__file__).parents[1] / "experiments" / "quickstart.toml")
     said, _ = config.apply_overrides(raw, settings, options_of)
     plain, _ = config.apply_overrides(raw, ["partition.alpha=1.0"], options_of)
     assert with_defaults(config.validate(said)).digest() == with_defaults(config.validate(plain)).digest()

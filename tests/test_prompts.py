@@ -94,3 +94,8 @@ def test_the_picture_comes_before_the_text_in_the_users_turn() -> None:
     words = {"type": "text", "text": BARE[0][1]}
     assert render(QUESTION, BOTH, strategy).messages() == [{"role": "user", "content": [{"type": "image"}, words]}]
     assert render(QUESTION, TEXT, strategy).messages() == [{"role": "user", "content": [words]}]
+
+
+def test_a_text_that_needs_no_question_stands_alone() -> None:
+    card = sample(kind="text", text="What is a sign?", question="", answer="This.")
+    assert render(card, TEXT, prompts.build("modality-agnostic", {})).user == "What is a sign?"

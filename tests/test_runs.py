@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,9 +241,9 @@ def test_bad_input_is_one_sentence_and_status_2(write_experiment: Write, argumen
     ids=["missing picture", "truncated line"],
 )
 def test_a_bad_sample_is_named(write_experiment: Write, dataset: Path, line: str, sentence: str) -> None:
-    good = (dataset / "train.jsonl").read_text().replace('"image": "', f'"image": "{dataset}/')
-    Path("bad.jsonl").write_text(good + line + "\n")
-    arguments = ["run", write_experiment(rounds=1), "--set", "task.train=bad.jsonl"]
+    shutil.copytree(dataset, "copy")
+    Path("copy/bad.jsonl").write_text((dataset / "train.jsonl").read_text() + line + "\n")
+    arguments = ["run", write_experiment(rounds=1), "--set", "task.train=copy/bad.jsonl"]
     done = call(*arguments)
     assert done.exit_code == 2
     assert sentence in done.stderr

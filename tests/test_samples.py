@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmllm.data.samples import Problem, Sample, collect, decode, image_key
+from fedmllm.data.samples import Problem, Sample, collect, decode, image_key, survey
 from fedmllm.errors import DataError
 from helpers import png, sample, task
 
@@ -105,6 +105,126 @@ def test_pictures_of_any_mode_decode_to_rgb(mode: str) -> None:
     decoded = decode(encoded(white, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"))
     assert (decoded.mode, decoded.size) == ("RGB", (3, 2))
     assert decoded.getpixel((0, 0)) == (255, 255, 255)
+
+
+LEFT, RIGHT = (200, 30, 30), (30, 30, 200)
+
+
+def halves(mode: str = "RGB") -> Image.Image:
+    """Two pixels high and four wide, the left half red and the right half blue."""
+    picture = Image.new("RGB", (4, 2), LEFT)
+    picture.paste(RIGHT, (2, 0, 4, 2))
+    return picture.convert(mode)
+
+
+def corners(data: bytes) -> list[str]:
+    """The nearest color at the four corners, row by row; JPEG is never exact."""
+    picture = decode(data)
+    near = {"red": LEFT, "blue": RIGHT, "white": (255, 255, 255)}
+    found = []
+    for x, y in ((0, 0), (picture.width - 1, 0), (0, picture.height - 1), (picture.width - 1, picture.height - 1)):
+        pixel = np.array(picture.getpixel((x, y)), dtype=int)
+        found.append(min(near, key=lambda name: int(np.abs(pixel - near[name]).sum())))
+    return found
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "seen"),
+    [
+        (1, ["red", "blue", "red", "blue"]),
+        (2, ["blue", "red", "blue", "red"]),
+        (3, ["blue", "red", "blue", "red"]),
+        (6, ["red", "red", "blue", "blue"]),  # turned by 90 degrees: what was left is above
+        (8, ["blue", "blue", "red", "red"]),
+        (77, ["red", "blue", "red", "blue"]),
+    ],
+)
+def test_a_rotation_in_the_exif_data_is_applied(format: str, orientation: int, seen: list[str]) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, format, exif=exif)
+    assert corners(buffer.getvalue()) == seen
+
+
+def test_damaged_exif_data_do_not_hide_a_whole_picture(tmp_path: Path) -> None:
+    for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\xff" + b"\x01\x12" * 9):
+        buffer = io.BytesIO()
+        halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, "JPEG", exif=exif)
+        picture = sample("a", image=buffer.getvalue())
+        assert collect(task(picture), "train", "error").samples == [picture]
+
+
+def test_transparent_parts_are_white() -> None:
+    clear = halves("RGBA")
+    clear.paste((0, 0, 0, 0), (2, 0, 4, 2))
+    assert corners(encoded(clear)) == ["red", "white", "red", "white"]
+    half = Image.new("RGBA", (2, 2), (200, 0, 0, 127))
+    assert decode(encoded(half)).getpixel((0, 0)) == (228, 128, 128)  # 255 − (255 − c) · 127/255
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_a_palette_with_a_transparent_color(format: str) -> None:
+    picture = Image.new("P", (4, 2), 0)
+    picture.putpalette([*LEFT, *RIGHT])
+    picture.paste(1, (2, 0, 4, 2))
+    buffer = io.BytesIO()
+    picture.save(buffer, format, transparency=1)
+    assert corners(buffer.getvalue()) == ["red", "white", "red", "white"]
+    shades = io.BytesIO()
+    picture.save(shades, "PNG", transparency=bytes((255, 0)))  # a shade for each colour of the palette
+    assert corners(shades.getvalue()) == ["red", "white", "red", "white"]
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_many_frames_the_first_is_seen(format: str) -> None:
+    buffer = io.BytesIO()
+    kind = {"lossless": True} if format == "WEBP" else {}
+    halves().save(buffer, format, save_all=True, append_images=[Image.new("RGB", (4, 2), "white")], **kind)
+    assert corners(buffer.getvalue()) == ["red", "blue", "red", "blue"]
+
+
+def test_a_cmyk_jpeg_keeps_its_colors() -> None:
+    assert corners(encoded(halves("CMYK").resize((32, 16), Image.Resampling.NEAREST), "JPEG")) == ["red", "blue", "red", "blue"]
+
+
+@pytest.mark.parametrize("pixels", [60, 20])
+def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
+    # Pillow warns of more than its limit and refuses more than twice as many; neither is a crash, or a picture.
+    bomb = sample("x", image=encoded(Image.new("RGB", (10, 10))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    (bad,) = collect(task(TEXT, bomb), "train", "skip").skipped
+    assert bad.kind == "picture too large"
+    assert str(bad).endswith(
+        f"the picture (in memory) has more than {pixels} pixels, Pillow's limit against decompression bombs; make it smaller"
+    )
+
+
+def test_a_large_picture_below_the_limit_is_fine() -> None:
+    large = sample("x", image=encoded(Image.new("1", (6000, 5000))))
+    assert collect(task(large), "train", "error").samples == [large]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_pictures_are_bad_samples_wherever_they_are_damaged(format: str) -> None:
+    whole = encoded(halves().resize((32, 32)), format)
+    rng = np.random.default_rng(0)
+    pictures = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 25))]
+    for _ in range(25):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
+        pictures.append(bytes(damaged))
+    found = survey(task(*(sample(str(i), image=data) for i, data in enumerate(pictures))), "train")
+    assert len(found.samples) + len(found.skipped) == len(pictures)
+    assert {p.kind for p in found.skipped} <= {"undecodable picture", "picture too large"}
+    assert found.skipped
+    assert not any("\n" in str(p) for p in found.skipped)
+
+
+def test_closed_is_what_the_data_says_or_what_has_choices() -> None:
+    assert [sample(choices=c, closed=k).is_closed for c in (("yes", "no"), None) for k in (None, True, False)] == [
+        True, True, False, False, True, False,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+import layouts
 from commands import call, run
 from fedmllm import sweep
+from fedmllm.config import apply_overrides, read, validate
+from fedmllm.experiment import options_of, prepare, with_defaults
 from fedmllm.report.grids import published, setting_of
 from fedmllm.store import RunDir
 
@@ -235,6 +238,26 @@ def test_the_papers_grids_are_whole(file: Path) -> None:
     kinds = {kind: len({p.id for p in planned if p.kind == kind}) for kind in ("zero-shot", "local")}
     prompts = strategies // 2
     assert kinds == {"zero-shot": prompts, "local": prompts * len(expected)}
+
+
+LAYOUTS = {"hateful-memes": layouts.memes, "crisismmd": layouts.crisis, "vqa-rad": layouts.rad, "slake": layouts.slake}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_papers_files_read_the_published_layouts(name: str, tmp_path: Path) -> None:
+    """Each base file with nothing changed but where the data lie and how many clients share the few samples."""
+    for folder in (name, "medalpaca"):
+        (tmp_path / folder).mkdir()
+    LAYOUTS[name](tmp_path / name)
+    layouts.alpaca(tmp_path / "medalpaca")
+    moved = [f"task.data_dir={tmp_path / name}", "partition.clients=2"]
+    if name in ("vqa-rad", "slake"):
+        moved.append(f"task.companion.data_dir={tmp_path / 'medalpaca'}")
+    raw, _ = apply_overrides(read(ROOT / "experiments" / "paper" / f"{name}.toml"), moved, options_of)
+    data = prepare(with_defaults(validate(raw)))
+    assert data.train
+    assert data.test
+    assert not any(s.id.startswith("medalpaca") for s in data.test)
 
 
 def published_settings() -> list[str]:

@@ -168,11 +168,21 @@ def baseline(
 @_guarded
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model. Trains nothing."""
-    from fedmllm.experiment import check_model, client_rows, first_messages, prepare
+    from fedmllm.data.summary import described, summarise
+    from fedmllm.experiment import check_model, client_rows, first_messages, look, prepare
 
     _quiet()
     experiment = _load(file, overrides)
-    data = prepare(experiment)
+    parts = look(experiment)
+    splits = summarise([(part.split, part.found) for part in parts])
+    if not as_json:
+        typer.echo("\n".join(described(splits)))
+    try:
+        data = prepare(experiment, parts)
+    except UserError:
+        if as_json:  # all that is wrong with the data is worth knowing, though it cannot be used
+            _print({"name": experiment.name, "config_digest": experiment.digest(), "splits": splits})
+        raise
     model = check_model(experiment)
     down, up = first_messages(experiment, model)
     count = sum(p.numel() for p in model.adapter.parameters.values())
@@ -183,6 +193,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "train_samples": len(data.train),
         "test_samples": len(data.test),
         "skipped_samples": data.skipped,
+        "splits": splits,
         "clients": client_rows(data.manifest),
         "model": experiment.model.name,
         "adapter_parameters": count,

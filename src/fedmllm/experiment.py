@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fedmllm.algorithms import Algorithm, RoundInfo, algorithms, compressions, regularizations
@@ -18,7 +19,7 @@ from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.partition import partitions
 from fedmllm.data.prompts import Strategy, prompts, render
-from fedmllm.data.samples import Loaded, Sample, Split, Task, collect
+from fedmllm.data.samples import Loaded, Sample, Split, Task, demand, survey
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
@@ -115,7 +116,7 @@ def build_algorithm(config: Experiment) -> Algorithm:
         raise ConfigError(f"compression.name: {config.compression.name!r} cannot be used with {name!r}: {error}.") from None
 
 
-def _draw_some(samples: list[Sample], count: int | None, *names: str) -> list[Sample]:
+def _draw_some(samples: list[Sample], count: int | None, names: Sequence[str]) -> list[Sample]:
     """A draw that is the same for every seed of the experiment, so that seeds are compared on the same data."""
     if count is None or count >= len(samples):
         return samples
@@ -123,21 +124,35 @@ def _draw_some(samples: list[Sample], count: int | None, *names: str) -> list[Sa
     return [samples[i] for i in sorted(chosen.tolist())]
 
 
-def _load(table: TaskTable, split: Split, where: str) -> tuple[Task, Loaded]:
+@dataclass(frozen=True)
+class Part:
+    """One split of one task, good or bad: what `check` tells of before `prepare` refuses it."""
+
+    task: Task
+    split: Split
+    table: TaskTable
+    found: Loaded
+
+
+def _look(table: TaskTable, splits: Sequence[Split], where: str) -> list[Part]:
     task = tasks.build(table.name, table.options, where)
-    count = table.train_samples if split == "train" else table.test_samples
-    loaded = collect(task, split, table.on_bad_sample, lambda samples: _draw_some(samples, count, table.name, split))
-    if table.companion is None:
-        return task, loaded
-    other_task, other = _load(table.companion, split, f"{where}.companion")
-    if other_task.metric != task.metric:
-        raise ConfigError(
-            f"{where}.companion: {other_task.name!r} is measured by {other_task.metric}, {task.name!r} by {task.metric}."
-        )
-    shared = {s.id for s in loaded.samples} & {s.id for s in other.samples}
-    if shared:
-        raise DataError(f"{where}.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
-    return task, Loaded(sorted(loaded.samples + other.samples, key=lambda s: s.id), loaded.skipped + other.skipped)
+    lacking = [split for split in splits if split not in task.splits]
+    if lacking and where == "task":
+        way_out = 'make it the task.companion of another, or set eval.split = "validation"'
+        raise ConfigError(f"task.name: {table.name!r} has no {lacking[0]} split; {way_out}.")
+    if table.companion is not None:  # before anything is read
+        other = tasks.build(table.companion.name, table.companion.options, f"{where}.companion")
+        if other.metric != task.metric:
+            raise ConfigError(
+                f"{where}.companion: {other.name!r} is measured by {other.metric}, {task.name!r} by {task.metric}."
+            )
+    parts = []
+    for split in splits:
+        if split not in lacking:
+            count = table.train_samples if split == "train" else table.test_samples
+            choose = partial(_draw_some, count=count, names=(table.name, split))
+            parts.append(Part(task, split, table, survey(task, split, choose)))
+    return parts if table.companion is None else parts + _look(table.companion, splits, f"{where}.companion")
 
 
 def check_parts(config: Experiment) -> None:
@@ -155,24 +170,40 @@ def check_parts(config: Experiment) -> None:
         table, where = table.companion, f"{where}.companion"
 
 
-def prepare(config: Experiment) -> Data:
-    """Load the data and draw the manifest. Raises ConfigError and DataError for whatever is wrong with either."""
+def look(config: Experiment) -> list[Part]:
+    """Read the data as it is, bad samples and all. Raises ConfigError and DataError for what leaves nothing to look at."""
     check_parts(config)
-    deal = partitions.build(config.partition.name, config.partition.options)
-    scenario = scenarios.build(config.scenario.name, config.scenario.options)
-    task, train = _load(config.task, "train", "task")
-    samples, skipped = train.samples, len(train.skipped)
+    return _look(config.task, ("train",) if config.eval.split == "validation" else ("train", "test"), "task")
+
+
+def _join(parts: Sequence[Part], split: Split) -> list[Sample]:
+    """The samples of a split, of all tasks. Raises DataError for bad ones, unless they are to be skipped."""
+    joined: dict[str, Sample] = {}
+    for part in parts:
+        if part.split == split:
+            usable = demand(part.found, part.task, split, part.table.on_bad_sample).samples
+            if shared := joined.keys() & {s.id for s in usable}:
+                raise DataError(f"task.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
+            joined |= {s.id: s for s in usable}
+    return [joined[sample_id] for sample_id in sorted(joined)]
+
+
+def prepare(config: Experiment, parts: Sequence[Part] | None = None) -> Data:
+    """Load the data, unless `look` did, and draw the manifest. Raises ConfigError and DataError for what is wrong with it."""
+    parts = look(config) if parts is None else parts
+    task, samples = parts[0].task, _join(parts, "train")
     if config.eval.split == "validation":
-        held = {s.id for s in _draw_some(samples, max(1, round(len(samples) * config.eval.validation_share)), "validation")}
+        held = {s.id for s in _draw_some(samples, max(1, round(len(samples) * config.eval.validation_share)), ("validation",))}
         test = [s for s in samples if s.id in held]
         samples = [s for s in samples if s.id not in held]
     else:
-        _, loaded = _load(config.task, "test", "task")
-        test, skipped = loaded.samples, skipped + len(loaded.skipped)
+        test = _join(parts, "test")
     if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
         raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
+    deal = partitions.build(config.partition.name, config.partition.options)
+    scenario = scenarios.build(config.scenario.name, config.scenario.options)
     drawn = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
-    return Data(task, samples, test, skipped, drawn)
+    return Data(task, samples, test, sum(len(part.found.skipped) for part in parts), drawn)
 
 
 def _check_adapter(config: Experiment, model: MLLM) -> None:

@@ -71,7 +71,7 @@ def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> 
         lines.append(strategy(sample.question or DEFAULT_QUESTION, shown))
         lines += [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(sample.choices)]
         lines.append("Answer with the letter of the right option.")
-    else:
+    elif sample.question:
         lines.append(sample.question)
     options = tuple(worded(sample, choice) for choice in sample.choices or ())
     return Conversation("\n".join(lines), worded(sample, sample.answer), "image" in shown, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fedmllm.errors import DataError
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 Split = Literal["train", "test"]
+Kind = Literal[
+    "missing picture", "undecodable picture", "picture too large", "path outside the folder", "unreadable entry", "wrong value",
+    "duplicate id", "empty answer", "answer not among the choices", "too many choices", "bad sample",
+]  # fmt: skip
+"""Sorts of problems, by which `fedmllm check` counts them."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """A lettered sample has no more choices than there are letters."""
 
@@ -29,7 +35,8 @@ class Sample:
 
     `image` is a file or the bytes of one. `text` is the text modality (a tweet, a report); `question` is always there and
     is no modality. `choices` closes the set of answers; `lettered` shows them in the prompt as (A), (B), … `label` is what
-    partitions by label go by. `source` is the natural owner (a site, an author) for partitions by source.
+    partitions by label go by. `source` is the natural owner (a site, an author) for partitions by source. `closed` is what
+    the published data calls the question, where it does; else a question with choices counts as closed.
     """
 
     id: str
@@ -42,19 +49,26 @@ class Sample:
     label: str = ""
     source: str = ""
     where: str = ""  # file and line, for messages
+    closed: bool | None = None
 
     @property
     def modalities(self) -> frozenset[Modality]:
         """What the sample itself has, before a scenario takes something away."""
         return frozenset(m for m in MODALITIES if getattr(self, m) is not None)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether its score counts among the closed questions. One without choices is answered freely all the same."""
+        return self.choices is not None if self.closed is None else self.closed
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A sample that cannot be used: `where` names file, line and id; `what` says what is wrong with it."""
+    """A sample that cannot be used: `where` names file, line and id; `what` says what is wrong, `kind` what sort of thing."""
 
     where: str
     what: str
+    kind: Kind = "bad sample"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -69,6 +83,8 @@ class Task:
     load: Callable[[Split], Iterable[Sample | Problem]]
     positive: str | None = None
     """For AUC: the answer whose probability is the score."""
+    splits: tuple[Split, ...] = ("train", "test")
+    """A task without a test split serves as a companion."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +94,29 @@ class Loaded:
 
 
 def decode(image: Path | bytes) -> Image.Image:
-    """The picture in RGB. Raises OSError or ValueError where the file is missing or is no picture."""
+    """The picture in RGB as a viewer shows it: upright, the first frame of many, transparent parts on white.
+
+    Raises an exception of Pillow's where the file is missing or is no picture.
+    """
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         opened.load()
+        _turn_upright(opened)
         if opened.mode.startswith("I;16"):  # Pillow would cut every grey value above 255 to white
             return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
         if opened.mode in ("I", "F"):
             raise ValueError(f"its pixels are of mode {opened.mode}, whose range is unknown; save it as a PNG of 8 or 16 bits")
+        if opened.has_transparency_data:  # what is under a transparent pixel is often black, and never meant to be seen
+            clear = opened.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
         return opened.convert("RGB")
+
+
+def _turn_upright(picture: Image.Image) -> None:
+    """Apply the rotation that a camera wrote into the EXIF data."""
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # whatever parsing damaged EXIF data raises: the picture itself may still be whole
+        return
 
 
 def image_key(image: Path | bytes) -> str:
@@ -93,47 +124,53 @@ def image_key(image: Path | bytes) -> str:
     return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).hexdigest()
 
 
-def _undecodable(image: Path | bytes) -> str | None:
-    if isinstance(image, Path) and not image.is_file():
-        return f"the picture {image} is missing"
+def _flaw_of_picture(image: Path | bytes) -> tuple[str, Kind] | None:
+    name = image if isinstance(image, Path) else "(in memory)"
     try:
+        if isinstance(image, Path) and not image.is_file():
+            return f"the picture {name} is missing", "missing picture"
         decode(image)
-    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
-        return f"the picture {image if isinstance(image, Path) else '(in memory)'} cannot be decoded ({error})"
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        most = f"{Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs"
+        return f"the picture {name} has more than {most}; make it smaller", "picture too large"
+    except Exception as error:  # decoders raise whatever they trip over in damaged bytes
+        return f"the picture {name} cannot be decoded ({' '.join(str(error).split())})", "undecodable picture"
     return None
 
 
-def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, str]]:
-    """(index, what is wrong) for samples that parse but cannot be used."""
+def _flaws_of_pictures(pictures: Sequence[Path | bytes]) -> dict[Path | bytes, tuple[str, Kind] | None]:
+    # Warning filters belong to the process, so they are set here, around all threads. Pillow warns of a bomb before it
+    # refuses one of twice the size; here both are refused, so that no later decoding warns.
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return dict(zip(pictures, pool.map(_flaw_of_picture, pictures), strict=True))
+
+
+def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, tuple[str, Kind]]]:
+    """(index, what is wrong and of what sort) for samples that parse but cannot be used."""
     samples = {index: entry for index, entry in enumerate(entries) if isinstance(entry, Sample)}
-    pictures = list(dict.fromkeys(s.image for s in samples.values() if s.image is not None))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        broken = dict(zip(pictures, pool.map(_undecodable, pictures), strict=True))
+    broken = _flaws_of_pictures(list(dict.fromkeys(s.image for s in samples.values() if s.image is not None)))
     seen: set[str] = set()
     for index, sample in samples.items():
         if sample.id in seen:
-            yield index, f"the id {sample.id!r} is used twice"
+            yield index, (f"the id {sample.id!r} is used twice", "duplicate id")
         elif not sample.answer:
-            yield index, "the answer is empty"
+            yield index, ("the answer is empty", "empty answer")
         elif sample.choices is not None and sample.answer not in sample.choices:
-            yield index, f"the answer {sample.answer!r} is not among the choices {', '.join(sample.choices)}"
+            what = f"the answer {sample.answer!r} is not among the choices {', '.join(sample.choices)}"
+            yield index, (what, "answer not among the choices")
         elif sample.lettered and len(sample.choices or ()) > len(LETTERS):
-            yield index, f"{len(sample.choices or ())} choices are more than the {len(LETTERS)} letters"
-        elif sample.image is not None and (what := broken[sample.image]):
-            yield index, what
+            what = f"{len(sample.choices or ())} choices are more than the {len(LETTERS)} letters"
+            yield index, (what, "too many choices")
+        elif sample.image is not None and (flaw := broken[sample.image]):
+            yield index, flaw
         seen.add(sample.id)
 
 
-def collect(
-    task: Task,
-    split: Split,
-    on_bad_sample: Literal["error", "skip"],
-    choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples,
-) -> Loaded:
-    """The usable samples of a split in the order of their ids, so that no file system's order shows.
-
-    `choose` picks the ones to keep; only their pictures are decoded. Raises DataError that counts the bad samples and
-    names the first, unless they are to be skipped; and where nothing usable is left.
+def survey(task: Task, split: Split, choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples) -> Loaded:
+    """The usable samples of a split in the order of their ids, so that no file system's order shows, and what is wrong
+    with the others. `choose` picks the ones to keep; only their pictures are decoded.
     """
     entries = list(task.load(split))
     kept = {id(s) for s in choose(sorted((e for e in entries if isinstance(e, Sample)), key=lambda s: s.id))}
@@ -145,13 +182,31 @@ def collect(
         if isinstance(entry, Problem):
             problems.append(entry)
         elif index in flaws:
-            problems.append(Problem(f"{entry.where or task.name}, id {entry.id!r}", flaws[index]))
+            problems.append(Problem(f"{entry.where or task.name}, id {entry.id!r}", *flaws[index]))
         else:
             usable.append(entry)
+    return Loaded(sorted(usable, key=lambda s: s.id), problems)
+
+
+def demand(found: Loaded, task: Task, split: Split, on_bad_sample: Literal["error", "skip"]) -> Loaded:
+    """`found` itself. Raises DataError that counts the bad samples and names the first, unless they are to be skipped;
+    and where nothing usable is left.
+    """
+    problems = found.skipped
     if problems and on_bad_sample == "error":
         count = f"{len(problems)} bad samples, the first: " if len(problems) > 1 else ""
         raise DataError(f'{count}{problems[0]}; mend it, or set task.on_bad_sample = "skip" to go on without.')
-    if not usable:
+    if not found.samples:
         first = f"; the first problem: {problems[0]}" if problems else ""
         raise DataError(f"task {task.name!r} has no usable sample in its {split} split{first}.")
-    return Loaded(sorted(usable, key=lambda s: s.id), problems)
+    return found
+
+
+def collect(
+    task: Task,
+    split: Split,
+    on_bad_sample: Literal["error", "skip"],
+    choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples,
+) -> Loaded:
+    """The usable samples of a split, as `survey` finds them and `demand` wants them. Raises DataError."""
+    return demand(survey(task, split, choose), task, split, on_bad_sample)

@@ -115,8 +115,8 @@ class Examination:
         said = normalise(predicted)
         # An answer that normalises to nothing ("a", "the") is compared as it stands.
         correct = said == normalise(sample.answer) if said else predicted.strip() == sample.answer
-        closed = bool(question.encoded.options)
-        return Prediction(pattern, sample.id, sample.answer, predicted, correct, closed, not predicted.strip(), score)
+        failed = not predicted.strip()
+        return Prediction(pattern, sample.id, sample.answer, predicted, correct, sample.is_closed, failed, score)
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

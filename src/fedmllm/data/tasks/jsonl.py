@@ -1,16 +1,17 @@
 """The user's own data: one JSON object a line,
 `{"id", "image"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
 
-Picture paths are relative to the file they stand in. A line that does not parse or lacks a key is a bad sample.
+Picture paths are relative to the file they stand in and stay in its folder. A line that does not parse or lacks a key is
+a bad sample.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fedmllm.data.files import Entry, EntryError, inside, is_file, json_lines, samples_of
 from fedmllm.data.samples import Problem, Sample, Split, Task
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import DataError, suggest
@@ -22,9 +23,7 @@ def _is_text_or_number(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
-def _flaw(line: Any, lettered: bool) -> str | None:
-    if not isinstance(line, dict):
-        return "the line is not a JSON object"
+def _flaw(line: Mapping[str, Any], lettered: bool) -> str | None:
     for key in ("id", "answer"):
         if not _is_text_or_number(line.get(key)):
             return f"the key {key!r} is missing or is neither text nor a whole number"
@@ -47,39 +46,30 @@ def _flaw(line: Any, lettered: bool) -> str | None:
     return None
 
 
+def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
+    line = entry.values
+    if what := _flaw(line, lettered):
+        raise EntryError(what)
+    choices = tuple(line["choices"]) if line.get("choices") else None
+    return Sample(
+        id=str(line["id"]),
+        question=line.get("question") or "",
+        answer=str(line["answer"]),
+        image=inside(folder, line["image"]) if line.get("image") else None,
+        text=line.get("text") or None,
+        choices=choices,
+        lettered=lettered and choices is not None,
+        label=str(line["answer"] if line.get("label") in (None, "") else line["label"]),
+        source=line.get("source") or "",
+        where=entry.where,
+    )
+
+
 def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     """The samples of one file. Raises DataError where there is no such file."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.") from None
-    for number, raw in enumerate(content.splitlines(), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            line = json.loads(raw)
-            json.dumps(line, ensure_ascii=False).encode()  # half of a surrogate pair parses, but is no text
-        except (ValueError, RecursionError) as error:
-            yield Problem(where, f"the line is not valid JSON ({error})")
-            continue
-        if what := _flaw(line, lettered):
-            known = f", id {line['id']!r}" if isinstance(line, dict) and "id" in line else ""
-            yield Problem(where + known, what)
-            continue
-        choices = tuple(line["choices"]) if line.get("choices") else None
-        yield Sample(
-            id=str(line["id"]),
-            question=line.get("question") or "",
-            answer=str(line["answer"]),
-            image=path.parent / line["image"] if line.get("image") else None,
-            text=line.get("text") or None,
-            choices=choices,
-            lettered=lettered and choices is not None,
-            label=str(line["answer"] if line.get("label") in (None, "") else line["label"]),
-            source=line.get("source") or "",
-            where=where,
-        )
+    if not is_file(path):
+        raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
+    return samples_of(json_lines(path), lambda entry: _sample(entry, path.parent, lettered))
 
 
 @tasks.register("jsonl")

@@ -1,0 +1,206 @@
+"""The task `hub` on folders as the `datasets` library writes them; nothing is fetched."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from commands import run
+from fedmllm.data.samples import Loaded, Split, collect, survey
+from fedmllm.data.tasks import tasks
+from fedmllm.errors import ConfigError, DataError
+from helpers import png
+
+FEATURES = datasets.Features(
+    {
+        "pic": datasets.Image(),
+        "ask": datasets.Value("string"),
+        "reply": datasets.ClassLabel(names=["cat", "dog", "bird"]),
+        "options": datasets.List(datasets.Value("string")),
+        "right": datasets.Value("int64"),
+        "caption": datasets.Value("string"),
+        "key": datasets.Value("int64"),
+        "site": datasets.ClassLabel(names=["north", "south"]),
+        "path": datasets.Value("string"),
+    }
+)
+MAP = {"image": "pic", "question": "ask", "answer": "reply", "text": "caption", "id": "key"}
+
+
+def rows(first: int, count: int, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "pic": {"bytes": png((i, 0, 0)), "path": None},
+            "ask": f"what is no. {i}?",
+            "reply": i % 3,
+            "options": ["two", "one", "none"],
+            "right": i % 3,
+            "caption": f"caption {i}",
+            "key": i,
+            "site": i % 2,
+            "path": "a.png",
+            **changes,
+        }
+        for i in range(first, first + count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a folder as a repository of the hub has it: Parquet files in `data/`."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "pets"
+        for split, (first, count) in {"train": (0, 9), "test": (9, 4)}.items():
+            (path / "data").mkdir(parents=True, exist_ok=True)
+            made = datasets.Dataset.from_list(rows(first, count, **changes), features=FEATURES)
+            made.to_parquet(path / "data" / f"{split}-00000-of-00001.parquet")
+        return path
+
+    return write
+
+
+def load(path: Path, split: Split = "train", on_bad_sample: Any = "error", **options: Any) -> Loaded:
+    return collect(tasks.build("hub", {"dataset": str(path), **options}), split, on_bad_sample)
+
+
+def test_columns_become_parts_of_a_sample(folder: Callable[..., Path]) -> None:
+    path = folder()
+    found = load(path, **MAP, label="site", source="site").samples
+    assert [s.id for s in found] == [str(i) for i in range(9)]
+    one = found[1]
+    assert (one.question, one.text, one.image) == ("what is no. 1?", "caption 1", png((1, 0, 0)))
+    assert (one.answer, one.choices, one.lettered) == ("dog", ("cat", "dog", "bird"), True)
+    assert (one.label, one.source, one.where) == ("south", "south", f"{path}, split 'train', row 1")
+    assert [s.id for s in load(path, "test", **MAP).samples] == ["10", "11", "12", "9"]
+
+
+def test_columns_that_are_not_there_are_not_needed(folder: Callable[..., Path]) -> None:
+    found = load(folder(), answer="caption", ask="what is it?").samples
+    assert (found[3].id, found[3].question, found[3].answer) == ("pets/train/000003", "what is it?", "caption 3")
+    assert (found[3].modalities, found[3].choices, found[3].label) == (frozenset(), None, "caption 3")
+
+
+def test_choices_come_from_a_column_or_are_given(folder: Callable[..., Path]) -> None:
+    path = folder()
+    given = load(path, answer="reply", choices=["cat", "dog", "bird", "fish"]).samples[1]
+    assert (given.answer, given.choices) == ("dog", ("cat", "dog", "bird", "fish"))
+    indexed = load(path, answer="right", choices="options", answer_is_index=True).samples[1]
+    assert (indexed.answer, indexed.choices) == ("one", ("two", "one", "none"))
+    bare = load(path, answer="reply", question="ask", lettered=False).samples[1]
+    assert (bare.choices, bare.lettered) == (("cat", "dog", "bird"), False)
+
+
+def test_a_folder_of_save_to_disk_is_read_too(tmp_path: Path) -> None:
+    made = {split: datasets.Dataset.from_list(rows(0, 3), features=FEATURES) for split in ("train", "test")}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
+    assert len(load(tmp_path / "saved", **MAP).samples) == 3
+    made["train"].save_to_disk(tmp_path / "alone")
+    with pytest.raises(DataError, match="is one split alone; save a DatasetDict"):
+        load(tmp_path / "alone", **MAP)
+
+
+def test_an_image_folder_is_read_by_its_paths(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            (tmp_path / "pets" / split / name / f"{split}.png").write_bytes(png())
+    found = load(tmp_path / "pets", image="image", answer="label").samples
+    assert [(s.answer, s.choices) for s in found] == [("cat", ("cat", "dog")), ("dog", ("cat", "dog"))]
+    assert found[0].image == tmp_path / "pets" / "train" / "cat" / "train.png"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message", "kind"),
+    [
+        ({"path": "no.png"}, {"image": "path"}, "pets/no.png is missing", "missing picture"),
+        ({"path": "../a.png"}, {"image": "path"}, "the path '../a.png' leads out of", "path outside the folder"),
+        ({"path": "/etc/hostname"}, {"image": "path"}, "'/etc/hostname' leads out of", "path outside the folder"),
+        ({"pic": {"bytes": None, "path": "/etc/hostname"}}, {"image": "pic"}, "leads out of", "path outside the folder"),
+        ({"pic": {"bytes": b"no picture", "path": None}}, {"image": "pic"}, "cannot be decoded", "undecodable picture"),
+        ({}, {"image": "options"}, "the picture is of type list, neither bytes nor a path", "wrong value"),
+        ({"reply": None}, {}, "'answer' is missing", "wrong value"),
+        ({"reply": -1}, {}, "'answer' is missing", "wrong value"),
+        ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "no index of 3", "wrong value"),
+        ({"options": ["one"]}, {"choices": "options"}, "the choices are no list of at least two texts", "wrong value"),
+        ({"options": ["one", "one"]}, {"choices": "options"}, "hold the same text twice", "wrong value"),
+        ({"options": ["one", "two"]}, {"choices": "options"}, "is not among the choices", "answer not among the choices"),
+        ({"key": 7}, {"id": "key"}, "the id '7' is used twice", "duplicate id"),
+        ({}, {"answer": "caption"}, "nothing is asked: set task.question to a column", "wrong value"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_bad_samples(
+    folder: Callable[..., Path], changes: dict[str, Any], options: dict[str, Any], message: str, kind: str
+) -> None:
+    path = folder(**changes)
+    with pytest.raises(DataError) as refused:
+        load(path, **{"answer": "reply", **options})
+    assert f"{path}, split 'train', row {1 if 'key' in changes else 0}" in str(refused.value)
+    assert message in str(refused.value)
+    found = survey(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
+    assert {p.kind for p in found.skipped} == {kind}
+
+
+def test_a_column_that_is_not_there_is_named_with_the_nearest(folder: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"^task\.text: '.*pets' has no column 'captoin'; did you mean 'caption'\?$"):
+        load(folder(), answer="reply", text="captoin")
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_sentence(folder: Callable[..., Path], tmp_path: Path) -> None:
+    for path, split in ((tmp_path / "nowhere", "train"), (folder(), "validation")):
+        with pytest.raises(DataError, match=f"^task 'hub': the split '{split}' of '{path}' cannot be loaded") as refused:
+            load(path, answer="reply", train_split=split)
+        assert "\n" not in str(refused.value)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r'install it with pip install "fedmllm\[hub\]"\.$'):
+        load(Path("anything"))
+
+
+def test_the_library_is_imported_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        assert name.partition(".")[0] != "datasets"
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    tasks.build("hub", {"dataset": "some/name"})
+
+
+def test_auc_needs_the_positive_answer_and_a_task_may_lack_a_test_split() -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        tasks.build("hub", {"dataset": "a", "metric": "auc"})
+    assert tasks.build("hub", {"dataset": "a", "test_split": ""}).splits == ("train",)
+
+
+def test_a_run_on_a_folder_of_the_hub(
+    folder: Callable[..., Path], write_experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = folder()
+    options = [f"task.{key}={json.dumps(value)}" for key, value in {**MAP, "dataset": str(data)}.items()]
+    sets = [word for option in ["task.name=hub", *options] for word in ("--set", option)]
+    file = write_experiment(rounds=2)
+    assert run("check", file, *sets)["splits"]["train"]["classes"] == {"bird": 3, "cat": 3, "dog": 3}
+    assert run("run", file, *sets)["metrics"]["both"]["n"] == 4
+
+
+def test_pictures_are_not_decoded_by_the_library(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    (first, *_) = load(folder(), **MAP).samples
+    assert isinstance(first.image, bytes)
