@@ -21,7 +21,6 @@ from helpers import (
     LR,
     a_round,
     built,
-    examples_of,
     lora_adapter,
     quick,
     round_info,
@@ -255,12 +254,12 @@ def test_fednova_by_hand() -> None:
 
 
 def test_scaffold_by_hand() -> None:
-    # K = 5.   w = (1, −1);   c = (1 + 4, 2 + 3)/5 = (1, 1)
-    #          w = (4, −2);   c = (1, 1) + (−2 + 7, 0 + 5)/5 = (2, 2)
+    # K = 5, plain means.   w = (0, 1) + ½ (4, −8) = (2, −3);    c = (1 + 4, 2 + 3)/5 = (1, 1)
+    #                       w = (2, −3) + (3, −1) = (5, −4);     c = (1, 1) + (−2 + 7, 0 + 5)/5 = (2, 2)
     first, second = by_hand(algorithms.build("scaffold", {}))
-    close(first["adapter"], [1, -1])
+    close(first["adapter"], [2, -3])
     close(first["control"], [1, 1])
-    close(second["adapter"], [4, -2])
+    close(second["adapter"], [5, -4])
     close(second["control"], [2, 2])
 
 
@@ -378,7 +377,6 @@ def naive_scaffold() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     c = {n: np.zeros_like(t) for n, t in x.items()}
     c_of = {client: {n: np.zeros_like(t) for n, t in x.items()} for client in range(5)}
     for number in range(7):
-        total = sum(examples_of(client) for client in sampled(number))
         new_x, new_c = dict(x), dict(c)
         for client in sampled(number):
             for n, goal in goals(client).items():
@@ -386,7 +384,7 @@ def naive_scaffold() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
                 for _ in range(steps_of(client)):
                     y = y - LR * ((y - goal) - c_of[client][n] + c[n])
                 plus = c_of[client][n] - c[n] + (x[n] - y) / (steps_of(client) * LR)
-                new_x[n] = new_x[n] + examples_of(client) / total * (y - x[n])
+                new_x[n] = new_x[n] + (y - x[n]) / len(sampled(number))
                 new_c[n] = new_c[n] + (plus - c_of[client][n]) / 5
                 c_of[client][n] = plus
         x, c = new_x, new_c
@@ -432,7 +430,7 @@ def test_scaffold_finds_the_common_optimum_that_drift_hides_from_fedavg() -> Non
     start = lora_adapter(layers=1)
 
     def distance_left(name: str) -> float:
-        algorithm = algorithms.build(name, {"weighting": "uniform"})
+        algorithm = algorithms.build(name, {} if name == "scaffold" else {"weighting": "uniform"})
         found = last(algorithm, rounds=150, adapter=start, sampled=lambda _: everyone)["adapter"]
         best = {n: sum(target(c, n, t.shape) for c in everyone) / 5 for n, t in found.items()}
         return max(float((found[n] - best[n]).abs().max()) for n in found)

@@ -1,7 +1,10 @@
 """SCAFFOLD: Karimireddy et al. 2020, "Stochastic Controlled Averaging for Federated Learning" (1910.06378), Algorithm 1.
 
     client   g ← g + c − c_k;   c_k⁺ = the mean of the raw gradients g over the local steps
-    server   w ← w + η_g Σ_k p_k (w_k − w),   c ← c + (1/K) Σ_{k sampled} (c_k⁺ − c_k)
+    server   w ← w + η_g mean of the (w_k − w),   c ← c + (1/K) Σ_{k sampled} (c_k⁺ − c_k)
+
+Both means are plain, as in the paper. Weighing clients by size in the first alone does not work: where Σ p_k g_k = 0, c is
+not 0, and every client is pushed along −c for ever (docs/log.md has what that costs).
 
 Under plain SGD that c_k⁺ is the paper's option II, c_k − c + (w − w_k) / (τ_k η_l), number for number: the steps sum to
 η_l Σ (g + c − c_k). Under AdamW, momentum, clipping, weight decay or a proximal term the path no longer tells the
@@ -26,14 +29,14 @@ from fedmllm.algorithms.base import (
     in_order,
     send_adapter,
 )
-from fedmllm.algorithms.fedavg import Weighting, fedavg
+from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.tensors import State, Tensors, subtract, zeros_like
 
 
 @algorithms.register("scaffold")
-def scaffold(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Algorithm:
+def scaffold(*, server_lr: float = 1.0) -> Algorithm:
     """Correct each client's drift with control variates (1910.06378)."""
-    plain = fedavg(server_lr=server_lr, weighting=weighting)
+    plain = fedavg(server_lr=server_lr, weighting="uniform")
 
     def init(adapter: Tensors) -> State:
         return {**plain.init(adapter), "control": zeros_like(adapter)}
