@@ -17,7 +17,8 @@ from fedmllm.errors import RunError
 from fedmllm.models.lora import VIRTUAL, Adapter
 from fedmllm.models.mllm import MLLM, Encoded
 from fedmllm.tensors import Tensors, digest, distance
-from fedmllm.training.local import LocalSettings, train_local
+from fedmllm.training.cohort import train_local
+from fedmllm.training.local import LocalSettings, Work
 
 KINDS = ["lora", "rslora", "dora", "ia3", "prompt-tuning"]
 ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
@@ -63,8 +64,8 @@ def test_every_kind_trains_and_is_read_back(settings: ModelTable, pictures: list
     model = of_kind(settings, kind)
     batch = model.encode(TALKS, pictures, 200)
     start = model.adapter.get()
-    result = train_local(model, [[batch]] * 6, start, LocalRule(), ADAMW, 0)
-    first = train_local(model, [[batch]], start, LocalRule(), ADAMW, 0)
+    result = train_local(model, Work([[batch]] * 6, start, LocalRule(), 0), ADAMW)
+    first = train_local(model, Work([[batch]], start, LocalRule(), 0), ADAMW)
     assert result.metrics["loss"] < first.metrics["loss"]
     assert any(not torch.equal(result.trained[n], start[n]) for n in start)
     model.adapter.set(start)
@@ -161,7 +162,7 @@ def test_a_lower_rank_trains_as_a_model_of_that_rank(
     results = []
     for model in (small, large):
         batch = model.encode(TALKS, pictures, 200)
-        results.append(train_local(model, [[batch]] * 3, start, rule, optimizer, 0))
+        results.append(train_local(model, Work([[batch]] * 3, start, rule, 0), optimizer))
     assert results[1].trained.keys() == results[0].trained.keys()
     assert distance(results[0].trained, results[1].trained) < 1e-5
     assert results[0].mean_gradient is not None

@@ -19,8 +19,10 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
 from fedmllm.models.families import families
 from fedmllm.models.mllm import MLLM, Encoded
-from fedmllm.tensors import digest
-from fedmllm.training.local import LocalSettings, train_local
+from fedmllm.tensors import digest, distance
+from fedmllm.training.cohort import train_cohort, train_local
+from fedmllm.training.local import LocalSettings, Work
+from naive_training import train_naively
 from tiny_families import FAMILIES, save
 
 # PaliGemma's processor makes a numpy array of a tensor in a way that numpy 2 will refuse one day.
@@ -195,7 +197,8 @@ def test_training_lowers_the_loss(family: tuple[str, Path], pictures: list[Path 
     model = load(family[1], unsettled=False)
     batch = encode(model, pictures)
     start = model.adapter.get()
-    result = train_local(model, [[batch]] * 6, start, LocalRule(), ADAMW, 0)
+    result = train_local(model, Work([[batch]] * 6, start, LocalRule(), 0), ADAMW)
+    model.adapter.set(result.trained)
     with torch.no_grad():
         after = model.loss(batch).item()
         model.adapter.set(start)
@@ -203,6 +206,17 @@ def test_training_lowers_the_loss(family: tuple[str, Path], pictures: list[Path 
     assert after < 0.9 * before
     assert all(not torch.equal(result.trained[name], start[name]) for name in start)
     assert not any(p.requires_grad for name, p in model.model.named_parameters() if "lora" not in name)
+
+
+def test_two_clients_in_one_pass_are_two_clients(family: tuple[str, Path], pictures: list[Path | None]) -> None:
+    """One has a sample more, and prompts of other lengths; pictures are in some rows of each."""
+    model = load(family[1], unsettled=False)
+    batch = encode(model, pictures)
+    works = [Work([[[one] for one in part]] * 2, model.adapter.get(), LocalRule(), 0) for part in (batch[:1], batch[1:])]
+    for work, result in zip(works, train_cohort(model, works, ADAMW), strict=True):
+        alone = train_naively(model, work, ADAMW)
+        assert distance(result.trained, alone.trained) < 1e-3 * distance(alone.trained, work.received)
+        assert result.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
 
 
 # PEFT asks transformers for a property under its older name.

@@ -16,7 +16,8 @@ from fedmllm.models.mllm import MLLM, Encoded
 from fedmllm.rng import stream
 from fedmllm.tensors import Tensors, digest, distance
 from fedmllm.training.batches import plan
-from fedmllm.training.local import LocalSettings, train_local
+from fedmllm.training.cohort import train_local
+from fedmllm.training.local import LocalSettings, Work
 
 ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
 SGD = LocalSettings("sgd", 0.5, 0.0, (0.9, 0.95), 0.0, 0.0)
@@ -33,7 +34,7 @@ def train(
     model: MLLM, steps: list[list[list[Encoded]]], settings: LocalSettings = ADAMW, rule: LocalRule | None = None, seed: int = 0
 ):
     start = start_of(model)
-    return train_local(model, steps, start, rule or LocalRule(), settings, seed)
+    return train_local(model, Work(steps, start, rule or LocalRule(), seed), settings)
 
 
 def start_of(model: MLLM) -> Tensors:
@@ -44,10 +45,10 @@ def start_of(model: MLLM) -> Tensors:
 def test_training_lowers_the_loss_and_leaves_its_input(model: MLLM, samples: list[Encoded]) -> None:
     start = start_of(model)
     before = digest(start)
-    result = train_local(model, [[samples]] * 8, start, LocalRule(), ADAMW, 0)
+    result = train_local(model, Work([[samples]] * 8, start, LocalRule(), 0), ADAMW)
     assert digest(start) == before
     assert (result.steps, result.examples) == (8, 64)
-    first = train_local(model, [[samples]], start, LocalRule(), ADAMW, 0).metrics["loss"]
+    first = train_local(model, Work([[samples]], start, LocalRule(), 0), ADAMW).metrics["loss"]
     assert result.metrics["loss"] < first
     assert result.trained.keys() == start.keys()
 
@@ -102,7 +103,7 @@ def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encod
     start = start_of(model)
     offset = {k: torch.full_like(t, 0.01) for k, t in start.items()}
     rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, observe_gradient=True)
-    got = train_local(model, [[samples]] * 2, start, rule, SGD, 0)
+    got = train_local(model, Work([[samples]] * 2, start, rule, 0), SGD)
     model.adapter.set(start)
     parameters = model.adapter.parameters
     raw = {k: torch.zeros_like(t) for k, t in start.items()}

@@ -98,6 +98,8 @@ class TrainTable(Table):
     batch_size: Positive = 4
     accumulate: Positive = 1
     """Batches whose gradients add up to one optimizer step."""
+    cohort: Positive | Literal["auto"] = "auto"
+    """Clients that train in one pass; their results are the same as one by one. "auto": as many as fit and as pay."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"

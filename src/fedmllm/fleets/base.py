@@ -15,7 +15,8 @@ from fedmllm.tensors import Tensors
 @dataclass(frozen=True)
 class Site:
     """`data[client]` are a client's encoded samples, `gaps[client]` the share of its (sample, modality) slots that are empty;
-    `initial` is the adapter that all start from, `memory` the folder for what clients remember between rounds."""
+    `initial` is the adapter that all start from, `memory` the folder for what clients remember between rounds, `cohort` how
+    many clients train in one pass."""
 
     model: MLLM
     algorithm: Algorithm
@@ -24,3 +25,4 @@ class Site:
     initial: Tensors
     gaps: Mapping[int, float]
     memory: Path
+    cohort: int = 1

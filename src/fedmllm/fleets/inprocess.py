@@ -1,9 +1,9 @@
-"""All clients in this process: one resident model, each client's adapter swapped in place."""
+"""All clients in this process: one resident model, the sampled clients' adapters stacked beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fedmllm.algorithms import ClientInfo, RoundInfo, Update, complete
 from fedmllm.algorithms.factors import fold_of
@@ -11,15 +11,26 @@ from fedmllm.federation import Fleet
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.memory import ClientMemory
-from fedmllm.models.mllm import Encoded
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
 from fedmllm.training.batches import plan
-from fedmllm.training.local import LocalSettings, train_local
+from fedmllm.training.cohort import train_cohort, trainable
+from fedmllm.training.local import LocalSettings, Work
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A client about to train."""
+
+    info: RoundInfo
+    received: State
+    memory: State
+    fold: Tensors
+    work: Work
 
 
 class InProcessFleet:
-    """Trains the sampled clients one after the other. A client without samples sends an update of 0 examples."""
+    """Trains the sampled clients cohort by cohort. A client without samples sends an update of 0 examples."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -28,7 +39,15 @@ class InProcessFleet:
 
     def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
         self._last = list(info.sampled)
-        return [self._train_one(client, info, messages[client], lr) for client in info.sampled]
+        settings = LocalSettings.of(self._site.train, lr)
+        # Clients with as many steps train together, so that few stand idle while others finish.
+        waiting = sorted(info.sampled, key=lambda client: (-len(self._site.data[client]), client))
+        size = self._site.cohort
+        return [
+            update
+            for start in range(0, len(waiting), size)
+            for update in self._train_together(waiting[start : start + size], info, messages, settings)
+        ]
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         self._memory.forget(round, clients)
@@ -39,44 +58,42 @@ class InProcessFleet:
     def personal(self, client: int, message: State, done: int) -> Tensors:
         return complete(message, self._memory.load(client, done), self._site.initial)["adapter"]
 
-    def _train_one(self, client: int, info: RoundInfo, message: State, lr: float) -> Update:
+    def _train_together(
+        self, clients: Sequence[int], info: RoundInfo, messages: Mapping[int, State], settings: LocalSettings
+    ) -> Iterator[Update]:
         site, algorithm = self._site, self._site.algorithm
+        alike: dict[tuple[int, tuple[str, ...]], list[_Ready]] = {}
+        for client in clients:
+            ready = self._prepare(client, info, messages[client])
+            alike.setdefault((id(ready.fold), trainable(site.model, ready.work)), []).append(ready)
+        # One base weight and one set of trained tensors to a pass; only an unusual algorithm has several here.
+        for group in alike.values():
+            site.model.adapter.set_fold(group[0].fold)
+            results = train_cohort(site.model, [ready.work for ready in group], settings)
+            for ready, result in zip(group, results, strict=True):
+                upload, remembered = algorithm.finish(result, ready.received, ready.memory, ready.info)
+                client = ready.info.me.client
+                self._memory.save(client, info.round, remembered)
+                yield Update(client, upload, result.examples, result.steps, result.metrics)
+
+    def _prepare(self, client: int, info: RoundInfo, message: State) -> _Ready:
+        site, data = self._site, self._site.data[client]
         info = replace(info, client=ClientInfo(client, site.gaps[client]))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, site.initial)
-        rule = algorithm.rule(received, memory, info)
-        site.model.adapter.set_fold(fold_of(message))
-        data = site.data[client]
-        epochs = [
-            plan(
-                [one.length for one in data],
-                site.train.batch_size,
-                site.train.accumulate,
-                stream(info.seed, "batches", client, info.round, epoch),
-            )
+        rule = site.algorithm.rule(received, memory, info)
+        lengths = [one.length for one in data]
+        size, accumulate = site.train.batch_size, site.train.accumulate
+        steps = [
+            [[data[i] for i in batch] for batch in step]
             for epoch in range(site.train.epochs)
+            for step in plan(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
         ]
-
-        def steps() -> Iterator[list[list[Encoded]]]:
-            for epoch in epochs:
-                for step in epoch.steps:
-                    yield [[data[i] for i in batch] for batch in step]
-
-        result = train_local(
-            site.model,
-            steps(),
-            received["adapter"],
-            rule,
-            LocalSettings.of(site.train, lr),
-            seed_for(info.seed, "dropout", client, info.round),
-        )
-        upload, remembered = algorithm.finish(result, received, memory, info)
-        self._memory.save(client, info.round, remembered)
-        padding = sum(epoch.padding for epoch in epochs) / len(epochs)
-        return Update(client, upload, result.examples, result.steps, {**result.metrics, "padding": padding})
+        seed = seed_for(info.seed, "dropout", client, info.round)
+        return _Ready(info, received, memory, fold_of(message), Work(steps, received["adapter"], rule, seed))
 
 
 @fleets.register("in-process")
 def in_process() -> Callable[[Site], Fleet]:
-    """All clients in this process, one after the other on one resident model."""
+    """All clients in this process on one resident model, `train.cohort` of them in one pass."""
     return InProcessFleet

@@ -109,7 +109,7 @@ class Adapter:
     """The adapter of one resident model, as tensors that share its memory.
 
     A LoRA adapter of lower rank than the model's can be set: its rows are filled up with zeros, which have no gradient and
-    stay zero, and the model scales by that rank. `get`, `crop` and `export` then speak of the lower rank.
+    stay zero, and the model scales by that rank. `get` and `export` then speak of the lower rank.
     """
 
     def __init__(self, model: PeftModel, info: AdapterInfo) -> None:
@@ -125,48 +125,47 @@ class Adapter:
 
     # The adapter's tensors
 
-    def _part(self, name: str, tensor: Tensor) -> Tensor:
-        """What of a tensor of the model's rank belongs to the rank that is set; a view."""
+    def part(self, name: str, tensor: Tensor, rank: int) -> Tensor:
+        """What of a tensor of the model's rank belongs to `rank`; a view."""
         if not self.plain_lora:
             return tensor
-        return tensor[: self.rank] if is_a(name) else tensor[:, : self.rank] if is_b(name) else tensor
+        return tensor[:rank] if is_a(name) else tensor[:, :rank] if is_b(name) else tensor
 
-    def get(self) -> Tensors:
-        """A float32 copy on the CPU, names sorted: `….q_proj.lora_A.weight`: (r, d_in), `….lora_B.weight`: (d_out, r)."""
-        return self.crop({name: p.detach() for name, p in self.parameters.items()})
-
-    def crop(self, tensors: Tensors) -> Tensors:
-        """Float32 copies on the CPU of tensors of the model's rank, cut to the rank that is set."""
-        return {n: self._part(n, t).to("cpu", torch.float32).clone() for n, t in tensors.items()}
-
-    def pad(self, tensors: Tensors) -> Tensors:
-        """The inverse of `crop`: zeros beyond the rank that is set, on the model's device."""
-        padded: Tensors = {}
-        for name, tensor in tensors.items():
-            padded[name] = torch.zeros_like(self.parameters[name])
-            self._part(name, padded[name]).copy_(tensor)
-        return padded
-
-    @torch.no_grad()
-    def set(self, tensors: Tensors) -> None:
-        """Write the values in place. Raises ValueError where names or shapes do not fit the adapter's."""
+    def rank_in(self, tensors: Tensors) -> int:
+        """The LoRA rank of these tensors. Raises ValueError where names or shapes do not fit the adapter's."""
         if tensors.keys() != self.parameters.keys():
             odd = min(tensors.keys() ^ self.parameters.keys())
             raise ValueError(f"adapter tensors do not match the model's: {odd!r} is on one side only")
         rank = rank_of(tensors) if self.plain_lora else self.rank
-        before, self.rank = self.rank, rank
         for name, parameter in self.parameters.items():
-            wanted = self._part(name, parameter).shape
+            wanted = self.part(name, parameter, rank).shape
             if wanted != tensors[name].shape:
-                self.rank = before
                 raise ValueError(f"{name!r}: shape {tuple(tensors[name].shape)} is not {tuple(wanted)}")
+        return rank
+
+    def pairs(self) -> list[tuple[nn.Module, str, str]]:
+        """(base layer, name of its A, name of its B) of each LoRA layer."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        halves = [(layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]) for layer in self._layers]
+        return [(base, names[id(a.weight)], names[id(b.weight)]) for base, a, b in halves]
+
+    def get(self) -> Tensors:
+        """A float32 copy on the CPU, names sorted: `….q_proj.lora_A.weight`: (r, d_in), `….lora_B.weight`: (d_out, r)."""
+        parts = {n: self.part(n, p.detach(), self.rank) for n, p in self.parameters.items()}
+        return {n: t.to("cpu", torch.float32).clone() for n, t in parts.items()}
+
+    @torch.no_grad()
+    def set(self, tensors: Tensors) -> None:
+        """Write the values in place. Raises ValueError where names or shapes do not fit the adapter's."""
+        before, self.rank = self.rank, self.rank_in(tensors)
         for name, parameter in self.parameters.items():
-            if self._part(name, parameter).shape != parameter.shape:
+            wanted = self.part(name, parameter, self.rank)
+            if wanted.shape != parameter.shape:
                 parameter.zero_()
-            self._part(name, parameter).copy_(tensors[name])
-        if rank != before:
+            wanted.copy_(tensors[name])
+        if self.rank != before:
             for layer in self._layers:
-                layer.scaling["default"] = self.info.scale(rank)
+                layer.scaling["default"] = self.info.scale(self.rank)
 
     # The fold
 

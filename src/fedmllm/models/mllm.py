@@ -65,6 +65,8 @@ class MLLM:
         vectors = self.adapter.parameters.get(lora.VIRTUAL)
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
+        # Rows of a batch can be told apart by client in the text model alone: a vision tower may join its pictures' patches.
+        self.stacks = self.adapter.plain_lora and found.keys() <= self.info.layer.keys()
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures = Pictures(backbone, self.caches)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
@@ -134,6 +136,10 @@ class MLLM:
 
     # Batches
 
+    def width(self, batch: Sequence[Encoded]) -> int:
+        """Tokens of the batch's longest row, learned vectors of the prompt and answer included; 0 for none."""
+        return max((one.length for one in batch), default=0) + (len(self._virtual.ids) if self._virtual else 0)
+
     def collate(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Model inputs for prompts followed by `endings`, padded on the left so that endings end together."""
         virtual = self._virtual.ids if self._virtual else ()
@@ -170,8 +176,8 @@ class MLLM:
 
     # What the model is asked
 
-    def loss(self, batch: Sequence[Encoded]) -> Tensor:
-        """The sum over samples of the mean cross-entropy over each one's answer tokens; a scalar with gradient.
+    def losses(self, batch: Sequence[Encoded]) -> Tensor:
+        """(samples): the mean cross-entropy over each one's answer tokens, with gradient.
 
         Each sample weighs the same, so a batch of 8 and 8 accumulated batches of 1 have the same gradient.
         """
@@ -181,7 +187,11 @@ class MLLM:
         labels = torch.tensor([[-100] * (longest - len(a)) + list(a) for a in answers], device=logits.device)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         counts = torch.tensor([len(a) for a in answers], device=logits.device)
-        return (losses.view(labels.shape).sum(1) / counts).sum()
+        return losses.view(labels.shape).sum(1) / counts
+
+    def loss(self, batch: Sequence[Encoded]) -> Tensor:
+        """The sum of `losses`, a scalar."""
+        return self.losses(batch).sum()
 
     @torch.no_grad()
     def option_scores(self, batch: Sequence[Encoded]) -> list[list[float]]:

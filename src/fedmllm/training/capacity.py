@@ -1,0 +1,81 @@
+"""How many clients train in one pass: as many as fit in memory and as still pay, decided before the run.
+
+The answer depends on the experiment and the machine, never on what else runs there, so that a run that is resumed goes on
+with the same cohorts and the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedmllm.config import TrainTable
+from fedmllm.errors import ConfigError
+from fedmllm.models.mllm import MLLM, Encoded
+
+_ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens in one pass beyond which a larger one is no faster. That of the CPU is measured (docs/performance.md), that of a
+GPU is not."""
+_SHARE = {"cpu": 0.25, "cuda": 0.6}
+"""The share of the device's memory that a pass may take."""
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has, in use or not; on a CPU no more than the control group allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control groups, or "max"
+        return total
+
+
+def bytes_kept(model: MLLM, one: Encoded) -> int:
+    """Bytes that a forward pass of one sample keeps for its backward, measured on the model itself."""
+    weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []  # so that no storage is freed and its address used again while we count
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held.append(model.losses([one]))
+    return sum(kept.values())
+
+
+def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most: int) -> int:
+    """Clients a pass, from 1 to `most`, for clients that hold `samples`.
+
+    Raises ConfigError where the experiment asks for more than one and the adapter's kind trains one at a time.
+    """
+    if not model.stacks:
+        if train.cohort not in ("auto", 1):
+            raise ConfigError(
+                f"train.cohort = {train.cohort}: model.adapter.kind = {model.settings.adapter.kind!r}, or an adapter on the "
+                "vision tower, trains one client at a time; leave train.cohort out."
+            )
+        return 1
+    if train.cohort != "auto":
+        return min(train.cohort, most)
+    lengths, longest = [], None
+    for one in samples:
+        lengths.append(one.length)
+        longest = one if longest is None or one.length > longest.length else longest
+    if longest is None or most == 1:
+        return 1
+    kind = model.backbone.device.type
+    entries = sum(p.numel() for p in model.adapter.parameters.values())
+    # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
+    each = bytes_kept(model, longest) * train.batch_size + 8 * 4 * entries
+    fits = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device) / each
+    pays = _ENOUGH_TOKENS.get(kind, 4096) / (train.batch_size * sum(lengths) / len(lengths))
+    return max(1, min(most, int(fits), round(pays)))

@@ -1,0 +1,174 @@
+"""Local training of several clients in one pass over the shared frozen backbone; the same results as one by one.
+
+Every step takes one micro-batch of each client, side by side. A client's rows meet only its own adapter, its own gradient
+norm and its own optimizer state, so that what it learns does not depend on its neighbours but for the order of float sums.
+Clients are sorted by their number of steps: those that are done leave at the end of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmllm.algorithms import LocalResult
+from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.stack import Extent, Stack
+from fedmllm.training.local import LocalSettings, Step, Work
+
+
+def train_local(model: MLLM, work: Work, settings: LocalSettings) -> LocalResult:
+    """Train one client: a cohort of one."""
+    return train_cohort(model, [work], settings)[0]
+
+
+def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
+    """The adapter's tensors that the client's rule trains. Raises ValueError where there is none."""
+    names = tuple(name for name in model.adapter.parameters if work.rule.trainable(name))
+    if not names:
+        raise ValueError("the algorithm's rule leaves no tensor to train")
+    return names
+
+
+def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
+    """The results of all clients, in the order of `works`. A step's gradient is the mean over its samples.
+
+    A tensor that a step's samples do not reach (an adapter of the vision tower, where no sample has a picture) has the
+    gradient 0 there. The model's own adapter and the global random generator are left as they were. Raises ValueError where
+    the rules train no tensor or different ones, or where the adapter is of a kind that trains one client at a time.
+    """
+    names = trainable(model, works[0])
+    if any(trainable(model, work) != names for work in works[1:]):
+        raise ValueError("the clients of a cohort must train the same tensors")
+    if len(works) > 1 and not model.stacks:
+        raise ValueError("this kind of adapter trains one client at a time")
+    order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
+    results = _Cohort(model, [works[i] for i in order], names, settings).train()
+    return [results[order.index(i)] for i in range(len(works))]
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """Rows of one forward pass, `samples` for each client; those beyond a client's own have weight 0."""
+
+    rows: list[Encoded]
+    weights: Tensor  # (clients, samples)
+    extents: list[Extent]
+
+
+class _Cohort:
+    """Local training under way; works are sorted by their number of steps, the longest first."""
+
+    def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], settings: LocalSettings) -> None:
+        self._model, self._works, self._settings = model, works, settings
+        self._stack = stack = Stack(model.adapter, [w.received for w in works], names, [w.seed for w in works])
+        self._optimizer = settings.build(stack.rows)
+        device = stack.values.device
+        rules = [work.rule for work in works]
+        # Each of these is absent where no client asks for it.
+        self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
+        self._start = self._strength = self._offset = None
+        if any(rule.proximal for rule in rules):
+            self._start = stack.values.clone()
+            self._strength = stack.constants([rule.proximal for rule in rules])
+        if any(rule.offset for rule in rules):
+            self._offset = stack.matrix([rule.offset or {} for rule in rules])
+        # Kept as tensors: reading a number from a GPU would wait for it at every step.
+        self._loss = torch.zeros(len(works), device=device)
+        self._slots = [0] * len(works)
+
+    def train(self) -> list[LocalResult]:
+        counts = [len(work.steps) for work in self._works]
+        device = self._stack.values.device
+        # The global generator is drawn from by dropout of adapters other than LoRA, which train alone.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as mode:
+            torch.manual_seed(self._works[0].seed)
+            if not self._model.adapter.plain_lora:
+                self._model.model.train()
+                mode.callback(self._model.model.eval)
+            done = 0
+            while done < counts[0]:
+                active = sum(count > done for count in counts)
+                until = counts[active - 1]
+                for row in self._stack.rows[active:]:
+                    row.grad = None  # the optimizer leaves those alone that have none
+                for row, grad in zip(self._stack.rows[:active], self._stack.grads, strict=False):
+                    row.grad = grad
+                with self._stack.installed(active):
+                    for number in range(done, until):
+                        self._step([work.steps[number] for work in self._works[:active]])
+                done = until
+        return [self._result(client) for client in range(len(self._works))]
+
+    def _step(self, steps: Sequence[Step]) -> None:
+        active = len(steps)
+        for micro in self._micros(steps):
+            self._stack.begin(micro.extents)
+            losses = self._model.losses(micro.rows).view(active, -1)
+            if losses.requires_grad:
+                (losses * micro.weights).sum().backward()  # type: ignore[no-untyped-call]
+            self._loss[:active] += (losses.detach() * (micro.weights > 0)).sum(1)
+        self._descend(active)
+
+    @torch.no_grad()
+    def _descend(self, active: int) -> None:
+        """g ← g + μ (w − w_received) + offset, clipped client by client; one optimizer step; gradients back to 0."""
+        grads = self._stack.grads[:active]
+        if self._observed is not None:
+            self._observed[:active] += grads
+        if self._start is not None and self._strength is not None:
+            grads.addcmul_(self._strength[:active], self._stack.values[:active] - self._start[:active])
+        if self._offset is not None:
+            grads += self._offset[:active]
+        if self._settings.clip:
+            norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
+            grads *= (self._settings.clip / (norms + 1e-6)).clamp(max=1.0)
+        self._optimizer.step()
+        grads.zero_()
+
+    def _micros(self, steps: Sequence[Step]) -> list[_Micro]:
+        """The micro-batches of one step side by side. A client that has fewer, or fewer samples, is filled up with rows that
+        do not count: the shortest sample there is."""
+        totals = [sum(len(batch) for batch in step) for step in steps]
+        micros = []
+        for i in range(max(len(step) for step in steps)):
+            batches = [step[i] if i < len(step) else [] for step in steps]
+            samples = max(map(len, batches))
+            spare = min((one for batch in batches for one in batch), key=lambda one: one.length)
+            rows: list[Encoded] = []
+            weights: list[list[float]] = []
+            for batch, total in zip(batches, totals, strict=True):
+                missing = samples - len(batch)
+                rows += [*batch, *[spare] * missing]
+                weights.append([1 / total] * len(batch) + [0.0] * missing)
+            longest = max(one.length for one in rows)
+            for client in range(len(steps)):
+                self._slots[client] += samples * longest
+            extents = [(len(batch), self._model.width(batch)) for batch in batches]
+            micros.append(_Micro(rows, torch.tensor(weights, device=self._loss.device), extents))
+        return micros
+
+    def _result(self, client: int) -> LocalResult:
+        work, stack, settings = self._works[client], self._stack, self._settings
+        taken = len(work.steps)
+        samples = [one for step in work.steps for batch in step for one in batch]
+        mean = None
+        if self._observed is not None and work.rule.observe_gradient:
+            mean = stack.tensors(client, self._observed[client] / max(taken, 1))
+        padding = 1 - sum(one.length for one in samples) / self._slots[client] if samples else 0.0
+        return LocalResult(
+            received=work.received,
+            trained=stack.trained(client, work.received),
+            mean_gradient=mean,
+            examples=len(samples),
+            steps=taken,
+            lr=settings.lr,
+            metrics={"loss": float(self._loss[client]) / max(len(samples), 1), "padding": padding},
+            momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
+        )
+
+
+__all__ = ["Work", "train_cohort", "train_local"]

@@ -1,0 +1,55 @@
+"""The readable twin of local training: one client, PEFT's own adapter in place, a tensor at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedmllm.algorithms import LocalResult
+from fedmllm.models.mllm import MLLM
+from fedmllm.training.local import LocalSettings, Work
+
+
+def train_naively(model: MLLM, work: Work, settings: LocalSettings) -> LocalResult:
+    adapter, rule = model.adapter, work.rule
+    adapter.set(work.received)
+    rank = adapter.rank
+    parameters = {name: p for name, p in adapter.parameters.items() if rule.trainable(name)}
+    for name, parameter in adapter.parameters.items():
+        parameter.requires_grad_(name in parameters)
+    if settings.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            parameters.values(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters.values(), settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+    observed = {name: torch.zeros_like(adapter.part(name, p, rank)) for name, p in parameters.items()}
+    total, examples = 0.0, 0
+    for step in work.steps:
+        samples = [one for batch in step for one in batch]
+        optimizer.zero_grad()
+        for one in samples:
+            loss = model.loss([one])
+            total += loss.item()
+            (loss / len(samples)).backward()
+        for name, p in parameters.items():
+            assert p.grad is not None
+            mine, start = adapter.part(name, p.grad, rank), work.received[name]
+            observed[name] += mine / len(work.steps)
+            with torch.no_grad():
+                mine += rule.proximal.get(name, 0.0) * (adapter.part(name, p, rank) - start)
+                if rule.offset is not None and name in rule.offset:
+                    mine += rule.offset[name]
+        if settings.clip:
+            nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
+        optimizer.step()
+        examples += len(samples)
+    for parameter in adapter.parameters.values():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    momentum = settings.momentum if settings.optimizer == "sgd" else 0.0
+    mean = observed if rule.observe_gradient else None
+    metrics = {"loss": total / max(examples, 1)}
+    return LocalResult(work.received, adapter.get(), mean, examples, len(work.steps), settings.lr, metrics, momentum=momentum)
