@@ -32,8 +32,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed  ## ratios of each speed-up, measured in one run
+bench: $(VENV)/installed  ## ratios of each speed-up, and the cost of many clients; about four minutes
 	$(BIN)/python benchmarks/local_training.py
+	$(BIN)/python benchmarks/scale.py
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"

@@ -19,6 +19,7 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
 from fedmllm.models.families import families
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.tokens import Tokens
 from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import train_cohort, train_local
 from fedmllm.training.local import LocalSettings, Work
@@ -123,6 +124,21 @@ def test_a_picture_makes_tokens_and_matters(family: tuple[str, Path], cached: ML
     batch = cached.encode([TALKS[0]] * 3, [pictures[0], pictures[2], pictures[4]], 300)
     assert len({round(cached.loss([one]).item(), 4) for one in batch}) == 3
     assert (len({one.length for one in batch}) > 1) == FAMILIES[family[0]].dynamic
+
+
+def test_a_prompt_is_the_same_from_a_blank_picture_of_that_size(
+    cached: MLLM, pictures: list[Path | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the long way, which gives the processor every picture itself."""
+    quick = cached.encode(TALKS, pictures, 300)
+    monkeypatch.setattr(cached, "_tokens", Tokens(cached.backbone, trusts=True))
+    for short, long in zip(quick, cached.encode(TALKS, pictures, 300), strict=True):
+        for field in ("prompt", "answer", "options", "picture", "tokenwise"):
+            assert getattr(short, field) == getattr(long, field), field
+        assert short.imagewise.keys() == long.imagewise.keys()
+        for name, tensor in long.imagewise.items():
+            assert torch.equal(short.imagewise[name], tensor), name
+            assert not tensor.is_floating_point(), "such inputs are made anew for every sample"
 
 
 @pytest.mark.parametrize("picked", BATCHES.values(), ids=BATCHES)

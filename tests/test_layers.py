@@ -15,7 +15,7 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-ALL = FLEETS | {"store", "experiment", "runs", "sweep", "report", "progress", "cli", "__init__"}
+ALL = FLEETS | {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "cli", "__init__"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "federation": {"algorithms", "config", "tensors", "rng"},
     "fleets": MODELS | {"training", "evaluation", "federation"},
     "experiment": FLEETS,
-    "runs": FLEETS | {"store", "experiment"},
+    "bench": FLEETS | {"experiment"},
+    "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
     "cli": ALL,
     "__main__": {"cli"},

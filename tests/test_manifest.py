@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import random
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Holding, Manifest, draw
 from fedmllm.data.partition import partitions
-from fedmllm.data.samples import Sample
+from fedmllm.data.samples import Modality, Sample
 from fedmllm.data.scenarios import BOTH, scenarios
 from fedmllm.errors import DataError
 from helpers import mixed, quick, sample
@@ -40,11 +41,11 @@ def test_every_sample_is_held_once_and_every_client_holds_enough(
     except DataError:
         assert scenario in ("cross", "hybrid"), "only where clients lack a modality can there be samples that nobody may hold"
         return
-    assert sorted(h.sample_id for h in made.holdings) == list(samples)
+    assert sorted(h.sample_id for h in made) == list(samples)
     assert min(made.sizes()) >= least
     assert sum(made.sizes()) == count
     assert [len(made.of_client(c)) for c in range(clients)] == made.sizes()
-    for holding in made.holdings:
+    for holding in made:
         had = samples[holding.sample_id].modalities
         assert holding.visible <= had
         assert holding.visible or not had
@@ -65,7 +66,7 @@ def test_the_order_of_the_samples_does_not_show(partition: str, scenario: str) -
 def test_the_manifest_of_a_small_input_is_known() -> None:
     """A literal: whoever changes it changes every manifest that was ever published."""
     made = drawn(mixed(6), "dirichlet", "missing", clients=2, rate=0.3)
-    rows = [(h.sample_id, h.client, "+".join(sorted(h.visible))) for h in made.holdings]
+    rows = [(h.sample_id, h.client, "+".join(sorted(h.visible))) for h in made]
     assert rows == [
         ("s000", 0, "image"),
         ("s001", 0, "image"),
@@ -75,6 +76,54 @@ def test_the_manifest_of_a_small_input_is_known() -> None:
         ("s003", 1, "image+text"),
     ]
     assert made.digest() == "9fa19342b2968bff32a840e56916e6a06fb75d9512975cea13d5eb18fec40f25"
+
+
+PUBLISHED = [
+    (200, "iid", "aligned", {"clients": 7}, "444e7fc82ac60a9e77f728112237653ca0142270f5c6c11a8021c753831e5083"),
+    (200, "dirichlet", "hybrid", {"clients": 9, "least": 5, "seed": 3},
+     "aa16c9717980493a956465bc714b964c618ba687f5f75c889c327e01ecf3d4e1"),
+    (300, "by-source", "missing", {"clients": 11, "least": 2, "seed": 1},
+     "7b15b1c1b7e96928addd2d843d7cd1d1db263fca3e46d298004be35bf68ddde3"),
+    (300, "by-source", "aligned", {"clients": 3}, "f35dd163cf709a4dbb873ba5daf3acab3f6d99d967c2a6c4c8c2c8bcb6c67ef7"),
+    (150, "dirichlet", "cross", {"clients": 20, "least": 6, "seed": 2},
+     "45c179a837c689c5f79cd1c122555618b721e8718cddd7638d9ba181b2e9b458"),
+    (1000, "dirichlet", "hybrid", {"clients": 300, "least": 3, "seed": 6},
+     "5a91d22313f1ee6b9e438a33a9bad3bc879d6afeb3dd38f19715a65a946559a3"),
+]  # fmt: skip
+"""Digests from when a manifest was a tuple of rows and each client asked every sample whether it may have it."""
+
+
+@pytest.mark.parametrize(("count", "partition", "scenario", "options", "digest"), PUBLISHED)
+def test_a_faster_draw_is_the_same_draw(
+    count: int, partition: str, scenario: str, options: dict[str, int], digest: str
+) -> None:
+    assert drawn(mixed(count), partition, scenario, **options).digest() == digest
+
+
+def test_ids_of_any_letters_are_in_the_digest_as_they_are() -> None:
+    samples = [sample(f"é\t{i}", "text" if i % 2 == 0 else "image", label=str(i * i % 11)) for i in range(500)]
+    made = drawn(samples, "dirichlet", "hybrid", clients=120, least=3, seed=8)
+    assert made.digest() == "45216051c182e44a33ee6e7506106028abf8188a01546c3f5ef83faa0b23a9fe"
+
+
+@quick
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 6), st.sets(st.sampled_from(sorted(BOTH)))), max_size=30), clients=st.integers(7, 9)
+)
+def test_columns_are_the_rows(rows: list[tuple[int, set[Modality]]], clients: int) -> None:
+    """Against the plain twin: a list of rows."""
+    holdings = [Holding(f"s{i}", client, frozenset(seen)) for i, (client, seen) in enumerate(rows)]
+    made = Manifest.of(holdings, clients)
+    held = [[h for h in holdings if h.client == client] for client in range(clients)]
+    assert list(made) == [h for own in held for h in own]
+    assert len(made) == len(holdings)
+    assert [made.of_client(client) for client in range(clients)] == held
+    assert made.sizes() == [len(own) for own in held]
+    assert made.counts().tolist() == [
+        [len(own), sum("image" in h.visible for h in own), sum("text" in h.visible for h in own)] for own in held
+    ]
+    lines = "".join(f"{h.sample_id}\t{h.client}\t{sorted(h.visible)}\n" for h in made)
+    assert made.digest() == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_the_seed_the_partition_and_the_scenario_show_in_the_digest() -> None:
@@ -93,7 +142,7 @@ def test_samples_go_to_clients_that_can_see_something_of_them() -> None:
     has = [{m for h in made.of_client(c) for m in h.visible} for c in range(4)]
     assert sorted(map(sorted, has)) == [["image"], ["image"], ["text"], ["text"]]
     by_id = {s.id: s for s in samples}
-    assert all(h.visible == by_id[h.sample_id].modalities & has[h.client] for h in made.holdings)
+    assert all(h.visible == by_id[h.sample_id].modalities & has[h.client] for h in made)
 
 
 def test_a_scenario_that_needs_more_clients_is_a_data_error() -> None:
@@ -158,6 +207,17 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
         manifests.read(path)
 
 
+def test_rows_that_are_missing_or_out_of_order_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    drawn(mixed(20)).write(path)
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(19, -1, -1))), tmp_path / "backwards")
+    pq.write_table(table.set_column(2, "has_image", pa.array([None] * 20, pa.bool_())), tmp_path / "nothing")
+    for name in ("backwards", "nothing"):
+        with pytest.raises(DataError, match="do not match its digest"):
+            manifests.read(tmp_path / name)
+
+
 @pytest.mark.parametrize("metadata", [{}, {"clients": "2"}, {"digest": "d"}])
 def test_a_table_without_its_metadata_is_no_manifest(tmp_path: Path, metadata: dict[str, str]) -> None:
     pq.write_table(manifests.SCHEMA.empty_table().replace_schema_metadata(metadata), tmp_path / "m.parquet")
@@ -175,7 +235,9 @@ def test_other_files_are_no_manifests(tmp_path: Path) -> None:
 
 def test_pooled_is_everything_on_one_client() -> None:
     samples = [sample("b"), sample("a", "text"), sample("c")]
-    made = Manifest((Holding("c", 0, frozenset(("text",))), Holding("a", 1, BOTH & {"text"}), Holding("b", 1, frozenset())), 2)
+    made = Manifest.of(
+        [Holding("c", 0, frozenset(("text",))), Holding("a", 1, BOTH & {"text"}), Holding("b", 1, frozenset())], 2
+    )
     pooled = made.pooled(samples)
     assert pooled.clients == 1
-    assert pooled.holdings == (Holding("a", 0, frozenset(("text",))), Holding("b", 0, BOTH), Holding("c", 0, BOTH))
+    assert list(pooled) == [Holding("a", 0, frozenset(("text",))), Holding("b", 0, BOTH), Holding("c", 0, BOTH)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,8 @@ def test_only_the_latest_is_kept_once_the_server_is_past_it(memory: ClientMemory
     for number, value in ((0, 1), (2, 2), (5, 3)):
         memory.save(1, number, holding(value))
     memory.commit(2, [1])
-    assert sorted(p.name for p in (tmp_path / "clients").iterdir()) == [
-        "client-1.round-2.safetensors", "client-1.round-5.safetensors"
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")) == [
+        "clients/client-1/round-2.safetensors", "clients/client-1/round-5.safetensors"
     ]  # fmt: skip
     assert same(memory.load(1, 5), holding(2))
 
@@ -60,3 +62,37 @@ def test_nothing_is_written_for_those_who_remember_nothing(memory: ClientMemory,
     memory.save(1, 0, {})
     memory.save(1, 1, {"control": {}})
     assert not (tmp_path / "clients").exists()
+
+
+def test_a_clients_files_are_found_without_looking_at_those_of_others(
+    memory: ClientMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round costs the same however many clients have been there: as many directory entries are read."""
+    read: list[str] = []
+    listdir, scandir = os.listdir, os.scandir
+
+    def counted_listdir(path: Path) -> list[str]:
+        read.extend(listdir(path))
+        return listdir(path)
+
+    def counted_scandir(path: Path) -> Iterator[os.DirEntry[str]]:
+        read.extend(listdir(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "listdir", counted_listdir)
+    monkeypatch.setattr(os, "scandir", counted_scandir)
+
+    def a_round(number: int, clients: list[int]) -> int:
+        read.clear()
+        for client in clients:
+            memory.load(client, number)
+            memory.save(client, number, holding(number))
+        memory.forget(number, clients[:1])
+        memory.commit(number, clients)
+        return len(read)
+
+    a_round(0, [0, 1])
+    few = a_round(1, [0, 1])
+    for client in range(2, 300):
+        memory.save(client, 1, holding(1))
+    assert a_round(2, [0, 1]) == few > 0

@@ -131,24 +131,24 @@ def test_a_client_that_was_refused_once_is_welcome_the_next_time(
     write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
 ) -> None:
     """Its first training ends in NaN: that round's memory goes with the update."""
-    train, spoilt = inprocess.train_local, []
+    train, spoilt = inprocess.train_cohort, []
 
-    def train_badly_once(model: MLLM, *arguments: Any) -> LocalResult:
-        result = train(model, *arguments)
+    def train_badly_once(model: MLLM, *arguments: Any) -> list[LocalResult]:
+        first, *others = train(model, *arguments)
         if spoilt:
-            return result
+            return [first, *others]
         spoilt.append(True)
-        nan = {name: torch.full_like(t, math.nan) for name, t in result.trained.items()}
-        return replace(result, trained=nan, mean_gradient=nan if result.mean_gradient is not None else None)
+        nan = {name: torch.full_like(t, math.nan) for name, t in first.trained.items()}
+        return [replace(first, trained=nan, mean_gradient=nan if first.mean_gradient is not None else None), *others]
 
-    monkeypatch.setattr(inprocess, "train_local", train_badly_once)
+    monkeypatch.setattr(inprocess, "train_cohort", train_badly_once)
     result = run("run", write_experiment(rounds=2), *settings(**parts, train__clients_per_round=4), "--out", "a")
     records = RunDir(Path("a")).rounds()
     (refused,) = records[0]["refused"]
     assert "NaN" in refused["why"]
     assert result["refused_updates"] == 1
     assert records[1]["refused"] == []
-    for path in Path("a/checkpoint/clients").iterdir():
+    for path in Path("a/checkpoint/clients").rglob("*.safetensors"):
         assert not any(bool(t.isnan().any()) for tensors in load_state(path)[0].values() for t in tensors.values())
 
 
@@ -160,7 +160,7 @@ def checkpoint(folder: str) -> State:
 def test_scaffolds_variates_move(write_experiment: Write, optimizer: str) -> None:
     run("run", write_experiment(), *settings(algorithm__name="scaffold", train__optimizer=optimizer), "--out", "a")
     assert all(bool(c.any()) for c in checkpoint("a")["control"].values())
-    memories = sorted(Path("a/checkpoint/clients").iterdir())
+    memories = sorted(Path("a/checkpoint/clients").rglob("*.safetensors"))
     assert memories
     for path in memories:
         assert all(bool(c.any()) for c in load_state(path)[0]["control"].values())
@@ -177,7 +177,7 @@ def test_scaffold_on_the_model_is_the_papers_option_two_under_plain_sgd(write_ex
     steps = RunDir(Path("a")).rounds()[0]["steps"]
     run("run", write_experiment(), *settings(**{**parts, "train__lr": 1e-12}), "--out", "start")  # all but untouched
     start, state = checkpoint("start")["adapter"], checkpoint("a")
-    (memory,) = Path("a/checkpoint/clients").glob(f"client-{client}.*")
+    (memory,) = Path("a/checkpoint/clients").glob(f"client-{client}/*")
     for name, c in load_state(memory)[0]["control"].items():
         option_two = (start[name] - state["adapter"][name]) / (steps * 0.05)
         torch.testing.assert_close(c, option_two, rtol=1e-3, atol=1e-5)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from conftest import COLORS
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.models.backbone import pick_dtype
+from fedmllm.models.backbone import Backbone, pick_dtype
 from fedmllm.models.mllm import MLLM, Encoded, _telling_token
 
 RED_OR_BLUE = ("(A) red", "(B) blue")
@@ -223,3 +227,65 @@ def test_bfloat16_stays_close(settings: ModelTable, pictures: list[Path | None])
         losses.append(model.loss(encoded(model, pictures)).item())
         assert all(t.dtype is torch.float32 for t in model.adapter.parameters.values())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+# Each distinct prompt once
+
+
+def test_equal_questions_about_equally_large_pictures_are_tokenised_once(
+    model: MLLM, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Image.Image | None]] = []
+    process = Backbone.process
+
+    def counted(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        asked.append((prompt, image))
+        return process(self, prompt, image)
+
+    monkeypatch.setattr(Backbone, "process", counted)
+    Image.new("RGB", (32, 64)).save(tmp_path / "narrow.png")
+    talks = [TALKS[0], TALKS[0], replace(TALKS[0], answer="blue"), TALKS[0], replace(TALKS[0], image=False), TALKS[3]]
+    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png", tmp_path / "narrow.png", None, None]
+    batch = model.encode(talks, images, 200)
+    # The second differs in the picture alone, the third in the answer alone; the others in size, sight and text.
+    assert [image and image.size for _, image in asked] == [(64, 64), (32, 64), None, None]
+    assert batch[0].prompt is batch[1].prompt is batch[2].prompt
+    assert [one.picture for one in batch] == [0, 1, 0, 2, None, None]
+    assert batch[2].answer != batch[0].answer
+    assert model.encode(talks, images, 200)[3].prompt == batch[3].prompt
+    assert len(asked) == 4
+
+
+def test_a_processor_of_the_models_own_sees_every_picture(
+    settings: ModelTable, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that comes with a model may make tokens of what a picture shows."""
+    trusting = MLLM.load(settings.model_copy(update={"trust_remote_code": True}), seed=0)
+    seen: list[tuple[int, ...]] = []
+    process = Backbone.process
+
+    def watched(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        assert image is not None
+        seen.append(image.getpixel((0, 0)))
+        return process(self, prompt, image)
+
+    monkeypatch.setattr(Backbone, "process", watched)
+    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png"]
+    trusting.encode([TALKS[0]] * 3, images, 200)
+    assert seen == [COLORS["red"], COLORS["blue"], COLORS["red"]]
+
+
+def test_inputs_that_may_hold_pixels_are_made_of_the_picture(
+    model: MLLM, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that is not known here, whose processor names its pixels otherwise."""
+    process = Backbone.process
+
+    def renamed(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        inputs = process(self, prompt, image)
+        return {"patches" if name == "pixel_values" else name: value for name, value in inputs.items()}
+
+    monkeypatch.setattr(Backbone, "process", renamed)
+    red, blue, again = model.encode([TALKS[0]] * 3, [dataset / f"{name}.png" for name in ("red", "blue", "red")], 200)
+    assert not torch.equal(red.imagewise["patches"], blue.imagewise["patches"])
+    assert torch.equal(red.imagewise["patches"], again.imagewise["patches"])

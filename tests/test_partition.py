@@ -5,14 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmllm.data.partition import ensure_minimum, partitions
+from fedmllm.data.minimum import ensure_minimum
+from fedmllm.data.partition import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.rng import stream
 from helpers import mixed, quick, sample
+from twins import by_source as plain_by_source
+from twins import dirichlet as plain_dirichlet
+from twins import ensure_minimum as plain_minimum
 
 every_partition = pytest.mark.parametrize("name", partitions.names())
 
@@ -109,7 +113,75 @@ def test_by_source_with_few_sources_gives_each_clients_of_its_own_by_size() -> N
     assert [sorted(held.values()) for held in by_source] == [[10, 10, 10, 10], [10, 10]]
 
 
+@quick
+@given(
+    labels=st.lists(st.sampled_from("abc"), min_size=1, max_size=60),
+    clients=st.lists(st.integers(0, 99), min_size=1, max_size=40, unique=True).map(sorted),
+    alpha=st.sampled_from([1e-3, 0.1, 0.5, 1.0, 100.0]),
+    seed=st.integers(0, 9),
+)
+def test_dirichlet_deals_as_its_twin_does(labels: list[str], clients: list[int], alpha: float, seed: int) -> None:
+    samples = [sample(str(i), label=label) for i, label in enumerate(labels)]
+    expected = plain_dirichlet(samples, clients, stream(seed, "test"), alpha)
+    assert dealt("dirichlet", samples, clients, seed, alpha=alpha) == expected
+
+
+@quick
+@given(
+    sources=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60),
+    clients=st.lists(st.integers(0, 99), min_size=1, max_size=40, unique=True).map(sorted),
+    seed=st.integers(0, 9),
+)
+def test_by_source_deals_as_its_twin_does(sources: list[str], clients: list[int], seed: int) -> None:
+    samples = [sample(str(i), source=source) for i, source in enumerate(sources)]
+    assert dealt("by-source", samples, clients, seed) == plain_by_source(samples, clients, stream(seed, "test"))
+
+
 # The least that every client holds
+
+
+@st.composite
+def holdings(draw: st.DrawFn) -> tuple[np.ndarray, list[frozenset[int]], int, int]:
+    """(owners, who may hold each sample, clients, least): few samples more than are needed, so that they must be passed on."""
+    clients, least = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    kinds = draw(st.lists(st.frozensets(st.integers(0, clients - 1), min_size=1), min_size=1, max_size=5))
+    count = clients * least + draw(st.integers(0, 8))
+    eligible = [draw(st.sampled_from(kinds)) for _ in range(count)]
+    owner = [draw(st.sampled_from(sorted(able))) for able in eligible]
+    return np.array(owner, dtype=np.int64), eligible, clients, least
+
+
+@settings(quick, max_examples=300)
+@given(case=holdings(), seed=st.integers(0, 9))
+def test_the_minimum_is_reached_as_the_twin_reaches_it(
+    case: tuple[np.ndarray, list[frozenset[int]], int, int], seed: int
+) -> None:
+    try:
+        expected = plain_minimum(*case, stream(seed, "test")).tolist()
+    except DataError as error:
+        with pytest.raises(DataError, match=str(error).partition(" be given")[0]):
+            ensure_minimum(*case, stream(seed, "test"))
+        return
+    assert ensure_minimum(*case, stream(seed, "test")).tolist() == expected
+
+
+def test_the_minimum_is_quick_where_nearly_every_client_is_in_need() -> None:
+    """Ten thousand clients, of which one holds nearly all: each asks a constant number of times whether it may hold a kind,
+    not once a sample."""
+    asked = 0
+
+    class Counted(frozenset[int]):
+        def __contains__(self, client: object) -> bool:
+            nonlocal asked
+            asked += 1
+            return super().__contains__(client)
+
+    clients, texts, pictures = 10_000, Counted(range(0, 10_000)), Counted(range(5_000, 10_000))
+    eligible = [texts] * clients + [pictures] * clients
+    owner = np.array([9_999] * len(eligible), dtype=np.int64)
+    moved = ensure_minimum(owner, eligible, clients, 2, stream(0, "test"))
+    assert set(Counter(moved.tolist()).values()) == {2}
+    assert asked < 20 * clients
 
 
 @quick

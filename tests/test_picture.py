@@ -47,7 +47,7 @@ def test_the_bars_are_the_counts() -> None:
     made, html = page(samples)
     labels = {s.id: s.label for s in samples}
     expected: Counter[tuple[int, str]] = Counter()
-    for h in made.holdings:
+    for h in made:
         expected[h.client, "both" if len(h.visible) == 2 else "".join(h.visible) or "neither"] += 1
         expected[h.client, labels[h.sample_id]] += 1
     assert bars(html) == dict(expected)
@@ -73,7 +73,7 @@ def test_it_is_one_page_that_loads_nothing_and_runs_nothing() -> None:
 @pytest.mark.parametrize("name", ["<b>&\"'", "</title><script>alert(1)</script>"])
 def test_names_cannot_break_out_of_the_page(name: str) -> None:
     samples = [sample(f"{i}", label=name) for i in range(6)]
-    made = Manifest(tuple(Holding(s.id, 0, s.modalities) for s in samples), 1)
+    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
     html = draw_manifest(made, samples, name)
     assert name not in html
     checker = Checker()
@@ -85,7 +85,7 @@ def test_names_cannot_break_out_of_the_page(name: str) -> None:
 
 def test_rare_labels_are_drawn_together_and_common_ones_each_in_its_own_colour() -> None:
     samples = [sample(f"{i}", label=f"l{min(i % 20, 15):02d}") for i in range(200)]
-    made = Manifest(tuple(Holding(s.id, 0, s.modalities) for s in samples), 1)
+    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
     drawn = [(name, color, int(count)) for _, color, _, name, count in BAR.findall(draw_manifest(made, samples, "t"))][1:]
     assert len(drawn) == 13
     assert len({color for _, color, _ in drawn}) == 13

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
-from fedmllm.data.samples import Problem, Sample, collect, decode, image_key, survey
+from fedmllm.data.samples import Problem, Sample, collect, decode, image_key, survey, upright_size
 from fedmllm.errors import DataError
 from helpers import png, sample, task
 
@@ -145,6 +145,57 @@ def test_a_rotation_in_the_exif_data_is_applied(format: str, orientation: int, s
     exif[0x0112] = orientation
     halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, format, exif=exif)
     assert corners(buffer.getvalue()) == seen
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "ICO"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9), 77])
+def test_the_size_of_a_picture_is_that_of_its_decoding(format: str, orientation: int | None) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    extra = {"sizes": [(48, 32)]} if format == "ICO" else {}
+    halves().resize((48, 32)).save(buffer, format, exif=exif, **extra)
+    assert upright_size(buffer.getvalue()) == decode(buffer.getvalue()).size
+    turned = format in ("JPEG", "PNG", "TIFF", "WEBP") and orientation in (5, 6, 7, 8)
+    assert upright_size(buffer.getvalue()) == ((32, 48) if turned else (48, 32))
+
+
+def late_exif(orientation: int) -> bytes:
+    """A PNG whose EXIF data come after the pixels, as the format allows."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    halves().save(buffer, "PNG", exif=exif)
+    data = buffer.getvalue()
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    end = data.index(b"IEND") - 4
+    assert stop < data.index(b"IDAT") < end
+    return data[:start] + data[stop:end] + data[start:stop] + data[end:]
+
+
+def test_exif_data_after_the_pixels_are_found() -> None:
+    assert decode(late_exif(6)).size == upright_size(late_exif(6)) == (2, 4)
+    assert decode(late_exif(3)).size == upright_size(late_exif(3)) == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_the_size_of_a_picture_with_damaged_exif_data() -> None:
+    for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\xff" + b"\x01\x12" * 9):
+        buffer = io.BytesIO()
+        halves().resize((16, 8)).save(buffer, "JPEG", exif=exif)
+        assert upright_size(buffer.getvalue()) == decode(buffer.getvalue()).size
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_the_size_is_read_without_the_pixels(format: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(halves(), format))
+
+    def load(self: Image.Image) -> None:
+        raise AssertionError("the pixels were read")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert upright_size(path) == (4, 2)
 
 
 def test_damaged_exif_data_do_not_hide_a_whole_picture(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def _table(table: Any) -> None:
 
 
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
-    from fedmllm.experiment import Bench, default_stem, prepare
+    from fedmllm.bench import Bench
+    from fedmllm.experiment import default_stem, prepare
     from fedmllm.progress import Progress
     from fedmllm.report.tables import comparison, metrics_table
     from fedmllm.runs import Runner
@@ -122,7 +123,7 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     else:
         data = prepare(experiment)
         with Progress() as report:
-            bench = Bench(experiment, data, report, train=kind in ("federated", "local"))
+            bench = Bench(experiment, data, report)
             result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
     if as_json:
         _print(result)
@@ -168,8 +169,9 @@ def baseline(
 @_guarded
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model. Trains nothing."""
+    from fedmllm.bench import Bench, client_rows
     from fedmllm.data.summary import described, summarise
-    from fedmllm.experiment import check_model, client_rows, first_messages, look, prepare
+    from fedmllm.experiment import first_messages, look, prepare
 
     _quiet()
     experiment = _load(file, overrides)
@@ -183,7 +185,9 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         if as_json:  # all that is wrong with the data is worth knowing, though it cannot be used
             _print({"name": experiment.name, "config_digest": experiment.digest(), "splits": splits})
         raise
-    model = check_model(experiment)
+    bench = Bench(experiment, data)
+    bench.check()
+    model = bench.model
     down, up = first_messages(experiment, model)
     count = sum(p.numel() for p in model.adapter.parameters.values())
     found = {
@@ -224,8 +228,9 @@ def partition(
     """Write the manifest: which client holds which sample and sees what of it."""
     from rich.table import Table
 
+    from fedmllm.bench import client_rows
     from fedmllm.data.picture import draw_manifest
-    from fedmllm.experiment import client_rows, prepare
+    from fedmllm.experiment import prepare
     from fedmllm.tensors import write_atomically
 
     experiment = _load(file, overrides)

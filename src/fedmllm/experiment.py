@@ -1,12 +1,10 @@
 """From an experiment file to its parts: data and manifest, model, algorithm, the questions of the evaluation.
 
-`prepare` needs no model and says everything that can be wrong with the data; `Bench` holds the loaded model with all
-samples encoded, ready for any number of runs.
+`prepare` needs no model and says everything that can be wrong with the data; `bench.Bench` puts both together.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +16,14 @@ from fedmllm.config import Experiment, Named, TaskTable
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.partition import partitions
-from fedmllm.data.prompts import Strategy, prompts, render
+from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import Loaded, Sample, Split, Task, demand, survey
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.evaluation.evaluate import Examination
 from fedmllm.evaluation.judging import judges
 from fedmllm.fleets import fleets
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.registry import Registry
 from fedmllm.rng import stream
 from fedmllm.tensors import nbytes
@@ -234,55 +231,6 @@ def first_messages(config: Experiment, model: MLLM) -> tuple[dict[str, int], dic
     info = RoundInfo(0, config.train.rounds, config.partition.clients, (0,), config.seed, model.info, {0: config.rank_of(0)})
     down, up = algorithm.message(state, 0, info), algorithm.uploads(state, 0, info)
     return {g: nbytes(t) for g, t in down.items()}, {g: nbytes(t) for g, t in up.items()}
-
-
-class Bench:
-    """A loaded model with every sample encoded and every picture through the vision tower."""
-
-    def __init__(self, config: Experiment, data: Data, report: Report = silent, train: bool = True) -> None:
-        began = time.monotonic()
-        report("loading the model", 0, 0, config.model.name)
-        self.config, self.data = config, data
-        self.model = check_model(config)
-        self.initial = self.model.adapter.get()
-        self.strategy: Strategy = prompts.build(config.prompt.name, config.prompt.options)
-        report("encoding samples", 0, 0, f"{len(data.train)} to train on, {len(data.test)} to test on")
-        self.clients = self.encode(data.manifest) if train else {}
-        self.examination = Examination(
-            self.model, data.task, data.test, config.eval.patterns, self.strategy, config.train.max_length
-        )
-        report("encoding pictures", 0, 0, "once, then kept")
-        self.pictures_encoded = self.model.prepare_features()
-        self.seconds = time.monotonic() - began
-
-    def encode(self, manifest: Manifest) -> dict[int, list[Encoded]]:
-        """Each client's samples as it sees them. Pictures met for the first time wait for `prepare_features`."""
-        by_id = {s.id: s for s in self.data.train}
-        samples = [by_id[h.sample_id] for h in manifest.holdings]
-        conversations = [render(s, h.visible, self.strategy) for s, h in zip(samples, manifest.holdings, strict=True)]
-        encoded = self.model.encode(conversations, [s.image for s in samples], self.config.train.max_length)
-        clients: dict[int, list[Encoded]] = {client: [] for client in range(manifest.clients)}
-        for holding, one in zip(manifest.holdings, encoded, strict=True):
-            clients[holding.client].append(one)
-        return clients
-
-
-def rounds_alone(config: Experiment) -> int:
-    """Rounds for a client that trains alone: as many as it would take part in, on average, in the federation."""
-    train = config.train
-    return max(1, round(train.rounds * train.clients_per_round / config.partition.clients))
-
-
-def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """What each client holds and sees: `samples`, of them `image` and `text` visible, and `gap`, the share of the
-    2 · samples modality slots that are empty."""
-    rows = []
-    for client in range(manifest.clients):
-        held = manifest.of_client(client)
-        image, text = (sum(m in h.visible for h in held) for m in ("image", "text"))
-        gap = 1 - (image + text) / (2 * len(held)) if held else 1.0
-        rows.append({"client": client, "samples": len(held), "image": image, "text": text, "gap": round(gap, 6)})
-    return rows
 
 
 def default_stem(config: Experiment, kind: str) -> str:

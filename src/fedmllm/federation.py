@@ -44,7 +44,7 @@ class Plan:
     `ranks` has the LoRA rank of each client where they differ, and is empty where they do not.
     """
 
-    clients: tuple[int, ...]
+    clients: Sequence[int]
     per_round: int
     rounds: int
     lr: float
@@ -68,7 +68,7 @@ class Plan:
         adapter: AdapterInfo | None = None,
         ranks: Mapping[int, int] | None = None,
     ) -> Plan:
-        ids = tuple(clients)
+        ids = clients if isinstance(clients, range) else tuple(clients)
         per_round = min(train.clients_per_round, len(ids))
         enough = min(train.min_updates, per_round)
         info = adapter or AdapterInfo()
@@ -104,6 +104,11 @@ def sample_clients(plan: Plan, round: int) -> tuple[int, ...]:
     """Drawn from the experiment's seed and the round's number, so that a resumed run draws the same."""
     chosen = stream(plan.seed, "sampling", round).choice(len(plan.clients), size=plan.per_round, replace=False)
     return tuple(sorted(plan.clients[int(i)] for i in chosen))
+
+
+def participants(plan: Plan) -> list[int]:
+    """All clients that will take part in some round; known beforehand, as each draw depends on seed and round alone."""
+    return sorted({client for number in range(plan.rounds) for client in sample_clients(plan, number)})
 
 
 def usable(

@@ -11,8 +11,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,19 +24,21 @@ import torch
 from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
+from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.experiment import Bench, Data, Report, build_algorithm, client_rows, prepare, rounds_alone, silent
-from fedmllm.federation import Fleet, Plan, federate
+from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent
+from fedmllm.federation import Fleet, Plan, federate, participants
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir
 from fedmllm.tensors import State, Tensors, digest, flatten
+from fedmllm.training.capacity import cohort_size
 
 Kind = Literal["federated", "zero-shot", "local", "centralised"]
 
@@ -83,7 +87,8 @@ class Runner:
     def __init__(self, config: Experiment, data: Data, bench: Bench, run: RunDir, kind: Kind, report: Report = silent) -> None:
         self.config, self.data, self.bench, self.run, self.kind, self.report = config, data, bench, run, kind, report
         self._began = time.monotonic()
-        self._eval_seconds = 0.0
+        self._eval_seconds = self._prepare_seconds = 0.0
+        self._cohort = 1
 
     def start(self) -> None:
         """Write what is known beforehand. Raises RunError where the directory holds another experiment's run."""
@@ -99,6 +104,7 @@ class Runner:
 
     def execute(self) -> dict[str, Any]:
         """Do the run, or what is left of it, and return its result."""
+        self._prepare()
         self.start()
         work = {
             "federated": self._federated, "zero-shot": self._zero_shot, "local": self._local, "centralised": self._centralised
@@ -106,6 +112,23 @@ class Runner:
         result = work[self.kind]()
         self.run.finish(result)
         return result
+
+    def _prepare(self) -> None:
+        """Encode what the run will train on, before anything is written."""
+        began, bench = time.monotonic(), self.bench
+        if self.kind == "federated":
+            clients = participants(self._plan)
+            bench.prepare(bench.clients, clients)
+            most = self.config.train.clients_per_round
+            held = (one for client in clients for one in bench.clients[client])
+            self._cohort = cohort_size(bench.model, held, self.config.train, most)
+        elif self.kind == "local":
+            bench.prepare(bench.clients, self._tested(range(self.data.manifest.clients)))
+        elif self.kind == "centralised":
+            bench.prepare(bench.pooled, [0])
+        else:
+            bench.prepare(bench.clients, [])
+        self._prepare_seconds = time.monotonic() - began
 
     # The kinds
 
@@ -116,31 +139,27 @@ class Runner:
         return self._result([predictions], [], None, client_rows(self.data.manifest))
 
     def _federated(self) -> dict[str, Any]:
-        config, manifest, algorithm = self.config, self.data.manifest, build_algorithm(self.config)
-        ranks = {client: config.rank_of(client) for client in range(manifest.clients)} if config.clients.rank else {}
-        plan = Plan.of(config.train, range(manifest.clients), config.seed, self.bench.model.info, ranks)
+        algorithm, plan = build_algorithm(self.config), self._plan
         state, records = self._train(algorithm, self.bench.clients, plan, "rounds")
-        rows = client_rows(manifest)
+        rows, took_part = client_rows(self.data.manifest), Counter(c for record in records for c in record["sampled"])
         for row in rows:
-            row["rounds"] = sum(row["client"] in record["sampled"] for record in records)
-            row |= {"rank": ranks[row["client"]]} if ranks else {}
+            row["rounds"] = took_part[row["client"]]
+            row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
         if algorithm.personal:
             return self._conclude_personal(algorithm, state, plan, records, rows)
         return self._conclude(state, records, rows)
 
     def _centralised(self) -> dict[str, Any]:
-        pooled = self.data.manifest.pooled(self.data.train)
-        clients = self.bench.encode(pooled)
-        self.bench.model.prepare_features()
+        clients = self.bench.pooled
         plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
         state, records = self._train(fedavg(), clients, plan, "epochs over the pooled data")
-        return self._conclude(state, records, client_rows(pooled))
+        return self._conclude(state, records, client_rows(clients.manifest))
 
     def _local(self) -> dict[str, Any]:
         rows, everyone, records = client_rows(self.data.manifest), [], []
         plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
         chosen = self._tested(range(len(rows)))
-        tested = [row for row in rows if row["client"] in chosen]
+        tested = [rows[client] for client in chosen]
         for number, row in enumerate(tested, start=1):
             client = row["client"]
             part = self.run.load_part(f"client-{client}")
@@ -170,11 +189,22 @@ class Runner:
 
     # Their common steps
 
+    @cached_property
+    def _plan(self) -> Plan:
+        """The federation's rounds over all clients."""
+        config, clients = self.config, range(self.data.manifest.clients)
+        ranks = {client: config.rank_of(client) for client in clients} if config.clients.rank else {}
+        return Plan.of(config.train, clients, config.seed, self.bench.model.info, ranks)
+
+    @cached_property
+    def _gaps(self) -> dict[int, float]:
+        return dict(enumerate(gaps(self.data.manifest)))
+
     def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
         make = fleets.build(self.config.fleet.name, self.config.fleet.options)
-        gaps = {row["client"]: row["gap"] for row in client_rows(self.data.manifest)}
         memory = self.run.checkpoint / "clients"
-        return make(Site(self.bench.model, algorithm, clients, self.config.train, self.bench.initial, gaps, memory))
+        bench, train = self.bench, self.config.train
+        return make(Site(bench.model, algorithm, clients, train, bench.initial, self._gaps, memory, self._cohort))
 
     def _train(
         self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: Plan, stage: str
@@ -224,7 +254,7 @@ class Runner:
         """Every client is tested with its own model and its adapter exported; the figures are the clients' mean."""
         fleet = self._fleet(algorithm, self.bench.clients)
         models = self._own_models(algorithm, state, plan, fleet, plan.rounds)
-        everyone, tested = [], [row for row in rows if row["client"] in models]
+        everyone, tested = [], [rows[client] for client in sorted(models)]
         for number, row in enumerate(tested, start=1):
             client = row["client"]
             everyone.append(self._examine(models[client]))
@@ -291,13 +321,14 @@ class Runner:
             "metrics": self._summarise(models, judged=config.judge.name != "none"),
             "per_client": rows,
             "rounds": len(records),
+            "cohort": self._cohort,
             "bytes_up": _sum_groups(records, "bytes_up"),
             "bytes_down": _sum_groups(records, "bytes_down"),
             "seconds": {
                 "total": round(time.monotonic() - self._began + self.bench.seconds, 2),
                 "train": round(train_seconds, 2),
                 "eval": round(self._eval_seconds, 2),
-                "setup": round(self.bench.seconds, 2),
+                "setup": round(self.bench.seconds + self._prepare_seconds, 2),
             },
             "peak_memory_mb": peak_memory_mb(),
             "config_digest": config.digest(),
@@ -321,7 +352,8 @@ def reevaluate(run: RunDir, config: Experiment, report: Report = silent) -> dict
     data = prepare(config)
     if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
-    bench = Bench(config, data, report, train=False)
+    bench = Bench(config, data, report)
+    bench.prepare(bench.clients, [])
     own = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))
     folders = own or [run.adapter]
     if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":

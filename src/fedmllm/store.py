@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,13 @@ SCHEMA = 1
 
 
 def _dump(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=True) + "\n").encode()
+    # Piece by piece: `json.dumps` keeps all pieces of a hundred thousand rows until it joins them.
+    content = io.BytesIO()
+    text = io.TextIOWrapper(content, encoding="utf-8", newline="\n")
+    json.dump(value, text, indent=2, allow_nan=True)
+    text.write("\n")
+    text.flush()
+    return content.getvalue()
 
 
 class RunDir:

@@ -48,7 +48,7 @@ def draw_manifest(manifest: Manifest, samples: Sequence[Sample], title: str) -> 
     common = [name for name, _ in Counter(labels.values()).most_common(_MOST_LABELS)]
     seen: list[Counter[str]] = [Counter() for _ in range(manifest.clients)]
     named: list[Counter[str]] = [Counter() for _ in range(manifest.clients)]
-    for holding in manifest.holdings:
+    for holding in manifest:
         seen[holding.client][_seen(holding.visible)] += 1
         label = labels[holding.sample_id]
         named[holding.client][label if label in common else "other"] += 1
@@ -62,7 +62,7 @@ def draw_manifest(manifest: Manifest, samples: Sequence[Sample], title: str) -> 
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
-        f"<h1>{escape(title)}</h1><p>{len(manifest.holdings)} samples on {manifest.clients} clients; "
+        f"<h1>{escape(title)}</h1><p>{len(manifest)} samples on {manifest.clients} clients; "
         f"manifest {manifest.digest()[:12]}</p>"
         + _bars("What each client sees", seen, dict(_SEEN))
         + _bars("Which labels each client holds", named, by_label)

@@ -119,6 +119,43 @@ def _turn_upright(picture: Image.Image) -> None:
         return
 
 
+def upright_size(image: Path | bytes) -> tuple[int, int]:
+    """Width and height of what `decode` gives, from the file's head where that is enough."""
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        if opened.format in _PLAIN_FORMATS and not (opened.format == "PNG" and _png_goes_on(image)):
+            width, height = opened.size
+            return (height, width) if _orientation(opened) in _LYING else (width, height)
+    return decode(image).size
+
+
+_PLAIN_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
+"""Whose size does not change when the pixels are read."""
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+"""The EXIF tag, and its values that swap width and height."""
+
+
+def _orientation(opened: Image.Image) -> int:
+    try:
+        # Not the PNG plug-in's own getexif, which reads all pixels to see whether EXIF data come after them.
+        return int(Image.Image.getexif(opened).get(_ORIENTATION, 1))
+    except Exception:  # as in `_turn_upright`
+        return 1
+
+
+def _png_goes_on(image: Path | bytes) -> bool:
+    """Whether anything but the end comes after a PNG's pixels: EXIF data can be there, and are rare."""
+    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+        file.seek(8)
+        after = False
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if after and kind != b"IDAT":
+                return kind != b"IEND"
+            after = after or kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)
+    return True
+
+
 def image_key(image: Path | bytes) -> str:
     """SHA-256 of the file's bytes: the same picture under two names is the same picture."""
     return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).hexdigest()

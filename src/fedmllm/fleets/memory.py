@@ -1,6 +1,7 @@
-"""What clients remember between rounds, on disk: one safetensors file a client, written for those who took part.
+"""What clients remember between rounds, on disk: a folder a client, made for those who took part and remember something.
 
-A file carries its round in its name and replaces nothing until the server's state of that round is safe, so a run killed
+One client's files are found without looking at those of others, so a round costs the same however many clients have been
+there. A file carries its round in its name and replaces nothing until the server's state of that round is safe, so a run killed
 between the two finds the memory from before.
 """
 
@@ -14,7 +15,7 @@ import torch
 
 from fedmllm.tensors import State, load_state, save_state
 
-_NAME = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
+_NAME = re.compile(r"round-(\d+)\.safetensors")
 
 
 class ClientMemory:
@@ -22,11 +23,17 @@ class ClientMemory:
         self._folder = folder
 
     def _rounds(self, client: int) -> list[int]:
-        found = (_NAME.fullmatch(path.name) for path in self._folder.glob(f"client-{client}.round-*.safetensors"))
-        return sorted(int(match.group(2)) for match in found if match)
+        try:
+            names = [path.name for path in self._of(client).iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(int(match.group(1)) for match in map(_NAME.fullmatch, names) if match)
+
+    def _of(self, client: int) -> Path:
+        return self._folder / f"client-{client}"
 
     def _path(self, client: int, round: int) -> Path:
-        return self._folder / f"client-{client}.round-{round}.safetensors"
+        return self._of(client) / f"round-{round}.safetensors"
 
     def load(self, client: int, round: int) -> State:
         """What the client remembered before `round`; empty where it never took part or remembers nothing."""

@@ -7,7 +7,7 @@ tower once, and the text model is asked for logits at answer positions only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ from torch.nn import functional
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import decode
 from fedmllm.errors import DataError
 from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
-from fedmllm.models.pictures import PIXELS, Pictures
+from fedmllm.models.pictures import Pictures
+from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
 
 
@@ -69,6 +69,7 @@ class MLLM:
         self.stacks = self.adapter.plain_lora and found.keys() <= self.info.layer.keys()
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures = Pictures(backbone, self.caches)
+        self._tokens = Tokens(backbone, settings.trust_remote_code)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
     @classmethod
@@ -108,27 +109,16 @@ class MLLM:
         return encoded
 
     def _encode_one(self, conversation: Conversation, image: Path | bytes | None) -> Encoded:
-        inputs = self.backbone.process(self.backbone.prompt(conversation), decode(image) if image is not None else None)
-        ids = inputs.pop("input_ids")[0]
-        for unused in ("attention_mask", "labels"):
-            inputs.pop(unused, None)
-        tokenwise = {k: tuple(v[0].tolist()) for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == (1, len(ids))}
-        imagewise = {k: v for k, v in inputs.items() if k not in tokenwise and k not in PIXELS and isinstance(v, Tensor)}
-        return Encoded(
-            tuple(ids.tolist()),
-            self._answer_ids(conversation.answer),
-            tuple(self._answer_ids(option) for option in conversation.options),
-            self._pictures.number(image) if image is not None else None,
-            tokenwise,
-            imagewise,
-        )
+        picture = self._pictures.number(image) if image is not None else None
+        prompt = self._tokens.prompt(conversation, image, self._pictures.size(picture) if picture is not None else None)
+        answer = self._tokens.answer
+        options = tuple(answer(option) for option in conversation.options)
+        return Encoded(prompt.ids, answer(conversation.answer), options, picture, prompt.tokenwise, prompt.imagewise)
 
-    def _answer_ids(self, answer: str) -> tuple[int, ...]:
-        """The assistant's turn up to and with its end mark, as the chat template writes it."""
-        before, after = self.backbone.answer_frame
-        ids = self.backbone.tokenizer(before + answer + after, add_special_tokens=False)["input_ids"]
-        ends = [i for i, token in enumerate(ids) if token in self.backbone.end_ids]
-        return tuple(ids[: ends[0] + 1] if ends else [*ids, self.backbone.end_ids[0]])
+    def meet(self, images: Iterable[Path | bytes]) -> None:
+        """Pictures that `prepare_features` is to make too, though nothing asks about them yet."""
+        for image in images:
+            self._pictures.number(image)
 
     def prepare_features(self) -> int:
         """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import decode, image_key
+from fedmllm.data.samples import decode, image_key, upright_size
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
 
@@ -29,6 +29,8 @@ class Pictures:
         self._caches = caches
         self._numbers: dict[str, int] = {}
         self._images: list[Path | bytes] = []
+        self._known: dict[Path | bytes, int] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._features: features.FeatureFile | None = None
         self._place: dict[int, int] = {}
         self._live: dict[int, Tensor] = {}
@@ -37,11 +39,18 @@ class Pictures:
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
     def number(self, image: Path | bytes) -> int:
-        key = image_key(image)
-        if key not in self._numbers:
-            self._numbers[key] = len(self._images)
-            self._images.append(image)
-        return self._numbers[key]
+        if image not in self._known:  # a file is read once, however many samples show it
+            number = self._numbers.setdefault(image_key(image), len(self._images))
+            if number == len(self._images):
+                self._images.append(image)
+            self._known[image] = number
+        return self._known[image]
+
+    def size(self, picture: int) -> tuple[int, int]:
+        """Width and height of the picture of this number, as it is shown."""
+        if picture not in self._sizes:
+            self._sizes[picture] = upright_size(self._images[picture])
+        return self._sizes[picture]
 
     def prepare(self) -> int:
         """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""
