@@ -119,6 +119,10 @@ class Adapter:
         self._layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         self.plain_lora = isinstance(self.config, LoraConfig) and not self.config.use_dora
         self.rank: int = self.config.r if self.plain_lora else 0
+        # Rows of a batch can be told apart by client in the text model's linear layers alone: a vision tower may join its
+        # pictures' patches.
+        in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
+        self.stacks = self.plain_lora and in_text
         self._fold: Tensors = {}
         self._base: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
@@ -157,15 +161,35 @@ class Adapter:
     @torch.no_grad()
     def set(self, tensors: Tensors) -> None:
         """Write the values in place. Raises ValueError where names or shapes do not fit the adapter's."""
-        before, self.rank = self.rank, self.rank_in(tensors)
+        self._rescale(self.rank_in(tensors))
         for name, parameter in self.parameters.items():
             wanted = self.part(name, parameter, self.rank)
             if wanted.shape != parameter.shape:
                 parameter.zero_()
             wanted.copy_(tensors[name])
-        if self.rank != before:
+
+    def _rescale(self, rank: int) -> None:
+        if rank != self.rank:
+            self.rank = rank
             for layer in self._layers:
-                layer.scaling["default"] = self.info.scale(self.rank)
+                layer.scaling["default"] = self.info.scale(rank)
+
+    @contextmanager
+    def lent(self, values: Tensors, grads: Tensors, rank: int) -> Iterator[None]:
+        """The model computes with `values`, of the model's rank, in the place of the adapter's own memory, and scales by
+        `rank`. Gradients add up in `grads`; a tensor without an entry there is not trained."""
+        own, before = {name: parameter.data for name, parameter in self.parameters.items()}, self.rank
+        self._rescale(rank)
+        for name, parameter in self.parameters.items():
+            parameter.data, parameter.grad = values[name], grads.get(name)
+            parameter.requires_grad_(name in grads)
+        try:
+            yield
+        finally:
+            self._rescale(before)
+            for name, parameter in self.parameters.items():
+                parameter.data, parameter.grad = own[name], None
+                parameter.requires_grad_(True)
 
     # The fold
 

@@ -65,8 +65,6 @@ class MLLM:
         vectors = self.adapter.parameters.get(lora.VIRTUAL)
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
-        # Rows of a batch can be told apart by client in the text model alone: a vision tower may join its pictures' patches.
-        self.stacks = self.adapter.plain_lora and found.keys() <= self.info.layer.keys()
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures = Pictures(backbone, self.caches)
         self._tokens = Tokens(backbone, settings.trust_remote_code)

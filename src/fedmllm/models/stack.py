@@ -84,25 +84,22 @@ class Stack:
     def installed(self, clients: int) -> Iterator[None]:
         """Let the model compute with the adapters of the first `clients` rows, once `begin` was called for the batch."""
         with ExitStack() as undo:
-            if self._adapter.plain_lora:
+            if self._adapter.stacks:
                 undo.enter_context(self._adapter.model.disable_adapter())
                 self._leaf = self.values[:clients].requires_grad_()
                 self._leaf.grad = self.grads[:clients]
                 for base, a, b in self._adapter.pairs():
                     undo.callback(base.register_forward_hook(self._branch(a, b, clients)).remove)
-            else:  # one client: its row takes the place of the adapter's own memory
+            else:  # a single client: its row takes the place of the adapter's own memory
                 values, grads = ({n: t[0] for n, t in self._views(m).items()} for m in (self.values, self.grads))
                 values |= {name: tensor[0] for name, tensor in self._frozen.items()}
-                for name, parameter in self._adapter.parameters.items():
-                    undo.callback(_restore, parameter, parameter.data)
-                    parameter.data, parameter.grad = values[name], grads.get(name)
-                    parameter.requires_grad_(name in grads)
+                undo.enter_context(self._adapter.lent(values, grads, self.ranks[0]))
             yield
 
     def begin(self, extents: Sequence[Extent]) -> None:
         """What each client's part of the next batch measures. Gradients of the batch add up in `grads`."""
         self._extents = extents
-        if self._adapter.plain_lora:
+        if self._adapter.stacks:
             self._now = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
 
     def _views(self, matrix: Tensor) -> Tensors:
@@ -134,11 +131,6 @@ class Stack:
             own = torch.empty((samples, tokens, *rows.shape[3:]), device=x.device, dtype=x.dtype)
             keep[c, :samples, rows.shape[2] - tokens :] = own.bernoulli_(1 - self._dropout, generator=self._generators[c])
         return (rows * keep / (1 - self._dropout)).reshape(x.shape)
-
-
-def _restore(parameter: nn.Parameter, data: Tensor) -> None:
-    parameter.data, parameter.grad = data, None
-    parameter.requires_grad_(True)
 
 
 __all__ = ["Extent", "Stack"]

@@ -57,7 +57,7 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
 
     Raises ConfigError where the experiment asks for more than one and the adapter's kind trains one at a time.
     """
-    if not model.stacks:
+    if not model.adapter.stacks:
         if train.cohort not in ("auto", 1):
             raise ConfigError(
                 f"train.cohort = {train.cohort}: model.adapter.kind = {model.settings.adapter.kind!r}, or an adapter on the "

@@ -43,7 +43,7 @@ def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) ->
     names = trainable(model, works[0])
     if any(trainable(model, work) != names for work in works[1:]):
         raise ValueError("the clients of a cohort must train the same tensors")
-    if len(works) > 1 and not model.stacks:
+    if len(works) > 1 and not model.adapter.stacks:
         raise ValueError("this kind of adapter trains one client at a time")
     order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
     results = _Cohort(model, [works[i] for i in order], names, settings).train()
@@ -86,7 +86,7 @@ class _Cohort:
         # The global generator is drawn from by dropout of adapters other than LoRA, which train alone.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as mode:
             torch.manual_seed(self._works[0].seed)
-            if not self._model.adapter.plain_lora:
+            if not self._model.adapter.stacks:
                 self._model.model.train()
                 mode.callback(self._model.model.eval)
             done = 0
