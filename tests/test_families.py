@@ -19,6 +19,7 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
 from fedmllm.models.families import families
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.scoring import _repeated
 from fedmllm.models.tokens import Tokens
 from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import train_cohort, train_local
@@ -222,6 +223,20 @@ def test_training_lowers_the_loss(family: tuple[str, Path], pictures: list[Path 
     assert after < 0.9 * before
     assert all(not torch.equal(result.trained[name], start[name]) for name in start)
     assert not any(p.requires_grad for name, p in model.model.named_parameters() if "lora" not in name)
+
+
+def test_a_prompt_computed_once_scores_its_options_the_same(cached: MLLM, pictures: list[Path | None]) -> None:
+    """Options of one to four tokens, of which some begin others."""
+    batch = encode(cached, pictures)
+    tokens = [token for one in batch for token in one.answer][:2] * 2
+    options = [tuple(tokens[:n]) for n in (1, 2, 4)]
+    asked = [replace(one, options=tuple(options[i % 2 :])) for i, one in enumerate(batch)]
+    together, apart = cached.option_scores(asked), [cached.option_scores([one])[0] for one in asked]
+    with torch.no_grad():
+        written_out = [_repeated(cached, [one]).log_softmax(-1).tolist() for one in asked]
+    for found in (together, apart):
+        for scores, expected in zip(found, written_out, strict=True):
+            torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_two_clients_in_one_pass_are_two_clients(family: tuple[str, Path], pictures: list[Path | None]) -> None:

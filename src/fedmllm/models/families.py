@@ -36,6 +36,8 @@ class Family:
     """Give position ids counted from the first real token, which has this one. None: the family counts its own (M-RoPE)."""
     cache: bool = True
     """Whether the vision tower's output depends on the picture alone and may be handed back."""
+    continues: bool = True
+    """Whether several answers can go on from copies of one prompt's keys and values."""
     pixels_dim: int = 0
     """The dimension along which several pictures' `pixel_values` are joined."""
     answer_type: int = 0
@@ -78,7 +80,7 @@ def _minicpm46() -> Family:
 
     Three of four text layers have linear attention, which has no q, k, v, o: the adapter is on the others.
     """
-    return Family(first_position=0, pixels_dim=-1)
+    return Family(first_position=0, continues=False, pixels_dim=-1)  # linear attention's state cannot be copied row by row
 
 
 @families.register("minicpmv4_7")

@@ -24,6 +24,7 @@ from fedmllm.errors import DataError
 from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
 from fedmllm.models.pictures import Pictures
+from fedmllm.models.scoring import option_scores
 from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
 
@@ -155,9 +156,13 @@ class MLLM:
             inputs |= self._pictures.inputs([one.picture for one in pictured if one.picture is not None])
         return inputs
 
-    def _last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
+    def only_last(self, last: int) -> dict[str, int]:
+        """What asks the text model for the logits of the last positions alone, where it can be asked."""
+        return {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
+
+    def last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
         """Logits of the last `last` positions, (rows, last, vocabulary) in float32."""
-        keep = {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
+        keep = self.only_last(last)
         logits = self.backbone.model(**inputs, use_cache=False, **keep).logits
         wanted: Tensor = logits[:, -last:].float()
         return wanted
@@ -171,7 +176,7 @@ class MLLM:
         """
         answers = [one.answer for one in batch]
         longest = max(map(len, answers))
-        logits = self._last_logits(self.collate(batch, answers), longest + 1)[:, :-1]
+        logits = self.last_logits(self.collate(batch, answers), longest + 1)[:, :-1]
         labels = torch.tensor([[-100] * (longest - len(a)) + list(a) for a in answers], device=logits.device)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         counts = torch.tensor([len(a) for a in answers], device=logits.device)
@@ -183,37 +188,8 @@ class MLLM:
 
     @torch.no_grad()
     def option_scores(self, batch: Sequence[Encoded]) -> list[list[float]]:
-        """For each closed question the log-probability of each option, normalised over the options.
-
-        One forward pass: after what all options begin with, the next token tells them apart. Options of which one
-        begins another are scored whole, in a second pass.
-        """
-        heads = [_telling_token(one.options) for one in batch]
-        scores: list[list[float]] = [[] for _ in batch]
-        single = [i for i, head in enumerate(heads) if head is not None]
-        if single:
-            shared = [heads[i] or 0 for i in single]
-            inputs = self.collate(
-                [batch[i] for i in single], [batch[i].options[0][:n] for i, n in zip(single, shared, strict=True)]
-            )
-            logits = self._last_logits(inputs, 1)[:, 0]
-            for row, (i, n) in enumerate(zip(single, shared, strict=True)):
-                picked = logits[row, [option[n] for option in batch[i].options]]
-                scores[i] = functional.log_softmax(picked, dim=-1).tolist()
-        for i in (i for i, head in enumerate(heads) if head is None):
-            scores[i] = self._whole_scores(batch[i])
-        return scores
-
-    def _whole_scores(self, one: Encoded) -> list[float]:
-        longest = max(map(len, one.options))
-        rows = [one] * len(one.options)
-        logits = self._last_logits(self.collate(rows, one.options), longest + 1)[:, :-1].log_softmax(-1)
-        totals = []
-        for row, option in zip(logits, one.options, strict=True):
-            steps = row[longest - len(option) :]
-            totals.append(steps.gather(1, torch.tensor(option, device=row.device).unsqueeze(1)).sum())
-        whole: list[float] = functional.log_softmax(torch.stack(totals), dim=-1).tolist()
-        return whole
+        """For each closed question the log-probability of each option, normalised over the options."""
+        return option_scores(self, batch)
 
     @torch.no_grad()
     def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
@@ -229,19 +205,6 @@ class MLLM:
         )
         new = made[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _telling_token(options: Sequence[Sequence[int]]) -> int | None:
-    """How many tokens all options share before the one that tells them apart; None where none does for all."""
-    shared = 0
-    while all(len(option) > shared for option in options):
-        column = [option[shared] for option in options]
-        if len(set(column)) == len(column):
-            return shared
-        if len(set(column)) > 1:
-            return None
-        shared += 1
-    return None
 
 
 __all__ = ["MLLM", "Encoded"]
