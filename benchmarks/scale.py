@@ -1,6 +1,6 @@
 """What a federation costs as its clients grow from 10 to 100,000 while 10 of them are sampled a round.
 
-    python benchmarks/scale.py [--clients 10 1000 100000] [--rounds 12] [--json FILE]
+    python benchmarks/scale.py [--clients 10 1000 100000] [--rounds 10] [--json FILE]
 
 One process a setting, so that the peak of its memory is its own: the pocket model, FedAvg and SCAFFOLD (whose clients
 remember a control variate each), through the same `Runner` as `fedmllm run`, from reading the data to `result.json`.
@@ -13,7 +13,8 @@ remember, with 100,000 hardly anyone is met twice.
 
 `setup` is the time from reading the data to the start of the first round, `memory` the growth of the process's peak over
 the smallest setting, `round` the median over the rounds after the first, checkpoint included, as a ratio to the smallest
-setting. On a shared machine repeat it: the settings run one after the other.
+setting, and `CPU` the same of the process's own time: the settings run one after the other, and what else the machine does
+shows in the first. `remembering` is how many clients have a memory at the end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,12 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
         """Notes when the first round began and when each checkpoint was there."""
 
         first_round = 0.0
-        saved: tuple[float, ...] = ()
+        saved: tuple[tuple[float, float], ...] = ()
 
         def save_round(self, record: Mapping[str, Any], state: State, config_digest: str) -> None:
             self.first_round = self.first_round or time.perf_counter() - record["seconds"]
             super().save_round(record, state, config_digest)
-            self.saved += (time.perf_counter(),)
+            self.saved += ((time.perf_counter(), time.process_time()),)
 
     logging.disable_progress_bar()
     config = with_defaults(
@@ -104,7 +106,8 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
         "algorithm": algorithm,
         "clients": clients,
         "setup_seconds": run.first_round - began,
-        "round_seconds": [after - before for before, after in zip(run.saved, run.saved[1:], strict=False)],
+        "round_seconds": [after[0] - before[0] for before, after in pairwise(run.saved)],
+        "round_cpu_seconds": [after[1] - before[1] for before, after in pairwise(run.saved)],
         "peak_mb": peak,
         "remembering": remembering,
     }
@@ -125,16 +128,18 @@ def against_smallest(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     rows = []
     for one in settings:
         base = min((other for other in settings if other["algorithm"] == one["algorithm"]), key=lambda s: int(s["clients"]))
-        middle = statistics.median(one["round_seconds"]) / statistics.median(base["round_seconds"])
+        wall, cpu = (
+            statistics.median(one[key]) / statistics.median(base[key]) for key in ("round_seconds", "round_cpu_seconds")
+        )
         growth = one["peak_mb"] - base["peak_mb"]
-        rows.append({**one, "memory_growth_mb": growth, "round_ratio": middle})
+        rows.append({**one, "memory_growth_mb": growth, "round_ratio": wall, "round_cpu_ratio": cpu})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="setup, memory and rounds as the clients grow")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 1_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write all measurements there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -142,11 +147,11 @@ def main() -> None:
         make_data(folder)
         settings = [measure(folder, name, clients, options.rounds) for name in ALGORITHMS for clients in options.clients]
     rows = against_smallest(settings)
-    print(f"{'algorithm':10s} {'clients':>9s} {'setup':>9s} {'memory':>11s} {'round':>8s}   {'remembering':>11s}")
+    print(f"{'algorithm':10s} {'clients':>9s} {'setup':>9s} {'memory':>11s} {'round':>8s} {'CPU':>8s}   {'remembering':>11s}")
     for row in rows:
         print(
             f"{row['algorithm']:10s} {row['clients']:9,d} {row['setup_seconds']:7.1f} s {row['memory_growth_mb']:+8.0f} MB "
-            f"{row['round_ratio']:6.2f} ×   {row['remembering']:11,d}"
+            f"{row['round_ratio']:6.2f} × {row['round_cpu_ratio']:6.2f} ×   {row['remembering']:11,d}"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -92,7 +92,10 @@ class Bench:
 
     def check(self) -> None:
         """Encode every sample of every client, and keep none. Raises DataError for a prompt that is too long."""
+        number = len(self.clients)
         for client in self.clients:
+            if client % max(1, number // 10) == 0:
+                self._report("checking prompts", client, number, "")
             self.encode(self.data.manifest.of_client(client))
 
 

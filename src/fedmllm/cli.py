@@ -172,6 +172,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     from fedmllm.bench import Bench, client_rows
     from fedmllm.data.summary import described, summarise
     from fedmllm.experiment import first_messages, look, prepare
+    from fedmllm.progress import Progress
 
     _quiet()
     experiment = _load(file, overrides)
@@ -185,8 +186,9 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         if as_json:  # all that is wrong with the data is worth knowing, though it cannot be used
             _print({"name": experiment.name, "config_digest": experiment.digest(), "splits": splits})
         raise
-    bench = Bench(experiment, data)
-    bench.check()
+    with Progress() as report:
+        bench = Bench(experiment, data, report)
+        bench.check()
     model = bench.model
     down, up = first_messages(experiment, model)
     count = sum(p.numel() for p in model.adapter.parameters.values())
