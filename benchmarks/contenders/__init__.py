@@ -20,7 +20,7 @@ class Contender:
 CONTENDERS = {
     "a": Contender("published", "FedMLLM's published code: a Trainer per client and round"),
     "b": Contender("flowertune", "Flower's LLM example: simulation on Ray, model loaded per call"),
-    "c": Contender("bare", "bare PyTorch loop on ready batches: the limit", evaluates=False),
+    "c": Contender("bare", "a bare PyTorch and PEFT loop on ready batches: the yardstick", evaluates=False),
     "d": Contender("ours", "fedmllm, one client at a time"),
     "e": Contender("ours_cohort", "fedmllm, clients in cohorts"),
 }

@@ -1,8 +1,9 @@
-"""(c) The limit: nothing but forward, backward, clip and step on batches that lie ready.
+"""(c) The yardstick: nothing but forward, backward, clip and step on batches that lie ready.
 
-Outside the timing: reading, processing, collating, and the vision tower, whose output every batch carries. Inside: logits at
-the answers only, fused AdamW, an adapter reset for each client and a plain mean over clients. There is no round loop that
-could be resumed, no record, no checkpoint: what (d) takes beyond this is the price of being a framework.
+Outside the timing: reading, processing, collating, and the vision tower, whose output every batch carries. Inside: PEFT's
+layers, logits at the answers only, fused AdamW, an adapter reset for each client and a plain mean over clients. There is no
+round loop that could be resumed, no record, no checkpoint: what (d) takes beyond this is the price of being a framework. It may
+take less, for what PyTorch does to PEFT's many small tensors, it does to a flat one.
 """
 
 from __future__ import annotations

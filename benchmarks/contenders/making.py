@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from contenders.workload import ALPHA, BATCH, BETAS, CLIP, LR, MAX_NEW_TOKENS, RANK, Item, Size, Workload
-from fedmllm.config import Experiment, TrainTable, validate
+from fedmllm.config import Experiment, validate
 from fedmllm.data.prompts import prompts, render
 from fedmllm.experiment import prepare
 from fedmllm.federation import Plan, sample_clients
@@ -14,17 +14,14 @@ from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.training.batches import plan
 
-HAS_COHORTS = "cohort" in TrainTable.model_fields
-
 
 def experiment(size: Size, cohort: int | str = 1) -> Experiment:
-    """The experiment that fedmllm runs; `train.cohort` is left out where the package has no such option."""
+    """The experiment that fedmllm runs."""
     train: dict[str, Any] = {
         "rounds": size.rounds, "clients_per_round": size.clients, "batch_size": BATCH,
         "lr": LR, "schedule": "constant", "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": 0.0, "clip": CLIP,
+        "cohort": cohort,
     }  # fmt: skip
-    if HAS_COHORTS:
-        train["cohort"] = cohort
     task = {"name": "easy-vqa", "train_samples": size.clients * size.samples, "test_samples": size.questions}
     return validate(
         {
@@ -43,7 +40,7 @@ def make(size: Size) -> Workload:
     config = experiment(size)
     data, model = prepare(config), MLLM.load(config.model, config.seed)
     by_id = {sample.id: sample for sample in data.train}
-    held = [(holding.client, by_id[holding.sample_id]) for holding in data.manifest.holdings]
+    held = [(holding.client, by_id[holding.sample_id]) for holding in data.manifest]
     samples = [sample for _, sample in held] + data.test
     talks = [render(s, s.modalities, prompts.build(config.prompt.name, {})) for s in samples]
     encoded = model.encode(talks, [s.image for s in samples], config.train.max_length)

@@ -14,7 +14,8 @@ import torch
 
 from contenders.making import experiment
 from contenders.workload import BATCH, Outcome, Workload, peak_memory_mb
-from fedmllm.experiment import Bench, prepare
+from fedmllm.bench import Bench
+from fedmllm.experiment import prepare
 from fedmllm.runs import Runner
 from fedmllm.store import RunDir
 
@@ -29,27 +30,43 @@ class Clock:
         self.last[stage] = time.perf_counter()
 
 
+class TimedRunner(Runner):
+    """Notes when all is encoded and when the rounds begin. Between the two are a warm-up and the description of the machine."""
+
+    encoded = began = 0.0
+
+    def start(self) -> None:
+        self.encoded = time.perf_counter()
+        super().start()
+        model = self.bench.model
+        model.loss(self.bench.clients[0][:BATCH]).backward()  # type: ignore[no-untyped-call]
+        for parameter in model.adapter.parameters.values():
+            parameter.grad = None
+        self.began = time.perf_counter()
+
+
 def run(workload: Workload, cohort: int | str = 1) -> Outcome:
     config, clock = experiment(workload.size, cohort), Clock()
     data = prepare(config)
     bench = Bench(config, data, clock)
-    prepared = time.perf_counter() - clock.last["encoding samples"]
-    bench.model.loss(bench.clients[0][:BATCH]).backward()  # type: ignore[no-untyped-call]  # warm up
-    for parameter in bench.model.adapter.parameters.values():
-        parameter.grad = None
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(config, data, bench, RunDir(Path(folder) / "run"), "federated", clock)
-        runner.start()  # the description of the machine and the code, which asks git
-        began = time.perf_counter()
-        runner.execute()
-        seconds = clock.last["rounds"] - began
+        runner = TimedRunner(config, data, bench, RunDir(Path(folder) / "run"), "federated", clock)
+        questions = time.perf_counter() - clock.last["encoding questions"]
+        executed = time.perf_counter()
+        result = runner.execute()
         records = runner.run.rounds()
     # `execute` has evaluated once, which warmed up; the trained adapter is still set.
     began = time.perf_counter()
     predictions = bench.examination.take(config.eval)
     eval_seconds = time.perf_counter() - began
-    accuracy = sum(p.correct for p in predictions) / len(predictions)
-    losses, adapter = [float(record["loss"]) for record in records], bench.model.adapter.get()
     return Outcome(
-        losses, adapter, seconds, eval_seconds, accuracy, torch.get_num_threads(), peak_memory_mb(), prepare_seconds=prepared
+        losses=[float(record["loss"]) for record in records],
+        adapter=bench.model.adapter.get(),
+        train_seconds=clock.last["rounds"] - runner.began,
+        eval_seconds=eval_seconds,
+        accuracy=sum(p.correct for p in predictions) / len(predictions),
+        threads=torch.get_num_threads(),
+        peak_memory_mb=peak_memory_mb(),
+        prepare_seconds=questions + runner.encoded - executed,
+        cohort=result["cohort"],
     )

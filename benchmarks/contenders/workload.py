@@ -50,7 +50,8 @@ class Item:
 @dataclass(frozen=True)
 class Outcome:
     """What a contender reached and what it took. `prepare_seconds` is work done once before the rounds, whose fruits the
-    rounds use; `startup_seconds` is the start of a runtime. Neither is part of `train_seconds`."""
+    rounds use; `startup_seconds` is the start of a runtime. Neither is part of `train_seconds`. `cohort` is how many clients
+    trained in one pass."""
 
     losses: list[float]
     adapter: Tensors
@@ -61,6 +62,7 @@ class Outcome:
     peak_memory_mb: int
     prepare_seconds: float = 0.0
     startup_seconds: float = 0.0
+    cohort: int | None = None
 
     def save(self, folder: Path) -> None:
         save_file({name: t.contiguous() for name, t in self.adapter.items()}, folder / "adapter.safetensors")
