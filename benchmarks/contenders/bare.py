@@ -67,7 +67,7 @@ def run(workload: Workload) -> Outcome:
             for batch in steps:
                 optimizer.zero_grad(set_to_none=True)
                 loss = mean_loss(model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, CLIP)
                 optimizer.step()
                 total += loss.detach() * len(batch[2])

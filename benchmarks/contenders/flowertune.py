@@ -8,7 +8,8 @@ fine-tuning with a Trainer does; batches of 4; float32 instead of 4 bits; a cons
 same; their order is given. TRL's SFTTrainer, which adds the tokenising of a text data set to Trainer, is Trainer itself here.
 Gradient checkpointing and saving, which only cost time here, are off, and so is Flower's telemetry.
 
-Every core gets a client of its own, for that is faster here than one client on all of them.
+Every thread gets a client of its own, for that is faster here than one client on all of them. The simulation asks for replies
+every 0.1 s, so a round's time comes in such steps.
 """
 
 from __future__ import annotations

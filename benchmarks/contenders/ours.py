@@ -39,7 +39,7 @@ class TimedRunner(Runner):
         self.encoded = time.perf_counter()
         super().start()
         model = self.bench.model
-        model.loss(self.bench.clients[0][:BATCH]).backward()  # type: ignore[no-untyped-call]
+        model.loss(self.bench.clients[0][:BATCH]).backward()
         for parameter in model.adapter.parameters.values():
             parameter.grad = None
         self.began = time.perf_counter()

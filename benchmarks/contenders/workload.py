@@ -109,7 +109,7 @@ class Workload:
 def average(adapters: list[Tensors], weights: list[int]) -> Tensors:
     """FedAvg: the mean weighted by samples."""
     total = sum(weights)
-    return {name: sum(a[name] * (w / total) for a, w in zip(adapters, weights, strict=True)) for name in adapters[0]}  # type: ignore[misc]
+    return {name: sum(a[name] * (w / total) for a, w in zip(adapters, weights, strict=True)) for name in adapters[0]}
 
 
 def peak_memory_mb() -> int:
