@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--clients", type=int, default=4, help="all take part in every round")
     parser.add_argument("--samples", type=int, default=32, help="of each client, a multiple of 4")
-    parser.add_argument("--questions", type=int, default=64, help="to evaluate on")
+    parser.add_argument("--questions", type=int, default=192, help="to evaluate on")
     parser.add_argument("--cohort", type=int, help="clients that (e) trains in one pass; by default its own choice")
     parser.add_argument("--threads", type=int, default=1, help="that a contender may use; (b) has as many clients at a time")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders to run, such as a,c,d")
