@@ -32,7 +32,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed  ## ratios of each speed-up, and the cost of many clients; about four minutes
+$(VENV)/installed-bench: $(VENV)/installed
+	$(INSTALL) -e ".[bench]"
+	touch $@
+
+bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, and the cost of many clients; about ten minutes
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/local_training.py
 	$(BIN)/python benchmarks/scale.py
 

@@ -1,0 +1,79 @@
+"""(c) The yardstick: nothing but forward, backward, clip and step on batches that lie ready.
+
+Outside the timing: reading, processing, collating, and the vision tower, whose output every batch carries. Inside: PEFT's
+layers, logits at the answers only, fused AdamW, an adapter reset for each client and a plain mean over clients. There is no
+round loop that could be resumed, no record, no checkpoint: what (d) takes beyond this is the price of being a framework. It may
+take less, for what PyTorch does to PEFT's many small tensors, it does to a flat one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor
+from torch.nn import functional
+
+from contenders.hf import answer_lengths, load, process
+from contenders.workload import BETAS, CLIP, EPS, LR, Item, Outcome, Workload, average, peak_memory_mb
+
+Batch = tuple[dict[str, Any], Tensor, Tensor]
+
+
+@torch.no_grad()
+def collate(model: Any, processor: Any, items: Sequence[Item]) -> Batch:
+    """(model inputs, labels: (samples, longest answer), answer tokens of each sample); answers end together."""
+    texts = [item.prompt + item.answer for item in items]
+    inputs = process(processor, texts, items, padding=True, padding_side="left")
+    counts = answer_lengths(processor, items)
+    labels = inputs["input_ids"][:, -max(counts) :].clone()
+    for row, count in enumerate(counts):
+        labels[row, : max(counts) - count] = -100
+    pixels = {key: inputs.pop(key) for key in ("pixel_values", "pixel_attention_mask")}
+    inputs["mm_encoder_outputs"] = {"image": model.get_base_model().get_image_features(**pixels, return_dict=True)}
+    return inputs, labels, torch.tensor(counts)
+
+
+def mean_loss(model: Any, batch: Batch) -> Tensor:
+    inputs, labels, counts = batch
+    keep = labels.shape[1] + 1
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return (losses.view(labels.shape).sum(1) / counts).mean()
+
+
+def run(workload: Workload) -> Outcome:
+    model, processor = load(workload)
+    ready = [
+        [[collate(model, processor, [workload.train[i] for i in step]) for step in client] for client in clients]
+        for clients in workload.steps
+    ]
+    # PEFT hands out the parameters' own memory.
+    adapter = get_peft_model_state_dict(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mean_loss(model, ready[0][0][0]).backward()  # warm up
+    losses = []
+    began = time.perf_counter()
+    shared = {name: t.clone() for name, t in adapter.items()}
+    for clients in ready:
+        trained, sizes, total = [], [], torch.zeros(())
+        for steps in clients:
+            for name, tensor in adapter.items():
+                tensor.copy_(shared[name])
+            optimizer = torch.optim.AdamW(parameters, LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+            for batch in steps:
+                optimizer.zero_grad(set_to_none=True)
+                loss = mean_loss(model, batch)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+                optimizer.step()
+                total += loss.detach() * len(batch[2])
+            trained.append({name: t.clone() for name, t in adapter.items()})
+            sizes.append(sum(len(batch[2]) for batch in steps))
+        shared = average(trained, sizes)
+        losses.append(float(total) / sum(sizes))
+    seconds = time.perf_counter() - began
+    return Outcome(losses, shared, seconds, None, None, torch.get_num_threads(), peak_memory_mb())

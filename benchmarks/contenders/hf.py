@@ -1,0 +1,78 @@
+"""What the contenders on transformers and PEFT share: loading, processing, generating, as their documentation shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers.utils import logging
+
+from contenders.workload import ALPHA, BETAS, CLIP, EPS, LR, MAX_NEW_TOKENS, RANK, Item, Workload
+
+logging.disable_progress_bar()
+
+
+def load(workload: Workload) -> tuple[Any, Any]:
+    """The model with a LoRA adapter at its common start, and the processor."""
+    processor = AutoProcessor.from_pretrained(workload.model)
+    model = AutoModelForImageTextToText.from_pretrained(workload.model, dtype=torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=workload.target, lora_dropout=0.0, bias="none")
+    model = get_peft_model(model, config)
+    set_peft_model_state_dict(model, workload.initial)
+    return model, processor
+
+
+def arguments(folder: str, **more: Any) -> TrainingArguments:
+    """The optimizer of the workload, and no disk, progress bar, or report that would only cost the Trainer time."""
+    return TrainingArguments(
+        output_dir=folder, num_train_epochs=1, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP,
+        train_sampling_strategy="sequential", remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
+def process(processor: Any, texts: Sequence[str], items: Sequence[Item], **options: Any) -> dict[str, Any]:
+    """Texts with the items' pictures, read from their files. The chat template has already written the begin mark."""
+    pictures = []
+    for item in items:
+        with Image.open(item.image) as picture:
+            pictures.append([picture.convert("RGB")])
+    return dict(processor(text=list(texts), images=pictures, return_tensors="pt", add_special_tokens=False, **options))
+
+
+def answer_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
+    ids = processor.tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    return [len(one) for one in ids]
+
+
+@torch.no_grad()
+def generate(model: Any, processor: Any, items: Sequence[Item]) -> list[str]:
+    """Greedy answers to one batch of questions."""
+    inputs = process(processor, [item.prompt for item in items], items, padding=True, padding_side="left")
+    pad = processor.tokenizer.pad_token_id
+    made = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad)
+    texts = processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def evaluate(model: Any, processor: Any, items: Sequence[Item], batch: int) -> tuple[float, float]:
+    """(seconds, accuracy) of generating all answers."""
+    model.eval()
+    generate(model, processor, items[:batch])  # warm up
+    began = time.perf_counter()
+    said = [text for i in range(0, len(items), batch) for text in generate(model, processor, items[i : i + batch])]
+    seconds = time.perf_counter() - began
+    return seconds, sum(text == item.truth for text, item in zip(said, items, strict=True)) / len(items)
+
+
+def warm_up(model: Any, processor: Any, items: Sequence[Item]) -> None:
+    """One step's forward and backward passes, thrown away: what PyTorch does only once is not a pattern's own cost."""
+    inputs = process(processor, [item.prompt + item.answer for item in items], items, padding=True)
+    model(**inputs, use_cache=False).logits.float().mean().backward()
+    model.zero_grad(set_to_none=True)
