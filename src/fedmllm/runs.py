@@ -219,7 +219,7 @@ class Runner:
             done, note = record.round + 1, f"loss {record.loss:.3f}"
             if every and done % every == 0 and done < plan.rounds:
                 models = self._own_models(algorithm, state, plan, fleet, done) if algorithm.personal else {0: state}
-                record = replace(record, metrics=self._summarise([self._examine(m) for m in models.values()]))
+                record = replace(record, metrics=self._summarise(self._examine_each(list(models.values()))))
                 metric = primary_metric(self.data.task)
                 note += f"  {metric} {100 * record.metrics[self.config.eval.patterns[0]][metric]:.1f} %"  # type: ignore[operator]
             self.run.save_round(asdict(record), state, self.config.digest())
@@ -254,11 +254,12 @@ class Runner:
         """Every client is tested with its own model and its adapter exported; the figures are the clients' mean."""
         fleet = self._fleet(algorithm, self.bench.clients)
         models = self._own_models(algorithm, state, plan, fleet, plan.rounds)
-        everyone, tested = [], [rows[client] for client in sorted(models)]
-        for number, row in enumerate(tested, start=1):
+        tested = [rows[client] for client in sorted(models)]
+        everyone = self._examine_each([models[row["client"]] for row in tested])
+        for number, (row, predictions) in enumerate(zip(tested, everyone, strict=True), start=1):
             client = row["client"]
-            everyone.append(self._examine(models[client]))
-            row["metrics"] = self._summarise([everyone[-1]])
+            row["metrics"] = self._summarise([predictions])
+            self.bench.model.adapter.set(models[client]["adapter"])
             self.bench.model.adapter.export(self.run.adapters / f"client-{client}", self.config.model.name)
             self.report("clients' own models", number, len(tested), f"client {client}")
         self._save_each(tested, everyone)
@@ -284,10 +285,13 @@ class Runner:
         return judged
 
     def _examine(self, state: State) -> list[Prediction]:
+        return self._examine_each([state])[0]
+
+    def _examine_each(self, states: Sequence[State]) -> list[list[Prediction]]:
+        """The predictions of several models, which all have the first one's fold."""
         began = time.monotonic()
-        self.bench.model.adapter.set_fold(fold_of(state))
-        self.bench.model.adapter.set(state["adapter"])
-        predictions = self.bench.examination.take(self.config.eval)
+        self.bench.model.adapter.set_fold(fold_of(states[0]))
+        predictions = list(self.bench.examination.take_each(self.config.eval, [state["adapter"] for state in states]))
         self._eval_seconds += time.monotonic() - began
         return predictions
 

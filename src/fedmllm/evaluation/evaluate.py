@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedmllm.data.samples import Modality, Sample, Task
 from fedmllm.evaluation.intervals import interval, mean_interval, resamples
 from fedmllm.evaluation.metrics import auc, macro_f1, normalise, token_f1
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.tensors import Tensors
 
 PATTERNS: dict[Pattern, frozenset[Modality]] = {
     "both": frozenset(("image", "text")),
@@ -48,6 +49,10 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Answers = dict[int, tuple[str, float | None]]
+"""question -> (what was answered, probability of the positive answer)."""
 
 
 class Examination:
@@ -87,27 +92,47 @@ class Examination:
 
     def take(self, settings: EvalTable) -> list[Prediction]:
         """The predictions of the adapter that is set now, pattern by pattern."""
-        answers = self._answers(settings)
+        return self._predictions(self._answers(settings, 1)[0])
+
+    def take_each(self, settings: EvalTable, adapters: Sequence[Tensors]) -> Iterator[list[Prediction]]:
+        """The predictions of each adapter. Several are tested in one pass where the questions alone do not fill a batch."""
+        together = settings.batch_size // max(1, self.size) if self._model.adapter.stacks else 1
+        for start in range(0, len(adapters), max(1, together)):
+            group = adapters[start : start + max(1, together)]
+            if len(group) == 1:
+                self._model.adapter.set(group[0])
+                yield self.take(settings)
+                continue
+            with self._model.stacked(group):
+                answers = self._answers(settings, len(group))
+            yield from map(self._predictions, answers)
+
+    def _predictions(self, answers: Answers) -> list[Prediction]:
         return [
             self._judge(pattern, self._questions[index], *answers[index])
             for pattern, indices in self._rows.items()
             for index in indices
         ]
 
-    def _answers(self, settings: EvalTable) -> dict[int, tuple[str, float | None]]:
-        """index -> (predicted answer, probability of the positive answer)."""
+    def _answers(self, settings: EvalTable, clients: int) -> list[Answers]:
+        """What each of the stacked clients answers, or the one adapter that is set."""
         by_length = sorted(range(len(self._questions)), key=lambda i: len(self._questions[i].encoded.prompt))
         closed = [i for i in by_length if self._questions[i].encoded.options]
         open_ended = [i for i in by_length if not self._questions[i].encoded.options]
-        answers: dict[int, tuple[str, float | None]] = {}
+        answers: list[Answers] = [{} for _ in range(clients)]
         for batch in _chunks(closed, settings.batch_size):
-            for i, scores in zip(batch, self._model.option_scores([self._questions[i].encoded for i in batch]), strict=True):
-                choices = self._questions[i].sample.choices or ()
-                positive = float(np.exp(scores[choices.index(self._task.positive)])) if self._task.positive in choices else None
-                answers[i] = (choices[int(np.argmax(scores))], positive)
+            asked = [self._questions[i].encoded for i in batch] * clients
+            found = iter(self._model.option_scores(asked, clients))
+            for mine in answers:
+                for i, scores in zip(batch, found, strict=False):
+                    choices = self._questions[i].sample.choices or ()
+                    at = choices.index(self._task.positive) if self._task.positive in choices else None
+                    mine[i] = (choices[int(np.argmax(scores))], float(np.exp(scores[at])) if at is not None else None)
         for batch in _chunks(open_ended, settings.batch_size):
-            texts = self._model.generate([self._questions[i].encoded for i in batch], settings.max_new_tokens)
-            answers |= {i: (text, None) for i, text in zip(batch, texts, strict=True)}
+            asked = [self._questions[i].encoded for i in batch] * clients
+            texts = iter(self._model.generate(asked, settings.max_new_tokens))
+            for mine in answers:
+                mine |= {i: (text, None) for i, text in zip(batch, texts, strict=False)}
         return answers
 
     def _judge(self, pattern: str, question: Question, predicted: str, score: float | None) -> Prediction:

@@ -25,8 +25,10 @@ from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
 from fedmllm.models.pictures import Pictures
 from fedmllm.models.scoring import option_scores
+from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
+from fedmllm.tensors import Tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,14 @@ class MLLM:
                 yield
         finally:
             self._virtual = virtual
+
+    @contextmanager
+    def stacked(self, adapters: Sequence[Tensors]) -> Iterator[None]:
+        """Answer with several adapters at once: batches hold as many rows for each, one adapter after the other."""
+        stack = Stack(self.adapter, adapters, list(self.adapter.parameters))
+        with torch.no_grad(), stack.installed(len(adapters)):
+            stack.begin([(0, 0)] * len(adapters))
+            yield
 
     # Encoding
 
@@ -187,9 +197,9 @@ class MLLM:
         return self.losses(batch).sum()
 
     @torch.no_grad()
-    def option_scores(self, batch: Sequence[Encoded]) -> list[list[float]]:
+    def option_scores(self, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
         """For each closed question the log-probability of each option, normalised over the options."""
-        return option_scores(self, batch)
+        return option_scores(self, batch, clients)
 
     @torch.no_grad()
     def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from fedmllm.models.mllm import MLLM, Encoded
 
 
-def option_scores(model: MLLM, batch: Sequence[Encoded]) -> list[list[float]]:
+def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
     """For each closed question the log-probability of each option, normalised over the options.
 
     One forward pass: after what all options begin with, the next token tells them apart. Options of which one begins
-    another, or that no one token tells apart, are scored whole.
+    another, or that no one token tells apart, are scored whole. Under a stack of adapters the batch holds the same questions
+    for each of its `clients`, one client after the other.
     """
     heads = [_telling_token(one.options) for one in batch]
     scores: list[list[float]] = [[] for _ in batch]
@@ -30,7 +31,9 @@ def option_scores(model: MLLM, batch: Sequence[Encoded]) -> list[list[float]]:
             scores[i] = functional.log_softmax(picked, dim=-1).tolist()
     family = model.backbone.family
     whole = _continued if family.continues and family.first_position is not None else _repeated
-    for group in _groups([i for i, n in enumerate(heads) if n is None], batch):
+    each = len(batch) // clients
+    for first in _groups([i for i, n in enumerate(heads[:each]) if n is None], batch[:each]):
+        group = [client * each + i for client in range(clients) for i in first]
         questions = [batch[i] for i in group]
         totals = torch.split(whole(model, questions), [len(one.options) for one in questions])
         for i, total in zip(group, totals, strict=True):

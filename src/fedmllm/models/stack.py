@@ -25,10 +25,13 @@ Extent = tuple[int, int]
 class Stack:
     """`values` and `grads`: (clients, entries) in float32. `rows[c]` is client c's parameter for an optimizer.
 
-    Only tensors in `trainable` are in the rows; the others are held as they came. `dropout[c]` draws client c's dropout.
+    Only tensors in `trainable` are in the rows; the others are held as they came. `dropout[c]` seeds client c's dropout;
+    none is drawn where it is empty.
     """
 
-    def __init__(self, adapter: Adapter, starts: Sequence[Tensors], trainable: Sequence[str], dropout: Sequence[int]) -> None:
+    def __init__(
+        self, adapter: Adapter, starts: Sequence[Tensors], trainable: Sequence[str], dropout: Sequence[int] = ()
+    ) -> None:
         self._adapter = adapter
         self._device = next(iter(adapter.parameters.values())).device
         self.ranks = [adapter.rank_in(start) for start in starts]
@@ -42,7 +45,7 @@ class Stack:
             self._frozen[name] = torch.stack(each).to(self._device)
         scales = [adapter.info.scale(rank) for rank in self.ranks] if adapter.plain_lora else []
         self._scales = torch.tensor(scales, device=self._device)
-        self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora else 0.0
+        self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora and dropout else 0.0
         self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in dropout]
         # Of the batch under way: its measures, what gradients flow into, and the named parts of that.
         self._extents: Sequence[Extent] = []
