@@ -17,6 +17,7 @@ from fedmllm.config import AdapterTable, LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError
 from fedmllm.federation import Plan, federate
+from fedmllm.fleets import inprocess
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.models.mllm import MLLM, Encoded
@@ -118,10 +119,28 @@ def run_rounds(model: MLLM, dataset: Path, folder: Path, combination: Sequence[s
     return [state for _, state in made]
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many clients each cohort of the fleet had."""
+    found: list[int] = []
+
+    def watched(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
+        found.append(len(works))
+        return train_cohort(model, works, settings)
+
+    monkeypatch.setattr(inprocess, "train_cohort", watched)
+    return found
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="+".join)
-def test_every_algorithm_is_the_same_in_cohorts(model: MLLM, dataset: Path, tmp_path: Path, combination: Sequence[str]) -> None:
+def test_every_algorithm_is_the_same_in_cohorts(
+    model: MLLM, dataset: Path, tmp_path: Path, passes: list[int], combination: Sequence[str]
+) -> None:
     alone = run_rounds(model, dataset, tmp_path / "alone", combination, 1)
+    assert passes == [1] * 9
+    passes.clear()
     together = run_rounds(model, dataset, tmp_path / "together", combination, 3)
+    assert passes == [3, 3, 3]
     assert len(alone) == len(together) == 3
     for one, other in zip(alone, together, strict=True):
         assert one.keys() == other.keys()

@@ -45,6 +45,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: object) -
     def save_then_fail(self: RunDir, record: Mapping[str, Any], state: State, digest: str) -> None:
         save(self, record, state, digest)
         if record["round"] == after:
+            self.rounds()  # once it is written
             raise OSError("the power went")
 
     with monkeypatch.context() as patch:

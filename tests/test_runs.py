@@ -76,26 +76,34 @@ def test_twice_the_same_and_a_new_directory_each_time(write_experiment: Write) -
 KILLER = """
 import os, signal, sys
 from fedmllm import store, cli
-save, after = store.RunDir.save_round, int(sys.argv[1])
+save, after, when = store.RunDir.save_round, int(sys.argv[1]), sys.argv[2]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 def save_and_die(self, record, state, digest):
+    if record["round"] == after and when == "between record and checkpoint":
+        store.save_state = die
     save(self, record, state, digest)
     if record["round"] == after:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if when == "written":
+            self.rounds()
+        die()
 store.RunDir.save_round = save_and_die
-sys.argv = ["fedmllm", *sys.argv[2:]]
+sys.argv = ["fedmllm", *sys.argv[3:]]
 cli.app()
 """
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int) -> None:
+@pytest.mark.parametrize(
+    ("after", "when"), [(0, "written"), (1, "written"), (1, "being written"), (1, "between record and checkpoint")]
+)
+def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int, when: str) -> None:
     file = write_experiment(name="killed")
     whole = run("run", file, "--out", "whole")
-    killed = subprocess.run([sys.executable, "-c", KILLER, str(after), "run", str(file)], capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", KILLER, str(after), when, "run", str(file)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     folder = RunDir(Path("runs/killed-federated-seed0"))
     assert not folder.complete
-    assert len(folder.rounds()) == after + 1
+    assert len(folder.rounds()) in ((after + 1,) if when == "written" else (after, after + 1))
     resumed = run("run", file, "--resume")
     assert folder.complete
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]

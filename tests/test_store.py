@@ -3,13 +3,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedmllm import store
 from fedmllm.errors import RunError
 from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.tensors import State
 from helpers import same, tensors
 
 
@@ -76,9 +80,56 @@ def test_a_round_done_again_replaces_its_record_and_those_after(tmp_path: Path) 
     assert run.rounds() == [{"round": 0, "try": 1}, {"round": 1, "try": 2}]
 
 
+def test_rounds_are_written_one_behind_and_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller goes on while a round is written, and a round later that one is on the disk."""
+    run, gates = begun(tmp_path), {"1": threading.Event(), "2": threading.Event()}
+    save = store.save_state
+
+    def slow(path: Path, state: State, metadata: Mapping[str, str]) -> None:
+        assert gates[metadata["rounds_done"]].wait(20)
+        save(path, state, metadata)
+
+    monkeypatch.setattr(store, "save_state", slow)
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")  # comes back although nothing is written yet
+    assert not (tmp_path / "checkpoint" / "server.safetensors").exists()
+    gates["1"].set()
+    run.save_round({"round": 1}, {"adapter": tensors(x=1)}, "d")
+    made = RunDir(tmp_path).load_checkpoint()
+    assert made is not None
+    assert made[0] == 1
+    gates["2"].set()
+    run.rounds()
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "save_state", full)
+    run.save_round({"round": 2}, {"adapter": tensors(x=2)}, "d")
+    with pytest.raises(OSError, match="No space left"):
+        run.save_round({"round": 3}, {"adapter": tensors(x=3)}, "d")
+    made = RunDir(tmp_path).load_checkpoint()
+    assert made is not None
+    assert made[0] == 2
+
+
+def test_rounds_go_behind_those_that_are_there(tmp_path: Path) -> None:
+    """A file cut by a kill is put in order first; from then on lines are added to it."""
+    run = begun(tmp_path)
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
+    run.rounds()
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 1, "lo')
+    again = RunDir(tmp_path)
+    for number in (1, 2, 3):
+        again.save_round({"round": number}, {"adapter": tensors(x=0)}, "d")
+    assert [r["round"] for r in again.rounds()] == [0, 1, 2, 3]
+    assert (tmp_path / "rounds.jsonl").read_text().count("\n") == 4
+
+
 def test_a_record_cut_by_a_kill_is_not_counted(tmp_path: Path) -> None:
     run = begun(tmp_path)
     run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
+    run.rounds()
     with (tmp_path / "rounds.jsonl").open("a") as file:
         file.write('{"round": 1, "lo')
     assert run.rounds() == [{"round": 0}]

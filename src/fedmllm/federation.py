@@ -21,7 +21,8 @@ from fedmllm.tensors import State, Tensors, nbytes, problem_with
 class Fleet(Protocol):
     """`train` answers with the updates of the clients in `info.sampled`, in any order; `messages` is what each is sent.
     `forget(round, clients)` says that their updates were refused: what they remember of that round must go with them.
-    `commit(round)` says that the server's state after that round is safe: client memory from before it may go.
+    `commit(round)` says that the server's state after that round is safe, and comes one round late: client memory from
+    before it may go.
     `personal` is the adapter of a client that keeps part of it, after `done` rounds and with this message."""
 
     def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
@@ -156,6 +157,7 @@ def federate(
 ) -> Iterator[tuple[RoundRecord, State]]:
     """Yield each round's record and the server's state after it.
 
+    Asking for round t + 1 says that the state after round t − 1 is safe: one may be written while clients train.
     `resume` is (rounds already done, the server's state after them). Raises TooFewUpdates where a round cannot go on.
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
@@ -191,4 +193,5 @@ def federate(
             ),
             state,
         )
-        fleet.commit(round)
+        if round > done:
+            fleet.commit(round - 1)

@@ -1,4 +1,5 @@
-"""Run directories: what a run leaves on disk, written so that a kill at any moment loses at most the round under way.
+"""Run directories: what a run leaves on disk, written so that a kill at any moment loses at most the round under way and the
+one before it, whose checkpoint may still be on its way to the disk.
 
 `result.json` is written last: its presence means that the run is complete.
 """
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,26 @@ def _dump(value: Any) -> bytes:
     return content.getvalue()
 
 
+class _Writer:
+    """Writes in the background, one thing at a time in the order asked, at most one ahead."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Raises what went wrong with the write before, which is finished then."""
+        self.wait()
+        # A thread of the pool, unlike a daemon, is waited for when the interpreter leaves: Ctrl-C loses no checkpoint.
+        self._pool = self._pool or ThreadPoolExecutor(1, "checkpoint")
+        self._under_way = self._pool.submit(write)
+
+    def wait(self) -> None:
+        last, self._under_way = self._under_way, None
+        if last is not None:
+            last.result()
+
+
 class RunDir:
     """The files of one run. Making the object touches nothing."""
 
@@ -43,6 +66,8 @@ class RunDir:
         self._meta = path / "meta.json"
         self._rounds = path / "rounds.jsonl"
         self._server = self.checkpoint / "server.safetensors"
+        self._writer = _Writer()
+        self._next_round: int | None = None  # the one whose record goes at the end of the file as it is
 
     @property
     def complete(self) -> bool:
@@ -78,6 +103,10 @@ class RunDir:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The records of all whole lines; a line cut by a kill is not one."""
+        self._writer.wait()
+        return self._whole_lines()
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
         if not self._rounds.is_file():
             return []
         found = []
@@ -89,14 +118,29 @@ class RunDir:
         return found
 
     def save_round(self, record: Mapping[str, Any], state: State, config_digest: str) -> None:
-        """First the record, then the checkpoint: a record without its checkpoint is dropped on resume."""
-        records = [r for r in self.rounds() if r["round"] < record["round"]] + [dict(record)]
-        self._write_lines(self._rounds, records)
-        metadata = {"rounds_done": str(record["round"] + 1), "config_digest": config_digest}
+        """Begin to write a round's record and checkpoint; neither argument may change afterwards.
+
+        The round before is safe on disk when this returns. Raises OSError where that could not be written.
+        """
+        self._writer.submit(lambda: self._save_round(dict(record), state, config_digest))
+
+    def _save_round(self, record: dict[str, Any], state: State, config_digest: str) -> None:
+        # First the record, then the checkpoint: a record without its checkpoint is dropped on resume.
+        if record["round"] == self._next_round:
+            with self._rounds.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            kept = [r for r in self._whole_lines() if r["round"] < record["round"]]
+            self._write_lines(self._rounds, [*kept, record])
+        self._next_round = record["round"] + 1
+        metadata = {"rounds_done": str(self._next_round), "config_digest": config_digest}
         save_state(self._server, state, metadata)
 
     def load_checkpoint(self) -> tuple[int, State] | None:
         """(rounds done, the server's state after them), or None before the first round's end."""
+        self._writer.wait()
         if not self._server.is_file():
             return None
         state, metadata = load_state(self._server)
@@ -119,6 +163,7 @@ class RunDir:
         self._write_lines(self.path / "judgements.jsonl", judgements)
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        self._writer.wait()
         write_atomically(self._result, _dump(result))
 
     def _write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

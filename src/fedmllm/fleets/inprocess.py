@@ -35,10 +35,10 @@ class InProcessFleet:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._memory = ClientMemory(site.memory)
-        self._last: list[int] = []
+        self._took_part: dict[int, list[int]] = {}
 
     def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        self._last = list(info.sampled)
+        self._took_part[info.round] = list(info.sampled)
         settings = LocalSettings.of(self._site.train, lr)
         # Clients with as many steps train together, so that few stand idle while others finish.
         waiting = sorted(info.sampled, key=lambda client: (-len(self._site.data[client]), client))
@@ -53,7 +53,7 @@ class InProcessFleet:
         self._memory.forget(round, clients)
 
     def commit(self, round: int) -> None:
-        self._memory.commit(round, self._last)
+        self._memory.commit(round, self._took_part.pop(round))
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
         return complete(message, self._memory.load(client, done), self._site.initial)["adapter"]
@@ -62,10 +62,12 @@ class InProcessFleet:
         self, clients: Sequence[int], info: RoundInfo, messages: Mapping[int, State], settings: LocalSettings
     ) -> Iterator[Update]:
         site, algorithm = self._site, self._site.algorithm
-        alike: dict[tuple[int, tuple[str, ...]], list[_Ready]] = {}
+        alike: dict[tuple[frozenset[tuple[str, int]], tuple[str, ...]], list[_Ready]] = {}
         for client in clients:
             ready = self._prepare(client, info, messages[client])
-            alike.setdefault((id(ready.fold), trainable(site.model, ready.work)), []).append(ready)
+            # By the tensors of the fold: each client has a dictionary of its own.
+            fold = frozenset((name, id(tensor)) for name, tensor in ready.fold.items())
+            alike.setdefault((fold, trainable(site.model, ready.work)), []).append(ready)
         # One base weight and one set of trained tensors to a pass; only an unusual algorithm has several here.
         for group in alike.values():
             site.model.adapter.set_fold(group[0].fold)
