@@ -14,7 +14,7 @@ from fedmllm.algorithms import Update, algorithms
 from fedmllm.algorithms.base import groups
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.config import TrainTable
-from fedmllm.federation import Plan, RoundRecord, TooFewUpdates, federate, learning_rate, sample_clients
+from fedmllm.federation import Plan, RoundRecord, TooFewUpdates, each_alone, federate, learning_rate, sample_clients
 from fedmllm.tensors import State, load_state, nbytes, save_state
 from helpers import ADAPTER_INFO, COMBINATIONS, FakeFleet, built, lora_adapter, same, update
 
@@ -236,3 +236,27 @@ def test_an_update_of_another_rank_than_the_clients_is_refused() -> None:
     fleet = FakeFleet(algorithms.build("hetlora", {}), lambda _, updates: [replace(updates[0], client=1), *updates[1:]])
     record = run(fleet, plan)[0][0]
     assert [r["why"] for r in record.refused] == [f"shape (1, 3) of '{A_NAME}' is not (2, 3)"]
+
+
+# Each alone
+
+
+def test_clients_side_by_side_are_as_many_federations_of_one() -> None:
+    starts = {client: {n: t + client for n, t in ADAPTER.items()} for client in (2, 5, 7)}
+    fleet = FakeFleet(fedavg())
+    together = list(each_alone(fedavg(), fleet, PLAN, starts))
+    assert [info.sampled for info, _, _ in fleet.seen] == [(2, 5, 7)] * 4
+    for client, start in starts.items():
+        alone = federate(fedavg(), FakeFleet(fedavg()), replace(PLAN, clients=(client,), per_round=1), start)
+        for made, (record, state) in zip(together, alone, strict=True):
+            mine, reached = made[client]
+            assert replace(mine, seconds=0) == replace(record, seconds=0)
+            assert same(reached, state)
+
+
+def test_a_client_alone_that_brings_nothing_usable_ends_it() -> None:
+    fleet = FakeFleet(fedavg(), lambda number, updates: [u for u in updates if number < 2 or u.client != 5])
+    rounds = each_alone(fedavg(), fleet, PLAN, {2: ADAPTER, 5: ADAPTER})
+    assert [made.keys() for made in islice(rounds, 2)] == [{2, 5}] * 2
+    with pytest.raises(TooFewUpdates, match=r"round 2: .*\(no client answered\)"):
+        next(rounds)

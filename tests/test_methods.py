@@ -258,6 +258,20 @@ def test_the_local_baseline_has_a_worst_decile_too(write_experiment: Write) -> N
     assert result["metrics"]["both"]["accuracy_worst_decile"] == pytest.approx(lowest, abs=1e-5)
 
 
+def parts_of(folder: Path) -> list[dict[str, Any]]:
+    return [part for c in range(4) if (part := RunDir(folder).load_part(f"client-{c}")) is not None]
+
+
+@pytest.mark.parametrize("parts", [{}, {"algorithm__name": "hetlora", "clients__rank": "[1, 2]"}])
+def test_clients_alone_learn_the_same_in_one_pass(write_experiment: Write, parts: dict[str, object]) -> None:
+    file = write_experiment()
+    one, each = (run("baseline", "local", file, *settings(**parts, train__cohort=n), "--out", f"by {n}") for n in (4, 1))
+    assert (one["cohort"], each["cohort"]) == (4, 1)
+    for a, b in zip(*(parts_of(Path(f"by {n}")) for n in (4, 1)), strict=True):
+        assert [r["loss"] for r in a["rounds"]] == pytest.approx([r["loss"] for r in b["rounds"]], rel=1e-4)
+        assert [p["predicted"] for p in a["predictions"]] == [p["predicted"] for p in b["predictions"]]
+
+
 # Unequal ranks
 
 

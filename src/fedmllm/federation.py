@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
@@ -152,6 +152,46 @@ def _bytes(states: Sequence[State]) -> dict[str, int]:
     return total
 
 
+def _absorb(
+    updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: Plan, state: State, info: RoundInfo
+) -> tuple[State, list[Update], list[dict[str, str | int]]]:
+    """The state after a round with these updates, those it was made of, and why others were refused. Raises TooFewUpdates."""
+    good, refused = usable(updates, algorithm, state, info)
+    # Before the round is recorded: a control variate whose update never arrived must not outlive it, nor a NaN.
+    fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in good}))
+    if len(good) < plan.min_updates:
+        reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
+        raise TooFewUpdates(
+            f"round {info.round}: {len(good)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
+        )
+    return algorithm.aggregate(state, good, info), good, refused
+
+
+def _record(
+    good: Sequence[Update],
+    refused: list[dict[str, str | int]],
+    info: RoundInfo,
+    lr: float,
+    travelled: tuple[Sequence[State], Sequence[State]],
+    seconds: float,
+) -> RoundRecord:
+    """`travelled` are the messages down and up."""
+    examples = sum(u.examples for u in good)
+    return RoundRecord(
+        round=info.round,
+        lr=lr,
+        sampled=list(info.sampled),
+        examples=examples,
+        steps=sum(u.steps for u in good),
+        loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in good) / examples,
+        bytes_down=_bytes(travelled[0]),
+        bytes_up=_bytes(travelled[1]),
+        refused=refused,
+        seconds=seconds,
+        padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in good) / examples,
+    )
+
+
 def federate(
     algorithm: Algorithm, fleet: Fleet, plan: Plan, adapter: Tensors, resume: tuple[int, State] | None = None
 ) -> Iterator[tuple[RoundRecord, State]]:
@@ -167,31 +207,34 @@ def federate(
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         lr = learning_rate(plan, round)
         updates = fleet.train(info, messages, lr)
-        good, refused = usable(updates, algorithm, state, info)
-        # Before the round is recorded: a control variate whose update never arrived must not outlive it, nor a NaN.
-        fleet.forget(round, sorted(set(info.sampled) - {u.client for u in good}))
-        if len(good) < plan.min_updates:
-            reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
-            raise TooFewUpdates(
-                f"round {round}: {len(good)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
-            )
-        state = algorithm.aggregate(state, good, info)
-        examples = sum(u.examples for u in good)
-        yield (
-            RoundRecord(
-                round=round,
-                lr=lr,
-                sampled=list(info.sampled),
-                examples=examples,
-                steps=sum(u.steps for u in good),
-                loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in good) / examples,
-                bytes_down=_bytes(list(messages.values())),
-                bytes_up=_bytes([update.groups for update in updates]),
-                refused=refused,
-                seconds=time.monotonic() - began,
-                padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in good) / examples,
-            ),
-            state,
-        )
+        state, good, refused = _absorb(updates, algorithm, fleet, plan, state, info)
+        travelled = list(messages.values()), [update.groups for update in updates]
+        yield _record(good, refused, info, lr, travelled, time.monotonic() - began), state
         if round > done:
             fleet.commit(round - 1)
+
+
+def each_alone(
+    algorithm: Algorithm, fleet: Fleet, plan: Plan, adapters: Mapping[int, Tensors]
+) -> Iterator[dict[int, tuple[RoundRecord, State]]]:
+    """As many federations of one client as there are `adapters`, side by side, so that a fleet may train them in one pass.
+
+    Yield after each round what `federate` yields, for each client; the seconds are an equal share of what all took. Raises
+    TooFewUpdates where a client's round brought nothing usable.
+    """
+    states = {client: algorithm.init(adapter) for client, adapter in adapters.items()}
+    plans = {client: replace(plan, clients=(client,), per_round=1, min_updates=1) for client in adapters}
+    for round in range(plan.rounds):  # noqa: A001 (the field's word)
+        began = time.monotonic()
+        lr = learning_rate(plan, round)
+        infos = {client: own.info(round, (client,)) for client, own in plans.items()}
+        messages = {client: algorithm.message(states[client], client, info) for client, info in infos.items()}
+        updates = fleet.train(replace(plan, clients=tuple(adapters)).info(round, tuple(adapters)), messages, lr)
+        made = {}
+        for client, info in infos.items():
+            mine = [update for update in updates if update.client == client]
+            states[client], good, refused = _absorb(mine, algorithm, fleet, plans[client], states[client], info)
+            seconds = (time.monotonic() - began) / len(adapters)
+            travelled = [messages[client]], [update.groups for update in mine]
+            made[client] = _record(good, refused, info, lr, travelled, seconds), states[client]
+        yield made

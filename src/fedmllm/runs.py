@@ -31,7 +31,7 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent
-from fedmllm.federation import Fleet, Plan, federate, participants
+from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Site
 from fedmllm.models.mllm import Encoded
@@ -116,14 +116,13 @@ class Runner:
     def _prepare(self) -> None:
         """Encode what the run will train on, before anything is written."""
         began, bench = time.monotonic(), self.bench
-        if self.kind == "federated":
-            clients = participants(self._plan)
+        if self.kind in ("federated", "local"):
+            federated = self.kind == "federated"
+            clients = participants(self._plan) if federated else self._tested(range(self.data.manifest.clients))
             bench.prepare(bench.clients, clients)
-            most = self.config.train.clients_per_round
+            most = self.config.train.clients_per_round if federated else len(clients)
             held = (one for client in clients for one in bench.clients[client])
             self._cohort = cohort_size(bench.model, held, self.config.train, most)
-        elif self.kind == "local":
-            bench.prepare(bench.clients, self._tested(range(self.data.manifest.clients)))
         elif self.kind == "centralised":
             bench.prepare(bench.pooled, [0])
         else:
@@ -157,35 +156,43 @@ class Runner:
 
     def _local(self) -> dict[str, Any]:
         rows, everyone, records = client_rows(self.data.manifest), [], []
-        plan = replace(Plan.of(self.config.train, [0], self.config.seed), rounds=rounds_alone(self.config))
         chosen = self._tested(range(len(rows)))
         tested = [rows[client] for client in chosen]
-        for number, row in enumerate(tested, start=1):
-            client = row["client"]
-            part = self.run.load_part(f"client-{client}")
-            if part is None:
-                own = {client: self.bench.clients[client]}
-                adapter = self.bench.initial
-                if self.config.clients.rank:
-                    adapter = resized(adapter, self.config.rank_of(client), self.bench.model.info)
-                done = []
-                fleet, state = self._fleet(fedavg(), own), {"adapter": adapter}
-                for record, state in federate(fedavg(), fleet, replace(plan, clients=(client,)), adapter):  # noqa: B007
-                    done.append(asdict(record))
-                part = {"predictions": [p.to_json() for p in self._examine(state)], "rounds": done}
-                self.run.save_part(f"client-{client}", part)
-            predictions = [Prediction(**p) for p in part["predictions"]]
-            row["metrics"] = self._summarise([predictions])
-            everyone.append(predictions)
-            records += part["rounds"]
-            score = row["metrics"][self.config.eval.patterns[0]][primary_metric(self.data.task)]
-            self.report(
-                "clients alone", number, len(tested), f"client {client}: {primary_metric(self.data.task)} {100 * score:.1f} %"
-            )
+        for start in range(0, len(chosen), self._cohort):
+            self._train_alone([c for c in chosen[start : start + self._cohort] if self.run.load_part(f"client-{c}") is None])
+            for number, row in enumerate(tested[start : start + self._cohort], start=start + 1):
+                part = self.run.load_part(f"client-{row['client']}")
+                assert part is not None
+                predictions = [Prediction(**p) for p in part["predictions"]]
+                row["metrics"] = self._summarise([predictions])
+                everyone.append(predictions)
+                records += part["rounds"]
+                metric = primary_metric(self.data.task)
+                score = row["metrics"][self.config.eval.patterns[0]][metric]
+                self.report("clients alone", number, len(tested), f"client {row['client']}: {metric} {100 * score:.1f} %")
         self._save_each(tested, everyone)
         # Nothing travels when clients train alone.
         silent_records = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
         return self._result(everyone, silent_records, None, rows)
+
+    def _train_alone(self, clients: Sequence[int]) -> None:
+        """Train each of these clients on its own data only, test it and keep what came of it as a part of the run."""
+        if not clients:
+            return
+        config, bench = self.config, self.bench
+        plan = replace(Plan.of(config.train, clients, config.seed), rounds=rounds_alone(config))
+        adapters = dict.fromkeys(clients, bench.initial)
+        if config.clients.rank:
+            adapters = {c: resized(bench.initial, config.rank_of(c), bench.model.info) for c in clients}
+        done: dict[int, list[dict[str, Any]]] = {client: [] for client in clients}
+        states: dict[int, State] = {}
+        for made in each_alone(fedavg(), self._fleet(fedavg(), bench.clients), plan, adapters):
+            for client, (record, state) in made.items():
+                done[client].append(asdict(record))
+                states[client] = state
+        for client, predictions in zip(clients, self._examine_each([states[c] for c in clients]), strict=True):
+            part = {"predictions": [p.to_json() for p in predictions], "rounds": done[client]}
+            self.run.save_part(f"client-{client}", part)
 
     # Their common steps
 
