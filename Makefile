@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by side; about two minutes
+demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by side; about a minute
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
@@ -36,9 +36,11 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(INSTALL) -e ".[bench]"
 	touch $@
 
-bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, and the cost of many clients; about ten minutes
+bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to the floor, and the cost of many clients; about fifteen minutes
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/local_training.py
+	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/overhead.py --rounds 4 --repeats 2
 	$(BIN)/python benchmarks/scale.py
 
 $(VENV)/installed-docs: $(VENV)/installed
