@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedmllm import __version__, config
 from fedmllm.config import Experiment
-from fedmllm.errors import RunError, UserError
+from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.store import RunDir, new_run, unfinished
 
 P = ParamSpec("P")
@@ -111,12 +111,15 @@ def _table(table: Any) -> None:
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
     from fedmllm.experiment import default_stem, prepare
+    from fedmllm.fleets import fleets
     from fedmllm.progress import Progress
     from fedmllm.report.tables import comparison, metrics_table
     from fedmllm.runs import Runner
 
     _quiet()
     experiment = _load(file, overrides)
+    if kind == "federated" and (why := fleets.build(experiment.fleet.name, experiment.fleet.options).refuse):
+        raise ConfigError(why)
     run = _choose_run(experiment, default_stem(experiment, kind), kind, out, resume)
     if run.complete:
         result = run.result()

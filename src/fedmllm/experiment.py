@@ -101,6 +101,11 @@ def build_algorithm(config: Experiment) -> Algorithm:
             f"clients.rank: {name!r} cannot average adapters of ranks {sorted(ranks)} under model.lora.rank = "
             f"{config.model.lora.rank}; give all clients that rank, or choose one of {', '.join(able)}."
         )
+    sites = config.fleet.options.get("sites")
+    if sites and len(sites) != config.partition.clients:
+        raise ConfigError(
+            f"partition.clients = {config.partition.clients}, but fleet.sites names {len(sites)}; a client is a site there."
+        )
     algorithm = regularizations.build(config.regularization.name, config.regularization.options)(algorithm)
     if algorithm.needs_layers and kind == "prompt-tuning":
         raise ConfigError(
@@ -183,6 +188,12 @@ def _join(parts: Sequence[Part], split: Split) -> list[Sample]:
                 raise DataError(f"task.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
             joined |= {s.id: s for s in usable}
     return [joined[sample_id] for sample_id in sorted(joined)]
+
+
+def load_split(table: TaskTable, split: Split) -> tuple[Task, list[Sample], int]:
+    """A task's samples of one split, in the order of their ids, and how many were skipped. Raises ConfigError and DataError."""
+    parts = _look(table, (split,), "task")
+    return parts[0].task, _join(parts, split), sum(len(part.found.skipped) for part in parts)
 
 
 def prepare(config: Experiment, parts: Sequence[Part] | None = None) -> Data:

@@ -19,7 +19,8 @@ from fedmllm.tensors import State, Tensors, nbytes, problem_with
 
 
 class Fleet(Protocol):
-    """`train` answers with the updates of the clients in `info.sampled`, in any order; `messages` is what each is sent.
+    """`train` answers with the updates of the clients in `messages`, which has what each is sent, in any order; they are all
+    that `info.sampled` names, or those of them that this fleet serves.
     `forget(round, clients)` says that their updates were refused: what they remember of that round must go with them.
     `commit(round)` says that the server's state after that round is safe, and comes one round late: client memory from
     before it may go.
@@ -132,6 +133,8 @@ def usable(
 def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> str | None:
     if update.client not in info.sampled:
         return "not sampled in this round"
+    if update.problem:
+        return update.problem
     if update.examples < 1 or update.steps < 1:
         return "no examples"
     reference = algorithm.uploads(state, update.client, info)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
-from fedmllm.fleets.base import Site
+from fedmllm.fleets.base import FleetKind, Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir
@@ -58,6 +59,7 @@ def describe(config: Experiment, kind: Kind, data: Data, bench: Bench) -> dict[s
     """`meta.json`: what made this run."""
     return {
         "kind": kind,
+        "run_id": secrets.token_hex(8),
         "config_digest": config.digest(),
         "manifest_digest": data.manifest.digest(),
         "versions": {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
@@ -84,8 +86,21 @@ def peak_memory_mb() -> int:
 class Runner:
     """One run of one kind in one directory."""
 
-    def __init__(self, config: Experiment, data: Data, bench: Bench, run: RunDir, kind: Kind, report: Report = silent) -> None:
+    def __init__(
+        self,
+        config: Experiment,
+        data: Data,
+        bench: Bench,
+        run: RunDir,
+        kind: Kind,
+        report: Report = silent,
+        elsewhere: FleetKind | None = None,
+    ) -> None:
+        """`elsewhere` is the fleet that trains a federation's clients, in place of the one that the experiment names."""
         self.config, self.data, self.bench, self.run, self.kind, self.report = config, data, bench, run, kind, report
+        named = fleets.build(config.fleet.name, config.fleet.options)
+        # What a federation is compared with is trained here, wherever its clients are.
+        self._fleets = (elsewhere or named) if kind == "federated" else fleets.build("in-process", {})
         self._began = time.monotonic()
         self._eval_seconds = self._prepare_seconds = 0.0
         self._cohort = 1
@@ -116,7 +131,9 @@ class Runner:
     def _prepare(self) -> None:
         """Encode what the run will train on, before anything is written."""
         began, bench = time.monotonic(), self.bench
-        if self.kind in ("federated", "local"):
+        if not self._fleets.here:
+            bench.prepare(bench.clients, [])
+        elif self.kind in ("federated", "local"):
             federated = self.kind == "federated"
             clients = participants(self._plan) if federated else self._tested(range(self.data.manifest.clients))
             bench.prepare(bench.clients, clients)
@@ -208,10 +225,21 @@ class Runner:
         return dict(enumerate(gaps(self.data.manifest)))
 
     def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
-        make = fleets.build(self.config.fleet.name, self.config.fleet.options)
-        memory = self.run.checkpoint / "clients"
-        bench, train = self.bench, self.config.train
-        return make(Site(bench.model, algorithm, clients, train, bench.initial, self._gaps, memory, self._cohort))
+        bench, train, memory = self.bench, self.config.train, self.run.checkpoint / "clients"
+        site = Site(bench.model, algorithm, clients, train, bench.initial, self._gaps, memory, self._cohort)
+        if not self._fleets.here:
+            run = self.run.meta().get("run_id", self.config.digest())
+            site = replace(site, run=run, config=self.config.toml(), last=self._last_rounds())
+        return self._fleets.make(site)
+
+    def _last_rounds(self) -> dict[int, int]:
+        """client -> the last round, of those that the checkpoint has, in which its update was used."""
+        resume = self.run.load_checkpoint()
+        last: dict[int, int] = {}
+        for record in self.run.rounds()[: resume[0] if resume else 0]:
+            refused = {refusal["client"] for refusal in record["refused"]}
+            last |= {client: record["round"] for client in record["sampled"] if client not in refused}
+        return last
 
     def _train(
         self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: Plan, stage: str

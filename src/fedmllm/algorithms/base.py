@@ -99,13 +99,17 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends back: groups of tensors, and the counts that weighting needs."""
+    """What a client sends back: groups of tensors, and the counts that weighting needs.
+
+    `problem` says why there is nothing, for a client that could not train or did not answer; the update is refused then.
+    """
 
     client: int
     groups: State
     examples: int
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
 
 
 def plain_rule(received: State, memory: State, info: RoundInfo) -> LocalRule:

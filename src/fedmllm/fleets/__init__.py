@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from fedmllm.federation import Fleet
-from fedmllm.fleets.base import Site
+from fedmllm.fleets.base import FleetKind
 from fedmllm.registry import Registry
 
-fleets: Registry[Callable[[Site], Fleet]] = Registry("fleet", __name__)
+fleets: Registry[FleetKind] = Registry("fleet", __name__)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedmllm.algorithms import ClientInfo, RoundInfo, Update, complete
 from fedmllm.algorithms.factors import fold_of
-from fedmllm.federation import Fleet
 from fedmllm.fleets import fleets
-from fedmllm.fleets.base import Site
+from fedmllm.fleets.base import FleetKind, Site
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
@@ -38,10 +37,10 @@ class InProcessFleet:
         self._took_part: dict[int, list[int]] = {}
 
     def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        self._took_part[info.round] = list(info.sampled)
+        self._took_part[info.round] = sorted(messages)
         settings = LocalSettings.of(self._site.train, lr)
         # Clients with as many steps train together, so that few stand idle while others finish.
-        waiting = sorted(info.sampled, key=lambda client: (-len(self._site.data[client]), client))
+        waiting = sorted(messages, key=lambda client: (-len(self._site.data[client]), client))
         size = self._site.cohort
         return [
             update
@@ -96,6 +95,6 @@ class InProcessFleet:
 
 
 @fleets.register("in-process")
-def in_process() -> Callable[[Site], Fleet]:
+def in_process() -> FleetKind:
     """All clients in this process on one resident model, `train.cohort` of them in one pass."""
-    return InProcessFleet
+    return FleetKind(InProcessFleet)

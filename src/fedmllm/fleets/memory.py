@@ -53,6 +53,12 @@ class ClientMemory:
         for client in clients:
             self._path(client, round).unlink(missing_ok=True)
 
+    def go_back(self, client: int, last: int) -> None:
+        """What the client remembered of rounds after `last` goes."""
+        for later in self._rounds(client):
+            if later > last:
+                self._path(client, later).unlink()
+
     def commit(self, round: int, clients: list[int]) -> None:
         """The server is past `round`: what these clients remembered before it is not needed any more."""
         for client in clients:

@@ -1,0 +1,1 @@
+"""Clients that train elsewhere: what travels between the round loop and a site, and what a site does with it."""

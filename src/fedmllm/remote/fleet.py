@@ -1,0 +1,61 @@
+"""The fleet whose clients are elsewhere: it writes jobs, waits a bounded time, and reads what came back with suspicion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmllm.algorithms import RoundInfo, Update
+from fedmllm.errors import RunError
+from fedmllm.remote.protocol import Job, Kind, Post, Reply
+from fedmllm.tensors import State, Tensors
+
+
+class RemoteFleet:
+    """`run` and `config` are a run's name and its experiment as TOML; `timeout` the seconds that a round may take.
+
+    `last` has for each client the last round whose update was used, of a run that is resumed. Clients are told it, so that
+    what they remember of a round that came to nothing goes, whatever became of the messages about it.
+    """
+
+    def __init__(self, post: Post, run: str, config: str, timeout: float, last: Mapping[int, int] | None = None) -> None:
+        self._post, self._run, self._config, self._timeout = post, run, config, timeout
+        self._last = dict(last or {})
+        self._under_way: tuple[int, ...] = ()
+
+    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+        """An update of every client; of those that sent none that can be read, one that says why."""
+        self._under_way = tuple(messages)
+        jobs = {client: self._job("train", client, info.round, state, info, lr) for client, state in messages.items()}
+        replies = self._post.exchange(jobs, self._timeout)
+        return [self._update(client, replies.get(client)) for client in messages]
+
+    def _job(self, kind: Kind, client: int, round: int, state: State, info: RoundInfo | None = None, lr: float = 0.0) -> Job:
+        sampled, ranks = (info.sampled, info.ranks) if info else ((), {})
+        return Job(kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state)
+
+    def _update(self, client: int, reply: Reply | None) -> Update:
+        if reply is None:
+            return Update(client, {}, 0, 0, problem=f"no answer within {self._timeout:g} s")
+        if reply.problem:
+            return Update(client, {}, 0, 0, problem=reply.problem)
+        if reply.client != client:  # not its own name, or another's
+            return Update(client, {}, 0, 0, problem=f"answered as client {reply.client}")
+        return Update(client, reply.groups, reply.examples, reply.steps, reply.metrics)
+
+    def forget(self, round: int, clients: Sequence[int]) -> None:
+        """Nothing is sent: with its next job a client is told of the last round that it was part of."""
+        self._last |= dict.fromkeys(set(self._under_way) - set(clients), round)
+
+    def commit(self, round: int) -> None:
+        """Nothing is sent: a client drops what is older than the last round that it was part of by itself."""
+
+    def personal(self, client: int, message: State, done: int) -> Tensors:
+        """Raises RunError where the client does not answer."""
+        reply = self._post.exchange({client: self._job("personal", client, done, message)}, self._timeout).get(client)
+        if reply is None or reply.problem or "adapter" not in reply.groups:
+            why = reply.problem if reply else f"no answer within {self._timeout:g} s"
+            raise RunError(f"client {client} did not send its own adapter ({why}); go on with --resume when it is there.")
+        return reply.groups["adapter"]
+
+
+__all__ = ["RemoteFleet"]

@@ -1,0 +1,158 @@
+"""What a site does with the jobs it is sent: keep the model, its own data and its clients' memory, and train.
+
+A site with data of its own takes from the server's experiment how to train, and never what on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedmllm import __version__
+from fedmllm.bench import Bench, gaps
+from fedmllm.config import Experiment, TaskTable, validate
+from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.data.samples import MODALITIES, Modality
+from fedmllm.errors import ConfigError, UserError
+from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
+from fedmllm.fleets.base import Site
+from fedmllm.fleets.inprocess import InProcessFleet
+from fedmllm.fleets.memory import ClientMemory
+from fedmllm.remote.protocol import Job, Reply
+from fedmllm.tensors import Tensors
+from fedmllm.training.capacity import cohort_size
+
+_RUN = re.compile(r"[0-9a-f]{8,64}")
+"""A run's name becomes a folder's: nothing else may."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a site brings: its data, which modalities of it are used, and where it computes."""
+
+    name: str
+    task: TaskTable
+    modalities: frozenset[Modality] = frozenset(MODALITIES)
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+def structure(adapter: Tensors) -> str:
+    """A digest of the names and shapes: sites and server must adapt the same model in the same way."""
+    shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(adapter.items())]
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+
+
+def own_data(config: Experiment, own: Own) -> Data:
+    """The site's samples as those of its client. Raises ConfigError where the federation does not name the site."""
+    sites = list(config.fleet.options.get("sites") or [])
+    if own.name not in sites:
+        raise ConfigError(f"the federation has no site {own.name!r}; its sites are {', '.join(sites) or 'not named'}.")
+    check_parts(config)
+    task, samples, skipped = load_split(config.task, "train")
+    client = sites.index(own.name)
+    held = (Holding(s.id, client, s.modalities & own.modalities) for s in samples)
+    return Data(task, samples, [], skipped, Manifest.of((h for h in held if h.visible), config.partition.clients))
+
+
+class _Experiment:
+    """One experiment as a site sees it, with the model loaded."""
+
+    def __init__(self, text: str, own: Own | None) -> None:
+        raw = tomllib.loads(text)
+        if own is not None:
+            raw["task"] = own.task.model_dump(mode="json", exclude_none=True)
+            raw.setdefault("model", {})["device"] = own.device
+            if raw["model"].get("trust_remote_code") and not own.trust_remote_code:
+                raise ConfigError(
+                    "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
+                    "does not allow it."
+                )
+        self.config = with_defaults(validate(raw, "the server's experiment"))
+        self.algorithm = build_algorithm(self.config)
+        data = prepare(self.config) if own is None else own_data(self.config, own)
+        self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
+        self.cohort = 1
+
+    @cached_property
+    def gaps(self) -> dict[int, float]:
+        return dict(enumerate(gaps(self.bench.clients.manifest)))
+
+    def site(self, memory: Path, clients: Sequence[int]) -> Site:
+        bench, train = self.bench, self.config.train
+        bench.prepare(bench.clients, clients)
+        if len(clients) > self.cohort:
+            held = (one for client in clients for one in bench.clients[client])
+            self.cohort = cohort_size(bench.model, held, train, len(clients))
+        return Site(bench.model, self.algorithm, bench.clients, train, bench.initial, self.gaps, memory, self.cohort)
+
+
+class Worker:
+    """Answers jobs, one experiment at a time. `folder` is where clients' memory goes, a folder a run.
+
+    `own` is None where every client's data is in the experiment's own task, dealt out by its manifest, as in simulations.
+    """
+
+    def __init__(self, folder: Path, own: Own | None = None) -> None:
+        self._folder, self._own = folder, own
+        self._known: tuple[str, _Experiment] | None = None
+
+    def answer(self, jobs: Sequence[Job]) -> list[Reply]:
+        """A reply to each job, in their order; jobs to train must be of one run and round. Never raises: what goes wrong is
+        in the replies, without anything of the data."""
+        try:
+            return self._answer(jobs)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:  # the boundary: a message of any other error may quote data, its place does not
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{type(error).__name__} at the site ({Path(where.filename).name}, line {where.lineno})"
+        return [Reply(job.client, problem=problem) for job in jobs]
+
+    def _answer(self, jobs: Sequence[Job]) -> list[Reply]:
+        first = jobs[0]
+        if not _RUN.fullmatch(first.run):
+            raise ConfigError("the run's name is none that fedmllm gives.")
+        if self._known is None or self._known[0] != first.config:
+            self._known = None  # the old model goes before the new one comes
+            self._known = first.config, _Experiment(first.config, self._own)
+        experiment = self._known[1]
+        if first.kind == "describe":
+            return [self._describe(experiment, job) for job in jobs]
+        return self._train(experiment, jobs) if first.kind == "train" else [self._personal(experiment, job) for job in jobs]
+
+    def _describe(self, experiment: _Experiment, job: Job) -> Reply:
+        client = job.client
+        if self._own is not None:
+            client = experiment.config.fleet.options["sites"].index(self._own.name)
+        samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
+        about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
+        about |= {"fedmllm": __version__, "adapter": structure(experiment.bench.initial)}
+        return Reply(client, about=about)
+
+    def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
+        first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
+        memory = ClientMemory(folder)
+        for job in jobs:
+            memory.go_back(job.client, min(job.last, job.round - 1))
+            memory.commit(job.last, [job.client])
+        info = first.info(config.train.rounds, config.partition.clients, config.seed)
+        fleet = InProcessFleet(experiment.site(folder, [job.client for job in jobs]))
+        messages = {job.client: job.state for job in jobs}
+        updates = {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
+        made = [updates[job.client] for job in jobs]
+        return [Reply(u.client, u.groups, u.examples, u.steps, u.metrics) for u in made]
+
+    def _personal(self, experiment: _Experiment, job: Job) -> Reply:
+        fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
+        return Reply(job.client, {"adapter": fleet.personal(job.client, job.state, job.round)})
+
+
+__all__ = ["Own", "Worker", "own_data", "structure"]
