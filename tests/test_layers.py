@@ -15,7 +15,8 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-ALL = FLEETS | {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "cli", "__init__"}
+REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__"}
+ALL = REMOTE | {"sweep", "report", "cli", "remote"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
+    "remote": REMOTE,
     "cli": ALL,
     "__main__": {"cli"},
 }  # fmt: skip
