@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from fedmllm.fleets.base import FleetKind, Site
 from fedmllm.progress import Progress
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.grid import GridPost
+from fedmllm.remote.processes import alone_in
 from fedmllm.remote.protocol import Job
 from fedmllm.remote.site import structure
 from fedmllm.runs import Runner
@@ -118,18 +117,6 @@ def run_over(grid: Grid, config: Experiment, run: RunDir, report: Report = silen
     return _Federation(grid, config, run, report, pause).execute()
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises RunError where another process does: two must never write one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another process is writing this run; wait for it or end it.") from None
-        yield
-
-
 def _load(settings: Mapping[str, Any]) -> Experiment:
     path = str(settings.get("experiment") or "")
     if not path:
@@ -166,4 +153,4 @@ def main(grid: Grid, context: Context) -> None:
 app = ServerApp()
 app.main()(main)
 
-__all__ = ["alone_in", "app", "main", "run_over", "site_manifest"]
+__all__ = ["app", "main", "run_over", "site_manifest"]
