@@ -40,7 +40,9 @@ def examination(model: MLLM, dataset: Path, kinds: Sequence[Sample]) -> Examinat
         for kind in kinds
         for i, color in enumerate(("red", "blue", "green", "red"))
     ]
-    made = Examination(model, replace(task(), positive="red"), samples, ["both", "text"], prompts.build("modality-agnostic", {}), 300)
+    made = Examination(
+        model, replace(task(), positive="red"), samples, ["both", "text"], prompts.build("modality-agnostic", {}), 300
+    )
     model.prepare_features()
     return made
 
