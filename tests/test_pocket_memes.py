@@ -19,7 +19,6 @@ from fedmllm.data.samples import Sample, Split, collect, decode
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.pocket_memes import CHOICES, COLORS, Meme, ceiling, draw_meme
 from fedmllm.errors import ConfigError
-from fedmllm.evaluation.metrics import auc
 from fedmllm.experiment import prepare
 from fedmllm.rng import stream
 from helpers import quick

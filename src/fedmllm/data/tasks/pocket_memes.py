@@ -1,10 +1,11 @@
 """pocket-memes: does the picture show what the text says? Yes or no, in the manner of Hateful Memes (Kiela et al. 2020).
 
-The picture shows a coloured shape, the text names a colour, and the answer is yes where the colours are the same. Each colour is
-as frequent with yes as with no, so neither side alone tells anything by its colour: these are the confounders. In a share
-`p_image` of the samples the shape gives the answer away (a star with yes, a cross with no), in a share `p_text` a word does ("hot"
-with yes, "cold" with no), independently; `noise` is the share of answers that are then turned over. The best AUC that any model
-can reach from the picture, the text or both follows from these numbers alone: see `ceiling` and docs/data.md.
+The picture shows a coloured shape, the text names a colour, and the answer is yes where the colours are the same. Each
+colour is as frequent with yes as with no, so neither side alone tells anything by its colour: these are the confounders.
+In a share `p_image` of the samples the shape gives the answer away (a star with yes, a cross with no), in a share `p_text` a
+word does ("hot" with yes, "cold" with no), independently; `noise` is the share of answers that are then turned over. The
+best AUC that any model can reach from the picture, the text or both follows from these numbers alone: see `ceiling` and
+docs/data.md.
 """
 
 from __future__ import annotations
