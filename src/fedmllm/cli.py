@@ -282,24 +282,43 @@ def evaluate(
 @app.command()
 @_guarded
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="NAME", help="Test against this cell of the grid, or this RUN_DIR.")
+    ] = None,
+    by_pattern: Annotated[
+        bool, typer.Option("--by-pattern", help="Of a sweep: every training scenario under every test pattern.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Put finished runs side by side; a sweep's folder as a table with the published figures where there are some."""
-    from fedmllm.report.grids import grid_table, read_grid
+    from fedmllm.report import significance
+    from fedmllm.report.grids import grid_table, pattern_table, read_grid
     from fedmllm.report.tables import comparison
 
     if len(directories) == 1 and (directories[0] / "sweep.json").is_file():
         grid = read_grid(directories[0])
+        if baseline:
+            grid["significance"] = significance.against(directories[0], grid, baseline)
         if as_json:
             _print(grid)
-        else:
-            _table(grid_table(grid))
+            return
+        _table(pattern_table(grid) if by_pattern else grid_table(grid))
+        if baseline:
+            _table(significance.significance_table(grid["significance"], grid["axes"][0]))
         return
+    if by_pattern:
+        raise RunError("--by-pattern is of a sweep: give one folder that a sweep made.")
     results = [RunDir(directory).result() for directory in directories]
+    tests = significance.runs_against(directories, Path(baseline)) if baseline else []
     if as_json:
-        _print([{"run": str(d), **r} for d, r in zip(directories, results, strict=True)])
-    else:
-        _table(comparison(results))
+        tested = {one["run"]: one for one in tests}
+        rows = [{"run": str(d), **r} for d, r in zip(directories, results, strict=True)]
+        _print([row | ({"against": baseline, **tested[row["run"]]} if row["run"] in tested else {}) for row in rows])
+        return
+    _table(comparison(results))
+    if baseline:
+        _table(significance.runs_table(tests, Path(baseline)))
 
 
 @app.command()

@@ -28,6 +28,7 @@ from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
+from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent
@@ -306,6 +307,8 @@ class Runner:
         models = self._judged(models)
         companion = f"+{config.task.companion.name}" if config.task.companion else ""
         train_seconds = sum(float(record["seconds"]) for record in records)
+        metrics = self._summarise(models, judged=config.judge.name != "none")
+        scores = client_scores(self.data.manifest, metrics, rows, primary_metric(task))
         return {
             "schema": SCHEMA,
             "name": config.name,
@@ -321,9 +324,11 @@ class Runner:
             "adapter": config.model.adapter.kind,
             "seed": config.seed,
             "primary_metric": primary_metric(task),
+            "positive": task.positive,
             "judge": config.judge.name,
-            "metrics": self._summarise(models, judged=config.judge.name != "none"),
+            "metrics": metrics,
             "per_client": rows,
+            "clients": fairness(scores),
             "rounds": len(records),
             "cohort": self._cohort,
             "bytes_up": _sum_groups(records, "bytes_up"),
