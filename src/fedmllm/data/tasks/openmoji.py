@@ -18,11 +18,19 @@ from fedmllm.data.samples import Problem, Sample, Split, Task
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
 
-GROUPS = (
-    "smileys and emotion", "people and body", "animals and nature", "food and drink", "travel and places", "activities",
-    "objects", "symbols", "flags",
-)  # fmt: skip
-"""Unicode's groups in Unicode's order, without "Component": parts of emoji such as hair, which are no emoji."""
+GROUPS = {
+    "Smileys & Emotion": "smileys",
+    "People & Body": "people",
+    "Animals & Nature": "animals",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
+    "Activities": "activities",
+    "Objects": "objects",
+    "Symbols": "symbols",
+    "Flags": "flags",
+}
+"""Unicode's groups in its order, by their first word, without "Component": parts of emoji such as hair, which are none."""
+CHOICES = tuple(GROUPS.values())
 SIZE, POINTS = 64, 48
 """Pixels along each edge of a picture, and of the drawing's em; the widest drawings are then 62 pixels wide."""
 SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
@@ -45,12 +53,8 @@ def split_of(unified: str) -> Split:
     return "test" if share < TEST_SHARE else "train"
 
 
-def _group(category: str) -> str:
-    return category.lower().replace("&", "and")
-
-
 def _usable(emoji: Any) -> bool:
-    return _group(emoji.category) in GROUPS and not SKIN_TONES & set(emoji.char)
+    return emoji.category in GROUPS and not SKIN_TONES & set(emoji.char)
 
 
 def _load(split: Split) -> Iterator[Sample | Problem]:
@@ -69,12 +73,12 @@ def _load(split: Split) -> Iterator[Sample | Problem]:
             yield Sample(
                 id=f"openmoji/{emoji.unified}",
                 question="which group is this emoji of?",
-                answer=_group(emoji.category),
+                answer=GROUPS[emoji.category],
                 image=picture,
                 text=str(emoji.name).lower(),
-                choices=GROUPS,
+                choices=CHOICES,
                 lettered=True,
-                label=_group(emoji.category),
+                label=GROUPS[emoji.category],
                 source="openmoji",
                 where=f"emoji {emoji.unified}",
             )
