@@ -258,9 +258,11 @@ def partition(
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
     patterns: Patterns = None,
+    overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Test a finished run's adapter again, under other modality patterns."""
+    """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
+    from fedmllm.experiment import options_of
     from fedmllm.progress import Progress
     from fedmllm.report.tables import metrics_table
     from fedmllm.runs import reevaluate
@@ -269,12 +271,21 @@ def evaluate(
     run = RunDir(directory)
     run.result()
     raw = config.read(run.config)
+    settings = [config.parse_override(override) for override in overrides or []]
+    for path, value in settings:
+        if path[0] not in ("task", "eval", "prompt"):
+            raise RunError(f"--set {'.'.join(path)}: only [task], [eval] and [prompt] matter to a run that is trained.")
+        if path == ["task", "name"] and value != raw["task"]["name"] and raw["task"].pop("companion", None):
+            typer.echo("note: task.companion belonged to the run's own task and was dropped", err=True)
+    raw, notes = config.apply_settings(raw, settings, options_of)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if patterns:
         raw.setdefault("eval", {})["patterns"] = [p.strip() for p in patterns.split(",")]
     with Progress() as report:
         metrics = reevaluate(run, config.validate(raw, str(run.config)), report)
     if as_json:
-        _print({"run": str(directory), "metrics": metrics})
+        _print({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
     else:
         _table(metrics_table(metrics, str(directory)))
 
