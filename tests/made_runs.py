@@ -50,7 +50,8 @@ def make_sweep(
 ) -> Path:  # fmt: skip
     """A sweep's folder over two axes. Zero-shot cells share one run; cells whose id begins with `missing` have none."""
     first, second = axes
-    rows = []
+    rows: list[dict[str, Any]] = []
+    folder.mkdir(parents=True)
     for a in axes[first]:
         for b in axes[second]:
             cell = {first: a, second: b}

@@ -334,6 +334,32 @@ def compare(
 
 @app.command()
 @_guarded
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="SWEEP_DIR...", help="Folders that sweeps made.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.md", help="The page; pictures go into figures/ beside it.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="The cell to test against; by default zero-shot or the first."),
+    ] = None,
+) -> None:
+    """Write sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
+    from fedmllm.report.writeup import page
+    from fedmllm.tensors import write_atomically
+
+    if out.suffix != ".md":
+        raise RunError(f"--out {out}: the page is Markdown; give a name that ends in .md.")
+    made = page(directories, baseline)
+    (out.parent / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in made.pictures.items():
+        write_atomically(out.parent / name, picture.encode())
+    write_atomically(out, "\n".join(made.lines).encode())
+    typer.echo(f"{out} and {len(made.pictures)} pictures")
+
+
+@app.command()
+@_guarded
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The sweep file.", show_default=False)],
     overrides: Set = None,
