@@ -68,7 +68,7 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
         [*r[:5], r[5].split(" ")[0]] for r in patterns
     ]
     assert ["FedAvg", "0.00", "12.00"] in rows_of(text, "### Cost")
-    assert "Broken is below zero-shot in 4 of 4 places, worst at α = 5 by 17.5 points." in text
+    assert "Broken is below zero-shot in 4 of 4 places (significantly in 0), worst at α = 5 by 17.5 points." in text
     assert "FedAvg is below" not in text
     assert "figures/made.svg" in text
 

@@ -78,7 +78,8 @@ def read_grid(folder: Path) -> dict[str, Any]:
             cell["by_pattern"].setdefault(name, []).append(values.get(metric))
             if "ceiling" in values:
                 cell.setdefault("ceiling", {})[name] = values["ceiling"]
-        cell["worst"].append(result.get("clients", {}).get("worst_decile"))
+        if row["kind"] in ("federated", "local"):  # the others share a run, whose clients are not this cell's
+            cell["worst"].append(result.get("clients", {}).get("worst_decile"))
         cell["seconds"].append(result["seconds"]["total"])
         cell["bytes"].append(sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()))
         task = known.get(config["task"]["name"], {})

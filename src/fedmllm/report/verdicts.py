@@ -13,13 +13,15 @@ def _place(row: Mapping[str, Any], axis: str) -> tuple[str, ...]:
     return tuple(value for name, value in row["axes"].items() if name != axis)
 
 
-def _below(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
-    """Federated methods under the cells of `kind` at the same places, in how many and by how much."""
+def _below(rows: Sequence[Mapping[str, Any]], kind: str, tested: Mapping[str, Any]) -> list[str]:
+    """Federated methods under the cells of `kind` at the same places: in how many, how surely, and by how much."""
     base = [row for row in rows if row["kind"] == kind and row["mean"] is not None]
     axis = next((a for a in (base[0]["axes"] if base else ()) if len({row["axes"][a] for row in base}) == 1), None)
     if axis is None:
         return []
     at = {_place(row, axis): row["mean"] for row in base}
+    known = tested["comparisons"] if tested["baseline"] == base[0]["axes"][axis] else []
+    sure = [tuple(one["axes"].values()) for one in known if one["difference"] < 0 and one["p_holm"] < LEVEL]
     found: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         if row["kind"] == "federated" and row["mean"] is not None and _place(row, axis) in at:
@@ -29,8 +31,9 @@ def _below(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
     for name, gaps in found.items():
         if under := [(place, gap) for place, gap in gaps if gap < 0]:
             worst, points = min(under, key=lambda pair: pair[1])
-            where = f", worst {f'at {worst} ' if worst else ''}by {-100 * points:.1f} points"
-            told.append(f"{name} is below {kind} in {len(under)} of {len(gaps)} places{where}.")
+            where = f"worst {f'at {worst} ' if worst else ''}by {-100 * points:.1f} points"
+            surely = f" (significantly in {sum(name in cell for cell in sure)})" if known else ""
+            told.append(f"{name} is below {kind} in {len(under)} of {len(gaps)} places{surely}, {where}.")
     return told
 
 
@@ -38,7 +41,7 @@ def verdicts(grid: Mapping[str, Any], tested: Mapping[str, Any]) -> list[str]:
     """Sentences about a grid of `read_grid` and what `against` found: methods below the baselines, differences that are not
     significant over the places, seeds that disagree, scores far from a known ceiling, cells without a run."""
     rows = grid["rows"]
-    told = [line for kind in ("zero-shot", "local") for line in _below(rows, kind)]
+    told = [line for kind in ("zero-shot", "local") for line in _below(rows, kind, tested)]
     for one in tested["overall"]:
         name, base = one[tested["axis"]], tested["baseline"]
         if not one["p_holm"] < LEVEL:
