@@ -88,6 +88,7 @@ def test_what_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "a", {"both": 0.5})
     make_run(tmp_path / "b", {"both": 0.5})
     lines = (tmp_path / "b" / "predictions.jsonl").read_text()
+    ab = (tmp_path / "a", tmp_path / "b", "--baseline", tmp_path / "a")
     for arguments, sentence in [
         ((folder, "--baseline", "zero-shoot"), "has no cell of that name; did you mean 'zero-shot'?"),
         ((tmp_path / "a", tmp_path / "b", "--by-pattern"), "--by-pattern is of a sweep"),
@@ -102,8 +103,29 @@ def test_what_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
         (lambda: lines[:-9], "predictions.jsonl cannot be read"),
     ]:
         (tmp_path / "b" / "predictions.jsonl").write_text(damage())
-        done = call("compare", tmp_path / "a", tmp_path / "b", "--baseline", tmp_path / "a")
+        done = call("compare", *ab)
         assert done.exit_code == 2
         assert sentence in done.stderr
+    (tmp_path / "b" / "predictions.jsonl").write_text(lines)
+    result = tmp_path / "b" / "result.json"
+    result.write_text(result.read_text().replace('"primary_metric": "accuracy"', '"primary_metric": "auc"'))
+    assert "which answer is the positive one" in call("compare", *ab).stderr
     (tmp_path / "b" / "predictions.jsonl").unlink()
-    assert call("compare", tmp_path / "a", tmp_path / "b", "--baseline", tmp_path / "a").exit_code == 2
+    assert call("compare", *ab).exit_code == 2
+
+
+def test_auc_is_tested_on_the_probabilities(tmp_path: Path) -> None:
+    """Twenty a and twenty b: one run ranks them perfectly, the other all alike; the hard answers are the same."""
+    for name in ("flat", "sharp"):
+        make_run(tmp_path / name, {"both": 0.5})
+        file, result = tmp_path / name / "predictions.jsonl", tmp_path / name / "result.json"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            line["score"] = 0.5 if name == "flat" else 0.9 if line["answer"] == "a" else 0.1
+        file.write_text("\n".join(map(json.dumps, lines)))
+        told = json.loads(result.read_text()) | {"primary_metric": "auc", "positive": "a"}
+        told["metrics"]["both"] |= {"auc": 0.5 if name == "flat" else 1.0, "auc_ci": [0, 1]}
+        result.write_text(json.dumps(told))
+    done = call("compare", tmp_path / "sharp", tmp_path / "flat", "--baseline", tmp_path / "flat", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)[0]["difference"] == 0.5

@@ -32,11 +32,13 @@ class Taken:
 
 
 def read_taken(run: RunDir, pattern: str) -> Taken:
-    """Raises RunError where the run is not complete or kept no predictions of the pattern."""
+    """Raises RunError where the run is not complete or kept no predictions of the pattern, or not what AUC needs."""
     result = run.result()
     lines = [line for line in run.predictions() if line["pattern"] == pattern]
     if not lines:
         raise RunError(f"{run.path}: predictions.jsonl has none under the pattern {pattern!r}; the run must be made again.")
+    if result["primary_metric"] == "auc" and not result.get("positive"):
+        raise RunError(f"{run.path}: its result does not say which answer is the positive one; the run must be made again.")
     models: dict[Any, list[Mapping[str, Any]]] = {}
     for line in lines:
         models.setdefault(line.get("client"), []).append(line)
