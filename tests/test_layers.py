@@ -12,7 +12,7 @@ import fedmllm
 ROOT = Path(fedmllm.__file__).parent
 
 BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
-MEASURES = {"evaluation.metrics", "evaluation.intervals"}
+MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
 REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__"}
@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "config": {"errors", "registry"},
     "progress": set(),
     "store": {"errors", "tensors"},
-    "report": {"errors", "store"},
+    "report": MEASURES | {"errors", "store"},
     "data": BOTTOM,
     "algorithms": BOTTOM,
     "evaluation.metrics": BOTTOM,
     "evaluation.intervals": BOTTOM,
+    "evaluation.comparing": BOTTOM | {"evaluation.intervals"},
     "models": BOTTOM | {"data", "algorithms"},
     "training": MODELS,
     "evaluation": MODELS,
@@ -50,7 +51,7 @@ MAY_IMPORT = {
 HEAVY = {"torch", "transformers", "peft"}
 NO_LIBRARY = {
     "errors": HEAVY, "rng": HEAVY, "registry": HEAVY, "config": HEAVY, "store": HEAVY, "report": HEAVY, "data": HEAVY,
-    "evaluation.metrics": HEAVY, "evaluation.intervals": HEAVY, "federation": HEAVY,
+    "evaluation.metrics": HEAVY, "evaluation.intervals": HEAVY, "evaluation.comparing": HEAVY, "federation": HEAVY,
     "tensors": {"transformers", "peft"}, "algorithms": {"transformers", "peft"},
 }  # fmt: skip
 

@@ -190,6 +190,30 @@ def test_eval_and_compare(write_experiment: Write) -> None:
     assert [r["kind"] for r in json.loads(call("compare", "a", "b", "--json").stdout)] == ["federated", "zero-shot"]
 
 
+def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
+    """A federation's adapter on questions of a task that none of its clients had."""
+    companion = f'train = "{dataset / "train.jsonl"}"\ntest = "{dataset / "test.jsonl"}"\n'
+    file = write_experiment(rounds=1)
+    file.write_text(
+        file.read_text().replace(companion, companion + 'companion = { name = "shapes-qa", train = 4, test = 3 }\n')
+    )
+    result = run("run", file, "--out", "a")
+    assert result["metrics"]["both"]["n"] == 15
+    other = ("--set", "task.name=shapes-qa", "--set", "task.train=5", "--set", "task.test=7", "--patterns", "text")
+    found = run("eval", "a", *other)
+    assert (found["task"], found["metrics"]["text"]["n"]) == ("shapes-qa", 7)
+    assert run("eval", "a", *other) == found
+    assert "task.companion belonged to the run's own task" in call("eval", "a", *other).stderr
+    for wrong, sentence in [
+        ("train.lr=1", "only [task], [eval] and [prompt] matter to a run that is trained"),
+        ("task.name=shape-qa", "did you mean 'shapes-qa'?"),
+    ]:
+        done = call("eval", "a", "--set", wrong)
+        assert done.exit_code == 2
+        assert sentence in done.stderr
+    assert run("eval", "a")["metrics"] == result["metrics"], "the run itself is as it was"
+
+
 def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:
     made = run("partition", write_experiment(), "--out", "m.parquet", "--plot", "m.html")
     assert sum(row["samples"] for row in made["clients"]) == 30

@@ -266,9 +266,11 @@ def partition(
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
     patterns: Patterns = None,
+    overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Test a finished run's adapter again, under other modality patterns."""
+    """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
+    from fedmllm.experiment import options_of
     from fedmllm.progress import Progress
     from fedmllm.report.tables import metrics_table
     from fedmllm.runs import reevaluate
@@ -277,12 +279,21 @@ def evaluate(
     run = RunDir(directory)
     run.result()
     raw = config.read(run.config)
+    settings = [config.parse_override(override) for override in overrides or []]
+    for path, value in settings:
+        if path[0] not in ("task", "eval", "prompt"):
+            raise RunError(f"--set {'.'.join(path)}: only [task], [eval] and [prompt] matter to a run that is trained.")
+        if path == ["task", "name"] and value != raw["task"]["name"] and raw["task"].pop("companion", None):
+            typer.echo("note: task.companion belonged to the run's own task and was dropped", err=True)
+    raw, notes = config.apply_settings(raw, settings, options_of)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if patterns:
         raw.setdefault("eval", {})["patterns"] = [p.strip() for p in patterns.split(",")]
     with Progress() as report:
         metrics = reevaluate(run, config.validate(raw, str(run.config)), report)
     if as_json:
-        _print({"run": str(directory), "metrics": metrics})
+        _print({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
     else:
         _table(metrics_table(metrics, str(directory)))
 
@@ -290,24 +301,69 @@ def evaluate(
 @app.command()
 @_guarded
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)], as_json: Json = False
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="NAME", help="Test against this cell of the grid, or this RUN_DIR.")
+    ] = None,
+    by_pattern: Annotated[
+        bool, typer.Option("--by-pattern", help="Of a sweep: every training scenario under every test pattern.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Put finished runs side by side; a sweep's folder as a table with the published figures where there are some."""
-    from fedmllm.report.grids import grid_table, read_grid
+    from fedmllm.report import significance
+    from fedmllm.report.grids import grid_table, pattern_table, read_grid
     from fedmllm.report.tables import comparison
 
     if len(directories) == 1 and (directories[0] / "sweep.json").is_file():
         grid = read_grid(directories[0])
+        if baseline:
+            grid["significance"] = significance.against(directories[0], grid, baseline)
         if as_json:
             _print(grid)
-        else:
-            _table(grid_table(grid))
+            return
+        _table(pattern_table(grid) if by_pattern else grid_table(grid))
+        if baseline:
+            _table(significance.significance_table(grid["significance"], grid["axes"][0]))
         return
+    if by_pattern:
+        raise RunError("--by-pattern is of a sweep: give one folder that a sweep made.")
     results = [RunDir(directory).result() for directory in directories]
+    tests = significance.runs_against(directories, Path(baseline)) if baseline else []
     if as_json:
-        _print([{"run": str(d), **r} for d, r in zip(directories, results, strict=True)])
-    else:
-        _table(comparison(results))
+        tested = {one["run"]: one for one in tests}
+        rows = [{"run": str(d), **r} for d, r in zip(directories, results, strict=True)]
+        _print([row | ({"against": baseline, **tested[row["run"]]} if row["run"] in tested else {}) for row in rows])
+        return
+    _table(comparison(results))
+    if baseline:
+        _table(significance.runs_table(tests, Path(baseline)))
+
+
+@app.command()
+@_guarded
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="SWEEP_DIR...", help="Folders that sweeps made.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.md", help="The page; pictures go into figures/ beside it.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="The cell to test against; by default zero-shot or the first."),
+    ] = None,
+) -> None:
+    """Write sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
+    from fedmllm.report.writeup import page
+    from fedmllm.tensors import write_atomically
+
+    if out.suffix != ".md":
+        raise RunError(f"--out {out}: the page is Markdown; give a name that ends in .md.")
+    made = page(directories, baseline)
+    (out.parent / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in made.pictures.items():
+        write_atomically(out.parent / name, picture.encode())
+    write_atomically(out, "\n".join(made.lines).encode())
+    typer.echo(f"{out} and {len(made.pictures)} pictures")
 
 
 @app.command()

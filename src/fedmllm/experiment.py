@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -206,6 +206,8 @@ def prepare(config: Experiment, parts: Sequence[Part] | None = None) -> Data:
         samples = [s for s in samples if s.id not in held]
     else:
         test = _join(parts, "test")
+    if config.task.companion is not None:
+        task = replace(task, ceiling={})  # what is known of one task alone does not hold for a mixture
     if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
         raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
     deal = partitions.build(config.partition.name, config.partition.options)

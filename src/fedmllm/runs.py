@@ -26,12 +26,13 @@ from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
+from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent
+from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import FleetKind, Site
@@ -343,6 +344,8 @@ class Runner:
         models = self._judged(models)
         companion = f"+{config.task.companion.name}" if config.task.companion else ""
         train_seconds = sum(float(record["seconds"]) for record in records)
+        metrics = self._summarise(models, judged=config.judge.name != "none")
+        scores = client_scores(self.data.manifest, metrics, rows, primary_metric(task))
         return {
             "schema": SCHEMA,
             "name": config.name,
@@ -358,9 +361,11 @@ class Runner:
             "adapter": config.model.adapter.kind,
             "seed": config.seed,
             "primary_metric": primary_metric(task),
+            "positive": task.positive,
             "judge": config.judge.name,
-            "metrics": self._summarise(models, judged=config.judge.name != "none"),
+            "metrics": metrics,
             "per_client": rows,
+            "clients": fairness(scores),
             "rounds": len(records),
             "cohort": self._cohort,
             "bytes_up": _sum_groups(records, "bytes_up"),
@@ -389,10 +394,22 @@ def _sum_groups(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, int
 
 
 def reevaluate(run: RunDir, config: Experiment, report: Report = silent) -> dict[str, Any]:
-    """Test a finished run's adapter again, under `config.eval`; {pattern: metrics}."""
-    data = prepare(config)
-    if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
-        raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
+    """Test a finished run's adapter again, under `config.eval` and on `config.task`; {pattern: metrics}.
+
+    Raises RunError where the run's own task is meant and its data changed since.
+    """
+    trained = with_defaults(validate(read(run.config)))
+    known = (config.task, config.eval.split, config.eval.validation_share)
+    if known != (trained.task, trained.eval.split, trained.eval.validation_share):
+        # Nobody trains on the other task, so it need not be one that these clients could share.
+        config = config.model_copy(
+            update={"partition": PartitionTable(name="iid", clients=1), "scenario": Named(name="aligned")}
+        )
+        data = prepare(config)
+    else:
+        data = prepare(config)
+        if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
+            raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
     bench = Bench(config, data, report)
     bench.prepare(bench.clients, [])
     own = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))

@@ -159,6 +159,14 @@ class RunDir:
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         self._write_lines(self.path / "predictions.jsonl", predictions)
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """A row a test question and pattern. Raises RunError where the file is gone or damaged."""
+        path = self.path / "predictions.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); the run must be made again.") from None
+
     def save_judgements(self, judgements: Iterable[Mapping[str, Any]]) -> None:
         self._write_lines(self.path / "judgements.jsonl", judgements)
 

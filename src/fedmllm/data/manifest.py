@@ -111,6 +111,12 @@ class Manifest:
         columns = [np.bincount(self.owner, weights=w, minlength=self.clients).astype(np.int64) for w in weights]
         return np.stack(columns, axis=1)
 
+    def patterns(self) -> NDArray[np.int64]:
+        """(clients, 3): of how many samples each client sees both modalities, the image alone, the text alone."""
+        masks = (self.image & self.text, self.image & ~self.text, ~self.image & self.text)
+        columns = [np.bincount(self.owner, weights=m, minlength=self.clients).astype(np.int64) for m in masks]
+        return np.stack(columns, axis=1)
+
     def sizes(self) -> list[int]:
         """Samples held by each client."""
         sizes: list[int] = self.counts()[:, 0].tolist()

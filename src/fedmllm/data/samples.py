@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,8 @@ class Task:
     """For AUC: the answer whose probability is the score."""
     splits: tuple[Split, ...] = ("train", "test")
     """A task without a test split serves as a companion."""
+    ceiling: Mapping[str, float] = field(default_factory=dict)
+    """pattern -> the best score of `metric` that any model can reach, where the task knows it."""
 
 
 @dataclass(frozen=True)

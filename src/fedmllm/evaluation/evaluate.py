@@ -155,11 +155,13 @@ def summarise(
 
     With several models (clients that trained alone, or have a model of their own) each figure is the mean over them, the
     interval is of that mean, and the task's metric has a `…_worst_decile`: the mean over the lowest tenth of the models,
-    rounded up. `judged` adds what a judge made of the open answers, closed ones as they are.
+    rounded up. `judged` adds what a judge made of the open answers, closed ones as they are. `ceiling` is the best score of
+    the task's metric that any model can reach, where the task knows it.
     """
     patterns = list(dict.fromkeys(p.pattern for p in models[0]))
     return {
         name: _of_pattern(task, [[p for p in m if p.pattern == name] for m in models], seed, bootstrap, judged)
+        | ({"ceiling": round(task.ceiling[name], 6)} if name in task.ceiling else {})
         for name in patterns
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -58,8 +59,12 @@ def read_grid(folder: Path) -> dict[str, Any]:
     first = index["axes"][0] if index["axes"] else None
     for row in index["cells"]:
         cell = cells.setdefault(
-            tuple(row["axes"].values()), {"axes": row["axes"], "kind": row["kind"], "ids": [], "scores": [], "missing": 0}
+            tuple(row["axes"].values()),
+            {"axes": row["axes"], "kind": row["kind"], "ids": [], "scores": [], "missing": 0}
+            | {"by_pattern": {}, "worst": [], "seconds": [], "bytes": []},
         )
+        if row["id"] in cell["ids"]:  # seeds that share one run are one run
+            continue
         run = RunDir(folder / row["id"])
         if not run.complete:
             cell["missing"] += 1
@@ -69,6 +74,14 @@ def read_grid(folder: Path) -> dict[str, Any]:
         cell |= {"metric": metric, "pattern": pattern, "algorithm": result["algorithm"]}
         cell["ids"].append(row["id"])
         cell["scores"].append(result["metrics"][pattern][metric])
+        for name, values in result["metrics"].items():
+            cell["by_pattern"].setdefault(name, []).append(values.get(metric))
+            if "ceiling" in values:
+                cell.setdefault("ceiling", {})[name] = values["ceiling"]
+        if row["kind"] in ("federated", "local"):  # the others share a run, whose clients are not this cell's
+            cell["worst"].append(result.get("clients", {}).get("worst_decile"))
+        cell["seconds"].append(result["seconds"]["total"])
+        cell["bytes"].append(sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()))
         task = known.get(config["task"]["name"], {})
         figure = task.get(result["algorithm"], {}).get(setting_of(config)) if row["kind"] == "federated" else None
         if figure is not None and first:
@@ -80,6 +93,10 @@ def read_grid(folder: Path) -> dict[str, Any]:
         scores = cell["scores"]
         cell["mean"] = statistics.fmean(scores) if scores else None
         cell["sd"] = statistics.stdev(scores) if len(scores) > 1 else None
+        cell["patterns"] = {name: _spread(values) for name, values in cell.pop("by_pattern").items()}
+        cell["worst_decile"] = _spread(cell.pop("worst"))
+        for key in ("seconds", "bytes"):
+            cell[key] = statistics.fmean(cell[key]) if cell[key] else None
     return {
         "name": index["name"],
         "axes": index["axes"],
@@ -87,6 +104,14 @@ def read_grid(folder: Path) -> dict[str, Any]:
         "published": list(beside.values()),
         "source": known["source"],
     }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and s.d. over seeds; None where a seed has no value, or is the only one."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or len(known) < len(values):
+        return {"mean": None, "sd": None}
+    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
 
 
 def _figure(cell: Mapping[str, Any] | None) -> str:
@@ -125,6 +150,25 @@ def grid_table(grid: Mapping[str, Any]) -> Table:
             label = f"  {algorithm}, published ({next(t['metric'] for t in theirs if t)})"
             blank = [""] * (max(len(down), 1) - 1)
             table.add_row(label, *blank, *(f"{t['percent']:.1f}" if t else "–" for t in theirs), style="dim italic")
+    return table
+
+
+def pattern_table(grid: Mapping[str, Any]) -> Table:
+    """What was trained in down, what is tested with across: the first axis's cells under each test pattern, and the clients'
+    worst tenth."""
+    rows: Sequence[Mapping[str, Any]] = grid["rows"]
+    patterns = list(dict.fromkeys(name for row in rows for name in row["patterns"]))
+    table = Table(title=f"{grid['name']}: trained in × tested with, %, mean ± s.d. over seeds", title_justify="left")
+    for axis in (*grid["axes"][1:], *grid["axes"][:1]):
+        table.add_column(axis)
+    for name in (*patterns, "worst tenth of clients"):
+        table.add_column(name, justify="right")
+    order = [list(dict.fromkeys(row["axes"][axis] for row in rows)) for axis in grid["axes"]]
+    by_method = [*range(1, len(grid["axes"])), *range(min(1, len(grid["axes"])))]
+    for row in sorted(rows, key=lambda row: [order[i].index(row["axes"][grid["axes"][i]]) for i in by_method]):
+        cells = [row["axes"][axis] for axis in (*grid["axes"][1:], *grid["axes"][:1])]
+        figures = [_figure({"missing": row["missing"], **row["patterns"].get(name, _spread([]))}) for name in patterns]
+        table.add_row(*cells, *figures, _figure({"missing": row["missing"], **row["worst_decile"]}))
     return table
 
 

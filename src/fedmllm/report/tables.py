@@ -53,9 +53,12 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table
     lows = list(dict.fromkeys(k for m in metrics.values() for k in m if k.endswith("_worst_decile")))
     for name in lows:
         table.add_column(f"{name.removesuffix('_worst_decile')} of the worst tenth of clients, %", justify="right")
-    for name in ("n", "parse_failures"):
+    known = any("ceiling" in values for values in metrics.values())
+    for name in (*(["best possible, %"] if known else []), "n", "parse_failures"):
         table.add_column(name, justify="right")
     for pattern, values in metrics.items():
         low = (f"{100 * values[name]:.1f}" for name in lows)
-        table.add_row(pattern, *(percent(values, n) for n in names), *low, str(values["n"]), str(values["parse_failures"]))
+        best = [f"{100 * values['ceiling']:.1f}" if "ceiling" in values else "–"] if known else []
+        counts = (str(values["n"]), str(values["parse_failures"]))
+        table.add_row(pattern, *(percent(values, n) for n in names), *low, *best, *counts)
     return table

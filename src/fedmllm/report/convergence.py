@@ -1,0 +1,60 @@
+"""How fast a method gets there: rounds and bytes until a score is reached, from runs that were tested on the way."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmllm.store import RunDir
+
+
+def curve(run: RunDir) -> list[tuple[int, int, float]]:
+    """(rounds done, bytes moved so far, score) after each round that was tested, the end of the run included."""
+    result = run.result()
+    metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
+    moved, found = 0, []
+    records = run.rounds()
+    for record in records:
+        moved += sum(record["bytes_up"].values()) + sum(record["bytes_down"].values())
+        if record.get("metrics"):
+            found.append((record["round"] + 1, moved, float(record["metrics"][pattern][metric])))
+    if records and (not found or found[-1][0] < len(records)):
+        found.append((len(records), moved, float(result["metrics"][pattern][metric])))
+    return found
+
+
+def reached(points: Sequence[tuple[int, int, float]], target: float) -> tuple[int, int] | None:
+    """(rounds, bytes) at the first test that scored `target` or more."""
+    return next(((rounds, moved) for rounds, moved, score in points if score >= target), None)
+
+
+def speeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"target", "rows": [{axes, "runs", "reached", "rounds", "bytes"}]} of a grid's federated cells.
+
+    The target is 90 % of the way from the lowest to the best score that any of the runs has: no method is asked for more than
+    one of them gave. Rounds and bytes are the mean over the seeds that reach it. Empty where nothing was tested on the way.
+    """
+    curves = {
+        tuple(row["axes"].items()): [curve(RunDir(folder / name)) for name in row["ids"]]
+        for row in rows
+        if row["kind"] == "federated" and row["ids"]
+    }
+    scores = [score for found in curves.values() for points in found for _, _, score in points]
+    if not any(len(points) > 1 for found in curves.values() for points in found):
+        return {}
+    target = min(scores) + 0.9 * (max(scores) - min(scores))
+    told = []
+    for axes, found in curves.items():
+        there = [one for one in (reached(points, target) for points in found) if one]
+        told.append(
+            {
+                "axes": dict(axes),
+                "runs": len(found),
+                "reached": len(there),
+                "rounds": statistics.fmean(r for r, _ in there) if there else None,
+                "bytes": statistics.fmean(b for _, b in there) if there else None,
+            }
+        )
+    return {"target": target, "rows": told}

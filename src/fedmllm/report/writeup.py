@@ -1,0 +1,195 @@
+"""The page of results: sweeps' folders in, Markdown and pictures out. The same folders give the same bytes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmllm.errors import RunError
+from fedmllm.report.convergence import speeds
+from fedmllm.report.grids import read_grid
+from fedmllm.report.radar import radar
+from fedmllm.report.significance import against, signed
+from fedmllm.report.verdicts import verdicts
+
+HEAD = """# Results
+
+Made by `fedmllm report` from run folders alone; do not edit. Scores are in percent, mean ± s.d. over seeds (no ± where
+there is one); \\* not all seeds are complete. How the tests are done is in [sweeps.md](sweeps.md).
+"""
+
+
+@dataclass
+class Page:
+    """Markdown, and the pictures that it shows by their names."""
+
+    lines: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+        """The first `left` columns are words, the others figures."""
+        self.lines += ["", "| " + " | ".join(map(_cell, head)) + " |"]
+        self.lines.append("|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|")
+        self.lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def score(cell: Mapping[str, Any] | None) -> str:
+    """ "71.3 ± 0.8", with a star where seeds are missing."""
+    if cell is None or cell.get("mean") is None:
+        return "–"
+    spread = f" ± {100 * cell['sd']:.1f}" if cell.get("sd") is not None else ""
+    return f"{100 * cell['mean']:.1f}{spread}" + ("*" if cell.get("missing") else "")
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one is not known: a mean over other settings would not compare."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
+    """All sweeps, a chapter each. Raises RunError where a folder is no sweep's or has nothing complete, or two share a name."""
+    made, names = Page([HEAD.rstrip()]), set()
+    for folder in folders:
+        if not (folder / "sweep.json").is_file():
+            raise RunError(f"{folder} is no sweep's folder; give what `fedmllm sweep` made.")
+        grid = read_grid(folder)
+        if grid["name"] in names:
+            raise RunError(f"{folder}: another folder is a sweep named {grid['name']!r} too; give one of them.")
+        names.add(grid["name"])
+        if not grid["axes"] or not any(row["ids"] for row in grid["rows"]):
+            raise RunError(f"{folder} has no complete run on an axis; run the sweep first.")
+        _chapter(made, folder, grid, baseline)
+    made.lines.append("")
+    return made
+
+
+def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None) -> None:
+    rows, axes = grid["rows"], grid["axes"]
+    across, downs = (axes[0], axes[1:]) if len(axes) > 1 else ("", axes)
+    first = next(row for row in rows if row["ids"])
+    complete, runs = sum(bool(row["ids"]) and not row["missing"] for row in rows), {i for row in rows for i in row["ids"]}
+    made.lines += ["", f"## {grid['name']}", ""]
+    made.lines.append(
+        f"{first['metric']} under the pattern `{first['pattern']}`; {complete} of {len(rows)} cells complete, {len(runs)} runs."
+    )
+    if first["pattern"] in first.get("ceiling", {}):
+        best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first["ceiling"].items())
+        made.lines.append(f"The best that any model can reach is known: {best}.")
+    columns = list(dict.fromkeys(row["axes"].get(across, "") for row in rows))
+    methods: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        methods.setdefault(tuple(row["axes"][a] for a in downs), {})[row["axes"].get(across, "")] = row
+    averages = {name: mean([found.get(c, {}).get("mean") for c in columns]) for name, found in methods.items()}
+    made.table(
+        [*downs, *(c or "score" for c in columns), *(["mean"] if across else [])],
+        [
+            [*name, *(score(found.get(c)) for c in columns), *([score({"mean": averages[name]})] if across else [])]
+            for name, found in methods.items()
+        ],
+        len(downs),
+    )
+    if len(columns) > 2:
+        lines = {" · ".join(n): [_percent(f.get(c, {}).get("mean")) for c in columns] for n, f in methods.items()}
+        picture = f"figures/{grid['name']}.svg"
+        made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
+        made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
+    tested = _significance(made, folder, grid, baseline)
+    _patterns(made, methods, columns, downs)
+    _cost(made, methods, downs)
+    _speed(made, folder, grid)
+    made.lines += ["", "### What did not work", ""]
+    made.lines += [f"- {line}" for line in verdicts(grid, tested)]
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def choose_baseline(grid: Mapping[str, Any], asked: str | None) -> str:
+    """What was asked for where this grid has it, else its zero-shot cell, else the first cell of its last axis."""
+    names = [name for axis in grid["axes"] for name in dict.fromkeys(row["axes"][axis] for row in grid["rows"])]
+    if asked in names:
+        return str(asked)
+    untrained = [row["axes"] for row in grid["rows"] if row["kind"] == "zero-shot"]
+    for axis in reversed(grid["axes"]) if untrained else ():
+        if len({cell[axis] for cell in untrained}) == 1:
+            return str(untrained[0][axis])
+    return str(grid["rows"][0]["axes"][grid["axes"][-1]])
+
+
+def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None) -> dict[str, Any]:
+    found = against(folder, grid, choose_baseline(grid, baseline))
+    if not found["comparisons"]:
+        return found
+    made.lines += ["", f"### Against {found['baseline']}", ""]
+    made.lines.append(
+        "Points of difference; p by paired tests, corrected after Holm. The last columns: over all places of the grid."
+    )
+    axis = found["axis"]
+    places = list(dict.fromkeys(tuple(v for a, v in one["axes"].items() if a != axis) for one in found["comparisons"]))
+    by = {(one["axes"][axis], tuple(v for a, v in one["axes"].items() if a != axis)): one for one in found["comparisons"]}
+    rows = []
+    for one in found["overall"]:
+        cells = [signed(by[one[axis], place]) if (one[axis], place) in by else "–" for place in places]
+        rows.append([one[axis], *cells, signed(one), f"{one['better']} of {one['places']}"])
+    made.table([axis, *(" · ".join(place) or "difference" for place in places), "over all", "better in"], rows)
+    return found
+
+
+def _patterns(
+    made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], columns: Sequence[str], downs: Sequence[str]
+) -> None:
+    names = list(dict.fromkeys(n for found in methods.values() for row in found.values() for n in row["patterns"]))
+    if len(names) < 2:
+        return
+    made.lines += ["", "### Trained in × tested with", ""]
+    made.lines.append(
+        "Test questions with both modalities or one alone; the last column is what the worst tenth of clients can expect."
+    )
+    rows = []
+    for name, found in methods.items():
+        for column in columns:
+            row = found.get(column)
+            if row is not None and row["ids"]:
+                cells = [
+                    score({"missing": row["missing"], **row["patterns"][n]}) if n in row["patterns"] else "–" for n in names
+                ]
+                rows.append([*name, column, *cells, score({"missing": row["missing"], **row["worst_decile"]})])
+    made.table([*downs, "trained in", *names, "worst tenth"], rows, len(downs) + 1)
+
+
+def _cost(made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], downs: Sequence[str]) -> None:
+    made.lines += [
+        "",
+        "### Cost",
+        "",
+        "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.",
+    ]
+    rows = []
+    for name, found in methods.items():
+        moved, took = mean([r["bytes"] for r in found.values()]), mean([r["seconds"] for r in found.values()])
+        rows.append([*name, *("–" if v is None else f"{v:.2f}" for v in (moved and moved / 1e6, took))])
+    made.table([*downs, "MB", "seconds"], rows, len(downs))
+
+
+def _speed(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
+    found = speeds(folder, grid["rows"])
+    if not found:
+        return
+    target = f"{100 * found['target']:.1f}"
+    made.lines += ["", f"### Rounds and bytes to {target}", ""]
+    made.lines.append("The target is 90 % of the way from the lowest to the best score of all these runs.")
+    rows = []
+    for one in found["rows"]:
+        there = f"{one['reached']} of {one['runs']}"
+        figures = ["–", "–"] if one["rounds"] is None else [f"{one['rounds']:.1f}", f"{one['bytes'] / 1e6:.2f}"]
+        rows.append([*one["axes"].values(), there, *figures])
+    made.table([*grid["axes"], "runs that reach it", "rounds", "MB"], rows, len(grid["axes"]))

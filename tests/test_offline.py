@@ -1,0 +1,67 @@
+"""The shipped offline grids and studies are what their guide says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fedmllm.config import apply_overrides, read, validate
+from fedmllm.experiment import options_of, prepare
+from fedmllm.report.grids import published, setting_of
+from fedmllm.sweep import plan
+
+OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
+TASKS = ("openmoji", "pocket-memes", "qa")
+PAPER = list(published()["hateful-memes"]["fedyogi"])
+SEARCHES = sorted(OFFLINE.glob("search-*.sweep.toml"))
+
+
+def settings(task: str) -> list[str]:
+    return PAPER if task != "qa" else PAPER[6:]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
+    _, planned = plan(OFFLINE / f"{task}.sweep.toml")
+    cells = Counter(
+        (setting_of(p.experiment.resolved()), p.experiment.algorithm.name) for p in planned if p.kind == "federated"
+    )
+    algorithms = {"fedavg", "fedavgm", "fedadagrad", "fedyogi", "fedadam"}
+    assert cells == {(s, a): 3 for s in settings(task) for a in algorithms}
+    runs = Counter(kind for kind, _ in {(p.kind, p.id) for p in planned})
+    many = len(settings(task))
+    assert runs == {"federated": 15 * many, "local": 3 * many, "centralised": 3, "zero-shot": 1}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
+    _, planned = plan(OFFLINE / f"{task}.ablation.sweep.toml")
+    strategies = {(p.experiment.prompt.name, p.experiment.regularization.name) for p in planned}
+    assert len(strategies) == (4 if task != "qa" else 2)
+    cells = Counter((setting_of(p.experiment.resolved()), p.axes["strategy"]) for p in planned)
+    assert cells == {(s, a): 5 for s in settings(task) for a in {p.axes["strategy"] for p in planned}}
+
+
+def test_every_algorithm_is_searched_with_the_same_budget_on_held_out_data() -> None:
+    grids = [p for kind in ("sweep", "others.sweep") for p in plan(OFFLINE / f"openmoji.{kind}.toml")[1]]
+    wanted = {p.experiment.algorithm.name for p in grids if p.kind == "federated"}
+    searched = set()
+    for file in SEARCHES:
+        _, planned = plan(file)
+        (name,) = {p.experiment.algorithm.name for p in planned}
+        searched.add(name)
+        assert {p.experiment.eval.split for p in planned} == {"validation"}
+        trials = Counter(p.experiment.task.name for p in {p.id: p for p in planned}.values())
+        assert trials == {"openmoji": 9, "pocket-memes": 9, "easy-vqa": 9}, file.name
+    assert searched == wanted
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_base_file_has_data(task: str) -> None:
+    raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [], options_of)
+    assert notes == []
+    data = prepare(validate(raw))
+    assert len(data.train) >= 700
+    assert len(data.test) >= 200

@@ -1,0 +1,200 @@
+"""`fedmllm report` on hand-made folders: what it says, that it says it the same way twice, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from commands import call
+from fedmllm.report.convergence import curve, reached, speeds
+from fedmllm.report.grids import read_grid
+from fedmllm.report.radar import radar, scale
+from fedmllm.report.significance import against
+from fedmllm.report.verdicts import verdicts
+from fedmllm.report.writeup import choose_baseline, page
+from fedmllm.store import RunDir
+from made_runs import make_run, make_sweep
+
+AXES = {"setting": ["α = 5", "β = 0.3", "I:T = 3:7", "p < 1"], "method": ["zero-shot", "local", "FedAvg", "Broken"]}
+SHARES = {"zero-shot": 0.5, "local": 0.6, "FedAvg": 0.9, "Broken": 0.3}
+KINDS = {"zero-shot": "zero-shot", "local": "local"}
+
+
+def hits(cell: Mapping[str, str], seed: int, pattern: str) -> float:
+    share = SHARES[cell["method"]]
+    trained = cell["method"] in ("FedAvg", "Broken")
+    return share + (0.05 * seed if trained else 0) - (0.1 if pattern != "both" else 0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_sweep(tmp_path / "grid", AXES, hits, kinds=KINDS)
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """The table that follows a heading, as cells."""
+    found = text.partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(found) if line.startswith("|"))
+    lines = []
+    for line in found[start:]:
+        if not line.startswith("|"):
+            break
+        lines.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [lines[0], *lines[2:]]
+
+
+def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
+    done = call("report", folder, "--out", tmp_path / "docs" / "results.md")
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "docs" / "results.md").read_text()
+    head, *rows = rows_of(text, "## made")
+    assert head == ["method", *AXES["setting"], "mean"]
+    assert [row[0] for row in rows] == AXES["method"]
+    # FedAvg answers 36 and 38 of 40: 90 and 95, mean 92.5, s.d. 3.54; zero-shot is one run and has no s.d.
+    assert rows[2][1:] == ["92.5 ± 3.5"] * 4 + ["92.5"]
+    assert rows[0][1:] == ["50.0"] * 5
+    tests = {row[0]: row[1:] for row in rows_of(text, "### Against zero-shot")[1:]}
+    # The least that 10,000 exchanges can give is 1/10,001, times 12 comparisons after Holm.
+    assert tests["FedAvg"][0] == "+42.5 (p 0.001)"
+    assert tests["FedAvg"][-1] == "4 of 4"
+    assert tests["Broken"][-1] == "0 of 4"
+    patterns = rows_of(text, "### Trained in × tested with")
+    assert ["FedAvg", "p < 1", "92.5 ± 3.5", "82.5 ± 3.5", "82.5 ± 3.5", "40.0"] in [
+        [*r[:5], r[5].split(" ")[0]] for r in patterns
+    ]
+    assert ["FedAvg", "0.00", "12.00"] in rows_of(text, "### Cost")
+    assert "Broken is below zero-shot in 4 of 4 places (significantly in 0), worst at α = 5 by 17.5 points." in text
+    assert "FedAvg is below" not in text
+    assert "figures/made.svg" in text
+
+
+def test_the_same_folders_give_the_same_bytes(folder: Path) -> None:
+    first, again = page([folder]), page([folder])
+    assert (first.lines, first.pictures) == (again.lines, again.pictures)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    page([folder])
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before, "the runs are read, never written"
+
+
+def test_a_sweep_that_is_not_whole_says_so(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "grid", AXES, hits, kinds=KINDS, missing="Broken")
+    text = "\n".join(page([folder]).lines)
+    assert "12 of 16 cells complete" in text
+    assert "4 cells lack runs: α = 5 · Broken" in text
+    assert rows_of(text, "## made")[4][1:] == ["–"] * 5
+
+
+def test_verdicts_by_hand(folder: Path) -> None:
+    grid = read_grid(folder)
+    told = verdicts(grid, against(folder, grid, "zero-shot"))
+    assert "Broken is below local in 4 of 4 places, worst at α = 5 by 27.5 points." in told
+    # Four places: 2/2⁴ = 0.125, times 3 methods after Holm.
+    assert (
+        "FedAvg is not significantly different from zero-shot over all places: +42.5 points, p = 0.375 "
+        "(with 4 places the least that p can be is 0.125)."
+    ) in told
+    assert any(line.startswith("Seeds disagree by 3.5 points") for line in told)
+    grid["rows"][0]["ceiling"] = {"both": 0.98}
+    for row in grid["rows"]:
+        row["ceiling"] = {"both": 0.98}
+    best = [line for line in verdicts(grid, against(folder, grid, "zero-shot")) if "what can be reached" in line]
+    assert best == ["The best cell (α = 5 · FedAvg) is 5.5 points under what can be reached."]
+
+
+def test_the_baseline_is_zero_shot_else_the_first_cell(folder: Path, tmp_path: Path) -> None:
+    grid = read_grid(folder)
+    assert choose_baseline(grid, None) == "zero-shot"
+    assert choose_baseline(grid, "FedAvg") == "FedAvg"
+    assert choose_baseline(grid, "not in this grid") == "zero-shot", "several sweeps share one --baseline"
+    ablation = {"setting": ["a", "b"], "strategy": ["none", "both"]}
+    other = make_sweep(tmp_path / "other", ablation, lambda cell, seed, pattern: 0.5)
+    assert choose_baseline(read_grid(other), None) == "none"
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "run", "twice", "html"])
+def test_what_it_refuses(folder: Path, tmp_path: Path, kind: str) -> None:
+    make_run(tmp_path / "run", {"both": 0.5})
+    empty = (
+        make_sweep(tmp_path / "empty", {"setting": ["a"], "method": ["x"]}, hits, missing="x") if kind == "empty" else tmp_path
+    )
+    arguments, sentence = {
+        "file": ([tmp_path / "nowhere"], "is no sweep's folder"),
+        "run": ([tmp_path / "run"], "is no sweep's folder"),
+        "empty": ([empty], "has no complete run on an axis"),
+        "twice": ([folder, folder], "another folder is a sweep named 'made' too"),
+        "html": ([folder], "give a name that ends in .md"),
+    }[kind]
+    done = call("report", *arguments, "--out", tmp_path / ("page.html" if kind == "html" else "page.md"))
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "page.md").exists()
+
+
+# The picture
+
+
+def test_a_radar_by_hand() -> None:
+    svg = radar("a & b", ["north", "east", "south", "west"], {"one": [60, 80, 60, 70], "two": [None, 60, 65, 60]})
+    root = ElementTree.fromstring(svg)
+    assert root.findtext("{*}title") == "a & b"
+    words = [t.text for t in root.findall("{*}text")]
+    assert {"north", "west", "one", "two", "60", "70", "80"} <= set(words)
+    shapes = [p.get("points", "") for p in root.findall("{*}polygon") if p.get("stroke") == "#0072b2"]
+    # 60 is the centre and 80 the outer ring: north in the centre, east all the way right, west half way left.
+    assert shapes == ["260.0,260.0 450.0,260.0 260.0,260.0 165.0,260.0"]
+    assert len(root.findall("{*}polyline")) == 2, "two stretches of the line with a gap"
+
+
+def test_the_scale_holds_every_score() -> None:
+    assert scale([41, 69]) == (40, 70)
+    assert scale([50, 50]) == (50, 60)
+
+
+@pytest.mark.parametrize(("axes", "line"), [(["a", "b"], [1, 2]), (["a", "b", "c"], [None, None, None])])
+def test_nothing_to_draw(axes: list[str], line: list[float | None]) -> None:
+    with pytest.raises(ValueError, match="three axes and a score"):
+        radar("", axes, {"x": line})
+
+
+# Convergence
+
+
+def write_rounds(run: Path, scores: Mapping[int, float], rounds: int = 4) -> None:
+    """`scores`: round -> what a test after it gave; 100 bytes each way a round."""
+    lines = []
+    for number in range(rounds):
+        tested = {"both": {"accuracy": scores[number + 1]}} if number + 1 in scores else None
+        lines.append(json.dumps({"round": number, "bytes_up": {"a": 100}, "bytes_down": {"a": 100}, "metrics": tested}))
+    (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_rounds_and_bytes_to_a_score(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", {"both": 0.8})
+    write_rounds(tmp_path / "run", {1: 0.2, 2: 0.75})
+    points = curve(RunDir(tmp_path / "run"))
+    assert points == [(1, 200, 0.2), (2, 400, 0.75), (4, 800, 0.8)], "the end of the run counts as a test"
+    assert reached(points, 0.75) == (2, 400)
+    assert reached(points, 0.9) is None
+
+
+def test_the_target_is_one_that_a_run_reached(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "grid", {"setting": ["s"], "method": ["fast", "slow"]}, lambda c, s, p: 0.8, seeds=[0])
+    for name, scores in (("federated-0", {1: 0.7, 2: 0.8}), ("federated-1", {1: 0.3, 2: 0.4, 4: 0.5})):
+        write_rounds(folder / name, scores)
+    result = folder / "federated-1" / "result.json"
+    result.write_text(re.sub(r'("both": \{"accuracy": )0.8', r"\g<1>0.5", result.read_text()))
+    found = speeds(folder, read_grid(folder)["rows"])
+    assert found["target"] == pytest.approx(0.3 + 0.9 * 0.5)
+    fast, slow = found["rows"]
+    assert (fast["reached"], fast["rounds"], fast["bytes"]) == (1, 2, 400)
+    assert (slow["reached"], slow["rounds"]) == (0, None)
+    assert "### Rounds and bytes to 75.0" in "\n".join(page([folder]).lines)
+
+
+def test_runs_that_were_tested_at_the_end_alone_have_no_speed(folder: Path) -> None:
+    assert speeds(folder, read_grid(folder)["rows"]) == {}
