@@ -15,8 +15,7 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__"}
-ALL = REMOTE | {"sweep", "report", "cli", "remote"}
+ALL = FLEETS | {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "cli", "__init__"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -43,7 +42,6 @@ MAY_IMPORT = {
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
-    "remote": REMOTE,
     "cli": ALL,
     "__main__": {"cli"},
 }  # fmt: skip

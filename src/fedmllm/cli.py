@@ -113,6 +113,7 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     from fedmllm.experiment import default_stem, prepare
     from fedmllm.fleets import fleets
     from fedmllm.progress import Progress
+    from fedmllm.report.tables import comparison, metrics_table
     from fedmllm.runs import Runner
 
     _quiet()
@@ -127,12 +128,6 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
         with Progress() as report:
             bench = Bench(experiment, data, report)
             result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
-    _show(result, run, as_json)
-
-
-def _show(result: dict[str, Any], run: RunDir, as_json: bool) -> None:
-    from fedmllm.report.tables import comparison, metrics_table
-
     if as_json:
         _print(result)
         return
@@ -396,89 +391,6 @@ def sweep(
         typer.echo(f"failed: {folder / name}: {error}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _needs_flower() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("flwr") is None:
-        raise ConfigError('Flower is not installed; install it with pip install "fedmllm[flower]".')
-
-
-@app.command()
-@_guarded
-def server(
-    file: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The federation file.", show_default=False)],
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Run a federated experiment with clients at other machines, over Flower. Goes on with a run that was cut short."""
-    _needs_flower()
-    from fedmllm.experiment import default_stem
-    from fedmllm.progress import Progress
-    from fedmllm.remote.files import read_federation
-    from fedmllm.remote.processes import alone_in, on_sigterm
-    from fedmllm.remote.serve import Server
-
-    _quiet()
-    on_sigterm()
-    found, experiment = read_federation(file)
-    out = out or (Path(found.out) if found.out else None)
-    run = _choose_run(experiment, default_stem(experiment, "federated"), "federated", out, resume=True)
-    with alone_in(Path(found.state)), Progress() as report, Server(found, experiment, run, report) as federation:
-        result = federation.execute()
-    _show(result, run, as_json)
-
-
-@app.command()
-@_guarded
-def client(
-    file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.", show_default=False)],
-    check_only: Annotated[bool, typer.Option("--check", help="Check the file, the data and the keys; start nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Take part in a federation with this site's own data, until interrupted."""
-    _needs_flower()
-    from fedmllm.remote.client import check_site, run_client
-    from fedmllm.remote.files import read_site
-    from fedmllm.remote.processes import alone_in, on_sigterm
-
-    _quiet()
-    on_sigterm()
-    site = read_site(file)
-    if check_only:
-        found = check_site(site)
-        if as_json:
-            _print(found)
-        else:
-            typer.echo(
-                f"{file} is good: {found['samples']} samples, {found['image']} with an image, {found['text']} with a text."
-            )
-        return
-    with alone_in(Path(site.state)):
-        run_client(file, site, lambda text: typer.echo(text, err=True))
-
-
-@app.command()
-@_guarded
-def keys(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
-    hosts: Annotated[list[str] | None, typer.Option("--host", help="A name or address of the server; repeatable.")] = None,
-    sites: Annotated[list[str] | None, typer.Option("--site", help="A site's name; repeatable.")] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="How long certificates are valid.")] = 825,
-    as_json: Json = False,
-) -> None:
-    """Make a federation's certificates and keys; what is there already stays."""
-    _needs_flower()
-    from fedmllm.remote.keys import make_keys
-
-    if not hosts and not sites:
-        raise ConfigError("keys: give --host for the server's certificate, --site for a site's key, or both.")
-    made = make_keys(folder, hosts or [], sites or [], days)
-    if as_json:
-        _print({"made": [str(path) for path in made]})
-    else:
-        typer.echo("\n".join(map(str, made)) if made else "all are there already")
 
 
 @app.command("list")

@@ -159,11 +159,9 @@ class Runner:
         algorithm, plan = build_algorithm(self.config), self._plan
         state, records = self._train(algorithm, self.bench.clients, plan, "rounds")
         rows, took_part = client_rows(self.data.manifest), Counter(c for record in records for c in record["sampled"])
-        sites = self.config.fleet.options.get("sites")
         for row in rows:
             row["rounds"] = took_part[row["client"]]
             row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
-            row |= {"site": sites[row["client"]]} if sites else {}
         if algorithm.personal:
             return self._conclude_personal(algorithm, state, plan, records, rows)
         return self._conclude(state, records, rows)

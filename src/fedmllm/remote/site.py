@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality
-from fedmllm.errors import ConfigError, DataError, UserError
+from fedmllm.errors import ConfigError, UserError
 from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
@@ -110,15 +109,11 @@ class Worker:
         in the replies, without anything of the data."""
         try:
             return self._answer(jobs)
-        except DataError as error:  # it may quote a sample, so it is told to the site alone
-            problem = "the site's data cannot be used; its own log says why"
-            print(f"error: {error}", file=sys.stderr, flush=True)
         except UserError as error:
             problem = str(error)
         except Exception as error:  # the boundary: a message of any other error may quote data, its place does not
             where = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"{type(error).__name__} at the site ({Path(where.filename).name}, line {where.lineno})"
-            traceback.print_exc()
         return [Reply(job.client, problem=problem) for job in jobs]
 
     def _answer(self, jobs: Sequence[Job]) -> list[Reply]:
