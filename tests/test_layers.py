@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
-    "cli": ALL,
+    "remote": FLEETS | {"store", "experiment", "bench", "runs", "progress"},
+    "cli": ALL | {"remote"},
     "__main__": {"cli"},
 }  # fmt: skip
 

@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedmllm.algorithms import RoundInfo
-from fedmllm.tensors import State, Tensors, flatten, unflatten
+from fedmllm.remote.wire import VERSION
+from fedmllm.tensors import State, flatten, unflatten
 
 Kind = Literal["describe", "train", "personal"]
-
-VERSION = 1
-"""Of this protocol. Both sides must have the same."""
 
 
 class ProtocolError(ValueError):
@@ -131,18 +128,10 @@ def parts_of(content: bytes) -> tuple[str, State]:
         raise ProtocolError(f"not a message: {error}") from None
 
 
-def arrays(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
-    """For carriers of NumPy arrays. Raises ProtocolError for a dtype that NumPy lacks."""
-    try:
-        return {name: t.detach().cpu().contiguous().numpy() for name, t in tensors.items()}
-    except TypeError as error:
-        raise ProtocolError(f"cannot travel: {error}") from None
-
-
 class Post(Protocol):
     """How jobs get to clients and replies back. A client that does not answer in time has no reply."""
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]: ...
 
 
-__all__ = ["VERSION", "Job", "Kind", "Post", "ProtocolError", "Reply", "arrays", "parts_of", "to_bytes"]
+__all__ = ["Job", "Kind", "Post", "ProtocolError", "Reply", "parts_of", "to_bytes"]

@@ -9,18 +9,18 @@ import hashlib
 import re
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedmllm import __version__
 from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality
-from fedmllm.errors import ConfigError, UserError
+from fedmllm.errors import ConfigError, DataError, UserError
 from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
@@ -42,6 +42,8 @@ class Own:
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     device: str = "auto"
     trust_remote_code: bool = False
+    model: str = ""
+    """Where this machine has the model, if not where the experiment says."""
 
 
 def structure(adapter: Tensors) -> str:
@@ -70,6 +72,8 @@ class _Experiment:
         if own is not None:
             raw["task"] = own.task.model_dump(mode="json", exclude_none=True)
             raw.setdefault("model", {})["device"] = own.device
+            if own.model:
+                raw["model"]["name"] = own.model
             if raw["model"].get("trust_remote_code") and not own.trust_remote_code:
                 raise ConfigError(
                     "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
@@ -100,8 +104,9 @@ class Worker:
     `own` is None where every client's data is in the experiment's own task, dealt out by its manifest, as in simulations.
     """
 
-    def __init__(self, folder: Path, own: Own | None = None) -> None:
-        self._folder, self._own = folder, own
+    def __init__(self, folder: Path, own: Own | None = None, log: Callable[[str], None] = lambda line: None) -> None:
+        """`log` is told what does not travel."""
+        self._folder, self._own, self._log = folder, own, log
         self._known: tuple[str, _Experiment] | None = None
 
     def answer(self, jobs: Sequence[Job]) -> list[Reply]:
@@ -109,10 +114,15 @@ class Worker:
         in the replies, without anything of the data."""
         try:
             return self._answer(jobs)
+        except DataError as error:  # it names the sample, and may quote it
+            self._log(f"the data cannot be used: {error}")
+            problem = "the site's data cannot be used; its own log says why"
         except UserError as error:
+            self._log(str(error))
             problem = str(error)
         except Exception as error:  # the boundary: a message of any other error may quote data, its place does not
             where = traceback.extract_tb(error.__traceback__)[-1]
+            self._log("".join(traceback.format_exception(error)))
             problem = f"{type(error).__name__} at the site ({Path(where.filename).name}, line {where.lineno})"
         return [Reply(job.client, problem=problem) for job in jobs]
 
@@ -134,7 +144,7 @@ class Worker:
             client = experiment.config.fleet.options["sites"].index(self._own.name)
         samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
         about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
-        about |= {"fedmllm": __version__, "adapter": structure(experiment.bench.initial)}
+        about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.bench.initial)}
         return Reply(client, about=about)
 
     def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
