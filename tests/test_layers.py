@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
     "remote": FLEETS | {"store", "experiment", "bench", "runs", "progress"},
-    "cli": ALL | {"remote"},
+    "cli_remote": ALL - {"cli"} | {"remote"},
+    "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},
 }  # fmt: skip
 

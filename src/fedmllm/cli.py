@@ -18,7 +18,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 
-from fedmllm import __version__, config
+from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.store import RunDir, new_run, unfinished
@@ -391,6 +391,10 @@ def _parts(kind: Kinds) -> list[dict[str, Any]]:
         for part in found:
             part |= travels(algorithms.build(part["name"], {}))
     return found
+
+
+for _command in (cli_remote.keys, cli_remote.client, cli_remote.server):
+    app.command()(_guarded(_command))
 
 
 @app.callback(invoke_without_command=True)

@@ -7,9 +7,12 @@ writes `{"status", "why"}` to the file `outcome`, if one is named.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +103,33 @@ def _choose(config: Experiment, out: str, resume: bool) -> RunDir:
 def run(grid: Grid, settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Do the run over `grid`, or what is left of it. Raises UserError where it cannot be, TooFewUpdates where it fails."""
     config = load_experiment(Path(str(settings["experiment"])), [s for s in str(settings["overrides"]).split(";") if s.strip()])
-    options = config.fleet.options
-    names = tuple(options.get("sites") or ())
     check_parts(config)
     directory = _choose(config, str(settings["out"]), bool(settings["resume"]))
     if directory.complete:
         return directory.result()
+    with _alone(directory.path):
+        return _run(grid, config, directory, report)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until a run that was given up has let go of the directory: two at once would spoil it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        for _ in range(120):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.5)
+            else:
+                yield
+                return
+    raise RuntimeError(f"another run still writes to {path}")
+
+
+def _run(grid: Grid, config: Experiment, directory: RunDir, report: Report) -> dict[str, Any]:
+    options = config.fleet.options
+    names = tuple(options.get("sites") or ())
     text, clients = told_to_sites(config), config.partition.clients
     post = FlowerPost(grid, options["absent"], names)
     report("waiting for clients", 0, 0, f"{clients}, for {options['wait']:g} s at most")
