@@ -147,6 +147,7 @@ class Server:
             run_id = self._submit(flower, superlink)
             status = self._follow(flower, superlink, run_id)
             if self._run.complete:
+                self._see_off(flower, run_id)
                 return self._run.result()
             outcome = json.loads(self._outcome.read_text()) if self._outcome.is_file() else {}
             self._outcome.unlink(missing_ok=True)
@@ -160,6 +161,13 @@ class Server:
             self._resume = True
             self._wait(superlink, 2.0)
         raise AssertionError("unreachable")
+
+    def _see_off(self, flower: Flower, run_id: str) -> None:
+        """Wait a little until Flower knows that the run is over, so that its books are right."""
+        for _ in range(10):
+            if _status(flower.ask("ls", CONNECTION, "--run-id", run_id)).startswith("finished:"):
+                return
+            time.sleep(POLL)
 
     def _rounds(self) -> int:
         return len(RunDir(self._run.path).rounds())
@@ -189,11 +197,15 @@ class Server:
                 return "ended"
             if time.monotonic() - asked < ASK:
                 continue
-            said = flower.ask("ls", CONNECTION, "--run-id", run_id)
+            status = _status(flower.ask("ls", CONNECTION, "--run-id", run_id))
             asked = time.monotonic()
-            status = str(((said or {}).get("runs") or [{}])[0].get("status", ""))
             if status.startswith("finished:"):
                 return status.removeprefix("finished:")
+
+
+def _status(said: dict[str, Any] | None) -> str:
+    """The status of the one run that Flower was asked about; empty where it does not say."""
+    return str(((said or {}).get("runs") or [{}])[0].get("status", ""))
 
 
 @contextmanager
