@@ -36,7 +36,8 @@ class LocalOnly:
         if scope["type"] in ("http", "websocket"):
             host = (scope.get("client") or ("", 0))[0]
             path = str(scope["path"])
-            if not is_local(host) and path != FLEET and not path.startswith(f"{FLEET}/"):
+            inside = path.startswith(f"{FLEET}/") and ".." not in path
+            if not inside and not is_local(host):
                 await PlainTextResponse("only from the server's own machine\n", 403)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
