@@ -254,7 +254,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_adapter(write_experiment: 
     clientapp._worker.cache_clear()
     run(grid(), settings(file, resume=True), silent)
     assert close(adapter("out"), adapter("whole"))
-    with pytest.raises(RunError, match="holds a run"):
+    with pytest.raises(RunError, match="is not empty"):
         run(grid(), settings(file), silent)
 
 

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.errors import ConfigError, UserError
+from fedmllm.store import RunDir
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -110,17 +110,17 @@ def _table(table: Any) -> None:
 
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
-    from fedmllm.experiment import default_stem, prepare
+    from fedmllm.experiment import prepare
     from fedmllm.fleets import fleets
     from fedmllm.progress import Progress
     from fedmllm.report.tables import comparison, metrics_table
-    from fedmllm.runs import Runner
+    from fedmllm.runs import Runner, choose
 
     _quiet()
     experiment = _load(file, overrides)
     if kind == "federated" and (why := fleets.build(experiment.fleet.name, experiment.fleet.options).refuse):
         raise ConfigError(why)
-    run = _choose_run(experiment, default_stem(experiment, kind), kind, out, resume)
+    run = choose(experiment, kind, out, resume)  # type: ignore[arg-type]
     if run.complete:
         result = run.result()
     else:
@@ -134,22 +134,6 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     _table(comparison([result]))
     _table(metrics_table(result["metrics"], "by modality pattern"))
     typer.echo(f"run directory: {run.path}")
-
-
-def _choose_run(experiment: Experiment, stem: str, kind: str, out: Path | None, resume: bool) -> RunDir:
-    if out is None:
-        parent = Path("runs")
-        found = unfinished(parent, stem, experiment.digest()) if resume else None
-        return found or new_run(parent, stem)
-    run = RunDir(out)
-    if resume and run.complete:
-        known = run.result()
-        if known["config_digest"] != experiment.digest() or known["kind"] != kind:
-            raise RunError(f"{out} holds another experiment's run; give another --out.")
-        return run
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
-    return run
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmllm.errors import ConfigError, RunError
+from fedmllm.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -83,23 +83,17 @@ def server(
 ) -> None:
     """Run an experiment over the sites of a federation."""
     need("flwr", "flower")
-    from fedmllm.experiment import check_parts, default_stem
+    from fedmllm.experiment import check_parts
     from fedmllm.remote.files import FederationFile
     from fedmllm.remote.server import Server
     from fedmllm.report.tables import comparison, metrics_table
-    from fedmllm.store import RunDir, new_run, unfinished
+    from fedmllm.runs import choose
 
     federation = FederationFile(file, overrides or [])
     experiment = federation.experiment
     check_parts(experiment)
-    stem = default_stem(experiment, "federated")
-    if out is None:
-        run = (unfinished(Path("runs"), stem, experiment.digest()) if resume else None) or new_run(Path("runs"), stem)
-    else:
-        run = RunDir(out)
-        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
-    result = Server(federation, run.path, run.exists, _say).run()
+    run = choose(experiment, "federated", out, resume)
+    result = run.result() if run.complete else Server(federation, run.path, run.exists, _say).run()
     if as_json:
         _print(result)
         return

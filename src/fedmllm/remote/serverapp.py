@@ -27,7 +27,7 @@ from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES
 from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.experiment import Data, Report, check_parts, default_stem, load_split, options_of, prepare, with_defaults
+from fedmllm.experiment import Data, Report, check_parts, load_split, options_of, prepare, with_defaults
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetKind, Site
 from fedmllm.progress import Progress
@@ -35,8 +35,8 @@ from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.post import FlowerPost
 from fedmllm.remote.protocol import Job, Reply
 from fedmllm.remote.site import structure
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.runs import Runner, choose
+from fedmllm.store import RunDir
 from fedmllm.tensors import write_atomically
 
 
@@ -90,21 +90,11 @@ def _server_data(config: Experiment, about: Mapping[int, Mapping[str, Any]], kno
     return Data(task, [], test, skipped + sum(int(a.get("skipped", 0)) for a in about.values()), told)
 
 
-def _choose(config: Experiment, out: str, resume: bool) -> RunDir:
-    stem = default_stem(config, "federated")
-    if not out:
-        return (unfinished(Path("runs"), stem, config.digest()) if resume else None) or new_run(Path("runs"), stem)
-    run = RunDir(Path(out))
-    if not resume and run.exists:
-        raise RunError(f"{out} holds a run; give another directory, or resume it.")
-    return run
-
-
 def run(grid: Grid, settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Do the run over `grid`, or what is left of it. Raises UserError where it cannot be, TooFewUpdates where it fails."""
     config = load_experiment(Path(str(settings["experiment"])), [s for s in str(settings["overrides"]).split(";") if s.strip()])
     check_parts(config)
-    directory = _choose(config, str(settings["out"]), bool(settings["resume"]))
+    directory = choose(config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"]))
     if directory.complete:
         return directory.result()
     with _alone(directory.path):
