@@ -10,10 +10,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -22,6 +23,9 @@ from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, UserError
 from fedmllm.store import RunDir
+
+if TYPE_CHECKING:
+    from fedmllm.fleets.base import FleetKind
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -125,15 +129,25 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
         result = run.result()
     else:
         data = prepare(experiment)
-        with Progress() as report:
+        with Progress() as report, _elsewhere(experiment, kind) as elsewhere:
             bench = Bench(experiment, data, report)
-            result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
+            result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()  # type: ignore[arg-type]
     if as_json:
         _print(result)
         return
     _table(comparison([result]))
     _table(metrics_table(result["metrics"], "by modality pattern"))
     typer.echo(f"run directory: {run.path}")
+
+
+def _elsewhere(experiment: Experiment, kind: str) -> AbstractContextManager[FleetKind | None]:
+    """The fleet of a federated run that has to be started and ended, if it has one."""
+    if kind != "federated" or experiment.fleet.name != "ray":
+        return nullcontext()
+    cli_remote.need("ray", "ray")
+    from fedmllm.remote.actors import on_ray
+
+    return on_ray(experiment)
 
 
 @app.command()
