@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,12 @@ def pid_of(*parts: str) -> int:
     return pid
 
 
+def is_open(port: int) -> bool:
+    """Whether someone listens on this machine's port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_for(what: Callable[[], Any], seconds: float) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -172,6 +178,6 @@ def rounds_done(run: Path) -> int:
 
 
 __all__ = [
-    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "pid_of", "replace", "rounds_done", "running",
+    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "pid_of", "rounds_done", "running",
     "wait_for", "write_federation", "write_samples",
 ]  # fmt: skip

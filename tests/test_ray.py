@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +15,13 @@ from typing import Any
 import pytest
 
 from commands import call, run
-from federations import adapter, close, commands, wait_for
+from federations import adapter, close, commands, is_open, wait_for
 from fedmllm.bench import Bench
 from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment import prepare, with_defaults
 from fedmllm.remote.actors import ATTEMPTS, ActorPost, on_ray, resources, split
+from fedmllm.remote.keeper import free_port, tool
 from fedmllm.remote.protocol import Job, Reply, to_bytes
 from fedmllm.runs import Runner
 from fedmllm.store import RunDir
@@ -78,6 +82,29 @@ def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write) -> None:
         assert there[key] == here[key], key
     assert list(Path("there/checkpoint/clients").rglob("*.safetensors")), "what clients remember is in the run's directory"
     assert not [text for text in commands().values() if "ray::_Actor" in text]
+
+
+def test_a_cluster_that_is_there_is_used_and_left_alone(
+    write_experiment: Write, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    port, home = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: Ray keeps sockets there
+    command = [
+        tool("ray"), "start", "--head", "--block", "--port", str(port), "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
+        "--include-dashboard", "false", "--temp-dir", str(home), "--disable-usage-stats",
+    ]  # fmt: skip
+    with (tmp_path / "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: is_open(port), 60)
+        here = run("run", write_experiment(), "--out", "here", "--set", "train.cohort=1")
+        extra = FLEET + f'address = "127.0.0.1:{port}"\n'
+        there = run("run", write_experiment(extra), "--out", "there", "--set", "train.cohort=1")
+        assert there["adapter_sha256"] == here["adapter_sha256"]
+        assert head.poll() is None
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 class Killing(RunDir):

@@ -27,6 +27,7 @@ from federations import (
     close,
     commands,
     in_one_process,
+    is_open,
     pid_of,
     rounds_done,
     running,
@@ -169,16 +170,11 @@ def superlink(root: Path, federation: Path) -> Iterator[int]:
     with (root / "superlink.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment(root / "home"), stdout=log, stderr=log)
     try:
-        wait_for(lambda: _open(port), 60)
+        wait_for(lambda: is_open(port), 60)
         yield port
     finally:
         process.terminate()
         process.wait(20)
-
-
-def _open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _supernode(root: Path, port: int, *more: str) -> int:
