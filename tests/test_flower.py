@@ -23,7 +23,7 @@ from fedmllm.experiment import silent
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote import clientapp
 from fedmllm.remote.fleet import RemoteFleet
-from fedmllm.remote.post import ATTEMPTS, FlowerPost
+from fedmllm.remote.post import ATTEMPTS, Absent, FlowerPost
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEAD, RecordError, pack, unpack
 from fedmllm.remote.serverapp import manifest_of, run
@@ -313,7 +313,7 @@ def test_the_roll_call_waits_for_all_and_no_longer() -> None:
     assert post.roll_call(DESCRIBE, 3, wait=60).keys() == {0, 1, 2}
     assert now[0] < 1
     post, now = clocked(DirectGrid(echo, nodes(0, 2)))
-    with pytest.raises(ConfigError, match=r"2 of 3 clients were there within 60 s, lacking are client 1; start them"):
+    with pytest.raises(Absent, match=r"2 of 3 clients were there within 60 s, lacking are client 1; start them"):
         post.roll_call(DESCRIBE, 3, wait=60)
     assert now[0] == pytest.approx(60, abs=1)
     assert post.roll_call(DESCRIBE, 3, wait=10, enough=0).keys() == set(), "those that have answered are not asked again"
@@ -335,13 +335,13 @@ def test_a_node_that_comes_late_is_found() -> None:
 def test_a_node_cannot_be_another_site_than_it_is_registered_as() -> None:
     wires = DirectGrid(echo, nodes(0, 1), names={100: "north", 101: "east"})
     post, _ = clocked(wires, names=("north", "south"))
-    with pytest.raises(ConfigError, match="registered as 'east' and says it is 'south'"):
+    with pytest.raises(Absent, match="registered as 'east' and says it is 'south'"):
         post.roll_call(DESCRIBE, 2, wait=5)
 
 
 def test_two_nodes_cannot_be_one_client() -> None:
     wires = DirectGrid(echo, {100: {"partition-id": 0}, 101: {"partition-id": 0}})
-    with pytest.raises(ConfigError, match="lacking are client 1; one node said: it says it is client 0, as another does"):
+    with pytest.raises(Absent, match="lacking are client 1; one node said: it says it is client 0, as another does"):
         clocked(wires)[0].roll_call(DESCRIBE, 2, wait=5)
 
 

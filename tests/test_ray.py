@@ -84,9 +84,7 @@ def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write) -> None:
     assert not [text for text in commands().values() if "ray::_Actor" in text]
 
 
-def test_a_cluster_that_is_there_is_used_and_left_alone(
-    write_experiment: Write, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_cluster_that_is_there_is_used_and_left_alone(write_experiment: Write, tmp_path: Path) -> None:
     port, home = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: Ray keeps sockets there
     command = [
         tool("ray"), "start", "--head", "--block", "--port", str(port), "--node-ip-address", "127.0.0.1", "--num-cpus", "2",

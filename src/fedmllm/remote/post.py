@@ -14,9 +14,13 @@ from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedmllm.errors import ConfigError
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.records import RecordError, pack, unpack
+
+
+class Absent(RuntimeError):  # noqa: N818 (it says what happened)
+    """Clients did not come in time; they may yet."""
+
 
 ATTEMPTS = 5
 """How often a job is sent in one round before what Flower says of it is taken for the answer."""
@@ -83,8 +87,8 @@ class FlowerPost:
     def roll_call(self, job: Job, clients: int, wait: float, enough: int | None = None) -> dict[int, Reply]:
         """What each client says of itself, client by client.
 
-        Returns when all `clients` have answered, or after `wait` seconds where at least `enough` have. Raises ConfigError,
-        with what was wrong, where they have not.
+        Returns when all `clients` have answered, or after `wait` seconds where at least `enough` have. Raises Absent, with what
+        was wrong, where they have not.
         """
         enough = clients if enough is None else enough
         found: dict[int, Reply] = {}
@@ -112,7 +116,7 @@ class FlowerPost:
         if len(found) < enough:
             lacking = ", ".join(self._names[c] if self._names else f"client {c}" for c in range(clients) if c not in found)
             said = "".join(f"; one node said: {problem}" for problem in sorted(set(problems.values())))
-            raise ConfigError(
+            raise Absent(
                 f"{len(found)} of {clients} clients were there within {wait:g} s, lacking are {lacking}{said}; start them, "
                 "or raise fleet.wait."
             )
@@ -192,4 +196,4 @@ class FlowerPost:
         return [m for m in self._grid.pull_messages(wanted) if m.metadata.reply_to_message_id in wanted] if wanted else []
 
 
-__all__ = ["ATTEMPTS", "FlowerPost", "read_reply"]
+__all__ = ["ATTEMPTS", "Absent", "FlowerPost", "read_reply"]
