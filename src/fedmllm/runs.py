@@ -181,6 +181,12 @@ class Runner:
         for row in rows:
             row["rounds"] = took_part[row["client"]]
             row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
+        if self._fleets.evaluate is not None:
+            self.report("asking the sites", 0, 0, "each tests on data of its own")
+            info = plan.info(plan.rounds, plan.clients)
+            messages = {client: algorithm.message(state, client, info) for client in plan.clients}
+            for client, found in self._fleets.evaluate(messages, plan.rounds).items():
+                rows[client] |= found
         if algorithm.personal:
             return self._conclude_personal(algorithm, state, plan, records, rows)
         return self._conclude(state, records, rows)

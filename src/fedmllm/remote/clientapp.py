@@ -68,5 +68,5 @@ def answer(message: Message, context: Context) -> Message:
     return Message(RecordDict({HEAD: ConfigRecord({"head": json.dumps({**told, "version": VERSION})})}), reply_to=message)
 
 
-for register in (app.train(), app.query("describe"), app.query("personal")):
+for register in (app.train(), app.evaluate(), app.query("describe"), app.query("personal")):
     register(answer)

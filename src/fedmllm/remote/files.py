@@ -36,6 +36,8 @@ class SiteTable(Table):
     task: TaskTable | None = None
     jsonl: str | None = None
     """A file of samples, in place of a whole `task` table."""
+    jsonl_test: str | None = None
+    """Another, to test on; it goes with `jsonl`."""
     device: str = "auto"
     model: str = ""
     trust_remote_code: bool = False
@@ -96,15 +98,17 @@ class SiteFile:
         table: SiteTable = _read(SiteTable, path)
         if (table.task is None) == (table.jsonl is None):
             raise ConfigError(f"{path}: give either a [task] table or jsonl, the name of a file of samples.")
+        if table.jsonl_test and not table.jsonl:
+            raise ConfigError(f"{path}: jsonl_test goes with jsonl; a [task] table names its own test data.")
         self.path, self.name, self.superlink = path.resolve(), table.name, table.superlink
         self.ca = _existing(Path(table.ca), "ca", path)
         self.key = _secret(_existing(Path(table.key), "key", path), path)
         self.state = (path.parent / table.state).resolve()
-        task = table.task or TaskTable(name="jsonl", train=table.jsonl, test=table.jsonl)  # type: ignore[call-arg]
+        task = table.task or TaskTable(name="jsonl", train=table.jsonl, test=table.jsonl_test or table.jsonl)  # type: ignore[call-arg]
+        tests = bool(table.task or table.jsonl_test)
         local = table.model if not table.model or not (path.parent / table.model).is_dir() else path.parent / table.model
-        self.own = Own(
-            table.name, _at_home(task, path), frozenset(table.modalities), table.device, table.trust_remote_code, str(local)
-        )
+        has = frozenset(table.modalities)
+        self.own = Own(table.name, _at_home(task, path), has, table.device, table.trust_remote_code, tests, str(local))
 
 
 def _at_home(task: TaskTable, path: Path) -> TaskTable:

@@ -186,7 +186,7 @@ class FlowerPost:
         del under_way[client]
 
     def _push(self, job: Job, node: int, seconds: float) -> list[str]:
-        kind = "train" if job.kind == "train" else f"query.{job.kind}"
+        kind = job.kind if job.kind in ("train", "evaluate") else f"query.{job.kind}"
         group = str(job.round) if job.kind == "train" else job.kind
         message = Message(unpack(to_bytes(job)), node, kind, ttl=max(seconds, 1.0), group_id=group)
         return [i for i in self._grid.push_messages([message]) if i]

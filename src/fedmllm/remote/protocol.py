@@ -19,7 +19,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.remote.wire import VERSION
 from fedmllm.tensors import State, flatten, unflatten
 
-Kind = Literal["describe", "train", "personal"]
+Kind = Literal["describe", "train", "personal", "evaluate"]
 
 
 class ProtocolError(ValueError):
@@ -29,7 +29,7 @@ class ProtocolError(ValueError):
 @dataclass(frozen=True)
 class Job:
     """`describe`: what do you hold? `train`: train `client` from `state`, its message of the round. `personal`: what is the
-    adapter of a client that keeps part of it, after `round` rounds?
+    adapter of a client that keeps part of it, after `round` rounds? `evaluate`: how does it do on the site's own test data?
 
     `run` names one run for good, resumed or not; `config` is the experiment as TOML. `last` is the last round whose update of
     this client was used, −1 where there is none: what a client remembers of later ones came to nothing.
@@ -67,7 +67,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Reply:
-    """`problem` is empty, or says why there is nothing else. `about` answers `describe`: counts only."""
+    """`problem` is empty, or says why there is nothing else. `about` answers `describe` with counts, and `evaluate` with
+    metrics, which are counts and means."""
 
     client: int = -1
     groups: State = field(default_factory=dict)

@@ -37,7 +37,7 @@ from fedmllm.remote.protocol import Job, Reply
 from fedmllm.remote.site import structure
 from fedmllm.runs import Runner, choose
 from fedmllm.store import RunDir
-from fedmllm.tensors import write_atomically
+from fedmllm.tensors import State, write_atomically
 
 
 def told_to_sites(config: Experiment) -> str:
@@ -94,6 +94,8 @@ def run(grid: Grid, settings: Mapping[str, Any], report: Report) -> dict[str, An
     """Do the run over `grid`, or what is left of it. Raises UserError where it cannot be, TooFewUpdates where it fails."""
     config = load_experiment(Path(str(settings["experiment"])), [s for s in str(settings["overrides"]).split(";") if s.strip()])
     check_parts(config)
+    if config.fleet.options["evaluate"] and (not config.fleet.options.get("sites") or config.clients.rank):
+        raise ConfigError("fleet.evaluate asks sites of one rank, with data of their own (fleet.sites); set it to false.")
     directory = choose(config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"]))
     if directory.complete:
         return directory.result()
@@ -134,10 +136,17 @@ def _run(grid: Grid, config: Experiment, directory: RunDir, report: Report) -> d
     bench = Bench(config, data, report)
     _check_models(there, structure(bench.initial), names)
 
-    def make(site: Site) -> Fleet:
-        return RemoteFleet(post, site.run, text, options["timeout"], site.last)
+    made: list[RemoteFleet] = []
 
-    return Runner(config, data, bench, directory, "federated", report, FleetKind(make, here=False)).execute()
+    def make(site: Site) -> Fleet:
+        made.append(RemoteFleet(post, site.run, text, options["timeout"], site.last))
+        return made[-1]
+
+    def evaluate(messages: Mapping[int, State], done: int) -> Mapping[int, Mapping[str, Any]]:
+        return made[-1].evaluate(messages, done)
+
+    kind = FleetKind(make, here=False, evaluate=evaluate if options["evaluate"] else None)
+    return Runner(config, data, bench, directory, "federated", report, kind).execute()
 
 
 def _check_models(there: Mapping[int, Reply], mine: str, names: tuple[str, ...]) -> None:

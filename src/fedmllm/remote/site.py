@@ -16,11 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedmllm.algorithms.factors import fold_of
 from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.samples import MODALITIES, Modality
+from fedmllm.data.samples import MODALITIES, Modality, Task
 from fedmllm.errors import ConfigError, DataError, UserError
+from fedmllm.evaluation.evaluate import Examination, summarise
 from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
@@ -42,6 +44,8 @@ class Own:
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     device: str = "auto"
     trust_remote_code: bool = False
+    tests: bool = False
+    """Whether the task's test split is the site's to test on."""
     model: str = ""
     """Where this machine has the model, if not where the experiment says."""
 
@@ -84,10 +88,30 @@ class _Experiment:
         data = prepare(self.config) if own is None else own_data(self.config, own)
         self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
         self.cohort = 1
+        self._examination: tuple[Task, Examination] | None = None
 
     @cached_property
     def gaps(self) -> dict[int, float]:
         return dict(enumerate(gaps(self.bench.clients.manifest)))
+
+    def examination(self, own: Own | None) -> tuple[Task, Examination]:
+        """The questions of the site's own test data. Raises ConfigError where it has none."""
+        if own is None or not own.tests:
+            raise ConfigError("this site has no test data; name some in its file (jsonl_test), or set fleet.evaluate = false.")
+        if self._examination is None:
+            task, samples, _ = load_split(own.task, "test")
+            limited = [
+                replace(
+                    s, image=s.image if "image" in own.modalities else None, text=s.text if "text" in own.modalities else None
+                )
+                for s in samples
+            ]
+            seen, config, bench = [s for s in limited if s.modalities], self.config, self.bench
+            strategy, longest = bench.strategy, config.train.max_length
+            made = Examination(bench.model, task, seen, config.eval.patterns, strategy, longest)
+            bench.model.prepare_features()
+            self._examination = task, made
+        return self._examination
 
     def site(self, memory: Path, clients: Sequence[int]) -> Site:
         bench, train = self.bench, self.config.train
@@ -136,7 +160,10 @@ class Worker:
         experiment = self._known[1]
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
-        return self._train(experiment, jobs) if first.kind == "train" else [self._personal(experiment, job) for job in jobs]
+        if first.kind == "train":
+            return self._train(experiment, jobs)
+        answer = self._evaluate if first.kind == "evaluate" else self._personal
+        return [answer(experiment, job) for job in jobs]
 
     def _describe(self, experiment: _Experiment, job: Job) -> Reply:
         client = job.client
@@ -163,6 +190,15 @@ class Worker:
     def _personal(self, experiment: _Experiment, job: Job) -> Reply:
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
         return Reply(job.client, {"adapter": fleet.personal(job.client, job.state, job.round)})
+
+    def _evaluate(self, experiment: _Experiment, job: Job) -> Reply:
+        task, examination = experiment.examination(self._own)
+        fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
+        adapter = fleet.personal(job.client, job.state, job.round)
+        experiment.bench.model.adapter.set_fold(fold_of(job.state))
+        (predictions,) = examination.take_each(experiment.config.eval, [adapter])
+        found = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
+        return Reply(job.client, about={"metrics": found})
 
 
 __all__ = ["Own", "Worker", "own_data", "structure"]
