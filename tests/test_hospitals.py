@@ -61,7 +61,7 @@ def test_three_hospitals_learn_what_none_was_taught(tmp_path: Path, monkeypatch:
     assert result["refused_updates"] == 0
     assert [row["samples"] for row in result["per_client"]] == [300, 150, 450]
     monkeypatch.chdir(out / "server")
-    here = ["--set", "fleet.name=in-process", "--set", "partition.clients=3"]
+    here = ["--set", "fleet.name=in-process", "--set", "partition.clients=3", "--set", "partition.name=iid"]
     zero = call("baseline", "zero-shot", "experiment.toml", *here, "--out", "zero", "--json")
     assert zero.exit_code == 0, zero.output
     floor = json.loads(zero.stdout)["metrics"]["both"]["accuracy"]

@@ -155,6 +155,17 @@ def test_everything_that_was_started_is_ended(root: Path, sites: dict[str, Proce
     assert left == {"none": True}
 
 
+def test_a_server_that_is_interrupted_ends_what_it_started(root: Path, federation: Path) -> None:
+    server = serve(federation, root / "interrupted")
+    with running(server):
+        wait_for(lambda: "submitted" in server.said(), 120)
+        server.popen.send_signal(signal.SIGINT)
+        status, _ = server.result(90)
+    assert status == 130
+    assert "interrupted: the same command with --resume" in server.said()
+    wait_for(lambda: not [text for text in commands().values() if str(root) in text], 30)
+
+
 # Who is not let in
 
 
