@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import stat
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from cryptography import x509
@@ -30,6 +33,7 @@ from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEAD, pack, unpack
 from fedmllm.remote.service import KEPT, Answers
 from fedmllm.remote.superlink import LocalOnly, is_local
+from fedmllm.remote.supernode import harmless, install
 from fedmllm.remote.wire import NoAnswer, ask, serve
 from grids import DirectGrid
 
@@ -364,6 +368,70 @@ def test_strangers_reach_the_fleet_api_only(path: str) -> None:
     assert status_of("/v1/fleet/pull-messages", "10.0.0.7") == 200
     assert status_of(path, "127.0.0.1") == 200
     assert status_of(path, "10.0.0.7") == 403
+
+
+def archive(**files: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as packed:
+        for name, text in files.items():
+            packed.writestr(name.replace("__", "/").replace("_DOT_", "."), text)
+    return content.getvalue()
+
+
+SHIPPED = (server.APP / "pyproject.toml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_site_runs_the_shipped_app_as_flower_packs_it() -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    assert harmless(build_fab_from_disk(ROOT / "examples" / "flower"))
+    assert harmless(archive(pyproject_DOT_toml=SHIPPED))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no archive",
+        archive(),
+        archive(pyproject_DOT_toml=SHIPPED, fedmllm_DOT_py="import os"),
+        archive(pyproject_DOT_toml=SHIPPED, fedmllm____init__DOT_py="x"),
+        archive(pyproject_DOT_toml=SHIPPED, readme_DOT_md="# hello"),
+        archive(pyproject_DOT_toml=SHIPPED.replace("fedmllm.remote.clientapp:app", "os:system")),
+        archive(pyproject_DOT_toml=SHIPPED.replace("[tool.flwr.app.config]", 'agentapp = "x:y"\n[tool.flwr.app.config]')),
+        archive(pyproject_DOT_toml="not = [toml"),
+        archive(pyproject_DOT_toml=SHIPPED + "#" * (1 << 21)),
+    ],
+)
+def test_a_site_runs_no_other_app(content: bytes) -> None:
+    assert not harmless(content)
+
+
+def test_the_check_is_where_flower_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Flower's own function: an app of others is answered by an error, and nothing of it is kept."""
+    from flwr.app import Error
+    from flwr.common.constant import ErrorCode
+    from flwr.supercore.fab import Fab
+    from flwr.supernode import start_client_internal as flower
+
+    for name in ("_pull_and_store_message", "_verify_fab"):
+        monkeypatch.setattr(flower, name, getattr(flower, name))
+    replies: list[Message] = []
+    monkeypatch.setattr(flower, "_insert_message", lambda message, *_: replies.append(message))
+    install()
+    DirectGrid(clientapp.app, {1: {}})
+    message = Message(RecordDict(), 1, "train")
+    state = MagicMock()
+    state.get_run.return_value = None
+    run_id = flower._pull_and_store_message(
+        state=state, object_store=MagicMock(), node_config={}, receive=lambda: (message, MagicMock()), get_run=MagicMock(),
+        get_fab=lambda *_: Fab("0" * 64, archive(pyproject_DOT_toml=SHIPPED, evil_DOT_py=""), {}), pull_object=MagicMock(),
+        confirm_message_received=MagicMock(), trusted_entities=None,
+    )  # fmt: skip
+    assert run_id == message.metadata.run_id
+    assert [reply.error for reply in replies] == [Error(ErrorCode.INVALID_FAB, "The FAB could not be verified.")]
+    state.store_fab.assert_not_called()
+    state.create_task.assert_not_called()
 
 
 def test_the_app_that_flower_starts_for_each_message_loads_no_torch() -> None:

@@ -97,10 +97,10 @@ def test_a_supernode_killed_in_a_round_costs_time_and_nothing_else(
     server = serve(federation, out)
     with running(server):
         wait_for(lambda: rounds_done(out) == 1, 240)
-        before = pid_of("flower-supernode", str(root / "keys" / "south.key"))
+        before = pid_of("fedmllm.remote.supernode", str(root / "keys" / "south.key"))
         os.kill(before, signal.SIGKILL)
         result = finished(server)
-        assert pid_of("flower-supernode", str(root / "keys" / "south.key")) != before
+        assert pid_of("fedmllm.remote.supernode", str(root / "keys" / "south.key")) != before
     assert result["refused_updates"] == 0
     assert close(adapter(out), expected)
     assert "SuperNode ended with status -9" in sites["south"].said()

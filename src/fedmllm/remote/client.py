@@ -13,7 +13,7 @@ from typing import Any
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.experiment import load_split
 from fedmllm.remote.files import SiteFile
-from fedmllm.remote.keeper import Keeper, Stop, environment, free_port, tool
+from fedmllm.remote.keeper import Keeper, Stop, environment, free_port
 
 
 def check(site: SiteFile) -> dict[str, Any]:
@@ -26,7 +26,6 @@ def check(site: SiteFile) -> dict[str, Any]:
 
 def keep(site: SiteFile, say: Callable[[str], None]) -> None:
     """Run until SIGTERM or Ctrl-C. All that was started is ended then."""
-    supernode = tool("flower-supernode")
     env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
     # A short path: that of a Unix socket may have 107 bytes. The folder is ours alone, as is the socket.
     folder = Path(tempfile.mkdtemp(prefix="fedmllm-"))
@@ -34,8 +33,8 @@ def keep(site: SiteFile, say: Callable[[str], None]) -> None:
 
     def node() -> list[str]:
         return [
-            supernode, "--superlink", site.superlink, "--root-certificates", str(site.ca),
-            "--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port()),
+            sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
+            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port()),
             "--node-config", f'worker="{socket}" site="{site.name}"',
         ]  # fmt: skip
 
