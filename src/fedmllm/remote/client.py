@@ -34,7 +34,8 @@ def keep(site: SiteFile, say: Callable[[str], None]) -> None:
     def node() -> list[str]:
         return [
             sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
-            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port()),
+            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key),
+            "--host", "127.0.0.1", "--port", str(free_port()),
             "--node-config", f'worker="{socket}" site="{site.name}"',
         ]  # fmt: skip
 

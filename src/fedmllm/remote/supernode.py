@@ -43,7 +43,7 @@ def install() -> None:
     if not {"get_fab", "trusted_entities"} <= inspect.signature(pull).parameters.keys() or not hasattr(flower, "_verify_fab"):
         raise RuntimeError("this version of flwr verifies apps in another way; install one that fedmllm's flower extra allows")
 
-    def checked(*, get_fab: Any, trusted_entities: Any, **others: Any) -> int | None:
+    def checked(*, get_fab: Any, trusted_entities: Any, **others: Any) -> Any:
         def fetch(hash: str, run_id: int) -> Fab:
             fab = get_fab(hash, run_id)
             # Without this word Flower refuses before it verifies.
