@@ -25,7 +25,7 @@ class Absent(RuntimeError):  # noqa: N818 (it says what happened)
 ATTEMPTS = 5
 """How often a job is sent in one round before what Flower says of it is taken for the answer."""
 POLL = 0.5
-"""Seconds between two looks for replies."""
+"""Seconds between two looks for replies, at most."""
 LOOK = 5.0
 """Seconds between two looks at which nodes there are."""
 
@@ -138,6 +138,7 @@ class FlowerPost:
         end = self._clock() + timeout
         under_way = {client: _Sent(job, seen=self._clock()) for client, job in jobs.items()}
         replies: dict[int, Reply] = {}
+        pause = POLL / 32  # simulations answer at once
         while under_way and self._clock() < end:
             self._send(under_way, end)
             for message in self._pull(i for sent in under_way.values() for i in sent.ids):
@@ -151,7 +152,8 @@ class FlowerPost:
                     replies[client] = Reply(client, problem=f"{gone} ({sent.problem})" if sent.problem else gone)
                     del under_way[client]
             if under_way:
-                self._sleep(POLL)
+                self._sleep(pause)
+                pause = min(2 * pause, POLL)
         return replies
 
     def _send(self, under_way: Mapping[int, _Sent], end: float) -> None:
