@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +140,10 @@ class Server:
 
     def _until_done(self, flower: Flower, superlink: Keeper) -> dict[str, Any]:
         left, done = self._federation.retries, self._rounds()
-        for number in count():
+        number = 0
+        while True:
             # A run that was given up may still say something.
+            number += 1
             self._outcome = self._federation.state / f"outcome-{os.getpid()}-{number}.json"
             run_id = self._submit(flower, superlink)
             status = self._follow(flower, superlink, run_id)
@@ -160,7 +161,6 @@ class Server:
             self._say(f"the run failed after round {done} ({why}); it goes on from there")
             self._resume = True
             self._wait(superlink, 2.0)
-        raise AssertionError("unreachable")
 
     def _see_off(self, flower: Flower, run_id: str) -> None:
         """Wait a little until Flower knows that the run is over, so that its books are right."""
