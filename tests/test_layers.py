@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
-    "cli": ALL,
+    "remote": FLEETS | {"store", "experiment", "bench", "runs", "progress"},
+    "cli_remote": ALL - {"cli"} | {"remote"},
+    "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},
 }  # fmt: skip
 

@@ -10,18 +10,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
-from fedmllm import __version__, config
+from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.errors import ConfigError, UserError
+from fedmllm.store import RunDir
+
+if TYPE_CHECKING:
+    from fedmllm.fleets.base import FleetKind
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -110,24 +114,24 @@ def _table(table: Any) -> None:
 
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
-    from fedmllm.experiment import default_stem, prepare
+    from fedmllm.experiment import prepare
     from fedmllm.fleets import fleets
     from fedmllm.progress import Progress
     from fedmllm.report.tables import comparison, metrics_table
-    from fedmllm.runs import Runner
+    from fedmllm.runs import Runner, choose
 
     _quiet()
     experiment = _load(file, overrides)
     if kind == "federated" and (why := fleets.build(experiment.fleet.name, experiment.fleet.options).refuse):
         raise ConfigError(why)
-    run = _choose_run(experiment, default_stem(experiment, kind), kind, out, resume)
+    run = choose(experiment, kind, out, resume)  # type: ignore[arg-type]
     if run.complete:
         result = run.result()
     else:
         data = prepare(experiment)
-        with Progress() as report:
+        with Progress() as report, _elsewhere(experiment, kind) as elsewhere:
             bench = Bench(experiment, data, report)
-            result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
+            result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()  # type: ignore[arg-type]
     if as_json:
         _print(result)
         return
@@ -136,20 +140,14 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     typer.echo(f"run directory: {run.path}")
 
 
-def _choose_run(experiment: Experiment, stem: str, kind: str, out: Path | None, resume: bool) -> RunDir:
-    if out is None:
-        parent = Path("runs")
-        found = unfinished(parent, stem, experiment.digest()) if resume else None
-        return found or new_run(parent, stem)
-    run = RunDir(out)
-    if resume and run.complete:
-        known = run.result()
-        if known["config_digest"] != experiment.digest() or known["kind"] != kind:
-            raise RunError(f"{out} holds another experiment's run; give another --out.")
-        return run
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
-    return run
+def _elsewhere(experiment: Experiment, kind: str) -> AbstractContextManager[FleetKind | None]:
+    """The fleet of a federated run that has to be started and ended, if it has one."""
+    if kind != "federated" or experiment.fleet.name != "ray":
+        return nullcontext()
+    cli_remote.need("ray", "ray")
+    from fedmllm.remote.actors import on_ray
+
+    return on_ray(experiment)
 
 
 @app.command()
@@ -447,6 +445,10 @@ def _parts(kind: Kinds) -> list[dict[str, Any]]:
         for part in found:
             part |= travels(algorithms.build(part["name"], {}))
     return found
+
+
+for _command in (cli_remote.keys, cli_remote.client, cli_remote.server):
+    app.command()(_guarded(_command))
 
 
 @app.callback(invoke_without_command=True)

@@ -32,13 +32,13 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent, with_defaults
+from fedmllm.experiment import Data, Report, build_algorithm, default_stem, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import FleetKind, Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
-from fedmllm.store import SCHEMA, RunDir
+from fedmllm.store import SCHEMA, RunDir, new_run, unfinished
 from fedmllm.tensors import State, Tensors, digest, flatten
 from fedmllm.training.capacity import cohort_size
 
@@ -82,6 +82,26 @@ def peak_memory_mb() -> int:
         return round(torch.cuda.max_memory_allocated() / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def choose(config: Experiment, kind: Kind, out: Path | None, resume: bool) -> RunDir:
+    """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest run which is not complete.
+
+    Raises RunError where `out` holds something else, or a run that was not asked to go on.
+    """
+    if out is None:
+        stem = default_stem(config, kind)
+        found = unfinished(Path("runs"), stem, config.digest()) if resume else None
+        return found or new_run(Path("runs"), stem)
+    run = RunDir(out)
+    if resume and run.complete:
+        known = run.result()
+        if known["config_digest"] != config.digest() or known["kind"] != kind:
+            raise RunError(f"{out} holds another experiment's run; give another --out.")
+        return run
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
+    return run
 
 
 class Runner:
@@ -159,9 +179,17 @@ class Runner:
         algorithm, plan = build_algorithm(self.config), self._plan
         state, records = self._train(algorithm, self.bench.clients, plan, "rounds")
         rows, took_part = client_rows(self.data.manifest), Counter(c for record in records for c in record["sampled"])
+        sites = self.config.fleet.options.get("sites")
         for row in rows:
             row["rounds"] = took_part[row["client"]]
             row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
+            row |= {"site": sites[row["client"]]} if sites else {}
+        if self._fleets.evaluate is not None:
+            self.report("asking the sites", 0, 0, "each tests on data of its own")
+            info = plan.info(plan.rounds, plan.clients)
+            messages = {client: algorithm.message(state, client, info) for client in plan.clients}
+            for client, found in self._fleets.evaluate(messages, plan.rounds).items():
+                rows[client] |= found
         if algorithm.personal:
             return self._conclude_personal(algorithm, state, plan, records, rows)
         return self._conclude(state, records, rows)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedmllm.algorithms import Algorithm
 from fedmllm.config import TrainTable
 from fedmllm.federation import Fleet
 from fedmllm.models.mllm import MLLM, Encoded
-from fedmllm.tensors import Tensors
+from fedmllm.tensors import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Site:
 @dataclass(frozen=True)
 class FleetKind:
     """`make` a fleet for a site. `here`: clients train in this process, which encodes their data. `refuse` says why a run
-    cannot be started from here, and what to do instead; empty where it can."""
+    cannot be started from here, and what to do instead; empty where it can. `evaluate(messages, done)`, where clients have test
+    data of their own and are asked for it: what each makes of its message after `done` rounds, a row for its figures."""
 
     make: Callable[[Site], Fleet]
     here: bool = True
     refuse: str = ""
+    evaluate: Callable[[Mapping[int, State], int], Mapping[int, Mapping[str, Any]]] | None = None

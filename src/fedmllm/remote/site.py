@@ -9,18 +9,20 @@ import hashlib
 import re
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedmllm import __version__
+from fedmllm.algorithms.factors import fold_of
 from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.samples import MODALITIES, Modality
-from fedmllm.errors import ConfigError, UserError
+from fedmllm.data.samples import MODALITIES, Modality, Task
+from fedmllm.errors import ConfigError, DataError, UserError
+from fedmllm.evaluation.evaluate import Examination, summarise
 from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
@@ -42,6 +44,10 @@ class Own:
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     device: str = "auto"
     trust_remote_code: bool = False
+    tests: bool = False
+    """Whether the task's test split is the site's to test on."""
+    model: str = ""
+    """Where this machine has the model, if not where the experiment says."""
 
 
 def structure(adapter: Tensors) -> str:
@@ -70,6 +76,8 @@ class _Experiment:
         if own is not None:
             raw["task"] = own.task.model_dump(mode="json", exclude_none=True)
             raw.setdefault("model", {})["device"] = own.device
+            if own.model:
+                raw["model"]["name"] = own.model
             if raw["model"].get("trust_remote_code") and not own.trust_remote_code:
                 raise ConfigError(
                     "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
@@ -80,10 +88,30 @@ class _Experiment:
         data = prepare(self.config) if own is None else own_data(self.config, own)
         self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
         self.cohort = 1
+        self._examination: tuple[Task, Examination] | None = None
 
     @cached_property
     def gaps(self) -> dict[int, float]:
         return dict(enumerate(gaps(self.bench.clients.manifest)))
+
+    def examination(self, own: Own | None) -> tuple[Task, Examination]:
+        """The questions of the site's own test data. Raises ConfigError where it has none."""
+        if own is None or not own.tests:
+            raise ConfigError("this site has no test data; name some in its file (jsonl_test), or set fleet.evaluate = false.")
+        if self._examination is None:
+            task, samples, _ = load_split(own.task, "test")
+            limited = [
+                replace(
+                    s, image=s.image if "image" in own.modalities else None, text=s.text if "text" in own.modalities else None
+                )
+                for s in samples
+            ]
+            seen, config, bench = [s for s in limited if s.modalities], self.config, self.bench
+            strategy, longest = bench.strategy, config.train.max_length
+            made = Examination(bench.model, task, seen, config.eval.patterns, strategy, longest)
+            bench.model.prepare_features()
+            self._examination = task, made
+        return self._examination
 
     def site(self, memory: Path, clients: Sequence[int]) -> Site:
         bench, train = self.bench, self.config.train
@@ -100,8 +128,9 @@ class Worker:
     `own` is None where every client's data is in the experiment's own task, dealt out by its manifest, as in simulations.
     """
 
-    def __init__(self, folder: Path, own: Own | None = None) -> None:
-        self._folder, self._own = folder, own
+    def __init__(self, folder: Path, own: Own | None = None, log: Callable[[str], None] = lambda line: None) -> None:
+        """`log` is told what does not travel."""
+        self._folder, self._own, self._log = folder, own, log
         self._known: tuple[str, _Experiment] | None = None
 
     def answer(self, jobs: Sequence[Job]) -> list[Reply]:
@@ -109,10 +138,15 @@ class Worker:
         in the replies, without anything of the data."""
         try:
             return self._answer(jobs)
+        except DataError as error:  # it names the sample, and may quote it
+            self._log(f"the data cannot be used: {error}")
+            problem = "the site's data cannot be used; its own log says why"
         except UserError as error:
+            self._log(str(error))
             problem = str(error)
         except Exception as error:  # the boundary: a message of any other error may quote data, its place does not
             where = traceback.extract_tb(error.__traceback__)[-1]
+            self._log("".join(traceback.format_exception(error)))
             problem = f"{type(error).__name__} at the site ({Path(where.filename).name}, line {where.lineno})"
         return [Reply(job.client, problem=problem) for job in jobs]
 
@@ -126,7 +160,10 @@ class Worker:
         experiment = self._known[1]
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
-        return self._train(experiment, jobs) if first.kind == "train" else [self._personal(experiment, job) for job in jobs]
+        if first.kind == "train":
+            return self._train(experiment, jobs)
+        answer = self._evaluate if first.kind == "evaluate" else self._personal
+        return [answer(experiment, job) for job in jobs]
 
     def _describe(self, experiment: _Experiment, job: Job) -> Reply:
         client = job.client
@@ -134,7 +171,7 @@ class Worker:
             client = experiment.config.fleet.options["sites"].index(self._own.name)
         samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
         about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
-        about |= {"fedmllm": __version__, "adapter": structure(experiment.bench.initial)}
+        about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.bench.initial)}
         return Reply(client, about=about)
 
     def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
@@ -153,6 +190,15 @@ class Worker:
     def _personal(self, experiment: _Experiment, job: Job) -> Reply:
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
         return Reply(job.client, {"adapter": fleet.personal(job.client, job.state, job.round)})
+
+    def _evaluate(self, experiment: _Experiment, job: Job) -> Reply:
+        task, examination = experiment.examination(self._own)
+        fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
+        adapter = fleet.personal(job.client, job.state, job.round)
+        experiment.bench.model.adapter.set_fold(fold_of(job.state))
+        (predictions,) = examination.take_each(experiment.config.eval, [adapter])
+        found = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
+        return Reply(job.client, about={"metrics": found})
 
 
 __all__ = ["Own", "Worker", "own_data", "structure"]

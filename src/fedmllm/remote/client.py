@@ -1,0 +1,56 @@
+"""`fedmllm client`: a site's worker and its SuperNode, kept alive until someone ends them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.experiment import load_split
+from fedmllm.remote.files import SiteFile
+from fedmllm.remote.keeper import Keeper, Stop, environment, free_port
+
+
+def check(site: SiteFile) -> dict[str, Any]:
+    """What the site would tell a server of itself. Raises ConfigError and DataError for what is wrong with its data."""
+    _, samples, skipped = load_split(site.own.task, "train")
+    held = (Holding(s.id, 0, s.modalities & site.own.modalities) for s in samples)
+    ((count, image, text),) = Manifest.of((h for h in held if h.visible), 1).counts().tolist()
+    return {"name": site.name, "superlink": site.superlink, "samples": count, "image": image, "text": text, "skipped": skipped}
+
+
+def keep(site: SiteFile, say: Callable[[str], None]) -> None:
+    """Run until SIGTERM or Ctrl-C. All that was started is ended then."""
+    env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
+    # A short path: that of a Unix socket may have 107 bytes. The folder is ours alone, as is the socket.
+    folder = Path(tempfile.mkdtemp(prefix="fedmllm-"))
+    socket = folder / "worker"
+
+    def node() -> list[str]:
+        return [
+            sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
+            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key),
+            "--host", "127.0.0.1", "--port", str(free_port()),
+            "--node-config", f'worker="{socket}" site="{site.name}"',
+        ]  # fmt: skip
+
+    worker = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), str(socket)]
+    keepers = [Keeper("worker", lambda: worker, env, say), Keeper("SuperNode", node, env, say)]
+    stop = Stop()
+    try:
+        while not stop():
+            for keeper in keepers:
+                keeper.look()
+            time.sleep(0.2)
+    finally:
+        for keeper in reversed(keepers):
+            keeper.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+__all__ = ["check", "keep"]

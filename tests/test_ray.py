@@ -1,0 +1,186 @@
+"""Ray as a fleet: the same numbers, and an actor that dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import call, run
+from federations import adapter, close, commands, is_open, wait_for
+from fedmllm.bench import Bench
+from fedmllm.config import read, validate
+from fedmllm.errors import ConfigError
+from fedmllm.experiment import prepare, with_defaults
+from fedmllm.remote.actors import ATTEMPTS, ActorPost, on_ray, resources, split
+from fedmllm.remote.keeper import free_port, tool
+from fedmllm.remote.protocol import Job, Reply, to_bytes
+from fedmllm.runs import Runner
+from fedmllm.store import RunDir
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")]
+Write = Callable[..., Path]
+FLEET = '[fleet]\nname = "ray"\nactors = 2\ncpus = 0.5\n'
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "cache"))
+
+
+def test_clients_are_dealt_evenly_and_none_twice() -> None:
+    for count in range(12):
+        for actors in range(1, 6):
+            parts = split(list(range(count)), actors)
+            assert [c for part in parts for c in part] == list(range(count))
+            sizes = [len(part) for part in parts]
+            assert not sizes or (max(sizes) - min(sizes) <= 1 and min(sizes) >= 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "expected"),
+    [
+        ((None, None, None), (16, 4), (4, 4, 1)),
+        ((None, None, None), (16, 0), (4, 4, 0)),
+        ((None, None, None), (2, 0), (1, 2, 0)),
+        ((2, None, None), (16, 4), (2, 8, 1)),
+        ((None, 2, None), (16, 0), (8, 2, 0)),
+        ((None, None, 0.5), (16, 2), (4, 4, 0.5)),
+        ((3, None, 0), (16, 4), (3, 5, 0)),
+    ],
+)
+def test_an_actor_has_a_gpu_or_a_share_of_the_cores(
+    options: tuple[Any, Any, Any], there: tuple[float, float], expected: tuple[int, float, float]
+) -> None:
+    asked = dict(zip(("actors", "cpus", "gpus"), options, strict=True))
+    assert resources(asked, dict(zip(("CPU", "GPU"), there, strict=True))) == expected
+
+
+@pytest.mark.parametrize("options", [(9, None, None), (2, 16, None), (1, None, 5)])
+def test_more_than_there_is_is_refused(options: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"lower fleet\.actors, fleet\.cpus or fleet\.gpus"):
+        resources(dict(zip(("actors", "cpus", "gpus"), options, strict=True)), {"CPU": 8.0, "GPU": 4.0})
+
+
+def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write) -> None:
+    """With cohorts of one, and a method that remembers: bits and all."""
+    extra = '[algorithm]\nname = "scaffold"\n'
+    here = run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
+    there = run("run", write_experiment(extra + FLEET), "--out", "there", "--set", "train.cohort=1", "--set", "train.rounds=3")
+    assert close(adapter(Path("here")), adapter(Path("there")))
+    for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256"):
+        assert there[key] == here[key], key
+    assert list(Path("there/checkpoint/clients").rglob("*.safetensors")), "what clients remember is in the run's directory"
+    assert not [text for text in commands().values() if "ray::_Actor" in text]
+
+
+def test_a_cluster_that_is_there_is_used_and_left_alone(write_experiment: Write, tmp_path: Path) -> None:
+    port, home = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: Ray keeps sockets there
+    command = [
+        tool("ray"), "start", "--head", "--block", "--port", str(port), "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
+        "--include-dashboard", "false", "--temp-dir", str(home), "--disable-usage-stats",
+    ]  # fmt: skip
+    with (tmp_path / "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: is_open(port), 60)
+        here = run("run", write_experiment(), "--out", "here", "--set", "train.cohort=1")
+        extra = FLEET + f'address = "127.0.0.1:{port}"\n'
+        there = run("run", write_experiment(extra), "--out", "there", "--set", "train.cohort=1")
+        assert there["adapter_sha256"] == here["adapter_sha256"]
+        assert head.poll() is None
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+class Killing(RunDir):
+    """Kills an actor in round 1, and the one that replaced it once more."""
+
+    killed = 0
+
+    def save_round(self, record: Any, *more: Any) -> None:
+        super().save_round(record, *more)
+        if record["round"] == 0:
+            threading.Thread(target=self._kill).start()
+
+    def _kill(self) -> None:
+        for pid, text in commands().items():
+            if text.startswith("ray::_Actor"):
+                os.kill(pid, signal.SIGKILL)
+                self.killed += 1
+                return
+
+
+def test_an_actor_that_dies_is_replaced_and_its_clients_train_again(write_experiment: Write) -> None:
+    extra = '[algorithm]\nname = "scaffold"\n'
+    run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
+    config = with_defaults(validate(read(write_experiment(extra + FLEET))))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"cohort": 1})})
+    data, directory = prepare(config), Killing(Path("there"))
+    with on_ray(config) as fleet:
+        result = Runner(config, data, Bench(config, data), directory, "federated", elsewhere=fleet).execute()
+    assert directory.killed == 1
+    assert result["refused_updates"] == 0
+    assert close(adapter(Path("here")), adapter(Path("there")))
+
+
+def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(tmp_path: Path) -> None:
+    import ray
+
+    class Actor:
+        def __init__(self, dies: bool) -> None:
+            self.dies = dies
+
+        def answer(self, jobs: list[bytes]) -> list[bytes]:
+            if self.dies:
+                os._exit(1)
+            return [to_bytes(Reply(0, examples=len(jobs))) for _ in jobs]
+
+    made: list[int] = []
+    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    try:
+        remote = ray.remote(num_cpus=0.5)(Actor)
+
+        def make(number: int) -> Any:
+            made.append(number)
+            return remote.remote(number == 1)
+
+        post = ActorPost(2, make)
+        replies = post.exchange({c: Job("train", "ab" * 8, "", c) for c in (3, 5, 8)}, 120)
+        assert replies[3].examples == 1
+        assert [replies[c].problem for c in (5, 8)] == [f"its actor died {ATTEMPTS} times (ActorDiedError)"] * 2
+        assert made == [0, 1, *[1] * ATTEMPTS]
+    finally:
+        ray.shutdown()
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(write_experiment: Write) -> None:
+    done = call("run", write_experiment(FLEET + 'address = "127.0.0.1:1"\n'), "--out", "out")
+    assert done.exit_code == 2, done.output
+    assert "no Ray cluster answers" in done.stderr
+    assert not Path("out").exists()
+
+
+def test_ray_that_is_not_installed_is_one_sentence(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmllm.cli_remote.find_spec", lambda name: None)
+    done = call("run", write_experiment(FLEET))
+    assert done.exit_code == 2
+    assert done.stderr.strip().endswith('ray is not installed; `pip install "fedmllm[ray]"` brings it.')
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    wait_for(lambda: not [text for text in commands().values() if text.startswith("ray::_Actor")], 20)
