@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError, UserError
+from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.store import RunDir
 
 if TYPE_CHECKING:
