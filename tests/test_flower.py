@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from fedmllm.federation import TooFewUpdates
 from fedmllm.remote import clientapp
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.post import ATTEMPTS, Absent, FlowerPost
-from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
+from fedmllm.remote.protocol import Job, Kind, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEAD, RecordError, pack, unpack
-from fedmllm.remote.serverapp import manifest_of, run
+from fedmllm.remote.serverapp import load_experiment, manifest_of, run, told_to_sites
+from fedmllm.remote.site import Worker
 from fedmllm.store import RunDir
 from grids import DirectGrid
 from helpers import quick, same
@@ -276,6 +278,30 @@ def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Wri
         assert [(r["client"], r["why"].partition(" in ")[0]) for r in record["refused"]] == [(1, "NaN or infinity")]
 
 
+def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: Write, tmp_path: Path) -> None:
+    """Its own adapter after a round that was refused is that of the round before."""
+    text = told_to_sites(load_experiment(write_experiment('[algorithm]\nname = "fedsa-lora"\n' + FLEET), []))
+    worker = Worker(tmp_path / "clients")
+    job = Job("describe", "ab" * 8, text, 0, sampled=(0,), lr=0.01)
+    assert not worker.answer([job])[0].problem
+    assert worker._known is not None
+    experiment = worker._known[1]
+    algorithm, bench = experiment.algorithm, experiment.bench
+    start = algorithm.message(algorithm.init(bench.initial), 0, RoundInfo(0, 3, 4, (0,), 0, bench.model.info))
+
+    def own(kind: Kind, round: int, last: int) -> dict[str, torch.Tensor]:
+        (reply,) = worker.answer([replace(job, kind=kind, round=round, last=last, state=start)])
+        assert not reply.problem
+        return reply.groups["adapter"]
+
+    own("train", 0, -1)
+    first = own("personal", 1, 0)
+    own("train", 1, 0)
+    assert same({"a": own("personal", 2, 0)}, {"a": first})
+    own("train", 1, 0)
+    assert not same({"a": own("personal", 2, 1)}, {"a": first})
+
+
 # Nodes
 
 
@@ -372,6 +398,21 @@ def test_who_is_gone_is_given_up_after_a_while() -> None:
     assert replies[0].problem == ""
     assert replies[1].problem == "its node was gone for 30 s"
     assert now[0] == pytest.approx(30, abs=2)
+
+
+def test_who_was_gone_is_looked_for_in_the_next_round_and_not_waited_for_again() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, now = ready(wires)
+    jobs = {0: train_job(0), 1: train_job(1)}
+    back = wires.nodes.pop(101)
+    post.exchange(jobs, timeout=300)
+    assert now[0] == pytest.approx(30, abs=2)
+    now[0] = 0
+    assert post.exchange(jobs, timeout=300)[1].problem == "its node is still gone"
+    assert now[0] < 1
+    assert post.exchange({1: train_job(1)}, timeout=300)[1].problem == "its node was gone for 30 s", "nobody else is there"
+    wires.nodes[101] = back
+    assert not any(reply.problem for reply in post.exchange(jobs, timeout=300).values())
 
 
 def test_a_node_that_came_up_anew_is_sent_its_job_again() -> None:

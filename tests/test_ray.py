@@ -20,7 +20,8 @@ from fedmllm.bench import Bench
 from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment import prepare, with_defaults
-from fedmllm.remote.actors import ATTEMPTS, ActorPost, on_ray, resources, split
+from fedmllm.fleets.memory import ClientMemory
+from fedmllm.remote.actors import ATTEMPTS, ActorPost, Packed, on_ray, resources, split
 from fedmllm.remote.keeper import free_port, tool
 from fedmllm.remote.protocol import Job, Reply, to_bytes
 from fedmllm.runs import Runner
@@ -72,15 +73,20 @@ def test_more_than_there_is_is_refused(options: tuple[Any, Any, Any]) -> None:
         resources(dict(zip(("actors", "cpus", "gpus"), options, strict=True)), {"CPU": 8.0, "GPU": 4.0})
 
 
-def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write) -> None:
-    """With cohorts of one, and a method that remembers: bits and all."""
-    extra = '[algorithm]\nname = "scaffold"\n'
+@pytest.mark.parametrize("name", ["scaffold", "fedsa-lora"])
+def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write, name: str) -> None:
+    """With cohorts of one, and methods that remember: bits and all."""
+    extra = f'[algorithm]\nname = "{name}"\n'
     here = run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
     there = run("run", write_experiment(extra + FLEET), "--out", "there", "--set", "train.cohort=1", "--set", "train.rounds=3")
-    assert close(adapter(Path("here")), adapter(Path("there")))
     for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256"):
         assert there[key] == here[key], key
-    assert list(Path("there/checkpoint/clients").rglob("*.safetensors")), "what clients remember is in the run's directory"
+    remembered = [
+        {p.relative_to(f): p.read_bytes() for p in (f / "checkpoint/clients").rglob("*") if p.is_file()}
+        for f in (Path("here"), Path("there"))
+    ]
+    assert remembered[0] == remembered[1] != {}, "what clients remember is in the run's directory, as ever"
+    assert not list(Path(tempfile.gettempdir()).glob("fedmllm-*/*/client-*")), "and nowhere else"
     assert not [text for text in commands().values() if "ray::_Actor" in text]
 
 
@@ -143,10 +149,10 @@ def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(t
         def __init__(self, dies: bool) -> None:
             self.dies = dies
 
-        def answer(self, jobs: list[bytes]) -> list[bytes]:
+        def answer(self, work: list[Packed]) -> list[Packed]:
             if self.dies:
                 os._exit(1)
-            return [to_bytes(Reply(0, examples=len(jobs))) for _ in jobs]
+            return [(to_bytes(Reply(0, examples=len(work))), memory) for _, memory in work]
 
     made: list[int] = []
     ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -157,13 +163,26 @@ def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(t
             made.append(number)
             return remote.remote(number == 1)
 
-        post = ActorPost(2, make)
+        post = ActorPost(2, make, ClientMemory(tmp_path))
         replies = post.exchange({c: Job("train", "ab" * 8, "", c) for c in (3, 5, 8)}, 120)
         assert replies[3].examples == 1
         assert [replies[c].problem for c in (5, 8)] == [f"its actor died {ATTEMPTS} times (ActorDiedError)"] * 2
         assert made == [0, 1, *[1] * ATTEMPTS]
     finally:
         ray.shutdown()
+
+
+def test_a_round_has_an_end(write_experiment: Write) -> None:
+    done = call("run", write_experiment(FLEET + "timeout = 0.01\n"), "--out", "out")
+    assert done.exit_code == 1
+    assert "no answer within 0.01 s" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["actors = 0", "cpus = -1.0", "gpus = -0.5", "timeout = 0.0"])
+def test_options_that_cannot_be_are_refused(write_experiment: Write, option: str) -> None:
+    done = call("run", write_experiment(f'[fleet]\nname = "ray"\n{option}\n'))
+    assert done.exit_code == 2
+    assert "fleet: " in done.stderr
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(write_experiment: Write) -> None:

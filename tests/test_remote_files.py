@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from fedmllm.remote.service import KEPT, Answers
 from fedmllm.remote.superlink import LocalOnly, is_local
 from fedmllm.remote.supernode import harmless, install
 from fedmllm.remote.wire import NoAnswer, ask, serve
+from fedmllm.store import alone
 from grids import DirectGrid
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,34 @@ def test_what_is_wrong_with_a_site_file_is_one_sentence(folder: Path, old: str, 
     assert done.exit_code == 2, done.output
     assert why in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_site_without_anything_that_it_may_use_is_one_sentence(folder: Path) -> None:
+    file = folder / "north" / "blind.toml"
+    file.write_text((folder / "north" / "site.toml").read_text().replace("train.jsonl", "texts.jsonl"))
+    line = {"id": "a", "text": "a red thing", "question": "which color?", "choices": ["red", "blue"], "answer": "red"}
+    (folder / "north" / "texts.jsonl").write_text(json.dumps(line) + "\n")
+    done = call("client", file, "--check")
+    assert done.exit_code == 2
+    assert "none of the 1 samples has image, so there is nothing to train on" in done.stderr
+
+
+def test_a_site_is_at_work_once(folder: Path) -> None:
+    site = SiteFile(folder / "north" / "site.toml")
+    with alone(site.state / "lock", RuntimeError()):
+        done = call("client", site.path)
+    assert done.exit_code == 2
+    assert "another `fedmllm client` is at work" in done.stderr
+
+
+def test_a_port_that_is_taken_is_one_sentence(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", FederationFile(folder / "server" / "federation.toml", []).port))
+        taken.listen()
+        done = call("server", folder / "server" / "federation.toml", "--out", folder / "never")
+    assert done.exit_code == 2
+    assert "cannot listen on 127.0.0.1:" in done.stderr
+    assert not (folder / "never").exists()
 
 
 def test_a_key_that_others_may_read_is_refused(folder: Path) -> None:

@@ -6,12 +6,15 @@ one before it, whose checkpoint may still be on its way to the disk.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,23 @@ def _dump(value: Any) -> bytes:
     text.write("\n")
     text.flush()
     return content.getvalue()
+
+
+@contextmanager
+def alone(lock: Path, refusal: Exception, seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a file, which goes with the process. Raises `refusal` where another has it for so many seconds."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise refusal from None
+                time.sleep(0.5)
+        yield
 
 
 class _Writer:

@@ -6,15 +6,13 @@ and cells that mean the same run (zero-shot under any algorithm) share it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,7 +25,7 @@ from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment import check_parts, options_of, with_defaults
 from fedmllm.registry import explain
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, alone
 from fedmllm.tensors import write_atomically
 
 Kind = Literal["federated", "zero-shot", "local", "centralised"]
@@ -132,18 +130,6 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Planned
     return sweep, planned
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises RunError where another process sweeps in this folder; the lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another sweep is running there; wait for it, or give another --out.") from None
-        yield
-
-
 class Sweeper:
     """Runs what is missing of a grid. `report(done, total, text)` is told of every run that ends."""
 
@@ -171,7 +157,8 @@ class Sweeper:
 
     def run(self, jobs: int) -> list[dict[str, Any]]:
         """Do all that is not complete, `jobs` at a time, going on past failures; the index. Raises KeyboardInterrupt."""
-        with _alone(self._out):
+        refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
+        with alone(self._out / ".lock", refusal):
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
             with ThreadPoolExecutor(max_workers=jobs) as pool:

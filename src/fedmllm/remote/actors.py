@@ -1,13 +1,17 @@
 """Ray: actors that each keep one model and answer the jobs of a cohort at a time; one that dies is replaced.
 
-Jobs and replies are the bytes that travel over Flower too. What clients remember is in the run directory, which all machines
-of a cluster must see, if the algorithm remembers anything.
+Jobs and replies are the bytes that travel over Flower too. An actor remembers nothing of a client: what a client remembers
+travels with its job, comes back with its reply and is in the run directory, as in one process. So any actor may take any
+client, on any machine, and one that dies loses nothing.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.memory import ClientMemory
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.site import Worker
@@ -27,21 +32,34 @@ ATTEMPTS = 3
 """How often a cohort is sent out before the death of its actor is taken for the answer."""
 CORES_AN_ACTOR = 4
 """Where there is no GPU."""
+Packed = tuple[bytes, bytes]
+"""A job or a reply, and what its client remembers."""
 
 
 class _Actor:
     """What lives in an actor's process."""
 
-    def __init__(self, folder: str, home: str, threads: int) -> None:
+    def __init__(self, home: str, threads: int) -> None:
         import torch
 
         if Path(home).is_dir():  # relative paths of the experiment mean what they mean where it was started
             os.chdir(home)
         torch.set_num_threads(threads)
-        self._worker = Worker(Path(folder))
+        self._folder = Path(tempfile.gettempdir(), f"fedmllm-{secrets.token_hex(8)}")
+        self._worker = Worker(self._folder)
 
-    def answer(self, jobs: Sequence[bytes]) -> list[bytes]:
-        return [to_bytes(reply) for reply in self._worker.answer([Job.of(*parts_of(job)) for job in jobs])]
+    def answer(self, work: Sequence[Packed]) -> list[Packed]:
+        """For each client's (job, memory) its (reply, new memory), in their order."""
+        jobs = [Job.of(*parts_of(job)) for job, _ in work]
+        memory = ClientMemory(self._folder / jobs[0].run)
+        try:
+            for job, (_, before) in zip(jobs, work, strict=True):
+                memory.save(job.client, job.last, parts_of(before)[1])
+            replies = self._worker.answer(jobs)
+            after = [Reply(groups=memory.load(job.client, job.round + 1)) for job in jobs]
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return [(to_bytes(reply), to_bytes(new)) for reply, new in zip(replies, after, strict=True)]
 
 
 def split(clients: Sequence[int], actors: int) -> list[list[int]]:
@@ -55,8 +73,8 @@ def split(clients: Sequence[int], actors: int) -> list[list[int]]:
 class ActorPost:
     """`make(number)` starts an actor."""
 
-    def __init__(self, actors: int, make: Callable[[int], Any]) -> None:
-        self._make = make
+    def __init__(self, actors: int, make: Callable[[int], Any], memory: ClientMemory) -> None:
+        self._make, self._memory = make, memory
         self._actors = [make(number) for number in range(actors)]
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]:
@@ -64,7 +82,7 @@ class ActorPost:
         import ray
 
         end = time.monotonic() + timeout
-        packed = {client: to_bytes(job) for client, job in jobs.items()}
+        packed = {client: self._pack(job) for client, job in jobs.items()}
         under_way: dict[Any, tuple[int, list[int], int]] = {}
         replies: dict[int, Reply] = {}
 
@@ -79,8 +97,8 @@ class ActorPost:
             for reference in ready:
                 number, clients, attempt = under_way.pop(reference)
                 try:
-                    answers = [Reply.of(*parts_of(content)) for content in ray.get(reference)]
-                    replies |= dict(zip(clients, answers, strict=True))
+                    for client, answer in zip(clients, ray.get(reference), strict=True):
+                        replies[client] = self._unpack(jobs[client], answer)
                 except ray.exceptions.RayActorError as error:
                     self._actors[number] = self._make(number)
                     if attempt < ATTEMPTS:
@@ -88,11 +106,24 @@ class ActorPost:
                     else:
                         why = f"its actor died {attempt} times ({type(error).__name__})"
                         replies |= {client: Reply(client, problem=why) for client in clients}
+                except ray.exceptions.RayError as error:
+                    why = f"{type(error).__name__} in its actor"
+                    replies |= {client: Reply(client, problem=why) for client in clients}
         for number, _, _ in under_way.values():
             # It may be stuck: what comes next must not wait behind it.
             ray.kill(self._actors[number])
             self._actors[number] = self._make(number)
         return replies
+
+    def _pack(self, job: Job) -> Packed:
+        self._memory.go_back(job.client, min(job.last, job.round - 1))
+        return to_bytes(job), to_bytes(Reply(groups=self._memory.load(job.client, job.round)))
+
+    def _unpack(self, job: Job, answer: Packed) -> Reply:
+        reply = Reply.of(*parts_of(answer[0]))
+        if job.kind == "train" and not reply.problem:
+            self._memory.save(job.client, job.round, parts_of(answer[1])[1])
+        return reply
 
     def end(self) -> None:
         import ray
@@ -127,17 +158,13 @@ def _reach(address: str) -> None:
 
 
 @contextmanager
-def on_ray(config: Experiment) -> Iterator[FleetKind]:
-    """The fleet of an experiment whose `fleet.name` is "ray"; its actors, and a cluster of its own, end with the context.
-
-    Raises ConfigError where there is no such cluster.
-    """
+def cluster(address: str | None) -> Iterator[None]:
+    """A Ray cluster: that at `address`, or one on this machine which ends with the context. Raises ConfigError where there is
+    none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    options = config.fleet.options
-    address = options.get("address")
     try:
         if address and address != "auto":
             _reach(address)
@@ -146,23 +173,35 @@ def on_ray(config: Experiment) -> Iterator[FleetKind]:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f'fleet.address = "{address}": no Ray cluster answers ({" ".join(str(error).split())}).') from None
-    posts: list[ActorPost] = []
     try:
-        full = {key: options.get(key) for key in ("actors", "cpus", "gpus")}
-        actors, cpus, gpus = resources(full, ray.cluster_resources())
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
-
-        def make(site: Site) -> Fleet:
-            if not posts:  # a run asks for its fleet more than once
-                folder, home, threads = str(site.memory.absolute()), str(Path.cwd()), max(1, int(cpus))
-                posts.append(ActorPost(actors, lambda number: remote.remote(folder, home, threads)))
-            return RemoteFleet(posts[0], site.run, site.config, options["timeout"], site.last)
-
-        yield FleetKind(make, here=False)
+        yield
     finally:
-        for post in posts:
-            post.end()
         ray.shutdown()
 
 
-__all__ = ["ATTEMPTS", "ActorPost", "on_ray", "resources", "split"]
+@contextmanager
+def on_ray(config: Experiment) -> Iterator[FleetKind]:
+    """The fleet of an experiment whose `fleet.name` is "ray"; its actors, and a cluster of its own, end with the context."""
+    options = config.fleet.options
+    posts: list[ActorPost] = []
+    with cluster(options.get("address")):
+        import ray
+
+        try:
+            full = {key: options.get(key) for key in ("actors", "cpus", "gpus")}
+            actors, cpus, gpus = resources(full, ray.cluster_resources())
+            remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
+
+            def make(site: Site) -> Fleet:
+                if not posts:  # a run asks for its fleet more than once
+                    home, threads = str(Path.cwd()), max(1, int(cpus))
+                    posts.append(ActorPost(actors, lambda number: remote.remote(home, threads), ClientMemory(site.memory)))
+                return RemoteFleet(posts[0], site.run, site.config, options["timeout"], site.last)
+
+            yield FleetKind(make, here=False)
+        finally:
+            for post in posts:
+                post.end()
+
+
+__all__ = ["ATTEMPTS", "ActorPost", "Packed", "cluster", "on_ray", "resources", "split"]

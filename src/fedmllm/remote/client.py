@@ -11,21 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.errors import DataError, RunError
 from fedmllm.experiment import load_split
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.keeper import Keeper, Stop, environment, free_port
+from fedmllm.store import alone
 
 
 def check(site: SiteFile) -> dict[str, Any]:
     """What the site would tell a server of itself. Raises ConfigError and DataError for what is wrong with its data."""
     _, samples, skipped = load_split(site.own.task, "train")
-    held = (Holding(s.id, 0, s.modalities & site.own.modalities) for s in samples)
+    held = [Holding(s.id, 0, s.modalities & site.own.modalities) for s in samples]
+    if not any(h.visible for h in held):
+        seen = " or ".join(sorted(site.own.modalities))
+        raise DataError(f"{site.path}: none of the {len(samples)} samples has {seen}, so there is nothing to train on.")
     ((count, image, text),) = Manifest.of((h for h in held if h.visible), 1).counts().tolist()
     return {"name": site.name, "superlink": site.superlink, "samples": count, "image": image, "text": text, "skipped": skipped}
 
 
 def keep(site: SiteFile, say: Callable[[str], None]) -> None:
-    """Run until SIGTERM or Ctrl-C. All that was started is ended then."""
+    """Run until SIGTERM or Ctrl-C. All that was started is ended then. Raises RunError where the site is at work already."""
+    with alone(site.state / "lock", RunError(f"another `fedmllm client` is at work in {site.state}; end it first.")):
+        _keep(site, say)
+
+
+def _keep(site: SiteFile, say: Callable[[str], None]) -> None:
     env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
     # A short path: that of a Unix socket may have 107 bytes. The folder is ours alone, as is the socket.
     folder = Path(tempfile.mkdtemp(prefix="fedmllm-"))

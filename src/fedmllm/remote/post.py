@@ -55,7 +55,8 @@ class _Sent:
 
 
 class FlowerPost:
-    """`absent`: a client whose node is gone for so many seconds of a round is not waited for any longer.
+    """`absent`: a client whose node is gone for so many seconds of a round is not waited for any longer. In the next round it
+    is looked for, and not waited for again, unless all are gone.
 
     `names`, where sites are registered under names, has the name of each client's site in the order of the clients: a node
     that is registered under one name cannot answer for another.
@@ -74,6 +75,7 @@ class FlowerPost:
         self._node: dict[int, int] = {}
         self._online: dict[int, NodeInfo] = {}
         self._looked = -LOOK
+        self._away: set[int] = set()
 
     # Who is there
 
@@ -135,8 +137,11 @@ class FlowerPost:
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]:
         """A reply of each client that answers in time; one that says why there is none where that is known."""
-        end = self._clock() + timeout
-        under_way = {client: _Sent(job, seen=self._clock()) for client, job in jobs.items()}
+        now = self._clock()
+        end, self._looked = now + timeout, -LOOK
+        away = self._away & jobs.keys() if jobs.keys() - self._away else set()
+        under_way = {client: _Sent(job, seen=now - self._absent * (client in away)) for client, job in jobs.items()}
+        self._away -= jobs.keys()
         replies: dict[int, Reply] = {}
         pause = POLL / 32  # simulations answer at once
         while under_way and self._clock() < end:
@@ -148,9 +153,10 @@ class FlowerPost:
                     self._take(client, under_way, replies, read_reply(message), id)
             for client, sent in list(under_way.items()):
                 if self._clock() - sent.seen > self._absent:
-                    gone = f"its node was gone for {self._absent:g} s"
+                    gone = "its node is still gone" if client in away else f"its node was gone for {self._absent:g} s"
                     replies[client] = Reply(client, problem=f"{gone} ({sent.problem})" if sent.problem else gone)
                     del under_way[client]
+                    self._away.add(client)
             if under_way:
                 self._sleep(pause)
                 pause = min(2 * pause, POLL)

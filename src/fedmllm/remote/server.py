@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import tomli_w
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.remote.files import FederationFile
 from fedmllm.remote.keeper import Keeper, Stop, environment, tool
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, alone
 from fedmllm.tensors import write_atomically
 
 CONNECTION = "here"
@@ -76,8 +75,8 @@ class Server:
     def run(self) -> dict[str, Any]:
         """The run's result. Raises ConfigError or RunError for what a user can mend, RunFailed, and Interrupted."""
         state = self._federation.state
-        state.mkdir(parents=True, exist_ok=True)
-        with _alone(state / "lock"):
+        with alone(state / "lock", RunError(f"another `fedmllm server` is at work in {state}; end it first.")):
+            self._probe()
             write_atomically(self._experiment, self._federation.experiment.toml().encode())
             shutil.rmtree(self._app, ignore_errors=True)
             # A copy with nothing beside it, as Flower sends all that it finds.
@@ -91,6 +90,17 @@ class Server:
                 return self._until_done(flower, superlink)
             finally:
                 superlink.end()
+
+    def _probe(self) -> None:
+        """Raises RunError where the SuperLink could not listen: it would only say so in its log, and be started for ever."""
+        family = socket.AF_INET6 if ":" in self._federation.host else socket.AF_INET
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((self._federation.host.strip("[]"), self._federation.port))
+        except OSError as error:
+            where = self._federation.address
+            raise RunError(f"cannot listen on {where} ({error.strerror}); end what does, or change address.") from None
 
     def _command(self) -> list[str]:
         federation = self._federation
@@ -206,19 +216,6 @@ class Server:
 def _status(said: dict[str, Any] | None) -> str:
     """The status of the one run that Flower was asked about; empty where it does not say."""
     return str(((said or {}).get("runs") or [{}])[0].get("status", ""))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Raises ConfigError where another server has this state folder."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another `fedmllm server` is at work in {path.parent}; end it first.") from None
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 __all__ = ["Interrupted", "RunFailed", "Server"]

@@ -7,12 +7,9 @@ writes `{"status", "why"}` to the file `outcome`, if one is named.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ from fedmllm.remote.post import FlowerPost
 from fedmllm.remote.protocol import Job, Reply
 from fedmllm.remote.site import structure
 from fedmllm.runs import Runner, choose
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, alone
 from fedmllm.tensors import State, write_atomically
 
 
@@ -99,24 +96,10 @@ def run(grid: Grid, settings: Mapping[str, Any], report: Report) -> dict[str, An
     directory = choose(config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"]))
     if directory.complete:
         return directory.result()
-    with _alone(directory.path):
+    path = directory.path
+    # One that was given up may still write: two at once would spoil it.
+    with alone(path.with_name(f".{path.name}.lock"), RuntimeError(f"another run still writes to {path}"), seconds=60.0):
         return _run(grid, config, directory, report)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until a run that was given up has let go of the directory: two at once would spoil it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        for _ in range(120):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(0.5)
-            else:
-                yield
-                return
-    raise RuntimeError(f"another run still writes to {path}")
 
 
 def _run(grid: Grid, config: Experiment, directory: RunDir, report: Report) -> dict[str, Any]:

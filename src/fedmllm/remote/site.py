@@ -160,6 +160,8 @@ class Worker:
         experiment = self._known[1]
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
+        for job in jobs:
+            ClientMemory(self._folder / job.run).go_back(job.client, min(job.last, job.round - 1))
         if first.kind == "train":
             return self._train(experiment, jobs)
         answer = self._evaluate if first.kind == "evaluate" else self._personal
@@ -176,10 +178,6 @@ class Worker:
 
     def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
         first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
-        memory = ClientMemory(folder)
-        for job in jobs:
-            memory.go_back(job.client, min(job.last, job.round - 1))
-            memory.commit(job.last, [job.client])
         info = first.info(config.train.rounds, config.partition.clients, config.seed)
         fleet = InProcessFleet(experiment.site(folder, [job.client for job in jobs]))
         messages = {job.client: job.state for job in jobs}
