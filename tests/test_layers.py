@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment"},
-    "remote": FLEETS | {"store", "experiment", "bench", "runs", "progress"},
+    "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress"},
     "cli_remote": ALL - {"cli"} | {"remote"},
     "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},

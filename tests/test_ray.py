@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment import prepare, with_defaults
 from fedmllm.fleets.memory import ClientMemory
+from fedmllm.remote import spread
 from fedmllm.remote.actors import ATTEMPTS, ActorPost, Packed, on_ray, resources, split
 from fedmllm.remote.actors import cluster as on_cluster
 from fedmllm.remote.keeper import free_port, tool
@@ -195,6 +197,48 @@ def test_options_that_cannot_be_are_refused(write_experiment: Write, option: str
     done = call("run", write_experiment(f'[fleet]\nname = "ray"\n{option}\n'))
     assert done.exit_code == 2
     assert "fleet: " in done.stderr
+
+
+AXES = """
+[[axes]]
+name = "method"
+cells = [
+    { name = "zero-shot", kind = "zero-shot" },
+    { name = "FedAvg" },
+    { name = "nothing", set = { "model.name" = "gone" } },
+]
+"""
+
+
+def test_a_sweep_spreads_its_runs_and_tells_of_those_that_fail(write_experiment: Write, cluster: str) -> None:
+    file = Path("grid.toml")
+    file.write_text(f'name = "grid"\nbase = "{write_experiment(rounds=1).name}"\n{AXES}')
+    done = call("sweep", file, "--fleet", "ray", "--address", cluster, "--jobs", 2, "--json")
+    assert done.exit_code == 1
+    cells = json.loads(done.stdout)["cells"]
+    assert [cell["state"] for cell in cells] == ["complete", "complete", "failed"]
+    assert cells[2]["error"].startswith("exit status 2: error: model.name")
+    made = RunDir(Path("runs/grid") / cells[1]["id"]).result()
+    run("run", Path("runs/grid") / f"{cells[1]['id']}.toml", "--out", "here")
+    assert made["adapter_sha256"] == RunDir(Path("here")).result()["adapter_sha256"]
+
+
+def test_a_sweeps_folder_must_be_seen_where_its_runs_are(tmp_path: Path) -> None:
+    status, said = spread._run(["run"], str(tmp_path / "none.toml"), str(tmp_path), "1")
+    assert status == 2
+    assert "give an --out that all machines of the cluster share" in said
+
+
+def test_a_sweep_is_told_what_is_wrong_in_one_sentence(write_experiment: Write, cluster: str) -> None:
+    Path("grid.toml").write_text(f'name = "grid"\nbase = "{write_experiment().name}"\n')
+    for options, why in (
+        (["--address", cluster], "--address goes with --fleet ray"),
+        (["--fleet", "ray", "--address", "127.0.0.1:1"], "no Ray cluster answers"),
+        (["--fleet", "ray", "--address", cluster, "--jobs", 99], "lower --jobs"),
+    ):
+        done = call("sweep", "grid.toml", *options)
+        assert done.exit_code == 2, done.output
+        assert why in done.stderr
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(write_experiment: Write) -> None:

@@ -359,13 +359,24 @@ def report(
     typer.echo(f"{out} and {len(made.pictures)} pictures")
 
 
+class Spread(StrEnum):
+    here = "processes"
+    ray = "ray"
+
+
 @app.command()
 @_guarded
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The sweep file.", show_default=False)],
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go; by default runs/NAME.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time; by default 1, over Ray as many as have room.")
+    ] = None,
+    fleet: Annotated[Spread, typer.Option("--fleet", help="Where the runs go.")] = Spread.here,
+    address: Annotated[
+        str | None, typer.Option("--address", help='With --fleet ray: the cluster\'s, or "auto"; else one on this machine.')
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -377,7 +388,14 @@ def sweep(
     found, planned = plan(file, overrides or [])
     folder = out or Path("runs") / found.name
     sweeper = Sweeper(found, planned, folder, lambda done, total, text: typer.echo(f"{done}/{total}  {text}", err=True))
-    rows = sweeper.rows() if dry_run else sweeper.run(jobs)
+    if address and fleet != Spread.ray:
+        raise ConfigError("--address goes with --fleet ray.")
+    if dry_run:
+        rows = sweeper.rows()
+    elif fleet == Spread.ray:
+        rows = cli_remote.sweep_over_ray(sweeper, jobs, address)
+    else:
+        rows = sweeper.run(jobs or 1)
     if as_json:
         _print({"sweep": found.name, "out": str(folder), "cells": rows})
     elif dry_run:

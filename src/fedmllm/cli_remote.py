@@ -1,15 +1,19 @@
-"""The commands for a real federation: `fedmllm keys`, `client` and `server`. `cli.py` takes them in."""
+"""What of the command line is for more than one machine: `fedmllm keys`, `client`, `server`, and `sweep --fleet ray`. `cli.py` takes
+it in."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedmllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmllm.sweep import Sweeper
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -28,6 +32,17 @@ def _print(value: Any) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2))
+
+
+def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
+    """Run what is missing of a grid on a Ray cluster; the index."""
+    need("ray", "ray")
+    from fedmllm.remote.actors import cluster
+    from fedmllm.remote.spread import RayTasks
+
+    with cluster(address):
+        tasks = RayTasks(jobs)
+        return sweeper.run(tasks.jobs, tasks)
 
 
 def keys(

@@ -132,8 +132,11 @@ class ActorPost:
             ray.kill(actor)
 
 
-def resources(options: Mapping[str, Any], there: Mapping[str, float]) -> tuple[int, float, float]:
-    """(actors, cores of each, GPUs of each) from the fleet's options and what the cluster has.
+LESS = "fleet.actors, fleet.cpus or fleet.gpus"
+
+
+def resources(options: Mapping[str, Any], there: Mapping[str, float], less: str = LESS) -> tuple[int, float, float]:
+    """(actors, cores of each, GPUs of each) from the fleet's options and what the cluster has. `less` is what to lower.
 
     Raises ConfigError where it does not have that much.
     """
@@ -145,7 +148,7 @@ def resources(options: Mapping[str, Any], there: Mapping[str, float]) -> tuple[i
     if actors < 1 or actors * cpus > cores or actors * gpus > devices:
         raise ConfigError(
             f"fleet: {actors} actors of {cpus:g} cores and {gpus:g} GPUs are more than the {cores:g} cores and {devices:g} "
-            "GPUs that Ray has; lower fleet.actors, fleet.cpus or fleet.gpus."
+            f"GPUs that Ray has; lower {less}."
         )
     return actors, cpus, gpus
 
@@ -172,7 +175,7 @@ def cluster(address: str | None) -> Iterator[None]:
         own = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f'fleet.address = "{address}": no Ray cluster answers ({" ".join(str(error).split())}).') from None
+        raise ConfigError(f'address = "{address}": no Ray cluster answers ({" ".join(str(error).split())}).') from None
     try:
         yield
     finally:
