@@ -84,7 +84,7 @@ def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -
         holdings += [Holding(s.id, client, s.modalities & own.modalities) for s in samples]
     config = config.model_copy(update={"fleet": Named(name="in-process")})
     task, test, _ = load_split(config.task, "test")
-    data = Data(task, everyone, test, 0, Manifest.of(holdings, len(SITES)))
+    data = Data(task, everyone, test, 0, Manifest.of(holdings, config.partition.clients))
     return Runner(config, data, Bench(config, data), RunDir(out), "federated").execute()
 
 

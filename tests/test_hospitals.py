@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from commands import call, run
-from federations import adapter, close, commands, wait_for
+from federations import adapter, close, commands, in_one_process, wait_for
 from fedmllm.remote.files import FederationFile
 from fedmllm.remote.keeper import environment, tool
 
@@ -52,8 +52,8 @@ def test_it_does_not_write_over_what_is_there(hospitals: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_three_hospitals_learn_what_none_was_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of the untrained model on the same questions are the floor."""
+def test_three_hospitals_learn_what_one_process_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same adapter; the figures of the untrained model on the same questions are the floor."""
     out = tmp_path / "hospitals"
     done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(out)], capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, (out / "server.log").read_text()[-3000:]
@@ -61,6 +61,8 @@ def test_three_hospitals_learn_what_none_was_taught(tmp_path: Path, monkeypatch:
     assert result["refused_updates"] == 0
     assert [row["samples"] for row in result["per_client"]] == [300, 150, 450]
     monkeypatch.chdir(out / "server")
+    in_one_process(out / "server" / "federation.toml", tmp_path / "one")
+    assert close(adapter(out / "server" / "run"), adapter(tmp_path / "one"))
     here = ["--set", "fleet.name=in-process", "--set", "partition.clients=3", "--set", "partition.name=iid"]
     zero = call("baseline", "zero-shot", "experiment.toml", *here, "--out", "zero", "--json")
     assert zero.exit_code == 0, zero.output

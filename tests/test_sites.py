@@ -14,6 +14,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from federations import (
     wait_for,
     write_federation,
 )
+from fedmllm.remote.files import FederationFile
 from fedmllm.remote.keeper import environment, free_port, tool
 from fedmllm.remote.keys import make
 from fedmllm.store import RunDir
 
+ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")]
 
 
@@ -122,6 +125,20 @@ def test_a_superlink_killed_in_a_round_comes_back_and_the_run_goes_on(
     assert close(adapter(out), expected)
 
 
+def test_flwr_run_submits_the_shipped_app_to_a_superlink_that_is_there(
+    root: Path, federation: Path, sites: dict[str, Process], expected: dict[str, torch.Tensor]
+) -> None:
+    """For those who start the SuperLink by themselves; the sites do not know the difference."""
+    state, out = federation.parent / "state", root / "submitted"
+    settings = f'experiment="{state / "experiment.toml"}" out="{out}"'
+    port = FederationFile(federation, []).port
+    with superlink_on(root, port, state / "superlink.db", state / "flower"):
+        command = [tool("flwr"), "run", str(ROOT / "examples" / "flower"), "here", "-c", settings]
+        subprocess.run(command, env=environment(state / "flower"), check=True, capture_output=True, timeout=120)
+        wait_for((out / "result.json").is_file, 600)
+    assert close(adapter(out), expected)
+
+
 def test_a_site_whose_update_is_nan_is_refused_by_name_and_the_others_go_on(
     root: Path, federation: Path, sites: dict[str, Process], tiny: Path
 ) -> None:
@@ -169,23 +186,30 @@ def test_a_server_that_is_interrupted_ends_what_it_started(root: Path, federatio
 # Who is not let in
 
 
-@pytest.fixture(scope="module")
-def superlink(root: Path, federation: Path) -> Iterator[int]:
-    """A SuperLink where nobody is registered; its port."""
-    port, keys = free_port(), root / "keys"
+@contextmanager
+def superlink_on(root: Path, port: int, database: Path, home: Path) -> Iterator[None]:
+    keys = root / "keys"
     command = [
         sys.executable, "-m", "fedmllm.remote.superlink", "--host", "127.0.0.1", "--port", str(port),
         "--ssl-ca-certfile", str(keys / "ca.crt"), "--ssl-certfile", str(keys / "server.crt"),
-        "--ssl-keyfile", str(keys / "server.key"), "--enable-supernode-auth", "--database", str(root / "other.db"),
+        "--ssl-keyfile", str(keys / "server.key"), "--enable-supernode-auth", "--database", str(database),
     ]  # fmt: skip
     with (root / "superlink.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment(root / "home"), stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
     try:
         wait_for(lambda: is_open(port), 60)
-        yield port
+        yield
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def superlink(root: Path, federation: Path) -> Iterator[int]:
+    """A SuperLink where nobody is registered; its port."""
+    port = free_port()
+    with superlink_on(root, port, root / "other.db", root / "home"):
+        yield port
 
 
 def _supernode(root: Path, port: int, *more: str) -> int:

@@ -1,5 +1,4 @@
-"""What of the command line is for more than one machine: `fedmllm keys`, `client`, `server`, and `sweep --fleet ray`. `cli.py` takes
-it in."""
+"""What of the command line is for more than one machine: `fedmllm keys`, `client`, `server`, and `sweep --fleet ray`."""
 
 from __future__ import annotations
 
