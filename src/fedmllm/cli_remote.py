@@ -50,6 +50,7 @@ def keys(
         list[str] | None, typer.Option("--host", help="A name or address that sites reach the server under; repeatable.")
     ] = None,
     sites: Annotated[list[str] | None, typer.Option("--site", help="A site to make a key for; repeatable.")] = None,
+    days: Annotated[int, typer.Option("--days", min=1, help="How long the server's certificate is valid.")] = 825,
     as_json: Json = False,
 ) -> None:
     """Make the authority and the certificate of a server (--host), and the keys of sites (--site)."""
@@ -58,7 +59,7 @@ def keys(
 
     if not hosts and not sites:
         raise ConfigError("say what to make: --host for a server's certificate, --site for a site's key.")
-    made = [str(path) for path in make(folder, hosts or [], sites or [])]
+    made = [str(path) for path in make(folder, hosts or [], sites or [], days)]
     if as_json:
         _print({"made": made})
     else:

@@ -136,13 +136,14 @@ def make_site(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.key", folder / f"{name}.pub"]
 
 
-def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]:
-    """All that was asked for; the authority with the first server. Raises ConfigError before anything is written over."""
+def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int = 825) -> list[Path]:
+    """All that was asked for; the authority with the first server, whose certificate is valid for so many days. Raises
+    ConfigError before anything is written over."""
     made: list[Path] = []
     if hosts:
         if not (folder / CA_KEY).exists():
             made += make_authority(folder)
-        made += make_server(folder, hosts)
+        made += make_server(folder, hosts, days)
     for site in sites:
         made += make_site(folder, site)
     return made
