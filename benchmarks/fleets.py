@@ -46,7 +46,7 @@ def gather(folder: Path) -> Path:
         for line in (folder / name / "train.jsonl").read_text().splitlines():
             sample = json.loads(line) | {"source": name}
             if "image" in sample:
-                sample["image"] = str(folder / name / sample["image"])
+                sample["image"] = f"{name}/{sample['image']}"
             lines.append(json.dumps(sample))
     file = folder / "together.jsonl"
     file.write_text("\n".join(lines) + "\n")

@@ -50,7 +50,9 @@ def _keep(site: SiteFile, say: Callable[[str], None]) -> None:
         ]  # fmt: skip
 
     worker = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), str(socket)]
-    keepers = [Keeper("worker", lambda: worker, env, say), Keeper("SuperNode", node, env, say)]
+    log = site.state / "supernode.log"
+    keepers = [Keeper("worker", lambda: worker, env, say), Keeper("SuperNode", node, env, say, log)]
+    say(f"looks for work at {site.superlink}; what Flower says of it is in {log}")
     stop = Stop()
     try:
         while not stop():

@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedmllm.errors import ConfigError
@@ -20,7 +20,11 @@ LONGEST = 30.0
 """Seconds between two starts at most."""
 LIVED = 60.0
 """A process that lived so many seconds was well, and is started again at once."""
+LONGEST_LOG = 10 << 20
+"""Bytes of a log beyond which the next start of its process begins it anew."""
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+"""Looked up here: after a fork the lock of the loader may be another thread's for ever."""
 
 
 def free_port() -> int:
@@ -55,18 +59,23 @@ def environment(home: Path) -> dict[str, str]:
 
 def _die_with_parent() -> None:
     """In the child: end when the parent does, even where the parent was killed (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Keeper:
-    """One process. `command` is asked anew for each start, so that ports may change. Start it from the main thread: the
-    kernel takes the thread for the parent."""
+    """One process. `command` is asked anew for each start, so that ports may change. What it says goes to `log`, where there is
+    one. Start it from the main thread: the kernel takes the thread for the parent."""
 
     def __init__(
-        self, name: str, command: Callable[[], Sequence[str]], env: Mapping[str, str], say: Callable[[str], None]
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        env: Mapping[str, str],
+        say: Callable[[str], None],
+        log: Path | None = None,
     ) -> None:
-        self.name, self._command, self._env, self._say = name, command, env, say
+        self.name, self._command, self._env, self._say, self._log = name, command, env, say, log
         self.process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
         self._pause = 1.0
@@ -79,13 +88,25 @@ class Keeper:
             self.process = None
             self._pause = 1.0 if now - self._started > LIVED else min(2 * self._pause, LONGEST)
             self._due = now + self._pause
-            self._say(f"{self.name} ended with status {status}; it is started again in {self._pause:g} s")
+            words = f" (its log is {self._log})" if self._log else ""
+            self._say(f"{self.name} ended with status {status}; it is started again in {self._pause:g} s{words}")
         if self.process is None and now >= self._due:
             self._started = now
-            self.process = subprocess.Popen(
-                list(self._command()), env=dict(self._env), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
-                start_new_session=True, preexec_fn=_die_with_parent,
-            )  # fmt: skip
+            with self._output() as output:
+                self.process = subprocess.Popen(
+                    list(self._command()), env=dict(self._env), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True, preexec_fn=_die_with_parent,
+                )  # fmt: skip
+
+    @contextmanager
+    def _output(self) -> Iterator[int]:
+        if self._log is None:
+            yield sys.stderr.fileno()
+            return
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        begin_anew = self._log.is_file() and self._log.stat().st_size > LONGEST_LOG
+        with self._log.open("wb" if begin_anew else "ab") as file:
+            yield file.fileno()
 
     def end(self, patience: float = 10.0) -> None:
         """End it and all that it started, in good time or by force."""

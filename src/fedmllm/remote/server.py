@@ -70,6 +70,8 @@ class Server:
         self._experiment = federation.state / "experiment.toml"
         self._outcome = federation.state / "outcome.json"  # of the last submission, each of which has its own
         self._app = federation.state / "app"
+        self._log = federation.state / "superlink.log"
+        self._told = 0
         self._stop = Stop()
 
     def run(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class Server:
             self._app.mkdir()
             shutil.copy(APP / "pyproject.toml", self._app)
             flower = Flower(self._federation)
-            superlink = Keeper("SuperLink", self._command, flower.env, self._say)
+            superlink = Keeper("SuperLink", self._command, flower.env, self._say, self._log)
             try:
                 superlink.look()
                 self._register(flower, superlink)
@@ -130,7 +132,7 @@ class Server:
         end = time.monotonic() + 60
         while (there := flower.ask("supernode", "ls", CONNECTION)) is None or not there.get("success"):
             if time.monotonic() > end:
-                raise RunFailed(f"the SuperLink does not answer at {self._federation.address}; what it says is above.")
+                raise RunFailed(f"the SuperLink does not answer at {self._federation.address}; its log is {self._log}.")
             self._wait(superlink, 0.5)
         nodes = {str(node["node-id"]) for node in there["nodes"] if node["status"] != "unregistered"}
         file = self._federation.state / "registered.json"
@@ -150,6 +152,7 @@ class Server:
 
     def _until_done(self, flower: Flower, superlink: Keeper) -> dict[str, Any]:
         left, done = self._federation.retries, self._rounds()
+        self._told = done
         number = 0
         while True:
             # A run that was given up may still say something.
@@ -172,6 +175,21 @@ class Server:
             self._resume = True
             self._wait(superlink, 2.0)
 
+    def _tell(self) -> None:
+        """Say what came of the rounds that are new."""
+        for record in RunDir(self._run.path).rounds()[self._told :]:
+            self._told = int(record["round"]) + 1
+            rounds, refused = self._federation.experiment.train.rounds, record["refused"]
+            took_part = len(record["sampled"]) - len(refused)
+            told = [
+                f"{took_part} of {len(record['sampled'])} sites",
+                f"loss {record['loss']:.4f}",
+                f"{record['seconds']:.0f} s",
+            ]
+            names = self._federation.experiment.fleet.options["sites"]
+            told += [f"without {names[one['client']]}: {one['why']}" for one in refused]
+            self._say(f"round {self._told} of {rounds}: {', '.join(told)}")
+
     def _see_off(self, flower: Flower, run_id: str) -> None:
         """Wait a little until Flower knows that the run is over, so that its books are right."""
         for _ in range(10):
@@ -192,7 +210,7 @@ class Server:
                 self._say(f"run {said['run-id']} submitted")
                 return str(said["run-id"])
             self._wait(superlink, 1.0)
-        raise RunFailed("the SuperLink does not take the run; what it says is above.")
+        raise RunFailed(f"the SuperLink does not take the run; its log is {self._log}.")
 
     def _follow(self, flower: Flower, superlink: Keeper, run_id: str) -> str:
         """How the run ended, in Flower's word."""
@@ -203,6 +221,7 @@ class Server:
             except Interrupted:
                 flower.ask("stop", run_id, CONNECTION, seconds=20)
                 raise
+            self._tell()
             if self._run.complete or self._outcome.is_file():  # its process is about to end; Flower hears of it later
                 return "ended"
             if time.monotonic() - asked < ASK:
