@@ -88,6 +88,11 @@ def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -
     return Runner(config, data, Bench(config, data), RunDir(out), "federated").execute()
 
 
+def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of clients in one process as those of sites."""
+    return [row | {"site": name} for row, name in zip(rows, SITES, strict=True)]
+
+
 def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
@@ -178,6 +183,6 @@ def rounds_done(run: Path) -> int:
 
 
 __all__ = [
-    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "pid_of", "rounds_done", "running",
+    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "named", "pid_of", "rounds_done", "running",
     "wait_for", "write_federation", "write_samples",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from flwr.app import Context, Message
 
-from federations import SITES, adapter, close, in_one_process, write_federation, write_samples
+from federations import SITES, adapter, close, in_one_process, named, write_federation, write_samples
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment import silent
 from fedmllm.federation import TooFewUpdates
@@ -66,7 +66,7 @@ def test_each_site_trains_on_its_own_data_under_its_own_limits(federation: Path,
     result = run(sites.grid(), settings(federation), silent)
     alone = in_one_process(federation, tmp_path / "alone")
     assert close(adapter(federation.with_name("out")), adapter(tmp_path / "alone"))
-    assert result["per_client"] == alone["per_client"]
+    assert result["per_client"] == named(alone["per_client"])
     held = [(row["samples"], row["image"], row["text"]) for row in result["per_client"]]
     assert held == [(8, 8, 0), (12, 0, 12), (16, 16, 16)]
     for job in sites.jobs:

@@ -29,6 +29,7 @@ from federations import (
     commands,
     in_one_process,
     is_open,
+    named,
     pid_of,
     rounds_done,
     running,
@@ -93,8 +94,7 @@ def test_three_sites_end_with_the_adapter_of_one_process_though_a_supernode_is_k
     assert "SuperNode ended with status -9" in sites["south"].said()
     assert close(adapter(out), expected)
     alone = RunDir(root / "in-one").result()
-    named = [row | {"site": name} for row, name in zip(alone["per_client"], SITES, strict=True)]
-    assert result["per_client"] == named, "what each holds, from the counts it told"
+    assert result["per_client"] == named(alone["per_client"]), "what each holds, from the counts it told"
     for key in ("metrics", "rounds", "bytes_up", "bytes_down", "refused_updates"):
         assert result[key] == alone[key], key
     assert all(site.popen.poll() is None for site in sites.values()), "sites go on waiting for the next run"
