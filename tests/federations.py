@@ -183,6 +183,6 @@ def rounds_done(run: Path) -> int:
 
 
 __all__ = [
-    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "named", "pid_of", "rounds_done", "running",
-    "wait_for", "write_federation", "write_samples",
+    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "named", "pid_of", "rounds_done",
+    "running", "wait_for", "write_federation", "write_samples",
 ]  # fmt: skip
