@@ -23,7 +23,7 @@ from fedmllm.errors import ConfigError
 from fedmllm.experiment import prepare, with_defaults
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.remote import spread
-from fedmllm.remote.actors import ATTEMPTS, ActorPost, Packed, on_ray, resources, split
+from fedmllm.remote.actors import ATTEMPTS, LARGEST, ActorPost, Packed, on_ray, resources, split
 from fedmllm.remote.actors import cluster as on_cluster
 from fedmllm.remote.keeper import free_port, tool
 from fedmllm.remote.protocol import Job, Reply, to_bytes
@@ -89,6 +89,13 @@ def test_an_actor_has_a_gpu_or_a_share_of_the_cores(
 ) -> None:
     asked = dict(zip(("actors", "cpus", "gpus"), options, strict=True))
     assert resources(asked, dict(zip(("CPU", "GPU"), there, strict=True))) == expected
+
+
+def test_no_actor_asks_for_more_cores_than_a_machine_has() -> None:
+    there = {"CPU": 16.0, "GPU": 0.0, LARGEST: 8.0}
+    assert resources({"actors": 1, "cpus": None, "gpus": None}, there) == (1, 8, 0)
+    with pytest.raises(ConfigError, match="1 actors of 12 cores"):
+        resources({"actors": 1, "cpus": 12, "gpus": None}, there)
 
 
 @pytest.mark.parametrize("options", [(9, None, None), (2, 16, None), (1, None, 5)])

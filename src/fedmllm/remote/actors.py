@@ -132,11 +132,22 @@ class ActorPost:
             ray.kill(actor)
 
 
+def room() -> dict[str, float]:
+    """What the cluster has: `CPU` and `GPU` in all, and how many cores its largest machine."""
+    import ray
+
+    machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+    total = {kind: sum(float(has.get(kind, 0.0)) for has in machines) for kind in ("CPU", "GPU")}
+    # Nothing that asks for more than one machine has would ever start.
+    return total | {LARGEST: max((float(has.get("CPU", 0.0)) for has in machines), default=0.0)}
+
+
+LARGEST = "CPU of one machine"
 LESS = "fleet.actors, fleet.cpus or fleet.gpus"
 
 
 def resources(options: Mapping[str, Any], there: Mapping[str, float], less: str = LESS) -> tuple[int, float, float]:
-    """(actors, cores of each, GPUs of each) from the fleet's options and what the cluster has. `less` is what to lower.
+    """(actors, cores of each, GPUs of each) from the fleet's options and what there is (`room`). `less` is what to lower.
 
     Raises ConfigError where it does not have that much.
     """
@@ -144,8 +155,9 @@ def resources(options: Mapping[str, Any], there: Mapping[str, float], less: str 
     gpus = options["gpus"] if options["gpus"] is not None else (1.0 if devices >= 1 else 0.0)
     usual = int(devices / gpus) if gpus else max(1, int(cores / (options["cpus"] or CORES_AN_ACTOR)))
     actors = options["actors"] or usual
-    cpus = options["cpus"] or max(1.0, float(int(cores / max(1, actors))))
-    if actors < 1 or actors * cpus > cores or actors * gpus > devices:
+    most = there.get(LARGEST, cores)
+    cpus = options["cpus"] or min(most, max(1.0, float(int(cores / max(1, actors)))))
+    if actors < 1 or actors * cpus > cores or cpus > most or actors * gpus > devices:
         raise ConfigError(
             f"fleet: {actors} actors of {cpus:g} cores and {gpus:g} GPUs are more than the {cores:g} cores and {devices:g} "
             f"GPUs that Ray has; lower {less}."
@@ -192,7 +204,7 @@ def on_ray(config: Experiment) -> Iterator[FleetKind]:
 
         try:
             full = {key: options.get(key) for key in ("actors", "cpus", "gpus")}
-            actors, cpus, gpus = resources(full, ray.cluster_resources())
+            actors, cpus, gpus = resources(full, room())
             remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
 
             def make(site: Site) -> Fleet:
@@ -207,4 +219,4 @@ def on_ray(config: Experiment) -> Iterator[FleetKind]:
                 post.end()
 
 
-__all__ = ["ATTEMPTS", "ActorPost", "Packed", "cluster", "on_ray", "resources", "split"]
+__all__ = ["ATTEMPTS", "ActorPost", "Packed", "cluster", "on_ray", "resources", "room", "split"]

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from fedmllm.remote.actors import resources
+from fedmllm.remote.actors import resources, room
 from fedmllm.sweep import last_line
 
 RETRIES = 2
@@ -49,7 +49,7 @@ class RayTasks:
         import ray
 
         asked = {"actors": jobs, "cpus": None, "gpus": None}
-        self.jobs, cpus, gpus = resources(asked, ray.cluster_resources(), "--jobs")
+        self.jobs, cpus, gpus = resources(asked, room(), "--jobs")
         self._threads = max(1, int(cpus))
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(_run)
         self._under_way: set[Any] = set()
