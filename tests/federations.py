@@ -62,7 +62,7 @@ def write_federation(root: Path, model: Path, extra: str = "") -> Path:
         f'train = "{root / "server" / "train.jsonl"}"\ntest = "{root / "server" / "test.jsonl"}"\n'
         f'[model]\nname = "{model}"\nprecision = "fp32"\n[model.lora]\nrank = 2\nalpha = 4\n'
         '[algorithm]\nname = "scaffold"\n[train]\nrounds = 3\nclients_per_round = 3\nlr = 5e-3\n'
-        f'[eval]\nbootstrap = 20\n[fleet]\nname = "flower"\nwait = 120.0\ntimeout = 300.0\nabsent = 150.0\n{extra}'
+        f'[eval]\nbootstrap = 20\n[fleet]\nname = "flower"\nwait = 900.0\ntimeout = 900.0\nabsent = 600.0\n{extra}'
     )
     file = root / "server" / "federation.toml"
     keys = "".join(f'{name} = "../keys/{name}.pub"\n' for name in SITES)
@@ -122,7 +122,7 @@ class Process:
     def end(self) -> int:
         """End it as a service manager would; its exit status."""
         self.popen.send_signal(signal.SIGTERM)
-        self.popen.communicate(timeout=40)
+        self.popen.communicate(timeout=90)
         return self.popen.returncode
 
     def said(self) -> str:
