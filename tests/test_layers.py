@@ -14,8 +14,8 @@ ROOT = Path(fedmllm.__file__).parent
 BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
-FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__"}
+FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
+REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__", "secure.fleet"}
 ALL = REMOTE | {"sweep", "report", "cli", "remote"}
 
 # part -> what else of the package it may import; everything may import itself.
@@ -38,10 +38,12 @@ MAY_IMPORT = {
     "training": MODELS,
     "evaluation": MODELS,
     "federation": {"algorithms", "config", "tensors", "rng"},
-    "fleets": MODELS | {"training", "evaluation", "federation"},
+    "secure": BOTTOM | {"algorithms"},
+    "secure.fleet": BOTTOM | {"algorithms", "federation", "fleets", "secure"},
+    "fleets": MODELS | {"training", "evaluation", "federation", "secure"},
     "experiment": FLEETS,
     "bench": FLEETS | {"experiment"},
-    "runs": FLEETS | {"store", "experiment", "bench"},
+    "runs": FLEETS | {"store", "experiment", "bench", "secure.fleet"},
     "sweep": FLEETS | {"store", "experiment"},
     "remote": REMOTE,
     "cli": ALL,

@@ -136,10 +136,6 @@ def groups(*names: str) -> Message:
 _adapter = groups("adapter")
 
 
-Weighting = Literal["examples", "uniform"]
-"""What an update counts in a mean: its examples, or as much as any other."""
-
-
 @dataclass(frozen=True)
 class Algorithm:
     """`init(adapter)` -> server state · `aggregate(server state, updates, info)` -> server state, on the server;
@@ -168,7 +164,7 @@ class Algorithm:
     """Clients may hold LoRA adapters of different ranks."""
     refactors: bool = False
     """An entry of the adapter does not mean the same from one round to the next, as the server makes new factors."""
-    averages: Weighting | None = None
+    averages: Literal["examples", "uniform"] | None = None
     """`aggregate` uses no more of the updates than their mean of this weighting and their number: as many copies of the mean
     give the same. None where it looks at single updates."""
     personal: bool = False

@@ -7,9 +7,12 @@ w ← w + η_g Σ_k p_k (w_k − w), with p_k = n_k / Σ n_j over the clients th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, Weighting, algorithms, in_order, positive
+from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order, positive
 from fedmllm.tensors import State, Tensors, add, clone, scale, subtract, weighted_mean
+
+Weighting = Literal["examples", "uniform"]
 
 
 def weights_of(ordered: Sequence[Update], weighting: Weighting) -> list[float]:

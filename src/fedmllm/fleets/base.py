@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
-from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
 from fedmllm.federation import Fleet
 from fedmllm.models.mllm import MLLM, Encoded
-from fedmllm.tensors import Tensors
+from fedmllm.secure.settings import Phase
+from fedmllm.tensors import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,23 @@ class Site:
     last: Mapping[int, int] = field(default_factory=dict)
 
 
+class Carrier(Protocol):
+    """Puts one of the four questions of a secure round to clients, and brings back what they say; `secure.site` answers there.
+
+    `messages` has the groups of tensors that each client is sent. An answer is an Update of groups alone, or with a `problem`;
+    who does not answer in time may be left out. In the phase "masked" clients train, with learning rate `lr`.
+    """
+
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
+
+
 @dataclass(frozen=True)
 class FleetKind:
     """`make` a fleet for a site. `here`: clients train in this process, which encodes their data. `refuse` says why a run
-    cannot be started from here, and what to do instead; empty where it can."""
+    cannot be started from here, and what to do instead; empty where it can. `carrier` makes of a fleet of this kind what
+    carries secure rounds to clients elsewhere; without it, they are refused."""
 
     make: Callable[[Site], Fleet]
     here: bool = True
     refuse: str = ""
+    carrier: Callable[[Any], Carrier] | None = None

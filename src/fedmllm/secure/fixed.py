@@ -151,7 +151,7 @@ def _flat(state: State) -> Tensor:
 
 def _unflat(flat: Tensor, shapes: State) -> State:
     places = _ordered(shapes)
-    pieces = flat.split([shapes[group][name].numel() for group, name in places])
+    pieces = torch.split(flat, [shapes[group][name].numel() for group, name in places])
     state: State = {group: {} for group in shapes}
     for (group, name), piece in zip(places, pieces, strict=True):
         state[group][name] = piece.view(shapes[group][name].shape)

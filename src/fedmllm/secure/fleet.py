@@ -1,33 +1,23 @@
 """A fleet around a fleet: its updates come as one sum, and what the round loop is given are copies of their mean.
 
-An algorithm that only averages cannot tell the updates from as many copies of their mean; `Algorithm.averages` says which do, and
-a test holds every algorithm to it. So the loop, the records and the algorithms need not know that single updates are hidden.
+An algorithm that only averages cannot tell the updates from as many copies of their mean; `Algorithm.averages` says which do,
+and a test holds every algorithm to it. So the loop, the records and the algorithms need not know that updates are hidden.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.federation import Fleet, TooFewUpdates
+from fedmllm.fleets.base import Carrier
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
 from fedmllm.secure.gathering import Gathering, TooFew
-from fedmllm.secure.party import Circle, Phase
-from fedmllm.secure.settings import Pairwise
+from fedmllm.secure.party import Circle
+from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.secure.site import Parties
 from fedmllm.tensors import State, Tensors
-
-
-class Carrier(Protocol):
-    """What a fleet must do to carry secure rounds: put one of their four questions to clients, and bring back what they say.
-
-    `messages` has the groups of tensors that each client is sent. An answer is an Update of groups alone, or with a `problem`;
-    who does not answer in time may be left out. In the phase "masked" clients train, with learning rate `lr`.
-    """
-
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
 
 
 class LocalCarrier:
@@ -83,9 +73,7 @@ class SecureFleet:
             travelled = dict(gathering.down[client]), dict(gathering.up[client])
             if client in here:
                 place = here.index(client)
-                updates.append(
-                    Update(client, groups, examples[place], steps[place], metrics, travelled=travelled)
-                )
+                updates.append(Update(client, groups, examples[place], steps[place], metrics, travelled=travelled))
             else:
                 updates.append(Update(client, {}, 0, 0, problem=gathering.problems[client], travelled=travelled))
         return updates
@@ -117,4 +105,4 @@ def _received(mean: State, sent: State, shapes: State) -> State:
     return made
 
 
-__all__ = ["Carrier", "LocalCarrier", "SecureFleet"]
+__all__ = ["LocalCarrier", "SecureFleet"]

@@ -15,7 +15,8 @@ import torch
 from fedmllm.algorithms import RoundInfo, Update
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.fixed import FixedPoint, Vector, size
-from fedmllm.secure.party import SEALED, Circle, Phase, boxed, sign_of, unboxed
+from fedmllm.secure.party import SEALED, Circle, boxed, sign_of, unboxed
+from fedmllm.secure.settings import Phase
 from fedmllm.tensors import State, nbytes
 
 Ask = Callable[[Phase, Mapping[int, State]], Sequence[Update]]
@@ -27,8 +28,8 @@ class TooFew(RuntimeError):  # noqa: N818 (it says what happened)
 
 
 class Gathering:
-    """One round. `problems` has for each client that was dropped why; `down` and `up` the bytes that travelled to and from each,
-    by group."""
+    """One round. `problems` has for each client that was dropped why; `down` and `up` have the bytes that travelled to and from
+    each, by group."""
 
     def __init__(self, circle: Circle, info: RoundInfo, fixed: FixedPoint, ask: Ask) -> None:
         self._circle, self._info, self._fixed, self._ask = circle, info, fixed, ask
@@ -99,8 +100,8 @@ class Gathering:
             new = {peer for client in new for peer in self._circle.peers[client] if peer in here} - met
         if met != here:
             raise TooFew(
-                f"round {self._info.round}: secure aggregation lost so many clients that the others share masks in groups apart; "
-                "raise secure.neighbours"
+                f"round {self._info.round}: secure aggregation lost so many clients that the others share masks in groups "
+                "apart; raise secure.neighbours"
             )
 
     def _fail(self, client: int, there: int) -> None:

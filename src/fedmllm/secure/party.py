@@ -5,26 +5,22 @@
     masked   ← the shares that peers sealed for me.  → the update under my own mask and a mask with each peer
     unmask   ← who sent a masked update, and who did not.  → a share of the own mask of the first, of the mask key of the others
 
-An own mask hides an update whose pairwise masks come to be known after all (a late client that was taken for gone), so nobody may
-ever learn both: a party answers `unmask` once, and not at all where a client is said to be both there and gone.
+An own mask hides an update whose pairwise masks come to be known after all, as those of a client that was taken for gone and is
+only late. So nobody may ever learn both: a party answers `unmask` once, and not at all where a client is both here and gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.fixed import FixedPoint, Vector
-from fedmllm.secure.settings import Pairwise
+from fedmllm.secure.settings import PHASES, Pairwise, Phase
 from fedmllm.tensors import State, Tensors
-
-Phase = Literal["keys", "shares", "masked", "unmask"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Refusal(ValueError):  # noqa: N818 (it says what happened)
@@ -181,4 +177,4 @@ def sign_of(client: int, peer: int) -> int:
     return 1 if client < peer else -1
 
 
-__all__ = ["PHASES", "SEALED", "Circle", "Party", "Phase", "Refusal", "boxed", "sign_of", "unboxed"]
+__all__ = ["SEALED", "Circle", "Party", "Refusal", "boxed", "sign_of", "unboxed"]

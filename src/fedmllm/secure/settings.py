@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fedmllm.registry import Registry
 from fedmllm.rng import stream
+
+Phase = Literal["keys", "shares", "masked", "unmask"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""The questions of a round, in their order."""
 
 secures: Registry[Pairwise | None] = Registry("secure", __name__)
 
@@ -33,9 +37,7 @@ class Pairwise:
             return {client: tuple(other for other in clients if other != client) for client in clients}
         ring = [clients[int(i)] for i in stream(seed, "secure ring", round).permutation(len(clients))]
         steps = [step for step in range(-reach, reach + 1) if step]
-        return {
-            client: tuple(sorted(ring[(place + step) % len(ring)] for step in steps)) for place, client in enumerate(ring)
-        }
+        return {client: tuple(sorted(ring[(place + step) % len(ring)] for step in steps)) for place, client in enumerate(ring)}
 
     def enough(self, holders: int) -> int:
         """How many of the `holders` of a secret's shares it takes to put it together: always more than half."""
@@ -75,4 +77,4 @@ def pairwise(
     return Pairwise(threshold, neighbours, clip, bits, max_examples)
 
 
-__all__ = ["Pairwise", "secures"]
+__all__ = ["PHASES", "Pairwise", "Phase", "secures"]

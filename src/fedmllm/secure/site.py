@@ -7,8 +7,8 @@ from functools import partial
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.secure.fixed import FixedPoint
-from fedmllm.secure.party import Circle, Party, Phase, Refusal
-from fedmllm.secure.settings import Pairwise
+from fedmllm.secure.party import Circle, Party, Refusal
+from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.tensors import State
 
 Train = Callable[[Mapping[int, State]], Iterable[Update]]
@@ -25,9 +25,7 @@ class Parties:
         self._settings, self._algorithm = settings, algorithm
         self._known: dict[int, tuple[Circle, Party]] = {}
 
-    def answer(
-        self, phase: Phase, run: str, info: RoundInfo, messages: Mapping[int, State], train: Train
-    ) -> Sequence[Update]:
+    def answer(self, phase: Phase, run: str, info: RoundInfo, messages: Mapping[int, State], train: Train) -> Sequence[Update]:
         """What each client says: groups of tensors, or a problem. `run` names one run for good, `info` is the round.
 
         Nothing else is in the answers: the counts and metrics of single clients stay here.
@@ -38,9 +36,7 @@ class Parties:
         if phase == "masked":
             return self._masked(run, info, messages, train)
         steps = {"keys": lambda party, state: party.keys(), "shares": Party.shares, "unmask": Party.unmask}
-        return [
-            self._said(client, run, info, partial(_apply, steps[phase], state=state)) for client, state in messages.items()
-        ]
+        return [self._said(client, run, info, partial(_apply, steps[phase], state=state)) for client, state in messages.items()]
 
     def _said(self, client: int, run: str, info: RoundInfo, what: Callable[[Party], State]) -> Update:
         circle, party = self._known.get(client, (None, None))
