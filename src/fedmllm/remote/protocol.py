@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from fedmllm.algorithms import RoundInfo
 from fedmllm.tensors import State, Tensors, flatten, unflatten
 
-Kind = Literal["describe", "train", "personal"]
+Kind = Literal["describe", "train", "personal", "keys", "shares", "masked", "unmask"]
 
 VERSION = 1
 """Of this protocol. Both sides must have the same."""
@@ -32,7 +32,8 @@ class ProtocolError(ValueError):
 @dataclass(frozen=True)
 class Job:
     """`describe`: what do you hold? `train`: train `client` from `state`, its message of the round. `personal`: what is the
-    adapter of a client that keeps part of it, after `round` rounds?
+    adapter of a client that keeps part of it, after `round` rounds? The others are the questions of a secure round
+    (`fedmllm.secure`): they take the place of `train` where updates are hidden, and their replies hold groups alone.
 
     `run` names one run for good, resumed or not; `config` is the experiment as TOML. `last` is the last round whose update of
     this client was used, −1 where there is none: what a client remembers of later ones came to nothing.

@@ -5,6 +5,6 @@ its semi-honest form, with the sparse neighbours of Bell et al. 2020 (ePrint 202
 says what it protects from.
 
 `settings` has the options, `chosen` what they cannot be combined with, `fixed` updates as integers, `primitives` the
-cryptography, `party` a client's half and `gathering` the server's; a fleet calls `site` where clients train and `fleet` where the
-round loop is.
+cryptography, `party` a client's half and `gathering` the server's; a fleet calls `site` where clients train and `fleet` where
+the round loop is.
 """
