@@ -35,7 +35,7 @@ from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.experiment import Data, Report, build_algorithm, build_secure, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
-from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.base import Carrier, FleetKind, Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir
@@ -86,7 +86,7 @@ def peak_memory_mb() -> int:
 
 def _refuse_in_the_clear(config: Experiment, kind: FleetKind) -> None:
     """Raises ConfigError where updates are to be hidden and the fleet would send them as they are."""
-    if config.secure.name != "none" and not kind.here and kind.carrier is None:
+    if config.secure.name != "none" and not (kind.here or kind.secure):
         raise ConfigError(
             f"fleet.name: {config.fleet.name!r} does not carry secure.name = {config.secure.name!r} yet; "
             'set fleet.name = "in-process" or secure.name = "none".'
@@ -249,7 +249,8 @@ class Runner:
             return fleet
         from fedmllm.secure.fleet import LocalCarrier, SecureFleet  # the only use of libraries that may not be there
 
-        carrier = self._fleets.carrier(fleet) if self._fleets.carrier else LocalCarrier(secure, algorithm, fleet, run)
+        carrier = LocalCarrier(secure, algorithm, fleet, run) if self._fleets.here else fleet
+        assert isinstance(carrier, Carrier), "FleetKind.secure says so"
         return SecureFleet(secure, algorithm, fleet, carrier, run)
 
     def _last_rounds(self) -> dict[int, int]:

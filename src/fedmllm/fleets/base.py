@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
@@ -35,6 +35,7 @@ class Site:
     last: Mapping[int, int] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Carrier(Protocol):
     """Puts one of the four questions of a secure round to clients, and brings back what they say; `secure.site` answers there.
 
@@ -48,10 +49,10 @@ class Carrier(Protocol):
 @dataclass(frozen=True)
 class FleetKind:
     """`make` a fleet for a site. `here`: clients train in this process, which encodes their data. `refuse` says why a run
-    cannot be started from here, and what to do instead; empty where it can. `carrier` makes of a fleet of this kind what
-    carries secure rounds to clients elsewhere; without it, they are refused."""
+    cannot be started from here, and what to do instead; empty where it can. `secure`: a fleet of this kind for clients
+    elsewhere is a `Carrier` too; without it, experiments that hide updates are refused."""
 
     make: Callable[[Site], Fleet]
     here: bool = True
     refuse: str = ""
-    carrier: Callable[[Any], Carrier] | None = None
+    secure: bool = False

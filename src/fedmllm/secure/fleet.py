@@ -14,7 +14,6 @@ from fedmllm.federation import Fleet, TooFewUpdates
 from fedmllm.fleets.base import Carrier
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
 from fedmllm.secure.gathering import Gathering, TooFew
-from fedmllm.secure.party import Circle
 from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.secure.site import Parties
 from fedmllm.tensors import State, Tensors
@@ -47,8 +46,9 @@ class SecureFleet:
         # What goes up is shaped like what goes down, so the message says it as well as the server's state.
         shapes = self._algorithm.uploads(sent, info.sampled[0], info)
         fixed = FixedPoint.of(self._settings, len(info.sampled), self._algorithm.averages)
-        circle = Circle.of(self._settings, self._run, info)
-        gathering = Gathering(circle, info, fixed, lambda phase, asked: self._carrier.ask(phase, info, asked, lr))
+        gathering = Gathering(
+            self._settings, self._run, info, fixed, lambda phase, asked: self._carrier.ask(phase, info, asked, lr)
+        )
         try:
             total, here = gathering.run(messages, shapes)
             mean, told = fixed.decode(total, shapes, len(here))

@@ -16,7 +16,7 @@ from fedmllm.algorithms import RoundInfo, Update
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.fixed import FixedPoint, Vector, size
 from fedmllm.secure.party import SEALED, Circle, boxed, sign_of, unboxed
-from fedmllm.secure.settings import Phase
+from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.tensors import State, nbytes
 
 Ask = Callable[[Phase, Mapping[int, State]], Sequence[Update]]
@@ -31,8 +31,10 @@ class Gathering:
     """One round. `problems` has for each client that was dropped why; `down` and `up` have the bytes that travelled to and from
     each, by group."""
 
-    def __init__(self, circle: Circle, info: RoundInfo, fixed: FixedPoint, ask: Ask) -> None:
-        self._circle, self._info, self._fixed, self._ask = circle, info, fixed, ask
+    def __init__(self, settings: Pairwise, run: str, info: RoundInfo, fixed: FixedPoint, ask: Ask) -> None:
+        self._attempt = crypto.fresh()  # a round that is begun anew has other keys, one that is asked twice has the same
+        self._circle = Circle.of(settings, run, info, self._attempt)
+        self._info, self._fixed, self._ask = info, fixed, ask
         self.problems: dict[int, str] = {}
         self.down: dict[int, Counter[str]] = {client: Counter() for client in info.sampled}
         self.up: dict[int, Counter[str]] = {client: Counter() for client in info.sampled}
@@ -116,7 +118,8 @@ class Gathering:
     # The four phases
 
     def _exchange_keys(self, messages: Mapping[int, State]) -> None:
-        for answer in self._said("keys", {client: {} for client in messages}):
+        attempt = {"keys": {"attempt": boxed(self._attempt)}}
+        for answer in self._said("keys", dict.fromkeys(messages, attempt)):
             try:
                 told = answer.groups.get("keys", {})
                 seal, mask = (unboxed(told, name, crypto.KEY) for name in ("seal", "mask"))

@@ -1,6 +1,6 @@
 """A client's half of a secure round. It answers four questions, each once and in this order, and then forgets everything.
 
-    keys     → a public key to seal shares with, another to agree on masks with
+    keys     ← the name of the attempt at this round.  → a public key to seal shares with, another to agree on masks with
     shares   ← the peers' public keys.  → for each peer, sealed: a share of my own mask's seed and one of my mask key's seed
     masked   ← the shares that peers sealed for me.  → the update under my own mask and a mask with each peer
     unmask   ← who sent a masked update, and who did not.  → a share of the own mask of the first, of the mask key of the others
@@ -29,15 +29,16 @@ class Refusal(ValueError):  # noqa: N818 (it says what happened)
 
 @dataclass(frozen=True)
 class Circle:
-    """What all know of a round beforehand: its name, who shares masks with whom, and how many shares make a secret."""
+    """What all know of a round beforehand: its name (run, round, attempt), who shares masks with whom, and how many shares make
+    a secret."""
 
-    name: tuple[str, int]
+    name: tuple[str, int, str]
     peers: Mapping[int, tuple[int, ...]]
     settings: Pairwise
 
     @classmethod
-    def of(cls, settings: Pairwise, run: str, info: RoundInfo) -> Circle:
-        return cls((run, info.round), settings.peers(info.sampled, info.seed, info.round), settings)
+    def of(cls, settings: Pairwise, run: str, info: RoundInfo, attempt: bytes) -> Circle:
+        return cls((run, info.round, attempt.hex()), settings.peers(info.sampled, info.seed, info.round), settings)
 
     def holders(self, client: int) -> list[int]:
         """Those that hold a share of the client's secrets, itself included, in the order of the shares."""
