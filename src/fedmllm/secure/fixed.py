@@ -14,7 +14,7 @@ The sums of examples, steps, clipped numbers and metrics stand before it in 64 b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ _METRIC_UNIT = 2.0**-20
 _METRIC_CLIP = 1000.0
 _HEAD = 8 * (len(COUNTS) + len(METRICS))
 _FEWEST_LEVELS = 1000
+_PIECE = 1 << 14
 Vector = np.ndarray[Any, Any]
 
 
@@ -109,10 +110,18 @@ class FixedPoint:
         """The two parts of such bytes as unsigned integers, to add and subtract in place; both wrap around."""
         return content[:_HEAD].view("<u8"), content[_HEAD:].view(f"<u{self.bits // 8}")
 
-    def add(self, total: Vector, other: Vector, sign: int = 1) -> None:
-        """total ← total ± other, modulo 2^64 and 2^bits."""
+    def add(self, total: Vector, other: Vector) -> None:
+        """total ← total + other, modulo 2^64 and 2^bits."""
         for left, right in zip(self.words(total), self.words(other), strict=True):
-            (np.add if sign > 0 else np.subtract)(left, right, out=left)
+            np.add(left, right, out=left)
+
+    def add_mask(self, total: Vector, stream: Callable[[int], bytes], sign: int) -> None:
+        """total ← total ± the next bytes of the stream, a piece that fits the processor's cache at a time."""
+        for part in self.words(total):
+            for start in range(0, len(part), _PIECE):
+                piece = part[start : start + _PIECE]
+                noise = np.frombuffer(stream(piece.nbytes), dtype=piece.dtype)
+                (np.add if sign > 0 else np.subtract)(piece, noise, out=piece)
 
     def decode(self, total: Vector, shapes: State, clients: int) -> tuple[State, dict[str, float]]:
         """(the weighted mean of the changes, the sums of the counts and the weighted means of the metrics).

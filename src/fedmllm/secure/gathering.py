@@ -200,14 +200,14 @@ class Gathering:
             if client in here:
                 if self._circle.check(seed, client) != self._keys[client][2]:
                     raise TooFew(self._wrong(client))
-                self._fixed.add(total, self._circle.own_mask(seed, client, len(total)), -1)
+                self._fixed.add_mask(total, self._circle.own_mask(seed, client), -1)
                 continue
             pair = crypto.KeyPair.of(seed)
             if pair.public != self._keys[client][1]:
                 raise TooFew(self._wrong(client))
             for peer in here.intersection(self._circle.peers[client]):
-                mask = self._circle.pair_mask(pair.agree(self._keys[peer][1]), client, peer, len(total))
-                self._fixed.add(total, mask, -sign_of(peer, client))
+                mask = self._circle.pair_mask(pair.agree(self._keys[peer][1]), client, peer)
+                self._fixed.add_mask(total, mask, -sign_of(peer, client))
 
     def _wrong(self, client: int) -> str:
         return (

@@ -11,7 +11,7 @@ only late. So nobody may ever learn both: a party answers `unmask` once, and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +47,12 @@ class Circle:
     def enough(self, client: int) -> int:
         return self.settings.enough(len(self.holders(client)))
 
-    def pair_mask(self, secret: bytes, one: int, other: int, nbytes: int) -> Vector:
+    def pair_mask(self, secret: bytes, one: int, other: int) -> Callable[[int], bytes]:
         """The mask of a pair from the secret it agreed on."""
-        return crypto.mask(crypto.derive(secret, "pair", *self.name, *sorted((one, other))), nbytes)
+        return crypto.keystream(crypto.derive(secret, "pair", *self.name, *sorted((one, other))))
 
-    def own_mask(self, seed: bytes, client: int, nbytes: int) -> Vector:
-        return crypto.mask(crypto.derive(seed, "own", *self.name, client), nbytes)
+    def own_mask(self, seed: bytes, client: int) -> Callable[[int], bytes]:
+        return crypto.keystream(crypto.derive(seed, "own", *self.name, client))
 
     def check(self, seed: bytes, client: int) -> bytes:
         """By which a seed is known again, and which says nothing of it."""
@@ -143,10 +143,10 @@ class Party:
 
     def masked(self, vector: Vector, fixed: FixedPoint) -> State:
         """The vector under all its masks; changed in place."""
-        fixed.add(vector, self._circle.own_mask(self._own_seed, self._client, len(vector)))
+        fixed.add_mask(vector, self._circle.own_mask(self._own_seed, self._client), 1)
         for peer in self._shares.keys() - {self._client}:
-            mask = self._circle.pair_mask(self._mask.agree(self._keys[peer][1]), self._client, peer, len(vector))
-            fixed.add(vector, mask, sign_of(self._client, peer))
+            mask = self._circle.pair_mask(self._mask.agree(self._keys[peer][1]), self._client, peer)
+            fixed.add_mask(vector, mask, sign_of(self._client, peer))
         return {"masked": {"vector": boxed(vector)}}
 
     def unmask(self, asked: State) -> State:

@@ -8,10 +8,9 @@ its derivation. Therefore nonces and counters may start at zero.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from Crypto.Protocol.SecretSharing import Shamir
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -21,8 +20,6 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
-from fedmllm.secure.fixed import Vector
 
 SECRET = 16
 """Bytes of a seed: what Shamir's scheme shares in one piece."""
@@ -71,9 +68,10 @@ def unseal(key: bytes, sealed: bytes) -> bytes:
         raise ValueError("altered on the way") from None
 
 
-def mask(key: bytes, nbytes: int) -> Vector:
-    """As many bytes as are asked for, which nobody without the key can tell from random ones."""
-    return np.frombuffer(Cipher(AES256(key), CTR(bytes(16))).encryptor().update(bytes(nbytes)), dtype=np.uint8)
+def keystream(key: bytes) -> Callable[[int], bytes]:
+    """A function for the next so many bytes, which nobody without the key can tell from random ones."""
+    encryptor = Cipher(AES256(key), CTR(bytes(16))).encryptor()
+    return lambda count: encryptor.update(bytes(count))
 
 
 def split(secret: bytes, enough: int, holders: int) -> list[bytes]:
@@ -86,4 +84,4 @@ def combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
     return bytes(Shamir.combine([(place + 1, share) for place, share in shares], ssss=False))
 
 
-__all__ = ["KEY", "SECRET", "KeyPair", "combine", "derive", "fresh", "mask", "seal", "split", "unseal"]
+__all__ = ["KEY", "SECRET", "KeyPair", "combine", "derive", "fresh", "keystream", "seal", "split", "unseal"]

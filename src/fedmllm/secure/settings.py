@@ -53,14 +53,14 @@ def no_secure() -> None:
 def pairwise(
     *,
     threshold: float = 0.5,
-    neighbours: int = 0,
+    neighbours: int = 32,
     clip: float = 4.0,
     bits: Literal[16, 32, 64] = 32,
     max_examples: int = 10_000,
 ) -> Pairwise:
     """The server sees only sums: updates are masked in pairs, and drop-outs are made up for (Bonawitz et al. 2017).
 
-    More than the share `threshold` of the clients must stay to the end of a round. Each shares masks with `neighbours` others,
+    More than the share `threshold` of the clients must stay to the end of a round. Each shares masks with `neighbours` others;
     0 for all. A number of an update is kept within ±`clip` and becomes an integer of `bits` bits; no client may weigh more than
     `max_examples` samples, and what a sum loses to rounding grows with this.
     """
