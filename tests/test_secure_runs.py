@@ -189,8 +189,10 @@ def posted(write_experiment: Write, tmp_path: Path) -> Posted:
     return Posted({c: Worker(tmp_path / f"site-{c}") for c in range(4)}, config)
 
 
-def test_sites_answer_a_server(posted: Posted, tmp_path: Path) -> None:
-    config = posted.config
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_sites_answer_a_server(algorithm: str, posted: Posted, tmp_path: Path) -> None:
+    config = posted.config.model_copy(update={"algorithm": Named(name=algorithm)})
+    posted.config = config
     data = prepare(config)
 
     def run_with(kind: FleetKind | None, name: str) -> dict[str, Any]:
