@@ -43,6 +43,7 @@ bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to th
 	$(BIN)/python benchmarks/overhead.py --rounds 4 --repeats 2
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/fleets.py
+	$(BIN)/python benchmarks/secure.py
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"

@@ -28,14 +28,14 @@ from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
 from fedmllm.config import Experiment, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
-from fedmllm.errors import RunError
+from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.experiment import Data, Report, build_algorithm, default_stem, prepare, silent, with_defaults
+from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
-from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.base import Carrier, FleetKind, Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir, new_run, unfinished
@@ -104,6 +104,15 @@ def choose(config: Experiment, kind: Kind, out: Path | None, resume: bool) -> Ru
     return run
 
 
+def _refuse_in_the_clear(config: Experiment, kind: FleetKind) -> None:
+    """Raises ConfigError where updates are to be hidden and the fleet would send them as they are."""
+    if config.secure.name != "none" and not (kind.here or kind.secure):
+        raise ConfigError(
+            f"fleet.name: {config.fleet.name!r} does not carry secure.name = {config.secure.name!r} yet; "
+            'set fleet.name = "in-process" or secure.name = "none".'
+        )
+
+
 class Runner:
     """One run of one kind in one directory."""
 
@@ -120,6 +129,8 @@ class Runner:
         """`elsewhere` is the fleet that trains a federation's clients, in place of the one that the experiment names."""
         self.config, self.data, self.bench, self.run, self.kind, self.report = config, data, bench, run, kind, report
         named = fleets.build(config.fleet.name, config.fleet.options)
+        if kind == "federated":
+            _refuse_in_the_clear(config, elsewhere or named)
         # What a federation is compared with is trained here, wherever its clients are.
         self._fleets = (elsewhere or named) if kind == "federated" else fleets.build("in-process", {})
         self._began = time.monotonic()
@@ -256,10 +267,17 @@ class Runner:
     def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
         bench, train, memory = self.bench, self.config.train, self.run.checkpoint / "clients"
         site = Site(bench.model, algorithm, clients, train, bench.initial, self._gaps, memory, self._cohort)
+        run = self.run.meta().get("run_id", self.config.digest())
         if not self._fleets.here:
-            run = self.run.meta().get("run_id", self.config.digest())
             site = replace(site, run=run, config=self.config.toml(), last=self._last_rounds())
-        return self._fleets.make(site)
+        fleet, secure = self._fleets.make(site), build_secure(self.config) if self.kind == "federated" else None
+        if secure is None:
+            return fleet
+        from fedmllm.secure.fleet import LocalCarrier, SecureFleet  # the only use of libraries that may not be there
+
+        carrier = LocalCarrier(secure, algorithm, fleet, run) if self._fleets.here else fleet
+        assert isinstance(carrier, Carrier), "FleetKind.secure says so"
+        return SecureFleet(secure, algorithm, fleet, carrier, run)
 
     def _last_rounds(self) -> dict[int, int]:
         """client -> the last round, of those that the checkpoint has, in which its update was used."""
@@ -382,6 +400,7 @@ class Runner:
             "algorithm": config.algorithm.name,
             "regularization": config.regularization.name,
             "compression": config.compression.name,
+            "secure": config.secure.name,
             "prompt": config.prompt.name,
             "model": config.model.name,
             "adapter": config.model.adapter.kind,

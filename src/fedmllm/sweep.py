@@ -75,7 +75,7 @@ class Planned:
 
 def essential(experiment: Experiment, kind: Kind) -> Experiment:
     """The experiment with every setting that this kind of run does not depend on at its default."""
-    plain: dict[str, Any] = {"regularization": Named(name="none"), "compression": Named(name="none")}
+    plain: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
     if not experiment.clients.rank:  # an algorithm for unequal ranks must stay beside them
         plain["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

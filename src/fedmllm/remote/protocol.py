@@ -19,7 +19,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.remote.wire import VERSION
 from fedmllm.tensors import State, flatten, unflatten
 
-Kind = Literal["describe", "train", "personal", "evaluate"]
+Kind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
 
 
 class ProtocolError(ValueError):
@@ -30,6 +30,8 @@ class ProtocolError(ValueError):
 class Job:
     """`describe`: what do you hold? `train`: train `client` from `state`, its message of the round. `personal`: what is the
     adapter of a client that keeps part of it, after `round` rounds? `evaluate`: how does it do on the site's own test data?
+    The others are the questions of a secure round (`fedmllm.secure`): they take the place of `train` where updates are hidden,
+    and their replies hold groups alone.
 
     `run` names one run for good, resumed or not; `config` is the experiment as TOML. `last` is the last round whose update of
     this client was used, −1 where there is none: what a client remembers of later ones came to nothing.

@@ -9,13 +9,14 @@ import hashlib
 import re
 import tomllib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedmllm.algorithms import Update
 from fedmllm.algorithms.factors import fold_of
 from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
@@ -23,12 +24,14 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality, Task
 from fedmllm.errors import ConfigError, DataError, UserError
 from fedmllm.evaluation.evaluate import Examination, summarise
-from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
+from fedmllm.experiment import Data, build_algorithm, build_secure, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.remote.protocol import Job, Reply
-from fedmllm.tensors import Tensors
+from fedmllm.secure.settings import PHASES
+from fedmllm.secure.site import Parties
+from fedmllm.tensors import State, Tensors
 from fedmllm.training.capacity import cohort_size
 
 _RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -37,7 +40,8 @@ _RUN = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True)
 class Own:
-    """What a site brings: its data, which modalities of it are used, and where it computes."""
+    """What a site brings: its data, which modalities of it are used, and where it computes. With `secure` it takes part only in
+    runs whose server cannot see its updates."""
 
     name: str
     task: TaskTable
@@ -48,6 +52,7 @@ class Own:
     """Whether the task's test split is the site's to test on."""
     model: str = ""
     """Where this machine has the model, if not where the experiment says."""
+    secure: bool = False
 
 
 def structure(adapter: Tensors) -> str:
@@ -85,6 +90,10 @@ class _Experiment:
                 )
         self.config = with_defaults(validate(raw, "the server's experiment"))
         self.algorithm = build_algorithm(self.config)
+        settings = build_secure(self.config)
+        if own is not None and own.secure and settings is None:
+            raise ConfigError('secure.name: this site\'s file demands that updates are hidden, and the experiment says "none".')
+        self.parties = Parties(settings, self.algorithm) if settings else None
         data = prepare(self.config) if own is None else own_data(self.config, own)
         self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
         self.cohort = 1
@@ -120,6 +129,10 @@ class _Experiment:
             held = (one for client in clients for one in bench.clients[client])
             self.cohort = cohort_size(bench.model, held, train, len(clients))
         return Site(bench.model, self.algorithm, bench.clients, train, bench.initial, self.gaps, memory, self.cohort)
+
+
+def _reply(update: Update) -> Reply:
+    return Reply(update.client, update.groups, update.examples, update.steps, update.metrics, update.problem)
 
 
 class Worker:
@@ -160,30 +173,51 @@ class Worker:
         experiment = self._known[1]
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
-        for job in jobs:
-            ClientMemory(self._folder / job.run).go_back(job.client, min(job.last, job.round - 1))
+        if experiment.parties is not None:
+            return self._secure(experiment, experiment.parties, jobs)
+        if first.kind in PHASES:
+            raise ConfigError("secure.name: the server asks for a secure round, and its experiment has none.")
+        self._forget_later(jobs)
         if first.kind == "train":
-            return self._train(experiment, jobs)
+            updates = self._train(experiment, jobs, {job.client: job.state for job in jobs})
+            return [_reply(updates[job.client]) for job in jobs]
         answer = self._evaluate if first.kind == "evaluate" else self._personal
         return [answer(experiment, job) for job in jobs]
+
+    def _forget_later(self, jobs: Sequence[Job]) -> None:
+        """What clients remember of rounds whose updates came to nothing."""
+        for job in jobs:
+            ClientMemory(self._folder / job.run).go_back(job.client, min(job.last, job.round - 1))
 
     def _describe(self, experiment: _Experiment, job: Job) -> Reply:
         client = job.client
         if self._own is not None:
             client = experiment.config.fleet.options["sites"].index(self._own.name)
         samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
+        if experiment.parties is not None:  # counts are hidden as the updates are; what there is, is not
+            samples, image, text = (min(count, 1) for count in (samples, image, text))
         about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
         about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.bench.initial)}
         return Reply(client, about=about)
 
-    def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
+    def _secure(self, experiment: _Experiment, parties: Parties, jobs: Sequence[Job]) -> list[Reply]:
+        first, config = jobs[0], experiment.config
+        if first.kind not in PHASES:
+            raise ConfigError(f"secure.name: updates are hidden in this run, so {first.kind!r} is not answered.")
+        info = first.info(config.train.rounds, config.partition.clients, config.seed)
+        if first.kind == "masked":
+            self._forget_later(jobs)
+        answers = parties.answer(
+            first.kind, first.run, info, {job.client: job.state for job in jobs},
+            lambda plain: self._train(experiment, jobs, plain).values(),
+        )  # fmt: skip
+        return [_reply(answer) for answer in answers]
+
+    def _train(self, experiment: _Experiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
         first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
         info = first.info(config.train.rounds, config.partition.clients, config.seed)
-        fleet = InProcessFleet(experiment.site(folder, [job.client for job in jobs]))
-        messages = {job.client: job.state for job in jobs}
-        updates = {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
-        made = [updates[job.client] for job in jobs]
-        return [Reply(u.client, u.groups, u.examples, u.steps, u.metrics) for u in made]
+        fleet = InProcessFleet(experiment.site(folder, list(messages)))
+        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
 
     def _personal(self, experiment: _Experiment, job: Job) -> Reply:
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
