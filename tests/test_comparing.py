@@ -48,6 +48,7 @@ def exact(metric: str, truth: str, pairs: list[tuple[str, str]]) -> tuple[float,
         ("aabbccab", [("aabbccaa", "aabbacab"), ("abbbccab", "abbbbcab")]),
         ("aaabbbcc", [("aaabbbcc", "aaabbbcc")]),
         ("aabb", [("aaab", "cccc")]),
+        ("aabbc", [("aaa?c", "?abbc")]),
     ],
 )
 def test_the_randomisation_test_is_the_one_by_enumeration(metric: str, truth: str, pairs: list[tuple[str, str]]) -> None:
@@ -78,6 +79,14 @@ def test_delong_by_hand() -> None:
     assert found.difference == pytest.approx(0.25)
     assert found.high - found.difference == pytest.approx(1.95996 * 0.125**0.5, rel=1e-4)
     assert found.p == pytest.approx(math.erfc(0.25 / 0.125**0.5 / 2**0.5))
+
+
+def test_delong_leaves_out_what_has_no_place_in_the_ranking() -> None:
+    nan, truth = math.nan, np.array(list("yoynn"))
+    found = paired("auc", truth, "y", [(said("yoynn", [0.8, nan, 0.4, 0.5, 0.1]), said("yoynn", [0.5, nan, 0.5, 0.5, 0.5]))], 0)
+    assert found == paired("auc", np.array(list("yynn")), "y", [(said("yynn", [0.8, 0.4, 0.5, 0.1]), said("yynn"))], 0)
+    broken = paired("auc", truth, "y", [(said("yoynn", [0.8, nan, nan, 0.5, 0.1]), said("yoynn"))], 0)
+    assert math.isnan(broken.p), "a score that only one side lacks is a fault"
 
 
 def test_delong_without_any_spread_claims_no_more_than_the_other_tests() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 
 from commands import run
-from fedmllm.data.samples import Loaded, Split, collect, survey
+from fedmllm.data.samples import Loaded, Split, Stored, collect, decode, image_key, survey, upright_size
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
 from helpers import png
@@ -81,10 +84,30 @@ def test_columns_become_parts_of_a_sample(folder: Callable[..., Path]) -> None:
     found = load(path, **MAP, label="site", source="site").samples
     assert [s.id for s in found] == [str(i) for i in range(9)]
     one = found[1]
-    assert (one.question, one.text, one.image) == ("what is no. 1?", "caption 1", png((1, 0, 0)))
+    assert (one.question, one.text) == ("what is no. 1?", "caption 1")
+    assert isinstance(one.image, Stored)
+    assert one.image.read() == png((1, 0, 0))
     assert (one.answer, one.choices, one.lettered) == ("dog", ("cat", "dog", "bird"), True)
     assert (one.label, one.source, one.where) == ("south", "south", f"{path}, split 'train', row 1")
     assert [s.id for s in load(path, "test", **MAP).samples] == ["10", "11", "12", "9"]
+
+
+def test_pictures_stay_on_disk_and_equal_ones_are_one(folder: Callable[..., Path]) -> None:
+    picture = io.BytesIO()
+    Image.effect_noise((200, 200), 90).convert("RGB").save(picture, "PNG")
+    path = folder(pic={"bytes": picture.getvalue(), "path": None})
+    load(path, **MAP)  # the library imports and caches
+    tracemalloc.start()
+    found = load(path, **MAP).samples
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < len(picture.getvalue())
+    first, second = found[0].image, found[1].image
+    assert isinstance(first, Stored)
+    assert first == second
+    assert image_key(first) == image_key(picture.getvalue())
+    assert decode(first).tobytes() == decode(picture.getvalue()).tobytes()
+    assert upright_size(first) == (200, 200)
 
 
 def test_columns_that_are_not_there_are_not_needed(folder: Callable[..., Path]) -> None:
@@ -203,4 +226,5 @@ def test_a_run_on_a_folder_of_the_hub(
 def test_pictures_are_not_decoded_by_the_library(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
     (first, *_) = load(folder(), **MAP).samples
-    assert isinstance(first.image, bytes)
+    assert isinstance(first.image, Stored)
+    assert first.image.read() == png((0, 0, 0))

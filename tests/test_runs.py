@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from commands import call, run
+from fedmllm.runs import Runner
 from fedmllm.store import RunDir
 
 Write = Callable[..., Path]
@@ -91,6 +92,23 @@ store.RunDir.save_round = save_and_die
 sys.argv = ["fedmllm", *sys.argv[3:]]
 cli.app()
 """
+
+
+def test_two_runs_started_at_the_same_moment(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is done from start to end while the first one loads its model."""
+    file, prepare, inner = write_experiment(rounds=1), Runner._prepare, list[dict[str, Any]]()
+
+    def slowly(self: Runner) -> None:
+        prepare(self)
+        if not inner:
+            inner.append({})
+            inner[0] = run("run", file)
+
+    monkeypatch.setattr(Runner, "_prepare", slowly)
+    outer = run("run", file)
+    folders = [RunDir(Path("runs") / name) for name in ("small-federated-seed0", "small-federated-seed0-2")]
+    assert [folder.result() for folder in folders] == [inner[0], outer]
+    assert sorted(p.name for p in Path("runs").iterdir()) == [folder.path.name for folder in folders]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,45 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     run.save_predictions([{"id": "a"}, {"id": "b"}])
     assert [json.loads(line)["id"] for line in (run.path / "predictions.jsonl").read_text().splitlines()] == ["a", "b"]
     assert not run.complete
-    run.finish({"metrics": {"auc": float("nan")}})
+    run.finish({"metrics": {"both": {"accuracy": 0.5}}})
     assert run.complete
-    assert math.isnan(run.result()["metrics"]["auc"])
+    assert run.result() == {"metrics": {"both": {"accuracy": 0.5}}}
+
+
+def _no_constants(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_nan_is_null_in_the_files_and_nan_again_when_read(tmp_path: Path) -> None:
+    run, nan = begun(tmp_path), float("nan")
+    metrics = {"both": {"auc": nan, "auc_ci": [nan, nan], "n": 3}}
+    rows = [{"client": 0, "metrics": metrics}, {"client": 1}]
+    run.finish({"positive": None, "adapter_sha256": None, "metrics": metrics, "per_client": rows, "rounds": 2})
+    for number, loss in enumerate((nan, float("inf"), 0.5)):
+        run.save_round({"round": number, "loss": loss, "metrics": metrics if number else {}}, {"adapter": tensors(x=0)}, "d")
+    records = run.rounds()
+    run.save_part("client-0", {"predictions": [{"score": None}], "rounds": [{"loss": nan}]})
+    run.save_predictions([{"id": "a", "score": nan}, {"id": "b", "score": 0.5}])
+    for file in ("result.json", "checkpoint/client-0.json"):
+        json.loads((tmp_path / file).read_text(), parse_constant=_no_constants)
+    for file in ("rounds.jsonl", "predictions.jsonl"):
+        for line in (tmp_path / file).read_text().splitlines():
+            json.loads(line, parse_constant=_no_constants)
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"] == {
+        "both": {"auc": None, "auc_ci": [None, None], "n": 3}
+    }
+
+    result, part = run.result(), run.load_part("client-0")
+    assert (result["positive"], result["adapter_sha256"], result["rounds"]) == (None, None, 2)
+    for read in (result, result["per_client"][0], records[1], records[2]):
+        both = read["metrics"]["both"]
+        assert [math.isnan(value) for value in (both["auc"], *both["auc_ci"])] == [True] * 3
+        assert both["n"] == 3
+    assert [math.isnan(record["loss"]) for record in records] == [True, True, False]
+    assert part is not None
+    assert math.isnan(part["rounds"][0]["loss"])
+    assert part["predictions"] == [{"score": None}]
+    assert [line["score"] for line in run.predictions()] == [None, 0.5]
 
 
 def test_a_kill_between_config_and_meta_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +195,33 @@ def test_a_new_run_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
     for taken in ("exp", "exp-2", "exp-4"):
         (tmp_path / taken).mkdir()
     assert new_run(tmp_path, "exp").path == tmp_path / "exp-3"
+
+
+def test_runs_started_at_the_same_moment_have_a_directory_each(tmp_path: Path) -> None:
+    runs = [new_run(tmp_path, "exp") for _ in range(3)]
+    assert list(tmp_path.iterdir()) == [], "a run that is refused leaves nothing"
+    with runs[0].claimed(), runs[1].claimed():
+        runs[0].begin("", {})
+        assert {run.path.name for run in runs[:2]} == {"exp", "exp-2"}
+        assert runs[1].adapter == tmp_path / "exp-2" / "adapter"
+    with runs[2].claimed():
+        assert runs[2].path.name == "exp-3"
+    assert sorted(p.name for p in (tmp_path / "exp").iterdir()) == ["config.toml", "meta.json"]
+    assert not list(tmp_path.rglob("run.lock"))
+
+
+def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
+    run = begun(tmp_path / "exp")
+    with run.claimed():
+        found = unfinished(tmp_path, "exp", "d")
+        assert found is not None
+        with pytest.raises(RunError, match="another process is at work on this run"), found.claimed():
+            pass
+    with pytest.raises(OSError, match="full"), run.claimed():
+        raise OSError("full")
+    (tmp_path / "exp" / "run.lock").touch()  # left by a kill
+    with found.claimed():
+        assert found.path == tmp_path / "exp"
 
 
 def test_the_latest_unfinished_run_of_the_same_settings_is_found(tmp_path: Path) -> None:

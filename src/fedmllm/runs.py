@@ -152,12 +152,13 @@ class Runner:
     def execute(self) -> dict[str, Any]:
         """Do the run, or what is left of it, and return its result."""
         self._prepare()
-        self.start()
         work = {
             "federated": self._federated, "zero-shot": self._zero_shot, "local": self._local, "centralised": self._centralised
         }  # fmt: skip
-        result = work[self.kind]()
-        self.run.finish(result)
+        with self.run.claimed():
+            self.start()
+            result = work[self.kind]()
+            self.run.finish(result)
         return result
 
     def _prepare(self) -> None:

@@ -6,15 +6,17 @@ one before it, whose checkpoint may still be on its way to the disk.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
+import itertools
 import json
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,29 @@ SCHEMA = 1
 """Version of `result.json`; it grows when a key changes its meaning, not when one is added."""
 
 
+def strict(value: Any) -> Any:
+    """A copy with null for every float that JSON has no sign for: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict(one) for key, one in value.items()}
+    return [strict(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def _dump(value: Any) -> bytes:
     # Piece by piece: `json.dumps` keeps all pieces of a hundred thousand rows until it joins them.
     content = io.BytesIO()
     text = io.TextIOWrapper(content, encoding="utf-8", newline="\n")
-    json.dump(value, text, indent=2, allow_nan=True)
+    try:
+        json.dump(value, text, indent=2, allow_nan=False)
+    except ValueError:  # a NaN is rare, and looking for one copies everything
+        return _dump(strict(value))
     text.write("\n")
     text.flush()
     return content.getvalue()
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone(lock: Path, refusal: Exception, seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock of a file, which goes with the process. Raises `refusal` where another has it for so many seconds."""
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +64,32 @@ def alone(lock: Path, refusal: Exception, seconds: float = 0.0) -> Iterator[None
                     raise refusal from None
                 time.sleep(0.5)
         yield
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(strict(value), allow_nan=False) + "\n"
+
+
+def _numbers(value: Any) -> Any:
+    """The inverse of `strict` where all values are numbers: NaN for null."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return math.nan if value is None else value
+
+
+def _restored(record: dict[str, Any]) -> dict[str, Any]:
+    """A result, a client's row or a round as it was written: null is NaN among its metrics and in its loss."""
+    for key in record.keys() & {"metrics", "loss"}:
+        record[key] = _numbers(record[key])
+    for key in record.keys() & {"per_client", "rounds"}:
+        if isinstance(record[key], list):
+            record[key] = [_restored(row) for row in record[key]]
+    return record
 
 
 class _Writer:
@@ -72,10 +112,46 @@ class _Writer:
             last.result()
 
 
+class _Lock:
+    """A file that at most one process has locked; the file is there while one does, or was killed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def take(self) -> bool:
+        """Whether it is ours now. Makes the folder."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = self._path.open("w")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                return False
+            except OSError:  # a file system that knows no locks
+                return True
+            # Who held it before may have removed the file since we opened it; then ours protects nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                    return True
+            self._file.close()
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)  # before it is unlocked, so that it is nobody else's
+        self._file.close()
+
+
 class RunDir:
     """The files of one run. Making the object touches nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, others: Iterator[Path] | None = None) -> None:
+        """`others` are for a new run, endless: the directories to take where another run takes `path` before `claimed` does."""
+        self._others = others
+        self._writer = _Writer()
+        self._next_round: int | None = None  # the one whose record goes at the end of the file as it is
+        self._at(path)
+
+    def _at(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"
         self.manifest = path / "manifest.parquet"
@@ -86,8 +162,6 @@ class RunDir:
         self._meta = path / "meta.json"
         self._rounds = path / "rounds.jsonl"
         self._server = self.checkpoint / "server.safetensors"
-        self._writer = _Writer()
-        self._next_round: int | None = None  # the one whose record goes at the end of the file as it is
 
     @property
     def complete(self) -> bool:
@@ -96,6 +170,34 @@ class RunDir:
     @property
     def exists(self) -> bool:
         return self._meta.is_file()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the directory, and hold it against all other processes.
+
+        A new run whose directory another took meanwhile moves on to one that is free. Raises RunError for any other
+        directory that a process is at work in.
+        """
+        lock = self._take()
+        try:
+            yield
+            self._writer.wait()
+        finally:
+            with contextlib.suppress(Exception):  # of the error that ended the run, the first is told
+                self._writer.wait()
+            lock.release()
+
+    def _take(self) -> _Lock:
+        while True:
+            lock = _Lock(self.path / "run.lock")
+            if lock.take():
+                if self._others is None or not self.config.exists():
+                    self._others = None
+                    return lock
+                lock.release()
+            if self._others is None:
+                raise RunError(f"{self.path}: another process is at work on this run; wait for its end, or give another --out.")
+            self._at(next(path for path in self._others if not path.exists()))
 
     def begin(self, config_toml: str, meta: Mapping[str, Any]) -> None:
         """`meta.json` is written after `config.toml`: with it, the directory is a run's."""
@@ -110,7 +212,7 @@ class RunDir:
         if not self.complete:
             state = "is not complete; go on with `fedmllm run … --resume`" if self.exists else "is not a run directory"
             raise RunError(f"{self.path} {state}.")
-        return self._read(self._result)
+        return _restored(self._read(self._result))
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -132,7 +234,7 @@ class RunDir:
         found = []
         for line in self._rounds.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                found.append(_restored(json.loads(line)))
             except ValueError:
                 break
         return found
@@ -148,7 +250,7 @@ class RunDir:
         # First the record, then the checkpoint: a record without its checkpoint is dropped on resume.
         if record["round"] == self._next_round:
             with self._rounds.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=True) + "\n")
+                file.write(_line(record))
                 file.flush()
                 os.fsync(file.fileno())
         else:
@@ -174,7 +276,7 @@ class RunDir:
 
     def load_part(self, name: str) -> dict[str, Any] | None:
         path = self.checkpoint / f"{name}.json"
-        return self._read(path) if path.is_file() else None
+        return _restored(self._read(path)) if path.is_file() else None
 
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         self._write_lines(self.path / "predictions.jsonl", predictions)
@@ -195,17 +297,13 @@ class RunDir:
         write_atomically(self._result, _dump(result))
 
     def _write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-        write_atomically(path, "".join(json.dumps(line, allow_nan=True) + "\n" for line in lines).encode())
+        write_atomically(path, "".join(map(_line, lines)).encode())
 
 
 def new_run(parent: Path, stem: str) -> RunDir:
     """`parent/stem`, or with -2, -3, … where that is taken: a run never writes over another."""
-    number = 1
-    while True:
-        path = parent / (stem if number == 1 else f"{stem}-{number}")
-        if not path.exists():
-            return RunDir(path)
-        number += 1
+    names = (parent / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
+    return RunDir(next(path for path in names if not path.exists()), names)
 
 
 def unfinished(parent: Path, stem: str, config_digest: str) -> RunDir | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fedmllm.data.minimum import ensure_minimum
-from fedmllm.data.partition import Deal
+from fedmllm.data.partition import Deal, Together
 from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.scenarios import BOTH, Modalities, Scenario
 from fedmllm.errors import DataError
@@ -26,6 +26,8 @@ from fedmllm.rng import stream
 from fedmllm.tensors import write_atomically
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("client", pa.int32()), ("has_image", pa.bool_()), ("has_text", pa.bool_())])
+Pool = frozenset[Modalities]
+"""Samples that are dealt out together, by the modalities that they have."""
 _CHUNK = 1 << 14
 """Rows that are objects at a time where all are gone over."""
 _VISIBLE: dict[tuple[bool, bool], Modalities] = {
@@ -161,12 +163,31 @@ def read(path: Path) -> Manifest:
     return manifest
 
 
+def _named(pool: Pool) -> list[list[str]]:
+    return sorted(sorted(kind) for kind in pool)
+
+
+def _pools(
+    samples: Sequence[Sample], had: Sequence[Modalities], able: Mapping[Modalities, frozenset[int]], deal: Deal
+) -> list[Pool]:
+    """Of each sample the pool it is dealt out in: its own modalities, or those of all that it is kept together with, where
+    some client is able to hold them all."""
+    own = {kind: frozenset((kind,)) for kind in able}
+    if not isinstance(deal, Together):
+        return [own[kind] for kind in had]
+    keys, kinds = [deal.key(s) for s in samples], dict[str, set[Modalities]]()
+    for key, kind in zip(keys, had, strict=True):
+        kinds.setdefault(key, set()).add(kind)
+    whole = {key: frozenset(found) for key, found in kinds.items() if frozenset.intersection(*(able[kind] for kind in found))}
+    return [whole.get(key, own[kind]) for key, kind in zip(keys, had, strict=True)]
+
+
 def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int, min_samples: int, seed: int) -> Manifest:
     """Who holds what and sees what of it.
 
     Samples are dealt out within pools of equal modalities, each pool among the clients that have at least one of its
-    modalities: a text-only question goes to a client that has text. Raises DataError where a pool has no such client,
-    or there are too few samples.
+    modalities: a text-only question goes to a client that has text. What a partition keeps together is in one pool, where
+    some client may hold all of it. Raises DataError where a pool has no client, or there are too few samples.
     """
     ordered = sorted(samples, key=lambda s: s.id)
     try:
@@ -178,18 +199,18 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     able_to_hold = {kind: frozenset(c for c in range(clients) if not kind or kind & has[c]) for kind in found}
     eligible = [able_to_hold[kind] for kind in had]
     owner = np.empty(len(ordered), dtype=np.int64)
-    pools: dict[Modalities, list[int]] = {}
-    for index, kind in enumerate(had):
-        pools.setdefault(kind, []).append(index)
-    for modalities in sorted(pools, key=sorted):
-        members = pools[modalities]
-        able = sorted(eligible[members[0]])
+    pools: dict[Pool, list[int]] = {}
+    for index, pool in enumerate(_pools(ordered, had, able_to_hold, deal)):
+        pools.setdefault(pool, []).append(index)
+    for pool in sorted(pools, key=_named):
+        members, names = pools[pool], _named(pool)
+        able = sorted(frozenset.intersection(*(able_to_hold[kind] for kind in pool)))
         if not able:
             raise DataError(
-                f"{len(members)} samples have only {' and '.join(sorted(modalities))} and no client has that; change the "
+                f"{len(members)} samples have only {' and '.join(names[0])} and no client has that; change the "
                 "scenario's options, the seed, or the number of clients."
             )
-        pool_rng = stream(seed, "partition", *sorted(modalities))
+        pool_rng = stream(seed, "partition", *(names[0] if len(names) == 1 else map("+".join, names)))
         owner[members] = deal([ordered[i] for i in members], able, pool_rng)
     owner = ensure_minimum(owner, eligible, clients, min_samples, stream(seed, "partition", "minimum"))
     image, text = np.zeros((2, len(ordered)), dtype=np.bool_)

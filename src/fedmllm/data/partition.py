@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 import numpy as np
@@ -13,6 +14,18 @@ from fedmllm.registry import Registry
 
 Deal = Callable[[Sequence[Sample], Sequence[int], np.random.Generator], NDArray[np.int64]]
 """(samples in the order of their ids, the clients that may hold them, a generator) -> the client of each sample."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """A deal that keeps samples of equal `key` together, whatever modalities they have."""
+
+    deal: Deal
+    key: Callable[[Sample], str]
+
+    def __call__(self, samples: Sequence[Sample], clients: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
+        return self.deal(samples, clients, rng)
+
 
 partitions: Registry[Deal] = Registry("partition", __name__)
 
@@ -60,7 +73,8 @@ def dirichlet(*, alpha: float = 0.5) -> Deal:
 def by_source() -> Deal:
     """Natural owners: a source's samples stay together, sources go to the clients that hold least so far.
 
-    With fewer sources than clients, each source has clients of its own, in proportion to its size, that share it evenly.
+    With fewer sources than clients, each source has clients of its own, in proportion to its size, that share it evenly. A
+    source of pictures and of texts goes to clients that have both; where there are none, its pictures and its texts part.
     """
 
     def deal(samples: Sequence[Sample], clients: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -81,7 +95,7 @@ def by_source() -> Deal:
             owner[sources[name]] = iid()(sources[name].tolist(), own, rng)
         return owner
 
-    return deal
+    return Together(deal, lambda sample: sample.source)
 
 
 def _seats(sizes: Mapping[str, int], clients: int) -> dict[str, int]:

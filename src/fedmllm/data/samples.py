@@ -30,6 +30,18 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A picture's file that stays where it is until it is read; two of the same digest are the same picture."""
+
+    digest: str
+    """SHA-256 of the bytes."""
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+
+Picture = Path | bytes | Stored
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question with its answer, and the picture and text it is about.
 
@@ -42,7 +54,7 @@ class Sample:
     id: str
     question: str
     answer: str
-    image: Path | bytes | None = None
+    image: Picture | None = None
     text: str | None = None
     choices: tuple[str, ...] | None = None
     lettered: bool = False
@@ -95,12 +107,18 @@ class Loaded:
     skipped: list[Problem] = field(default_factory=list)
 
 
-def decode(image: Path | bytes) -> Image.Image:
+def _source(image: Picture) -> Path | io.BytesIO:
+    if isinstance(image, Path):
+        return image
+    return io.BytesIO(image if isinstance(image, bytes) else image.read())
+
+
+def decode(image: Picture) -> Image.Image:
     """The picture in RGB as a viewer shows it: upright, the first frame of many, transparent parts on white.
 
     Raises an exception of Pillow's where the file is missing or is no picture.
     """
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+    with Image.open(_source(image)) as opened:
         opened.load()
         _turn_upright(opened)
         if opened.mode.startswith("I;16"):  # Pillow would cut every grey value above 255 to white
@@ -121,9 +139,9 @@ def _turn_upright(picture: Image.Image) -> None:
         return
 
 
-def upright_size(image: Path | bytes) -> tuple[int, int]:
+def upright_size(image: Picture) -> tuple[int, int]:
     """Width and height of what `decode` gives, from the file's head where that is enough."""
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+    with Image.open(_source(image)) as opened:
         if opened.format in _PLAIN_FORMATS and not (opened.format == "PNG" and _png_goes_on(image)):
             width, height = opened.size
             return (height, width) if _orientation(opened) in _LYING else (width, height)
@@ -144,9 +162,10 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def _png_goes_on(image: Path | bytes) -> bool:
+def _png_goes_on(image: Picture) -> bool:
     """Whether anything but the end comes after a PNG's pixels: EXIF data can be there, and are rare."""
-    with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+    source = _source(image)
+    with source.open("rb") if isinstance(source, Path) else source as file:
         file.seek(8)
         after = False
         while len(head := file.read(8)) == 8:
@@ -158,12 +177,14 @@ def _png_goes_on(image: Path | bytes) -> bool:
     return True
 
 
-def image_key(image: Path | bytes) -> str:
+def image_key(image: Picture) -> str:
     """SHA-256 of the file's bytes: the same picture under two names is the same picture."""
+    if isinstance(image, Stored):
+        return image.digest
     return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).hexdigest()
 
 
-def _flaw_of_picture(image: Path | bytes) -> tuple[str, Kind] | None:
+def _flaw_of_picture(image: Picture) -> tuple[str, Kind] | None:
     name = image if isinstance(image, Path) else "(in memory)"
     try:
         if isinstance(image, Path) and not image.is_file():
@@ -177,7 +198,7 @@ def _flaw_of_picture(image: Path | bytes) -> tuple[str, Kind] | None:
     return None
 
 
-def _flaws_of_pictures(pictures: Sequence[Path | bytes]) -> dict[Path | bytes, tuple[str, Kind] | None]:
+def _flaws_of_pictures(pictures: Sequence[Picture]) -> dict[Picture, tuple[str, Kind] | None]:
     # Warning filters belong to the process, so they are set here, around all threads. Pillow warns of a bomb before it
     # refuses one of twice the size; here both are refused, so that no later decoding warns.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -27,7 +27,8 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Answered:
-    """What one model answered, sample by sample: `predicted` (n,), and for AUC `score` (n,), the probability of yes."""
+    """What one model answered, sample by sample: `predicted` (n,), and for AUC `score` (n,), the probability of yes, NaN where
+    yes is no choice."""
 
     predicted: NDArray[np.str_]
     score: Floats
@@ -88,8 +89,7 @@ class _MacroF1:
     """Hits and predictions a class are sums over samples, so any exchange or weighting is a matrix product."""
 
     def __init__(self, truth: NDArray[np.str_], pairs: Sequence[tuple[Answered, Answered]]) -> None:
-        said = [one.predicted for pair in pairs for one in pair]
-        labels = np.unique(np.concatenate([truth, *said]))
+        labels = np.unique(truth)
         self._true = (truth[:, None] == labels).astype(np.float64)
         self._said = [tuple((one.predicted[:, None] == labels).astype(np.float64) for one in pair) for pair in pairs]
 
@@ -115,8 +115,8 @@ class _MacroF1:
 
 
 def _f1(true: Floats, said: Floats, hits: Floats) -> Floats:
-    """The mean F1 over the classes that occur, of counts (k, classes)."""
-    occurs = true + said > 0
+    """The mean F1 over the classes that occur in the truth, of counts (k, classes)."""
+    occurs = true > 0
     scores = np.divide(2 * hits, true + said, out=np.zeros(np.broadcast_shapes(true.shape, said.shape)), where=occurs)
     return np.asarray(scores.sum(axis=-1) / occurs.sum(axis=-1))
 
@@ -130,11 +130,13 @@ def _placements(positive: NDArray[np.bool_], score: Floats) -> tuple[Floats, Flo
 
 
 def _delong(positive: NDArray[np.bool_], pairs: Sequence[tuple[Answered, Answered]]) -> Difference:
-    if min(positive.sum(), (~positive).sum()) < 2 or any(np.isnan(one.score).any() for pair in pairs for one in pair):
+    asked = ~np.all([np.isnan(one.score) for pair in pairs for one in pair], axis=0)
+    positive, scores = positive[asked], [(ours.score[asked], theirs.score[asked]) for ours, theirs in pairs]
+    if min(positive.sum(), (~positive).sum()) < 2 or np.isnan(scores).any():
         return Difference(math.nan, math.nan, math.nan, math.nan)
     of_yes, of_no = [], []
-    for ours, theirs in pairs:
-        (a_yes, a_no), (b_yes, b_no) = _placements(positive, ours.score), _placements(positive, theirs.score)
+    for ours, theirs in scores:
+        (a_yes, a_no), (b_yes, b_no) = _placements(positive, ours), _placements(positive, theirs)
         of_yes.append(a_yes - b_yes)
         of_no.append(a_no - b_no)
     yes, no = np.mean(of_yes, axis=0), np.mean(of_no, axis=0)

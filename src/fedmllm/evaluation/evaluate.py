@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,8 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
 def summarise(
     task: Task, models: Sequence[Sequence[Prediction]], seed: int, bootstrap: int, judged: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """{pattern: {metric: value, metric_ci: [low, high], "n", "parse_failures"}}; metrics are shares of 1.
+    """{pattern: {metric: value, metric_ci: [low, high], "n", "parse_failures"}}; metrics are shares of 1, and
+    `metric_n` says of how many samples, where it is of fewer than `n`.
 
     With several models (clients that trained alone, or have a model of their own) each figure is the mean over them, the
     interval is of that mean, and the task's metric has a `…_worst_decile`: the mean over the lowest tenth of the models,
@@ -190,11 +192,11 @@ def _of_pattern(task: Task, models: list[list[Prediction]], seed: int, bootstrap
             put("judged_accuracy_open", said.mean(axis=0)[~closed])
             failures = sum(p.judged is None for m in models for p in m if not p.closed)
             summary["judge_failures"] = round(failures / len(models))
-    if task.metric != "accuracy":
-        draws = resamples(n, bootstrap, seed)
-        for name, statistic in _ranked(task, models).items():
-            summary[name] = round(statistic(np.arange(n)), 6)
-            summary[f"{name}_ci"] = [round(v, 6) for v in interval(statistic, draws)]
+    for name, (statistic, count) in _ranked(task, models).items():
+        summary[name] = round(statistic(np.arange(count)), 6)
+        summary[f"{name}_ci"] = [round(v, 6) for v in interval(statistic, resamples(count, bootstrap, seed))]
+        if count < n:
+            summary[f"{name}_n"] = count
     if len(models) > 1:
         metric = primary_metric(task)
         each = sorted(_alone(task, m) for m in models)
@@ -206,29 +208,37 @@ def _alone(task: Task, model: list[Prediction]) -> float:
     """The task's metric of one model."""
     if task.metric == "accuracy":
         return float(np.mean([p.correct for p in model]))
-    return float(_ranked(task, [model])[primary_metric(task)](np.arange(len(model))))
+    statistic, count = _ranked(task, [model])[primary_metric(task)]
+    return statistic(np.arange(count))
 
 
-def _ranked(task: Task, models: list[list[Prediction]]) -> dict[str, Any]:
-    """Statistics of a draw of indices that are no means over samples."""
+Statistic = Callable[[np.ndarray], float]
+
+
+def _ranked(task: Task, models: list[list[Prediction]]) -> dict[str, tuple[Statistic, int]]:
+    """Statistics of a draw of indices that are no means over samples, and how many samples each draws from."""
+    if task.metric == "accuracy":
+        return {}
     truth = np.array([p.answer for p in models[0]])
-    said = [np.array([p.predicted for p in m]) for m in models]
+    # A right answer is in its class however it is written.
+    said = [np.array([p.answer if p.correct else p.predicted for p in m]) for m in models]
 
     def f1(draw: np.ndarray) -> float:
         return float(np.mean([macro_f1(truth[draw], s[draw]) for s in said]))
 
-    if task.metric == "macro-f1":
-        return {"macro_f1": f1}
-    scores = [np.array([p.score if p.score is not None else np.nan for p in m]) for m in models]
-    positive = truth == task.positive
+    found: dict[str, tuple[Statistic, int]] = {"macro_f1": (f1, len(truth))}
+    if task.metric == "auc":
+        # A sample without the positive answer among its choices has no place in the ranking.
+        asked = np.array([i for i, p in enumerate(models[0]) if p.score is not None], dtype=np.int64)
+        positive = truth[asked] == task.positive
+        scores = [np.array([m[i].score for i in asked], dtype=np.float64) for m in models]
+        yes = [s[asked] == task.positive for s in said]
 
-    def soft(draw: np.ndarray) -> float:
-        return float(np.mean([auc(positive[draw], s[draw]) for s in scores]))
+        def area(by: list[np.ndarray], draw: np.ndarray) -> float:
+            return float(np.mean([auc(positive[draw], values[draw]) for values in by]))
 
-    def hard(draw: np.ndarray) -> float:
-        return float(np.mean([auc(positive[draw], s[draw] == task.positive) for s in said]))
-
-    return {"macro_f1": f1, "auc": soft, "auc_hard": hard}
+        found |= {"auc": (partial(area, scores), len(asked)), "auc_hard": (partial(area, yes), len(asked))}
+    return found
 
 
 def primary_metric(task: Task) -> str:

@@ -14,7 +14,7 @@ Indices = NDArray[np.int64]
 
 def resamples(n: int, draws: int, seed: int) -> Indices:
     """(draws, n) indices drawn with replacement; the same for every metric and model, so differences are paired."""
-    return stream(seed, "bootstrap", n).integers(0, n, size=(draws, n))
+    return stream(seed, "bootstrap", n).integers(0, max(1, n), size=(draws, n))
 
 
 def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> list[float]:

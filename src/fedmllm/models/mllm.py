@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
+from fedmllm.data.samples import Picture
 from fedmllm.errors import DataError
 from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
@@ -98,9 +98,7 @@ class MLLM:
 
     # Encoding
 
-    def encode(
-        self, conversations: Sequence[Conversation], images: Sequence[Path | bytes | None], max_length: int
-    ) -> list[Encoded]:
+    def encode(self, conversations: Sequence[Conversation], images: Sequence[Picture | None], max_length: int) -> list[Encoded]:
         """Tokenise; `images[i]` is the picture of conversation `i` where it shows one.
 
         Raises DataError for a prompt of more than `max_length` tokens: cutting it could cut the picture or the question.
@@ -117,14 +115,14 @@ class MLLM:
             encoded.append(one)
         return encoded
 
-    def _encode_one(self, conversation: Conversation, image: Path | bytes | None) -> Encoded:
+    def _encode_one(self, conversation: Conversation, image: Picture | None) -> Encoded:
         picture = self._pictures.number(image) if image is not None else None
         prompt = self._tokens.prompt(conversation, image, self._pictures.size(picture) if picture is not None else None)
         answer = self._tokens.answer
         options = tuple(answer(option) for option in conversation.options)
         return Encoded(prompt.ids, answer(conversation.answer), options, picture, prompt.tokenwise, prompt.imagewise)
 
-    def meet(self, images: Iterable[Path | bytes]) -> None:
+    def meet(self, images: Iterable[Picture]) -> None:
         """Pictures that `prepare_features` is to make too, though nothing asks about them yet."""
         for image in images:
             self._pictures.number(image)

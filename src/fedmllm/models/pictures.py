@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import decode, image_key, upright_size
+from fedmllm.data.samples import Picture, decode, image_key, upright_size
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
 
@@ -28,8 +27,8 @@ class Pictures:
         self._backbone = backbone
         self._caches = caches
         self._numbers: dict[str, int] = {}
-        self._images: list[Path | bytes] = []
-        self._known: dict[Path | bytes, int] = {}
+        self._images: list[Picture] = []
+        self._known: dict[Picture, int] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._features: features.FeatureFile | None = None
         self._place: dict[int, int] = {}
@@ -38,7 +37,7 @@ class Pictures:
         self._pooled_is_tensor = caches and self._pools_into_tensor()
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
-    def number(self, image: Path | bytes) -> int:
+    def number(self, image: Picture) -> int:
         if image not in self._known:  # a file is read once, however many samples show it
             number = self._numbers.setdefault(image_key(image), len(self._images))
             if number == len(self._images):

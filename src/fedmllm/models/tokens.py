@@ -8,13 +8,12 @@ they are needed, and equal questions about equally large pictures are tokenised 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import decode
+from fedmllm.data.samples import Picture, decode
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.pictures import PIXELS
 
@@ -45,7 +44,7 @@ class Tokens:
         self._prompts: dict[tuple[str, Size | None], Prompt] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
-    def prompt(self, conversation: Conversation, image: Path | bytes | None, size: Size | None) -> Prompt:
+    def prompt(self, conversation: Conversation, image: Picture | None, size: Size | None) -> Prompt:
         """The user's turn about the picture `image` of `size` (width, height); both None where it shows none."""
         key = (conversation.user, size)
         if image is not None and self._trusts:

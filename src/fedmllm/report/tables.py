@@ -9,11 +9,12 @@ from rich.table import Table
 
 
 def percent(metrics: Mapping[str, Any], name: str) -> str:
-    """ "71.3 [67.8, 74.9]", or a dash where the metric is absent."""
+    """ "71.3 [67.8, 74.9]", with " of 90" where it is of fewer samples than were asked, or a dash where it is absent."""
     if name not in metrics:
         return "–"
     low, high = metrics[f"{name}_ci"]
-    return f"{100 * metrics[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    of = f" of {metrics[f'{name}_n']}" if f"{name}_n" in metrics else ""
+    return f"{100 * metrics[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]{of}"
 
 
 def megabytes(groups: Mapping[str, int]) -> str:

@@ -1,12 +1,13 @@
 """Any data set of the Hugging Face hub, or a folder in one of its formats, and a map from its columns to a sample's parts.
 
 It goes through the `datasets` library (`pip install "fedmllm[hub]"`), which runs no code of a data set's author. A folder is
-read as the hub would read it (Parquet files, an image folder, …) or as `save_to_disk` left it. Pictures are kept as the bytes
-they came in; a picture that is a path stays in the folder, or in the library's own cache.
+read as the hub would read it (Parquet files, an image folder, …) or as `save_to_disk` left it. Pictures stay where the library
+has them, on disk, and are read when they are decoded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmllm.data.files import Entry, EntryError, inside, samples_of
-from fedmllm.data.samples import LETTERS, Problem, Sample, Split, Task
+from fedmllm.data.samples import LETTERS, Picture, Problem, Sample, Split, Stored, Task
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError, suggest
 
@@ -78,11 +79,19 @@ def _folder(library: Any, dataset: str) -> Path:
     return Path(dataset) if Path(dataset).is_dir() else Path(library.config.HF_CACHE_HOME)
 
 
-def _picture(value: Any, folder: Path) -> Path | bytes | None:
+def _bytes_or_path(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if value is None or isinstance(value, bytes):
-        return value
+        return value["bytes"] if value["bytes"] is not None else value["path"]
+    return value
+
+
+def _picture(entry: Entry, folder: Path, stored: Any) -> Picture | None:
+    """`stored` has the same rows, and the column of pictures alone."""
+    value, index = _bytes_or_path(entry.values.get("image")), entry.index
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return Stored(hashlib.sha256(value).hexdigest(), lambda: bytes(_bytes_or_path(*stored[index].values())))
     if not isinstance(value, str):
         raise EntryError(f"the picture is of type {type(value).__name__}, neither bytes nor a path")
     return inside(folder, value, absolute=True)  # the pictures of an image folder come as absolute paths
@@ -110,11 +119,10 @@ def _choices(entry: Entry, columns: Columns, classes: tuple[str, ...] | None) ->
     return tuple(found)
 
 
-def _reader(
-    feature: Any, columns: Columns, dataset: str, folder: Path, split: Split, lettered: bool
-) -> Callable[[Entry], Sample]:
-    """From an entry to its sample; `feature` is the type of the answers, whose class names are choices where there are few."""
-    names = tuple(getattr(feature, "names", None) or ())
+def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
+    """From an entry to its sample; the class names of the column of answers are choices where there are few."""
+    names = tuple(getattr(rows.features[columns.answer], "names", None) or ())
+    stored = rows.select_columns([columns.image] if columns.image else [])
     classes = names if 1 < len(names) <= len(LETTERS) else None
 
     def read(entry: Entry) -> Sample:
@@ -127,7 +135,7 @@ def _reader(
             id=entry.text("id") if columns.id else f"{Path(dataset).name}/{split}/{entry.index:06d}",
             question=asked,
             answer=answer,
-            image=_picture(entry.values.get("image"), folder),
+            image=_picture(entry, folder, stored),
             text=entry.text("text", required=False) or None,
             choices=choices,
             lettered=lettered and choices is not None,
@@ -193,7 +201,7 @@ def hub(
     def load(split: Split) -> Iterator[Sample | Problem]:
         library = _library()
         rows = _undecoded(library, _open(library, dataset, subset, revision, named[split]), columns, dataset)
-        read = _reader(rows.features[answer], columns, dataset, _folder(library, dataset), split, lettered)
+        read = _reader(rows, columns, dataset, _folder(library, dataset), split, lettered)
         return samples_of(_entries(rows, columns, dataset, named[split]), read)
 
     return Task("hub", metric, load, positive, splits=("train", "test") if test_split else ("train",))
