@@ -3,10 +3,10 @@
     python benchmarks/fleets.py [--rounds 5] [--only NAME …] [--json FILE]
 
 The work is the same for all: the pictures of examples/hospitals, three clients with 300, 200 and 100 of them, trained one by
-one, all three in each round, 150 steps a round; a client's training has one thread, wherever it is. Each fleet runs it as a user
-would, in processes of its own, and must end with the adapter of a run in one process, or the benchmark fails. A round's time is
-the median over the rounds after the first, in which models are loaded and pictures encoded. It is given over the time of a round
-in one process, which is measured before and after; "first round" is the first's time over that of a later one in one process.
+one, all three in each round, 150 steps a round; a client's training has one thread, wherever it is. Each fleet runs it as a
+user would, in processes of its own, and must end with the adapter of a run in one process, or the benchmark fails. A round's
+time is the median over the rounds after the first, in which models are loaded and pictures encoded. It is given over the time
+of a round in one process, which is measured before and after; "first round" is the first's time over that of a later one there.
 """
 
 from __future__ import annotations
