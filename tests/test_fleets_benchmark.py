@@ -14,19 +14,21 @@ from fedmllm.experiment import options_of, prepare, with_defaults
 
 
 def test_whoever_trains_holds_what_a_site_holds(tmp_path: Path) -> None:
-    counts = {"east": 9, "north": 6, "south": 3}
-    for name, count in counts.items():
+    for name, count in {"east": 9, "north": 9, "south": 3}.items():
         write_samples(tmp_path / name, "train", count)
+        (tmp_path / name / "pictures").mkdir()
+        (tmp_path / name / "site.toml").write_text("")
     write_samples(tmp_path / "server", "test", 6)
     text = (fleets.ROOT / "examples" / "hospitals" / "experiment.toml").read_text()
     file = tmp_path / "server" / "experiment.toml"
     file.write_text(text)
-    fleets.gather(tmp_path)
+    fleets.deal(tmp_path)
     raw, _ = apply_overrides(read(file), ["fleet.name=in-process", *fleets.settings(tmp_path, 2)], options_of)
-    data = prepare(with_defaults(validate(raw)))
-    held = [{h.sample_id.rsplit("-", 2)[0] for h in data.manifest.of_client(client)} for client in range(3)]
-    assert held == [{name} for name in fleets.ORDER]
-    assert [len(list(data.manifest.of_client(client))) for client in range(3)] == list(counts.values())
+    manifest = prepare(with_defaults(validate(raw))).manifest
+    for client, name in enumerate(fleets.ORDER):
+        there = [json.loads(line)["id"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        assert [h.sample_id for h in manifest.of_client(client)] == sorted(there)
+    assert manifest.counts()[:, 0].tolist() == [9, 6, 3]
 
 
 def test_the_first_round_is_apart(tmp_path: Path) -> None:
