@@ -29,6 +29,7 @@ from fedmllm.remote.protocol import Job, Kind, ProtocolError, Reply, parts_of, t
 from fedmllm.remote.records import HEAD, RecordError, pack, unpack
 from fedmllm.remote.serverapp import load_experiment, manifest_of, run, told_to_sites
 from fedmllm.remote.site import Worker
+from fedmllm.secure.settings import PHASES
 from fedmllm.store import RunDir
 from grids import DirectGrid
 from helpers import quick, same
@@ -170,6 +171,43 @@ def test_a_run_over_flower_is_the_run_in_process(write_experiment: Write, extra:
         assert there[key] == here[key], key
     losses = [[record["loss"] for record in RunDir(Path(folder)).rounds()] for folder in ("here", "out")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_hidden_updates_make_the_same_run(write_experiment: Write) -> None:
+    """Four questions a round in place of one, up to the rounding of the fixed point; nothing but bytes under masks comes back."""
+    extra, wires = '[secure]\nname = "pairwise"\n', grid()
+    here = command("run", write_experiment(""), "--out", "here", "--set", "train.cohort=1")
+    there = run(wires, settings(write_experiment(extra + FLEET)), silent)
+    plain, hidden = adapter("here"), adapter("out")
+    assert all(float((plain[name] - hidden[name]).abs().max()) < 1e-4 for name in plain)
+    assert there["rounds"] == here["rounds"]
+    assert clientapp.QUERIES == ("describe", "personal", *PHASES)
+    kinds = {message.metadata.message_type for message in wires.sent}
+    assert kinds == {"query.describe", *(f"query.{phase}" for phase in PHASES)}
+    for message in wires.received:
+        head = json.loads(str(message.content.config_records[HEAD]["head"]))
+        assert (head["examples"], head["steps"], head["metrics"], head["problem"]) == (0, 0, {}, "")
+        kinds = {array.numpy().dtype.name for arrays in message.content.array_records.values() for array in arrays.values()}
+        assert kinds <= {"uint8"}
+
+
+def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: Write) -> None:
+    lost: list[int] = []
+
+    def lose(message: Message) -> bool:
+        if message.metadata.message_type == "query.masked" and not lost:
+            lost.append(message.metadata.dst_node_id)
+        return message.metadata.message_type == "query.masked" and message.metadata.dst_node_id in lost
+
+    three = [("train.clients_per_round", 3), ("train.min_updates", 1), ("train.rounds", 2)]
+    wires = grid(lose=lose)
+    file = write_experiment('[secure]\nname = "pairwise"\n' + FLEET.replace("60.0", "4.0"))
+    run(wires, settings(file, overrides=";".join(f"{key}={value}" for key, value in three)), silent)
+    records = RunDir(Path("out")).rounds()
+    gone = [(r["round"], refusal["client"], refusal["why"]) for r in records for refusal in r["refused"]]
+    assert gone
+    assert {client for _, client, _ in gone} == {lost[0] - 100}
+    assert all(len(r["sampled"]) - len(r["refused"]) >= 2 for r in records)
 
 
 def test_a_personalised_method_asks_the_clients_for_their_own_adapters(write_experiment: Write) -> None:

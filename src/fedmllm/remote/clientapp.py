@@ -68,5 +68,8 @@ def answer(message: Message, context: Context) -> Message:
     return Message(RecordDict({HEAD: ConfigRecord({"head": json.dumps({**told, "version": VERSION})})}), reply_to=message)
 
 
-for register in (app.train(), app.evaluate(), app.query("describe"), app.query("personal")):
+QUERIES = ("describe", "personal", "keys", "shares", "masked", "unmask")
+"""The last four are a secure round's (`fedmllm.secure.settings.PHASES`, whose import would take longer than the rest)."""
+
+for register in (app.train(), app.evaluate(), *map(app.query, QUERIES)):
     register(answer)

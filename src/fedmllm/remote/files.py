@@ -41,6 +41,8 @@ class SiteTable(Table):
     device: str = "auto"
     model: str = ""
     trust_remote_code: bool = False
+    secure: bool = False
+    """Take part only in experiments whose `secure` hides updates from the server."""
     state: str = "state"
     """Where clients' memory, features of pictures and Flower's files go."""
 
@@ -108,7 +110,9 @@ class SiteFile:
         tests = bool(table.task or table.jsonl_test)
         local = table.model if not table.model or not (path.parent / table.model).is_dir() else path.parent / table.model
         has = frozenset(table.modalities)
-        self.own = Own(table.name, _at_home(task, path), has, table.device, table.trust_remote_code, tests, str(local))
+        self.own = Own(
+            table.name, _at_home(task, path), has, table.device, table.trust_remote_code, tests, str(local), table.secure
+        )
 
 
 def _at_home(task: TaskTable, path: Path) -> TaskTable:

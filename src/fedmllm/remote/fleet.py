@@ -10,6 +10,7 @@ from fedmllm.algorithms import RoundInfo, Update
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import PATTERNS
 from fedmllm.remote.protocol import Job, Kind, Post, Reply
+from fedmllm.secure.settings import Phase
 from fedmllm.tensors import State, Tensors
 
 
@@ -29,6 +30,13 @@ class RemoteFleet:
         """An update of every client; of those that sent none that can be read, one that says why."""
         self._under_way = tuple(messages)
         jobs = {client: self._job("train", client, info.round, state, info, lr) for client, state in messages.items()}
+        replies = self._post.exchange(jobs, self._timeout)
+        return [self._update(client, replies.get(client)) for client in messages]
+
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+        """One of the four questions of a secure round, put to clients whose updates are hidden (`fleets.base.Carrier`)."""
+        self._under_way = tuple(info.sampled)
+        jobs = {client: self._job(phase, client, info.round, state, info, lr) for client, state in messages.items()}
         replies = self._post.exchange(jobs, self._timeout)
         return [self._update(client, replies.get(client)) for client in messages]
 

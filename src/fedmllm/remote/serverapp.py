@@ -128,7 +128,7 @@ def _run(grid: Grid, config: Experiment, directory: RunDir, report: Report) -> d
     def evaluate(messages: Mapping[int, State], done: int) -> Mapping[int, Mapping[str, Any]]:
         return made[-1].evaluate(messages, done)
 
-    kind = FleetKind(make, here=False, evaluate=evaluate if options["evaluate"] else None)
+    kind = FleetKind(make, here=False, evaluate=evaluate if options["evaluate"] else None, secure=True)
     return Runner(config, data, bench, directory, "federated", report, kind).execute()
 
 
