@@ -174,14 +174,14 @@ def test_a_run_over_flower_is_the_run_in_process(write_experiment: Write, extra:
 
 
 def test_hidden_updates_make_the_same_run(write_experiment: Write) -> None:
-    """Four questions a round in place of one, up to the rounding of the fixed point; nothing but bytes under masks comes back."""
+    """Four questions a round in place of one, up to the rounding of the fixed point; only bytes under masks come back."""
     extra, wires = '[secure]\nname = "pairwise"\n', grid()
     here = command("run", write_experiment(""), "--out", "here", "--set", "train.cohort=1")
     there = run(wires, settings(write_experiment(extra + FLEET)), silent)
     plain, hidden = adapter("here"), adapter("out")
     assert all(float((plain[name] - hidden[name]).abs().max()) < 1e-4 for name in plain)
     assert there["rounds"] == here["rounds"]
-    assert clientapp.QUERIES == ("describe", "personal", *PHASES)
+    assert ("describe", "personal", *PHASES) == clientapp.QUERIES
     kinds = {message.metadata.message_type for message in wires.sent}
     assert kinds == {"query.describe", *(f"query.{phase}" for phase in PHASES)}
     for message in wires.received:
