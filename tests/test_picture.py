@@ -13,7 +13,7 @@ from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import scenarios
 from helpers import mixed, sample
 
-BAR = re.compile(r'width="([\d.]+)" height="17" fill="(#\w+)"><title>client (\d+), (.+?): (\d+) samples</title>')
+BAR = re.compile(r'width="([\d.]+)%" height="17" fill="(#\w+)"><title>client (\d+), (.+?): (\d+) samples</title>')
 
 
 class Checker(HTMLParser):
@@ -56,8 +56,8 @@ def test_the_bars_are_the_counts() -> None:
 
 def test_a_bars_length_is_its_count() -> None:
     _, html = page(mixed(60))
-    per_sample = {round(float(width) / int(count), 1) for width, _, _, _, count in BAR.findall(html)}
-    assert max(per_sample) - min(per_sample) <= 0.2
+    per_sample = {round(float(width) / int(count), 2) for width, _, _, _, count in BAR.findall(html)}
+    assert max(per_sample) - min(per_sample) <= 0.01
 
 
 def test_it_is_one_page_that_loads_nothing_and_runs_nothing() -> None:
@@ -92,3 +92,21 @@ def test_rare_labels_are_drawn_together_and_common_ones_each_in_its_own_colour()
     assert drawn[-1] == ("other", "#dddddd", 40)
     assert sum(count for _, _, count in drawn) == 200
     assert ("l15", 50) in [(name, count) for name, _, count in drawn]
+
+
+def test_a_label_that_names_a_colour_has_it_and_no_other_label_does() -> None:
+    names = ["Blue", "red", "yes", "no", "circle", "grey", "gray"]
+    samples = [sample(f"{i}", label=name) for i, name in enumerate(names)]
+    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
+    colors = {name: color for _, color, _, name, _ in BAR.findall(draw_manifest(made, samples, "t"))[1:]}
+    assert colors["Blue"] == "#2a52be"
+    assert len(set(colors.values())) == len(names)
+
+
+def test_only_what_occurs_is_in_the_legend_and_not_all_of_very_many_clients_are_drawn() -> None:
+    samples = [sample(f"{i:03d}", "image", label="l") for i in range(600)]
+    made = Manifest.of((Holding(s.id, i, s.modalities) for i, s in enumerate(samples)), 600)
+    html = draw_manifest(made, samples, "t")
+    assert re.findall(r"</i>([^<]+)</span>", html) == ["image", "l"]
+    assert "on 600 clients; the first 500 are drawn;" in html
+    assert len(bars(html)) == 2 * 500
