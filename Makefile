@@ -36,12 +36,14 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(INSTALL) -e ".[bench]"
 	touch $@
 
-bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to the floor, and the cost of many clients; about fifteen minutes
+bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to the floor, the cost of many clients and of other fleets; about twenty minutes
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/local_training.py
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/overhead.py --rounds 4 --repeats 2
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/fleets.py
+	$(BIN)/python benchmarks/secure.py
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"

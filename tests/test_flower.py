@@ -1,374 +1,537 @@
-"""Flower without a network: what travels, who is who, and the same numbers as in one process."""
+"""Flower as a fleet, on a grid without Flower's processes: what travels, what comes out, what is refused."""
 
 from __future__ import annotations
 
 import json
-import socket
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("flwr", reason='needs pip install "fedmllm[flower]"')
-
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from commands import call, run
-from fedmllm import config as configs
-from fedmllm.bench import Bench
-from fedmllm.config import Experiment, TaskTable
-from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.errors import RunError
-from fedmllm.experiment import Data, load_split, with_defaults
+from commands import run as command
+from fedmllm.algorithms import RoundInfo
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.experiment import silent
 from fedmllm.federation import TooFewUpdates
-from fedmllm.remote import client_app
-from fedmllm.remote.messages import HEAD, job_of, reply_of, to_record
-from fedmllm.remote.protocol import Job, ProtocolError, Reply
-from fedmllm.remote.server_app import run_over, site_manifest
-from fedmllm.remote.site import Own, Worker
-from fedmllm.remote.socket import listening, serve
-from fedmllm.runs import Runner
+from fedmllm.remote import clientapp
+from fedmllm.remote.fleet import RemoteFleet
+from fedmllm.remote.post import ATTEMPTS, Absent, FlowerPost
+from fedmllm.remote.protocol import Job, Kind, ProtocolError, Reply, parts_of, to_bytes
+from fedmllm.remote.records import HEAD, RecordError, pack, unpack
+from fedmllm.remote.serverapp import load_experiment, manifest_of, run, told_to_sites
+from fedmllm.remote.site import Worker
+from fedmllm.secure.settings import PHASES
 from fedmllm.store import RunDir
-from fedmllm.tensors import distance
-from flower_grid import LocalGrid, Spoil, gone, identity, unpacked
-from helpers import same
+from grids import DirectGrid
+from helpers import quick, same
 
-__all__ = ["identity"]
-FLEET = '[fleet]\nname = "flower"\nwait = 0.2\nrejoin = 0.1\n'
-PAUSE = 0.02
-
-
-def nodes(count: int) -> dict[int, dict[str, Any]]:
-    return {100 + number: {"partition-id": number, "num-partitions": count} for number in range(count)}
-
-
-def loaded(path: Path, **options: Any) -> Experiment:
-    raw = configs.read(path)
-    raw["fleet"] |= options
-    return with_defaults(configs.validate(raw))
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _own_memory(identity: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(client_app, "cache_folder", lambda: tmp_path / "memory")
-    client_app._resident.cache_clear()
-    yield
-    client_app._resident.cache_clear()
+Write = Callable[..., Path]
+FLEET = '[fleet]\nname = "flower"\nwait = 5.0\ntimeout = 60.0\nabsent = 2.0\n'
 
 
 # Codecs
 
 
-def test_a_job_and_a_reply_are_the_same_after_a_journey() -> None:
-    state = {
-        "adapter": {"w": torch.randn(2, 3), "b": torch.tensor(0.5)},
-        "q": {"i": torch.tensor([-128, 127], dtype=torch.int8)},
-    }
-    state["empty"] = {}
-    job = Job("train", "ab" * 8, "x = 1", 2, 3, (0, 2), {2: 4}, 0.1, 1, state)
-    back = job_of(to_record(job))
+@st.composite
+def states(draw: st.DrawFn) -> dict[str, dict[str, torch.Tensor]]:
+    kinds = [torch.float32, torch.float64, torch.int8, torch.int64, torch.bool, torch.float16]
+    shapes = st.sampled_from([(), (0,), (1,), (3, 2), (2, 1, 4)])
+    names = st.text("ab./_é", min_size=1, max_size=6)
+    tensors = st.builds(
+        lambda kind, shape, value: torch.full(shape, value).to(kind), st.sampled_from(kinds), shapes, st.integers(-120, 120)
+    )
+    groups = st.text("xyz_", min_size=1, max_size=3).filter(lambda name: name != HEAD)
+    return draw(st.dictionaries(groups, st.dictionaries(names, tensors, max_size=3), max_size=3))
+
+
+@quick
+@given(states())
+def test_a_state_comes_through_records_bit_for_bit(state: dict[str, dict[str, torch.Tensor]]) -> None:
+    job = Job("train", "ab" * 8, "x = 1", 3, 2, (1, 3), {3: 4}, 0.1 + 0.2, 1, state)
+    records = unpack(to_bytes(job))
+    assert set(records.array_records) == {group for group, tensors in state.items() if tensors}
+    back = Job.of(*parts_of(pack(records)))
     assert same(back.state, state)
-    assert back.state.keys() == state.keys(), "a group without tensors travels by its name"
-    assert replace(back, state={}) == replace(job, state={})
-    reply = Reply(2, state, 5, 2, {"loss": 0.1 + 0.2}, "", {"samples": 3})
-    again = reply_of(to_record(reply))
-    assert same(again.groups, state)
-    assert replace(again, groups={}) == replace(reply, groups={})
+    assert back.state.keys() == state.keys(), "a group without tensors is a group"
+    assert back.head() == job.head()
+    assert back.lr == 0.1 + 0.2, "exactly"
 
 
-def test_large_integers_arrive_exactly() -> None:
-    state = {"g": {"i": torch.tensor([2**53 + 1, -(2**62) - 1])}}
-    assert same(reply_of(to_record(Reply(0, state))).groups, state)
+def test_numbers_come_through_exactly() -> None:
+    groups = {"n": {"big": torch.tensor(2**62 + 1), "tiny": torch.tensor(1e-45), "nan": torch.tensor(math.nan)}}
+    reply = Reply(2, groups, 2**53 + 1, 7, {"loss": 1 / 3}, about={"samples": 12})
+    back = Reply.of(*parts_of(pack(unpack(to_bytes(reply)))))
+    assert (back.client, back.examples, back.steps, back.metrics) == (2, 2**53 + 1, 7, {"loss": 1 / 3})
+    assert int(back.groups["n"]["big"]) == 2**62 + 1
+    assert float(back.groups["n"]["tiny"]) > 0
+    assert back.groups["n"]["nan"].isnan()
+
+
+def test_bfloat16_does_not_travel() -> None:
+    with pytest.raises(RecordError, match="cannot be made"):
+        unpack(to_bytes(Reply(0, {"adapter": {"a": torch.ones(2, dtype=torch.bfloat16)}})))
+
+
+def records(head: object = "{}", **more: Any) -> RecordDict:
+    return RecordDict({HEAD: ConfigRecord({"head": head}), **more})
 
 
 @pytest.mark.parametrize(
-    ("record", "why"),
+    "bad",
     [
-        (RecordDict(), "no head"),
-        (RecordDict({HEAD: ConfigRecord({"head": 3})}), "no head"),
-        (RecordDict({HEAD: ConfigRecord({"head": "{"})}), "no JSON"),
-        (RecordDict({HEAD: ConfigRecord({"head": "[]"})}), "version"),
-        (RecordDict({HEAD: ConfigRecord({"head": '{"version": 1, "groups": [], "examples": "5"}'})}), "no integers"),
-        (RecordDict({HEAD: ConfigRecord({"head": '{"version": 1, "groups": [], "code": 1}'})}), "not a reply"),
+        RecordDict(),
+        RecordDict({"other": ConfigRecord({"head": "{}"})}),
+        records(head=3),
+        records(more=MetricRecord({"x": 1.0})),
+        records(more=ConfigRecord({"x": "y"})),
+        records(adapter=ArrayRecord({"a": Array("float32", (2,), "numpy.ndarray", b"nonsense")})),
+        records(adapter=ArrayRecord({"a": Array("float32", (2,), "pickle", b"cos\nsystem\n")})),
     ],
 )
-def test_what_is_no_reply_is_refused(record: RecordDict, why: str) -> None:
+def test_records_that_are_not_ours_are_refused(bad: RecordDict) -> None:
+    with pytest.raises(RecordError):
+        pack(bad)
+
+
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        ("not json", "no JSON"),
+        ("[]", "version"),
+        ('{"version": 99}', "version 1"),
+        ('{"version": 1}', "groups"),
+        (Reply(1).head().replace('"examples": 0', '"examples": 0.5'), "no integers"),
+        (Reply(1).head().replace('"examples": 0', '"examples": true'), "no integers"),
+        (Reply(1).head().replace('"steps": 0', '"steps": "many"'), "no integers"),
+        (Reply(1).head().replace('"groups": []', '"groups": 3'), "groups"),
+        (Reply(1).head().replace('"metrics": {}', '"metrics": {"loss": "low"}'), "not a reply"),
+        (Reply(1).head().replace('"about": {}', '"about": {}, "samples": []'), "not a reply"),
+    ],
+)
+def test_replies_of_another_shape_are_refused(head: str, why: str) -> None:
     with pytest.raises(ProtocolError, match=why):
-        reply_of(record)
+        Reply.of(head, {})
 
 
-def test_an_array_whose_bytes_are_no_array_is_refused() -> None:
-    record = to_record(Reply(0, {"g": {"w": torch.ones(3)}}))
-    record.array_records["g"]["w"].data = b"not an array"
-    with pytest.raises(ProtocolError, match="'w' of 'g' cannot be read"):
-        reply_of(record)
+# Whole runs
 
 
-# The same numbers
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "cache"))
+    clientapp._worker.cache_clear()
+    yield
+    clientapp._worker.cache_clear()
 
 
-@pytest.mark.parametrize("more", ["", '[algorithm]\nname = "scaffold"\n', '[compression]\nname = "int8"\n'])
-def test_over_flower_is_the_same_as_in_one_process(write_experiment: Callable[..., Path], tmp_path: Path, more: str) -> None:
-    alone = run("run", write_experiment(more), "--out", tmp_path / "alone")
-    grid = LocalGrid(nodes(4))
-    result = run_over(grid, loaded(write_experiment(more + FLEET)), RunDir(tmp_path / "flower"), pause=PAUSE)
-    assert distance(adapter_of(tmp_path / "alone"), adapter_of(tmp_path / "flower")) < 1e-6
-    for key in ("bytes_up", "bytes_down", "per_client", "metrics", "manifest_digest", "refused_updates"):
-        assert result[key] == alone[key], key
+def settings(file: Path, out: str = "out", **more: Any) -> dict[str, Any]:
+    return {"experiment": str(file), "out": out, "resume": False, "overrides": "", "outcome": "", **more}
 
 
-def test_the_bytes_of_the_result_are_those_of_the_arrays_that_travelled(
-    write_experiment: Callable[..., Path], tmp_path: Path
-) -> None:
-    grid = LocalGrid(nodes(4))
-    more = '[compression]\nname = "int8"\n'
-    result = run_over(grid, loaded(write_experiment(more + FLEET)), RunDir(tmp_path / "flower"), pause=PAUSE)
-    counted = {"up": 0, "down": 0}
-    for way, _, wire in grid.sent:
-        records = unpacked(wire).array_records.values()
-        counted[way] += sum(array.numpy().nbytes for record in records for array in record.values())
-    assert counted == {"up": sum(result["bytes_up"].values()), "down": sum(result["bytes_down"].values())}
+def grid(clients: int = 4, **more: Any) -> DirectGrid:
+    return DirectGrid(clientapp.app, {100 + client: {"partition-id": client} for client in range(clients)}, **more)
 
 
-# Who is who
+def adapter(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
 
 
-def describing(config: Experiment, grid: LocalGrid, folder: Path) -> str:
-    with pytest.raises(RunError) as refused:
-        run_over(grid, config, RunDir(folder), pause=PAUSE)
-    return str(refused.value)
-
-
-def test_a_run_does_not_begin_without_all_its_clients(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
-    why = describing(loaded(write_experiment(FLEET)), LocalGrid(nodes(3)), tmp_path / "run")
-    assert why == "1 of 4 clients were not there within fleet.wait = 0.2 s: client 3; start them, then run again."
-    assert not (tmp_path / "run").exists()
-
-
-def test_nodes_that_are_no_clients_are_named(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
-    grid = LocalGrid({1: {"partition-id": 0}, 2: {"partition-id": 0}, 3: {"partition-id": 9}, 4: {}})
-    why = describing(loaded(write_experiment(FLEET)), grid, tmp_path / "run")
-    assert "3 of 4 clients were not there" in why
-    assert "two nodes say that they are client 0" in why
-    assert "neither worker nor partition-id" in why
-    assert "IndexError at the site" in why
-
-
-# What goes wrong
-
-
-def spoiling(when: Callable[[int], bool], how: Callable[[Message], Message | None], node: int = 101) -> Spoil:
-    """`how` is applied to the answers of `node` to jobs of training, counted from 0, for which `when` says so."""
-    seen = -1
-
-    def spoil(who: int, reply: Message) -> Message | None:
-        nonlocal seen
-        if who != node or reply.metadata.message_type != "train":
-            return reply
-        seen += 1
-        return how(reply) if when(seen) else reply
-
-    return spoil
-
-
-def with_nan(reply: Message) -> Message:
-    whole = reply_of(reply.content)
-    name = min(whole.groups["adapter"])
-    spoilt = {**whole.groups["adapter"], name: torch.full_like(whole.groups["adapter"][name], float("nan"))}
-    reply.content = to_record(replace(whole, groups={"adapter": spoilt}))
-    return reply
-
-
-def as_another(reply: Message) -> Message:
-    reply.content = to_record(replace(reply_of(reply.content), client=0))
-    return reply
-
-
-def unreadable(reply: Message) -> Message:
-    reply.content = RecordDict()
-    return reply
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-6, atol=1e-6) for n in a)
 
 
 @pytest.mark.parametrize(
-    ("how", "why"),
+    "extra",
     [
-        (with_nan, "NaN or infinity"),
-        (as_another, "answered as client 0"),
-        (unreadable, "sent what cannot be read"),
-        (lambda reply: None, "no answer within"),
-        (gone, "went away (Node unavailable)"),
+        "",
+        '[algorithm]\nname = "scaffold"\n',
+        '[algorithm]\nname = "flora"\n',
+        '[algorithm]\nname = "feddyn"\n[compression]\nname = "int8"\n',
+        '[algorithm]\nname = "hetlora"\n[clients]\nrank = [1, 2]\n',
+        '[regularization]\nname = "adaptive"\nstrength = "modality-gap"\n',
     ],
+    ids=["fedavg", "scaffold", "flora", "feddyn+int8", "hetlora", "modality-gap"],
 )
-def test_a_round_goes_on_without_a_client_that_fails(
-    write_experiment: Callable[..., Path], tmp_path: Path, how: Callable[[Message], Message | None], why: str
-) -> None:
-    path = write_experiment(FLEET)
-    config = loaded(path)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"clients_per_round": 4})})
-    grid = LocalGrid(nodes(4), spoil=spoiling(lambda number: True, how))
-    directory = RunDir(tmp_path / "run")
-    result = run_over(grid, config, directory, pause=PAUSE)
-    assert result["refused_updates"] == 3
-    for record in directory.rounds():
-        assert [r["client"] for r in record["refused"]] == [1]
-        assert why in record["refused"][0]["why"]
+def test_a_run_over_flower_is_the_run_in_process(write_experiment: Write, extra: str) -> None:
+    """One by one, as each site trains: adapters stacked in a cohort round otherwise, which AdamW can make much of."""
+    here = command("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
+    there = run(grid(), settings(write_experiment(extra + FLEET)), silent)
+    assert close(adapter("here"), adapter("out"))
+    for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "refused_updates"):
+        assert there[key] == here[key], key
+    losses = [[record["loss"] for record in RunDir(Path(folder)).rounds()] for folder in ("here", "out")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_a_node_that_went_away_is_asked_once_more(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
-    config = loaded(write_experiment(FLEET + '[algorithm]\nname = "scaffold"\n'))
-    config = config.model_copy(update={"train": config.train.model_copy(update={"clients_per_round": 4})})
-    results = [
-        run_over(LocalGrid(nodes(4), spoil=spoil), config, RunDir(tmp_path / name), pause=PAUSE)
-        for name, spoil in {"a": spoiling(lambda n: False, gone), "b": spoiling(lambda n: n == 1, gone)}.items()
-    ]
-    assert results[1]["refused_updates"] == 0
-    assert distance(adapter_of(tmp_path / "a"), adapter_of(tmp_path / "b")) < 1e-6
+def test_hidden_updates_make_the_same_run(write_experiment: Write) -> None:
+    """Four questions a round in place of one, up to the rounding of the fixed point; nothing but bytes under masks comes back."""
+    extra, wires = '[secure]\nname = "pairwise"\n', grid()
+    here = command("run", write_experiment(""), "--out", "here", "--set", "train.cohort=1")
+    there = run(wires, settings(write_experiment(extra + FLEET)), silent)
+    plain, hidden = adapter("here"), adapter("out")
+    assert all(float((plain[name] - hidden[name]).abs().max()) < 1e-4 for name in plain)
+    assert there["rounds"] == here["rounds"]
+    assert clientapp.QUERIES == ("describe", "personal", *PHASES)
+    kinds = {message.metadata.message_type for message in wires.sent}
+    assert kinds == {"query.describe", *(f"query.{phase}" for phase in PHASES)}
+    for message in wires.received:
+        head = json.loads(str(message.content.config_records[HEAD]["head"]))
+        assert (head["examples"], head["steps"], head["metrics"], head["problem"]) == (0, 0, {}, "")
+        kinds = {array.numpy().dtype.name for arrays in message.content.array_records.values() for array in arrays.values()}
+        assert kinds <= {"uint8"}
 
 
-def test_too_few_answers_end_a_run_that_goes_on_as_if_nothing_had_been(
-    write_experiment: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = loaded(write_experiment(FLEET + '[algorithm]\nname = "scaffold"\n'))
-    train = config.train.model_copy(update={"clients_per_round": 4, "min_updates": 4})
-    config = config.model_copy(update={"train": train})
-    run_over(LocalGrid(nodes(4)), config, RunDir(tmp_path / "whole"), pause=PAUSE)
-    grid = LocalGrid(nodes(4), spoil=spoiling(lambda n: n == 1, lambda reply: None))
-    with pytest.raises(TooFewUpdates, match=r"round 1: 3 usable updates, train\.min_updates = 4 \(client 1: no answer"):
-        run_over(grid, config, RunDir(tmp_path / "cut"), pause=PAUSE)
-    client_app._resident.cache_clear()
-    result = run_over(LocalGrid(nodes(4)), config, RunDir(tmp_path / "cut"), pause=PAUSE)
-    assert result["rounds"] == 3
-    assert distance(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")) < 1e-6
+def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: Write) -> None:
+    lost: list[int] = []
+
+    def lose(message: Message) -> bool:
+        if message.metadata.message_type == "query.masked" and not lost:
+            lost.append(message.metadata.dst_node_id)
+        return message.metadata.message_type == "query.masked" and message.metadata.dst_node_id in lost
+
+    three = [("train.clients_per_round", 3), ("train.min_updates", 1), ("train.rounds", 2)]
+    wires = grid(lose=lose)
+    file = write_experiment('[secure]\nname = "pairwise"\n' + FLEET.replace("60.0", "4.0"))
+    run(wires, settings(file, overrides=";".join(f"{key}={value}" for key, value in three)), silent)
+    records = RunDir(Path("out")).rounds()
+    gone = [(r["round"], refusal["client"], refusal["why"]) for r in records for refusal in r["refused"]]
+    assert gone
+    assert {client for _, client, _ in gone} == {lost[0] - 100}
+    assert all(len(r["sampled"]) - len(r["refused"]) >= 2 for r in records)
 
 
-def test_fedmllm_run_does_not_start_it(write_experiment: Callable[..., Path]) -> None:
-    done = call("run", write_experiment(FLEET))
-    assert done.exit_code == 2
-    assert "fedmllm server" in done.output
+def test_a_personalised_method_asks_the_clients_for_their_own_adapters(write_experiment: Write) -> None:
+    extra = '[algorithm]\nname = "fedsa-lora"\n'
+    here = command("run", write_experiment(extra), "--out", "here")
+    there = run(grid(), settings(write_experiment(extra + FLEET)), silent)
+    assert there["metrics"] == here["metrics"]
+    assert [row["metrics"] for row in there["per_client"]] == [row["metrics"] for row in here["per_client"]]
 
 
-# Sites with data of their own
+def test_the_bytes_of_the_result_are_those_of_the_messages(write_experiment: Write) -> None:
+    wires = grid()
+    result = run(wires, settings(write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET)), silent)
 
-SEES = {"north": {"image"}, "south": {"text"}, "west": {"image", "text"}}
+    def weigh(messages: list[Message]) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for message in messages:
+            if message.metadata.message_type == "train":
+                for group, arrays in message.content.array_records.items():
+                    total[group] = total.get(group, 0) + sum(array.numpy().nbytes for array in arrays.values())
+        return total
 
-
-@contextmanager
-def sites(dataset: Path, folder: Path) -> Iterator[dict[int, dict[str, Any]]]:
-    """Three workers behind sockets, each with a third of the lines; the node configurations that lead to them."""
-    lines = (dataset / "train.jsonl").read_text().splitlines()
-    folder.mkdir(mode=0o700)
-    found, open_ones = {}, []
-    for number, (name, sees) in enumerate(SEES.items()):
-        data = dataset / f"{name}.jsonl"
-        data.write_text("\n".join(lines[number::3]) + "\n")
-        task = TaskTable(name="jsonl", train=str(data), test=str(data))  # type: ignore[call-arg]
-        worker = Worker(folder / name, Own(name, task, frozenset(sees), "cpu"))  # type: ignore[arg-type]
-        context = listening(folder / f"{number}.sock")
-        listener = context.__enter__()
-        Thread(target=serve, args=(listener, worker), daemon=True).start()
-        open_ones.append((context, listener))
-        found[100 + number] = {"worker": str(folder / f"{number}.sock")}
-    yield found
-    for context, listener in open_ones:
-        listener.shutdown(socket.SHUT_RDWR)
-        context.__exit__(None, None, None)
+    assert result["bytes_down"] == weigh(wires.sent)
+    assert result["bytes_up"] == weigh(wires.received)
 
 
-def site_experiment(path: Path, dataset: Path) -> Experiment:
-    raw = configs.read(path)
-    raw["partition"] = {"name": "iid", "clients": 3}
-    raw["train"]["clients_per_round"] = 3
-    raw["task"] = {"name": "jsonl", "train": "not here", "test": str(dataset / "test.jsonl")}
-    raw["fleet"]["sites"] = list(SEES)
-    return with_defaults(configs.validate(raw))
+def test_no_sample_and_no_text_travels(write_experiment: Write, dataset: Path) -> None:
+    wires = grid()
+    run(wires, settings(write_experiment(FLEET)), silent)
+    secrets = {
+        line[key]
+        for line in map(json.loads, (dataset / "train.jsonl").read_text().splitlines())
+        for key in ("id", "text")
+        if key in line
+    }
+    assert len(secrets) > 20
+    for message in wires.received:
+        content = pack(message.content)
+        assert not [secret for secret in secrets if secret.encode() in content]
+        head = json.loads(str(message.content.config_records[HEAD]["head"]))
+        # All that a site ever says, key by key: a new one must be thought about here.
+        assert head.keys() == {"client", "examples", "steps", "problem", "metrics", "about", "groups", "version"}
+        assert head["metrics"].keys() <= {"loss", "padding"}
+        assert head["about"].keys() <= {"samples", "image", "text", "skipped", "fedmllm", "adapter"}
+        assert set(message.content.array_records) <= {"adapter"}
+        assert {a.dtype for arrays in message.content.array_records.values() for a in arrays.values()} <= {"float32"}
 
 
-def in_process_twin(config: Experiment, dataset: Path, folder: Path) -> None:
-    """The same federation in one process: the sites' samples, with what each sees of them."""
-    table = TaskTable(name="jsonl", train=str(dataset / "train.jsonl"), test=str(dataset / "test.jsonl"))  # type: ignore[call-arg]
-    task, samples, _ = load_split(table, "train")
-    order = [json.loads(line)["id"] for line in (dataset / "train.jsonl").read_text().splitlines()]
-    sees = list(SEES.values())
-    held = (Holding(s.id, order.index(s.id) % 3, s.modalities & sees[order.index(s.id) % 3]) for s in samples)
-    manifest = Manifest.of((h for h in held if h.visible), 3)
-    config = config.model_copy(update={"fleet": configs.Named(name="in-process"), "task": table})
-    data = Data(task, samples, load_split(table, "test")[1], 0, manifest)
-    Runner(config, data, Bench(config, data), RunDir(folder), "federated").execute()
+def test_an_error_at_a_site_says_its_place_and_quotes_nothing(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    wires, file = grid(), write_experiment(FLEET)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("patient 17: a red thing")
+
+    monkeypatch.setattr("fedmllm.remote.site.InProcessFleet.train", broken)
+    with pytest.raises(TooFewUpdates, match=r"RuntimeError at the site \(test_flower\.py, line \d+\)") as failed:
+        run(wires, settings(file), silent)
+    assert "patient" not in str(failed.value)
+    assert not [m for m in wires.received if b"patient" in pack(m.content)]
 
 
-def test_sites_with_different_modalities_make_what_one_process_makes(
-    write_experiment: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
-    config = site_experiment(write_experiment(FLEET), dataset)
-    with sites(dataset, tmp_path / "s") as found:
-        grid = LocalGrid(found, names=dict(zip(found, SEES, strict=True)))
-        result = run_over(grid, config, RunDir(tmp_path / "flower"), pause=PAUSE)
-    in_process_twin(config, dataset, tmp_path / "alone")
-    assert distance(adapter_of(tmp_path / "alone"), adapter_of(tmp_path / "flower")) < 1e-6
-    assert [(row["site"], row["image"] > 0, row["text"] > 0) for row in result["per_client"]] == [
-        ("north", True, False), ("south", False, True), ("west", True, True)
+def test_a_run_that_was_cut_short_goes_on_to_the_same_adapter(write_experiment: Write) -> None:
+    file = write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET, rounds=4)
+    run(grid(), settings(file, "whole"), silent)
+    clientapp._worker.cache_clear()
+    wires = grid()
+    dead: list[int] = []
+
+    def lost(message: Message) -> bool:
+        # From round 2 on nobody answers, though in round 2 all have trained and remembered.
+        return message.metadata.message_type == "train" and int(message.metadata.group_id) >= 2
+
+    def forgetful(message: Message, context: Context) -> Message:
+        reply = clientapp.app(message, context)
+        if lost(message):
+            dead.append(int(message.metadata.group_id))
+            return Message(RecordDict(), reply_to=message)
+        return reply
+
+    wires.app = forgetful
+    with pytest.raises(TooFewUpdates, match="round 2"):
+        run(wires, settings(file), silent)
+    assert dead, "they trained, and what they remember of it must not count"
+    clientapp._worker.cache_clear()
+    run(grid(), settings(file, resume=True), silent)
+    assert close(adapter("out"), adapter("whole"))
+    with pytest.raises(RunError, match="is not empty"):
+        run(grid(), settings(file), silent)
+
+
+def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Write) -> None:
+    wires = grid()
+
+    def spoilt(message: Message, context: Context) -> Message:
+        reply = clientapp.app(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            arrays = reply.content.array_records["adapter"]
+            name = min(arrays)
+            arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
+            reply.content["adapter"] = arrays
+        return reply
+
+    wires.app = spoilt
+    run(wires, settings(write_experiment(FLEET), overrides="train.clients_per_round=4; train.rounds=2"), silent)
+    for record in RunDir(Path("out")).rounds():
+        assert [(r["client"], r["why"].partition(" in ")[0]) for r in record["refused"]] == [(1, "NaN or infinity")]
+
+
+def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: Write, tmp_path: Path) -> None:
+    """Its own adapter after a round that was refused is that of the round before."""
+    text = told_to_sites(load_experiment(write_experiment('[algorithm]\nname = "fedsa-lora"\n' + FLEET), []))
+    worker = Worker(tmp_path / "clients")
+    job = Job("describe", "ab" * 8, text, 0, sampled=(0,), lr=0.01)
+    assert not worker.answer([job])[0].problem
+    assert worker._known is not None
+    experiment = worker._known[1]
+    algorithm, bench = experiment.algorithm, experiment.bench
+    start = algorithm.message(algorithm.init(bench.initial), 0, RoundInfo(0, 3, 4, (0,), 0, bench.model.info))
+
+    def own(kind: Kind, round: int, last: int) -> dict[str, torch.Tensor]:
+        (reply,) = worker.answer([replace(job, kind=kind, round=round, last=last, state=start)])
+        assert not reply.problem
+        return reply.groups["adapter"]
+
+    own("train", 0, -1)
+    first = own("personal", 1, 0)
+    own("train", 1, 0)
+    assert same({"a": own("personal", 2, 0)}, {"a": first})
+    own("train", 1, 0)
+    assert not same({"a": own("personal", 2, 1)}, {"a": first})
+
+
+# Nodes
+
+
+def clocked(wires: DirectGrid, absent: float = 30.0, names: tuple[str, ...] = ()) -> tuple[FlowerPost, list[float]]:
+    """A post whose seconds pass only while it sleeps."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return FlowerPost(wires, absent, names, lambda: now[0], sleep), now
+
+
+def echo(message: Message, context: Context) -> Message:
+    """A node that says who it is, and sends back the adapter it was sent."""
+    job = Job.of(*parts_of(pack(message.content)))
+    about = {"samples": 3, "image": 2, "text": 2}
+    client = int(context.node_config["partition-id"])
+    return Message(unpack(to_bytes(Reply(client, job.state, 1, 1, about=about))), reply_to=message)
+
+
+def nodes(*clients: int) -> dict[int, dict[str, bool | float | int | str]]:
+    return {100 + client: {"partition-id": client} for client in clients}
+
+
+DESCRIBE = Job("describe", "ab" * 8, "")
+
+
+def train_job(client: int, value: float = 1.0) -> Job:
+    return Job("train", "ab" * 8, "", client, 0, (0, 1), state={"adapter": {"a": torch.tensor([value])}})
+
+
+def test_the_roll_call_waits_for_all_and_no_longer() -> None:
+    post, now = clocked(DirectGrid(echo, nodes(0, 1, 2)))
+    assert post.roll_call(DESCRIBE, 3, wait=60).keys() == {0, 1, 2}
+    assert now[0] < 1
+    post, now = clocked(DirectGrid(echo, nodes(0, 2)))
+    with pytest.raises(Absent, match=r"2 of 3 clients were there within 60 s, lacking are client 1; start them"):
+        post.roll_call(DESCRIBE, 3, wait=60)
+    assert now[0] == pytest.approx(60, abs=1)
+    assert post.roll_call(DESCRIBE, 3, wait=10, enough=0).keys() == set(), "those that have answered are not asked again"
+
+
+def test_a_node_that_comes_late_is_found() -> None:
+    wires = DirectGrid(echo, nodes(0))
+    post, now = clocked(wires)
+    seconds = post._sleep
+    post._sleep = lambda s: (
+        seconds(s),
+        wires.nodes.update(nodes(1) if now[0] > 20 else {}),
+        wires.activated.setdefault(101, ""),
+    )  # type: ignore[assignment, func-returns-value]
+    assert post.roll_call(DESCRIBE, 2, wait=60).keys() == {0, 1}
+    assert 20 < now[0] < 30
+
+
+def test_a_node_cannot_be_another_site_than_it_is_registered_as() -> None:
+    wires = DirectGrid(echo, nodes(0, 1), names={100: "north", 101: "east"})
+    post, _ = clocked(wires, names=("north", "south"))
+    with pytest.raises(Absent, match="registered as 'east' and says it is 'south'"):
+        post.roll_call(DESCRIBE, 2, wait=5)
+
+
+def test_two_nodes_cannot_be_one_client() -> None:
+    wires = DirectGrid(echo, {100: {"partition-id": 0}, 101: {"partition-id": 0}})
+    with pytest.raises(Absent, match="lacking are client 1; one node said: it says it is client 0, as another does"):
+        clocked(wires)[0].roll_call(DESCRIBE, 2, wait=5)
+
+
+def ready(wires: DirectGrid, clients: int = 2) -> tuple[FlowerPost, list[float]]:
+    post, now = clocked(wires)
+    post.roll_call(DESCRIBE, clients, wait=60)
+    wires.sent.clear()
+    now[0] = 0
+    post._looked = -100
+    return post, now
+
+
+def test_who_is_slow_is_waited_for_until_the_round_is_over_and_no_longer() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, now = ready(wires)
+    wires.lose = lambda message: message.metadata.dst_node_id == 101
+    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    assert replies.keys() == {0}
+    assert now[0] == pytest.approx(300, abs=1)
+    assert len(wires.sent) == 2, "it is there, so it is not asked again"
+
+
+def test_who_is_gone_is_given_up_after_a_while() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, now = ready(wires)
+    del wires.nodes[101]
+    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    assert replies[0].problem == ""
+    assert replies[1].problem == "its node was gone for 30 s"
+    assert now[0] == pytest.approx(30, abs=2)
+
+
+def test_who_was_gone_is_looked_for_in_the_next_round_and_not_waited_for_again() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, now = ready(wires)
+    jobs = {0: train_job(0), 1: train_job(1)}
+    back = wires.nodes.pop(101)
+    post.exchange(jobs, timeout=300)
+    assert now[0] == pytest.approx(30, abs=2)
+    now[0] = 0
+    assert post.exchange(jobs, timeout=300)[1].problem == "its node is still gone"
+    assert now[0] < 1
+    assert post.exchange({1: train_job(1)}, timeout=300)[1].problem == "its node was gone for 30 s", "nobody else is there"
+    wires.nodes[101] = back
+    assert not any(reply.problem for reply in post.exchange(jobs, timeout=300).values())
+
+
+def test_a_node_that_came_up_anew_is_sent_its_job_again() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, now = ready(wires)
+    wires.lose = lambda message: message.metadata.dst_node_id == 101 and wires.activated[101] == ""
+    sleep = post._sleep
+
+    def restart(seconds: float) -> None:
+        sleep(seconds)
+        if now[0] > 40:
+            wires.activated[101] = "later"
+
+    post._sleep = restart
+    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    assert replies.keys() == {0, 1}
+    assert 40 < now[0] < 50
+    assert len(wires.sent) == 3
+
+
+def test_what_flower_says_in_a_nodes_place_is_no_answer_until_it_has_said_it_often() -> None:
+    wires = DirectGrid(echo, nodes(0, 1))
+    post, _ = ready(wires)
+    wires.lose = lambda message: message.metadata.dst_node_id == 101
+    push = wires.push_messages
+
+    def failing(messages: Any) -> Any:
+        ids = list(push(messages))
+        if wires.sent[-1].metadata.dst_node_id == 101:
+            wires.fail(wires.sent[-1], 8)
+        return ids
+
+    wires.push_messages = failing  # type: ignore[method-assign]
+    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    assert replies[0].groups["adapter"]["a"] == 1
+    assert replies[1].problem == f"Flower's error 8 in place of an answer, {ATTEMPTS} times"
+    assert "a reason" not in replies[1].problem
+
+
+def test_a_fleet_says_of_each_client_why_it_has_no_update() -> None:
+    class Given:
+        def exchange(self, jobs: Any, timeout: float) -> dict[int, Reply]:
+            assert jobs[2].last == -1
+            good = Reply(0, {"adapter": {"a": torch.ones(1)}}, 4, 2, {"loss": 1.0})
+            return {0: good, 1: Reply(7, {}, 3, 1), 3: Reply(3, problem="out of disk")}
+
+    fleet = RemoteFleet(Given(), "ab" * 8, "", 12.0)
+    info = RoundInfo(0, 3, 5, (0, 1, 2, 3), 0)
+    updates = fleet.train(info, {c: {} for c in info.sampled}, 0.1)
+    assert [(u.client, u.examples, u.problem) for u in updates] == [
+        (0, 4, ""), (1, 0, "answered as client 7"), (2, 0, "no answer within 12 s"), (3, 0, "out of disk")
     ]  # fmt: skip
 
 
-def test_nothing_of_the_data_is_in_any_message(write_experiment: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
-    """Every byte that a site sends is looked through for its texts, questions, answers, ids and picture names."""
-    config = site_experiment(write_experiment(FLEET), dataset)
-    with sites(dataset, tmp_path / "s") as found:
-        grid = LocalGrid(found)
-        run_over(grid, config, RunDir(tmp_path / "flower"), pause=PAUSE)
-        (dataset / "south.jsonl").write_text('{"id": "secret-id", "answer": "secret"}\n')
-        south = grid.nodes[101]
-        other = config.model_copy(update={"seed": 5})  # so that the site reads its data again, which is bad now
-        asked = LocalGrid({101: south})
-        with pytest.raises(RunError):
-            run_over(asked, other, RunDir(tmp_path / "bad"), pause=PAUSE)
-    sent = [wire for way, _, wire in grid.sent + asked.sent if way == "up"]
-    assert len(sent) > 3 * 4
-    secrets = {"secret"}
-    for line in (dataset / "train.jsonl").read_text().splitlines():
-        sample = json.loads(line)
-        secrets |= {sample["id"], sample["answer"], sample.get("text"), sample.get("question"), sample.get("image")}
-    for secret in secrets - {None}:
-        assert not any(str(secret).encode() in wire for wire in sent), secret
+def test_clients_are_told_the_last_round_that_counted() -> None:
+    told: list[dict[int, int]] = []
+
+    class Given:
+        def exchange(self, jobs: Any, timeout: float) -> dict[int, Reply]:
+            told.append({client: job.last for client, job in jobs.items()})
+            return {}
+
+    fleet = RemoteFleet(Given(), "ab" * 8, "", 1.0, {0: 4})
+    for number, refused in ((5, [1]), (6, []), (7, [0, 1])):
+        fleet.train(RoundInfo(number, 9, 3, (0, 1), 0), {0: {}, 1: {}}, 0.1)
+        fleet.forget(number, refused)
+    fleet.train(RoundInfo(8, 9, 3, (0, 2), 0), {0: {}, 2: {}}, 0.1)
+    assert told == [{0: 4, 1: -1}, {0: 5, 1: -1}, {0: 6, 1: 6}, {0: 6, 2: -1}]
 
 
-def test_a_site_under_anothers_name_is_refused(write_experiment: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
-    config = site_experiment(write_experiment(FLEET), dataset)
-    with sites(dataset, tmp_path / "s") as found:
-        names = dict(zip(found, ["north", "west", "south"], strict=True))
-        why = describing(config, LocalGrid(found, names=names), tmp_path / "run")
-    assert "the node that was registered as 'south' says that it is 'west'" in why
+# Counts
 
 
-def test_a_worker_that_is_not_there_is_a_problem_of_its_site(
-    write_experiment: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
-    config = site_experiment(write_experiment(FLEET), dataset)
-    with sites(dataset, tmp_path / "s") as found:
-        found[101] = {"worker": str(tmp_path / "none.sock")}
-        why = describing(config, LocalGrid(found), tmp_path / "run")
-    assert "site 'south'" in why
-    assert "the site's worker did not answer: no worker at" in why
+def test_a_manifest_of_counts_has_those_counts() -> None:
+    about = {0: {"samples": 5, "image": 3, "text": 4}, 1: {"samples": 2, "image": 2, "text": 0}}
+    made = manifest_of(about, ("a", "b", "c"))
+    assert made.counts().tolist() == [[5, 3, 4], [2, 2, 0], [0, 0, 0]]
+    assert [sorted(h.visible) for h in made.of_client(0)].count(["image", "text"]) == 2, "3 + 4 − 5"
 
 
-def test_only_its_owner_may_connect_to_a_worker(tmp_path: Path) -> None:
-    with listening(tmp_path / "w.sock"):
-        assert (tmp_path / "w.sock").stat().st_mode & 0o777 == 0o600
-    assert not (tmp_path / "w.sock").exists()
-
-
-def test_counts_that_cannot_be_are_refused() -> None:
-    assert site_manifest({0: {"samples": 3, "image": 2, "text": 2}}, ["a"]).counts().tolist() == [[3, 2, 2]]
-    for wrong in ({"samples": 3, "image": 1, "text": 1}, {"samples": 3, "image": 4, "text": 0}, {"samples": -1}, {}):
-        with pytest.raises(RunError, match="site 'a'"):
-            site_manifest({0: wrong}, ["a"])
+@pytest.mark.parametrize("counts", [(5, 2, 2), (5, 6, 0), (-1, 0, 0), (2.0, 2, 0), (True, 1, 1), (None, 1, 1)])
+def test_counts_that_cannot_be_are_refused(counts: tuple[object, ...]) -> None:
+    with pytest.raises(ConfigError, match="site 'a' says"):
+        manifest_of({0: dict(zip(("samples", "image", "text"), counts, strict=True))}, ("a",))

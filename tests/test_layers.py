@@ -14,9 +14,8 @@ ROOT = Path(fedmllm.__file__).parent
 BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
-FLEETS = MODELS | {"training", "evaluation", "federation", "fleets"}
-REMOTE = FLEETS | {"store", "experiment", "bench", "runs", "progress", "__init__"}
-ALL = REMOTE | {"sweep", "report", "cli", "remote"}
+FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
+ALL = FLEETS | {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "cli", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -38,13 +37,16 @@ MAY_IMPORT = {
     "training": MODELS,
     "evaluation": MODELS,
     "federation": {"algorithms", "config", "tensors", "rng"},
-    "fleets": MODELS | {"training", "evaluation", "federation"},
+    "secure": BOTTOM | {"algorithms"},
+    "secure.fleet": BOTTOM | {"algorithms", "federation", "fleets", "secure"},
+    "fleets": MODELS | {"training", "evaluation", "federation", "secure"},
     "experiment": FLEETS,
     "bench": FLEETS | {"experiment"},
-    "runs": FLEETS | {"store", "experiment", "bench"},
+    "runs": FLEETS | {"store", "experiment", "bench", "secure.fleet"},
     "sweep": FLEETS | {"store", "experiment"},
-    "remote": REMOTE,
-    "cli": ALL,
+    "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress"},
+    "cli_remote": ALL - {"cli"} | {"remote"},
+    "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},
 }  # fmt: skip
 

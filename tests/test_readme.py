@@ -19,6 +19,7 @@ from fedmllm.data.prompts import prompts
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.experiment import options_of, prepare
+from fedmllm.secure.settings import secures
 from fedmllm.sweep import plan
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def test_the_guides_sweep_is_one(tmp_path: Path) -> None:
 
 
 def test_its_table_names_every_part() -> None:
-    for registry in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions):
+    for registry in (tasks, partitions, scenarios, prompts, algorithms, regularizations, compressions, secures):
         row = next(line for line in README.splitlines() if line.startswith(f"| `{registry.kind}` |"))
         assert [name for name in registry.names() if f"`{name}`" not in row] == []
 
@@ -109,7 +110,11 @@ def test_the_guide_names_every_key() -> None:
     guide = (ROOT / "docs" / "experiments.md").read_text()
     for table, field in Experiment.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
-        for key in inner if table not in ("scenario", "prompt", "algorithm", "regularization", "compression", "fleet") else ():
+        for key in (
+            inner
+            if table not in ("scenario", "prompt", "algorithm", "regularization", "compression", "secure", "fleet")
+            else ()
+        ):
             assert f"`{key}`" in guide or f"`{key}." in guide, f"[{table}] {key} is not in docs/experiments.md"
 
 

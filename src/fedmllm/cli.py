@@ -10,18 +10,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
-from fedmllm import __version__, config
+from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.store import RunDir
+
+if TYPE_CHECKING:
+    from fedmllm.fleets.base import FleetKind
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -110,29 +114,24 @@ def _table(table: Any) -> None:
 
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
-    from fedmllm.experiment import default_stem, prepare
+    from fedmllm.experiment import prepare
     from fedmllm.fleets import fleets
     from fedmllm.progress import Progress
-    from fedmllm.runs import Runner
+    from fedmllm.report.tables import comparison, metrics_table
+    from fedmllm.runs import Runner, choose
 
     _quiet()
     experiment = _load(file, overrides)
     if kind == "federated" and (why := fleets.build(experiment.fleet.name, experiment.fleet.options).refuse):
         raise ConfigError(why)
-    run = _choose_run(experiment, default_stem(experiment, kind), kind, out, resume)
+    run = choose(experiment, kind, out, resume)  # type: ignore[arg-type]
     if run.complete:
         result = run.result()
     else:
         data = prepare(experiment)
-        with Progress() as report:
+        with Progress() as report, _elsewhere(experiment, kind) as elsewhere:
             bench = Bench(experiment, data, report)
-            result = Runner(experiment, data, bench, run, kind, report).execute()  # type: ignore[arg-type]
-    _show(result, run, as_json)
-
-
-def _show(result: dict[str, Any], run: RunDir, as_json: bool) -> None:
-    from fedmllm.report.tables import comparison, metrics_table
-
+            result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()  # type: ignore[arg-type]
     if as_json:
         _print(result)
         return
@@ -141,20 +140,14 @@ def _show(result: dict[str, Any], run: RunDir, as_json: bool) -> None:
     typer.echo(f"run directory: {run.path}")
 
 
-def _choose_run(experiment: Experiment, stem: str, kind: str, out: Path | None, resume: bool) -> RunDir:
-    if out is None:
-        parent = Path("runs")
-        found = unfinished(parent, stem, experiment.digest()) if resume else None
-        return found or new_run(parent, stem)
-    run = RunDir(out)
-    if resume and run.complete:
-        known = run.result()
-        if known["config_digest"] != experiment.digest() or known["kind"] != kind:
-            raise RunError(f"{out} holds another experiment's run; give another --out.")
-        return run
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
-    return run
+def _elsewhere(experiment: Experiment, kind: str) -> AbstractContextManager[FleetKind | None]:
+    """The fleet of a federated run that has to be started and ended, if it has one."""
+    if kind != "federated" or experiment.fleet.name != "ray":
+        return nullcontext()
+    cli_remote.need("ray", "ray")
+    from fedmllm.remote.actors import on_ray
+
+    return on_ray(experiment)
 
 
 @app.command()
@@ -366,13 +359,24 @@ def report(
     typer.echo(f"{out} and {len(made.pictures)} pictures")
 
 
+class Spread(StrEnum):
+    here = "processes"
+    ray = "ray"
+
+
 @app.command()
 @_guarded
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The sweep file.", show_default=False)],
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go; by default runs/NAME.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs at a time; by default 1, over Ray as many as have room.")
+    ] = None,
+    fleet: Annotated[Spread, typer.Option("--fleet", help="Where the runs go.")] = Spread.here,
+    address: Annotated[
+        str | None, typer.Option("--address", help='With --fleet ray: the cluster\'s, or "auto"; else one on this machine.')
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -384,7 +388,14 @@ def sweep(
     found, planned = plan(file, overrides or [])
     folder = out or Path("runs") / found.name
     sweeper = Sweeper(found, planned, folder, lambda done, total, text: typer.echo(f"{done}/{total}  {text}", err=True))
-    rows = sweeper.rows() if dry_run else sweeper.run(jobs)
+    if address and fleet != Spread.ray:
+        raise ConfigError("--address goes with --fleet ray.")
+    if dry_run:
+        rows = sweeper.rows()
+    elif fleet == Spread.ray:
+        rows = cli_remote.sweep_over_ray(sweeper, jobs, address)
+    else:
+        rows = sweeper.run(jobs or 1)
     if as_json:
         _print({"sweep": found.name, "out": str(folder), "cells": rows})
     elif dry_run:
@@ -396,89 +407,6 @@ def sweep(
         typer.echo(f"failed: {folder / name}: {error}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _needs_flower() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("flwr") is None:
-        raise ConfigError('Flower is not installed; install it with pip install "fedmllm[flower]".')
-
-
-@app.command()
-@_guarded
-def server(
-    file: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The federation file.", show_default=False)],
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Run a federated experiment with clients at other machines, over Flower. Goes on with a run that was cut short."""
-    _needs_flower()
-    from fedmllm.experiment import default_stem
-    from fedmllm.progress import Progress
-    from fedmllm.remote.files import read_federation
-    from fedmllm.remote.processes import alone_in, on_sigterm
-    from fedmllm.remote.serve import Server
-
-    _quiet()
-    on_sigterm()
-    found, experiment = read_federation(file)
-    out = out or (Path(found.out) if found.out else None)
-    run = _choose_run(experiment, default_stem(experiment, "federated"), "federated", out, resume=True)
-    with alone_in(Path(found.state)), Progress() as report, Server(found, experiment, run, report) as federation:
-        result = federation.execute()
-    _show(result, run, as_json)
-
-
-@app.command()
-@_guarded
-def client(
-    file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.", show_default=False)],
-    check_only: Annotated[bool, typer.Option("--check", help="Check the file, the data and the keys; start nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Take part in a federation with this site's own data, until interrupted."""
-    _needs_flower()
-    from fedmllm.remote.client import check_site, run_client
-    from fedmllm.remote.files import read_site
-    from fedmllm.remote.processes import alone_in, on_sigterm
-
-    _quiet()
-    on_sigterm()
-    site = read_site(file)
-    if check_only:
-        found = check_site(site)
-        if as_json:
-            _print(found)
-        else:
-            typer.echo(
-                f"{file} is good: {found['samples']} samples, {found['image']} with an image, {found['text']} with a text."
-            )
-        return
-    with alone_in(Path(site.state)):
-        run_client(file, site, lambda text: typer.echo(text, err=True))
-
-
-@app.command()
-@_guarded
-def keys(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
-    hosts: Annotated[list[str] | None, typer.Option("--host", help="A name or address of the server; repeatable.")] = None,
-    sites: Annotated[list[str] | None, typer.Option("--site", help="A site's name; repeatable.")] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="How long certificates are valid.")] = 825,
-    as_json: Json = False,
-) -> None:
-    """Make a federation's certificates and keys; what is there already stays."""
-    _needs_flower()
-    from fedmllm.remote.keys import make_keys
-
-    if not hosts and not sites:
-        raise ConfigError("keys: give --host for the server's certificate, --site for a site's key, or both.")
-    made = make_keys(folder, hosts or [], sites or [], days)
-    if as_json:
-        _print({"made": [str(path) for path in made]})
-    else:
-        typer.echo("\n".join(map(str, made)) if made else "all are there already")
 
 
 @app.command("list")
@@ -535,6 +463,10 @@ def _parts(kind: Kinds) -> list[dict[str, Any]]:
         for part in found:
             part |= travels(algorithms.build(part["name"], {}))
     return found
+
+
+for _command in (cli_remote.keys, cli_remote.client, cli_remote.server):
+    app.command()(_guarded(_command))
 
 
 @app.callback(invoke_without_command=True)

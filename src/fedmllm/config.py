@@ -141,6 +141,7 @@ class Experiment(Table):
     algorithm: Named = Named(name="fedavg")
     regularization: Named = Named(name="none")
     compression: Named = Named(name="none")
+    secure: Named = Named(name="none")
     train: TrainTable = TrainTable()
     eval: EvalTable = EvalTable()
     judge: Named = Named(name="none")

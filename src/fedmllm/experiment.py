@@ -26,6 +26,9 @@ from fedmllm.fleets import fleets
 from fedmllm.models.mllm import MLLM
 from fedmllm.registry import Registry
 from fedmllm.rng import stream
+from fedmllm.secure.chosen import chosen
+from fedmllm.secure.fixed import FixedPoint, size
+from fedmllm.secure.settings import Pairwise, secures
 from fedmllm.tensors import nbytes
 
 Report = Callable[[str, int, int, str], None]
@@ -55,6 +58,7 @@ _PARTS: dict[str, Registry[Any]] = {
     "algorithm": algorithms,
     "regularization": regularizations,
     "compression": compressions,
+    "secure": secures,
     "judge": judges,
     "fleet": fleets,
 }
@@ -118,6 +122,11 @@ def build_algorithm(config: Experiment) -> Algorithm:
         raise ConfigError(f"compression.name: {config.compression.name!r} cannot be used with {name!r}: {error}.") from None
 
 
+def build_secure(config: Experiment) -> Pairwise | None:
+    """How updates are hidden in their sum; None where they are not. Raises ConfigError for what needs single updates."""
+    return chosen(config, build_algorithm(config))
+
+
 def _draw_some(samples: list[Sample], count: int | None, names: Sequence[str]) -> list[Sample]:
     """A draw that is the same for every seed of the experiment, so that seeds are compared on the same data."""
     if count is None or count >= len(samples):
@@ -164,6 +173,7 @@ def check_parts(config: Experiment) -> None:
     prompts.build(config.prompt.name, config.prompt.options)
     build_algorithm(config)
     fleets.build(config.fleet.name, config.fleet.options)
+    build_secure(config)
     judges.build(config.judge.name, config.judge.options)
     table: TaskTable | None = config.task
     where = "task"
@@ -243,7 +253,12 @@ def first_messages(config: Experiment, model: MLLM) -> tuple[dict[str, int], dic
     state = algorithm.init(model.adapter.get())
     info = RoundInfo(0, config.train.rounds, config.partition.clients, (0,), config.seed, model.info, {0: config.rank_of(0)})
     down, up = algorithm.message(state, 0, info), algorithm.uploads(state, 0, info)
-    return {g: nbytes(t) for g, t in down.items()}, {g: nbytes(t) for g, t in up.items()}
+    told = {g: nbytes(t) for g, t in down.items()}
+    settings = build_secure(config)
+    if settings is not None and algorithm.averages is not None:
+        fixed = FixedPoint.of(settings, config.train.clients_per_round, algorithm.averages)
+        return told, {"masked": fixed.nbytes(size(up))}
+    return told, {g: nbytes(t) for g, t in up.items()}
 
 
 def default_stem(config: Experiment, kind: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -146,12 +146,23 @@ def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo
     return algorithm.refuse(update, state, info)
 
 
-def _bytes(states: Sequence[State]) -> dict[str, int]:
-    """What these messages weigh, by group."""
+def _weights(state: State) -> dict[str, int]:
+    return {group: nbytes(tensors) for group, tensors in state.items()}
+
+
+def _travelled(messages: Mapping[int, State], updates: Sequence[Update]) -> tuple[dict[str, int], dict[str, int]]:
+    """The bytes that went down and came up, by group."""
+    told = {update.client: update.travelled for update in updates if update.travelled}
+    down = (told[client][0] if client in told else _weights(state) for client, state in messages.items())
+    up = (update.travelled[1] if update.travelled else _weights(update.groups) for update in updates)
+    return _summed(down), _summed(up)
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
-    for state in states:
-        for group, tensors in state.items():
-            total[group] = total.get(group, 0) + nbytes(tensors)
+    for count in counts:
+        for group, number in count.items():
+            total[group] = total.get(group, 0) + number
     return total
 
 
@@ -175,10 +186,10 @@ def _record(
     refused: list[dict[str, str | int]],
     info: RoundInfo,
     lr: float,
-    travelled: tuple[Sequence[State], Sequence[State]],
+    travelled: tuple[dict[str, int], dict[str, int]],
     seconds: float,
 ) -> RoundRecord:
-    """`travelled` are the messages down and up."""
+    """`travelled` are the bytes down and up."""
     examples = sum(u.examples for u in good)
     return RoundRecord(
         round=info.round,
@@ -187,8 +198,8 @@ def _record(
         examples=examples,
         steps=sum(u.steps for u in good),
         loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in good) / examples,
-        bytes_down=_bytes(travelled[0]),
-        bytes_up=_bytes(travelled[1]),
+        bytes_down=travelled[0],
+        bytes_up=travelled[1],
         refused=refused,
         seconds=seconds,
         padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in good) / examples,
@@ -211,8 +222,7 @@ def federate(
         lr = learning_rate(plan, round)
         updates = fleet.train(info, messages, lr)
         state, good, refused = _absorb(updates, algorithm, fleet, plan, state, info)
-        travelled = list(messages.values()), [update.groups for update in updates]
-        yield _record(good, refused, info, lr, travelled, time.monotonic() - began), state
+        yield _record(good, refused, info, lr, _travelled(messages, updates), time.monotonic() - began), state
         if round > done:
             fleet.commit(round - 1)
 
@@ -238,6 +248,6 @@ def each_alone(
             mine = [update for update in updates if update.client == client]
             states[client], good, refused = _absorb(mine, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
-            travelled = [messages[client]], [update.groups for update in mine]
+            travelled = _travelled({client: messages[client]}, mine)
             made[client] = _record(good, refused, info, lr, travelled, seconds), states[client]
         yield made

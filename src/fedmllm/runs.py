@@ -28,17 +28,17 @@ from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
 from fedmllm.config import Experiment, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
-from fedmllm.errors import RunError
+from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.experiment import Data, Report, build_algorithm, prepare, silent, with_defaults
+from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
-from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.base import Carrier, FleetKind, Site
 from fedmllm.models.mllm import Encoded
 from fedmllm.rng import stream
-from fedmllm.store import SCHEMA, RunDir
+from fedmllm.store import SCHEMA, RunDir, new_run, unfinished
 from fedmllm.tensors import State, Tensors, digest, flatten
 from fedmllm.training.capacity import cohort_size
 
@@ -84,6 +84,35 @@ def peak_memory_mb() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
+def choose(config: Experiment, kind: Kind, out: Path | None, resume: bool) -> RunDir:
+    """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest run which is not complete.
+
+    Raises RunError where `out` holds something else, or a run that was not asked to go on.
+    """
+    if out is None:
+        stem = default_stem(config, kind)
+        found = unfinished(Path("runs"), stem, config.digest()) if resume else None
+        return found or new_run(Path("runs"), stem)
+    run = RunDir(out)
+    if resume and run.complete:
+        known = run.result()
+        if known["config_digest"] != config.digest() or known["kind"] != kind:
+            raise RunError(f"{out} holds another experiment's run; give another --out.")
+        return run
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty; give another --out, or --resume to go on with the run in it.")
+    return run
+
+
+def _refuse_in_the_clear(config: Experiment, kind: FleetKind) -> None:
+    """Raises ConfigError where updates are to be hidden and the fleet would send them as they are."""
+    if config.secure.name != "none" and not (kind.here or kind.secure):
+        raise ConfigError(
+            f"fleet.name: {config.fleet.name!r} does not carry secure.name = {config.secure.name!r} yet; "
+            'set fleet.name = "in-process" or secure.name = "none".'
+        )
+
+
 class Runner:
     """One run of one kind in one directory."""
 
@@ -100,6 +129,8 @@ class Runner:
         """`elsewhere` is the fleet that trains a federation's clients, in place of the one that the experiment names."""
         self.config, self.data, self.bench, self.run, self.kind, self.report = config, data, bench, run, kind, report
         named = fleets.build(config.fleet.name, config.fleet.options)
+        if kind == "federated":
+            _refuse_in_the_clear(config, elsewhere or named)
         # What a federation is compared with is trained here, wherever its clients are.
         self._fleets = (elsewhere or named) if kind == "federated" else fleets.build("in-process", {})
         self._began = time.monotonic()
@@ -165,6 +196,12 @@ class Runner:
             row["rounds"] = took_part[row["client"]]
             row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
             row |= {"site": sites[row["client"]]} if sites else {}
+        if self._fleets.evaluate is not None:
+            self.report("asking the sites", 0, 0, "each tests on data of its own")
+            info = plan.info(plan.rounds, plan.clients)
+            messages = {client: algorithm.message(state, client, info) for client in plan.clients}
+            for client, found in self._fleets.evaluate(messages, plan.rounds).items():
+                rows[client] |= found
         if algorithm.personal:
             return self._conclude_personal(algorithm, state, plan, records, rows)
         return self._conclude(state, records, rows)
@@ -231,10 +268,17 @@ class Runner:
     def _fleet(self, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
         bench, train, memory = self.bench, self.config.train, self.run.checkpoint / "clients"
         site = Site(bench.model, algorithm, clients, train, bench.initial, self._gaps, memory, self._cohort)
+        run = self.run.meta().get("run_id", self.config.digest())
         if not self._fleets.here:
-            run = self.run.meta().get("run_id", self.config.digest())
             site = replace(site, run=run, config=self.config.toml(), last=self._last_rounds())
-        return self._fleets.make(site)
+        fleet, secure = self._fleets.make(site), build_secure(self.config) if self.kind == "federated" else None
+        if secure is None:
+            return fleet
+        from fedmllm.secure.fleet import LocalCarrier, SecureFleet  # the only use of libraries that may not be there
+
+        carrier = LocalCarrier(secure, algorithm, fleet, run) if self._fleets.here else fleet
+        assert isinstance(carrier, Carrier), "FleetKind.secure says so"
+        return SecureFleet(secure, algorithm, fleet, carrier, run)
 
     def _last_rounds(self) -> dict[int, int]:
         """client -> the last round, of those that the checkpoint has, in which its update was used."""
@@ -357,6 +401,7 @@ class Runner:
             "algorithm": config.algorithm.name,
             "regularization": config.regularization.name,
             "compression": config.compression.name,
+            "secure": config.secure.name,
             "prompt": config.prompt.name,
             "model": config.model.name,
             "adapter": config.model.adapter.kind,

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,23 @@ def _dump(value: Any) -> bytes:
     text.write("\n")
     text.flush()
     return content.getvalue()
+
+
+@contextlib.contextmanager
+def alone(lock: Path, refusal: Exception, seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a file, which goes with the process. Raises `refusal` where another has it for so many seconds."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise refusal from None
+                time.sleep(0.5)
+        yield
 
 
 def _line(value: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Grids of experiments: a base file, axes of named cells, seeds; each distinct run once, in a process of its own.
+"""Grids of experiments: a base file, axes of named cells, seeds; each distinct run once, in a process of its own, on this
+machine or where a `Launcher` puts it.
 
 A run's id is the digest of what its kind depends on, so a cell that is complete is skipped, one that was cut short goes on,
 and cells that mean the same run (zero-shot under any algorithm) share it.
@@ -6,19 +7,17 @@ and cells that mean the same run (zero-shot under any algorithm) share it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -27,7 +26,7 @@ from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment import check_parts, options_of, with_defaults
 from fedmllm.registry import explain
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, alone
 from fedmllm.tensors import write_atomically
 
 Kind = Literal["federated", "zero-shot", "local", "centralised"]
@@ -76,7 +75,7 @@ class Planned:
 
 def essential(experiment: Experiment, kind: Kind) -> Experiment:
     """The experiment with every setting that this kind of run does not depend on at its default."""
-    plain: dict[str, Any] = {"regularization": Named(name="none"), "compression": Named(name="none")}
+    plain: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
     if not experiment.clients.rank:  # an algorithm for unequal ranks must stay beside them
         plain["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":
@@ -132,16 +131,51 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Planned
     return sweep, planned
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises RunError where another process sweeps in this folder; the lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another sweep is running there; wait for it, or give another --out.") from None
-        yield
+class Launcher(Protocol):
+    """Where runs become processes. `command` is what follows `fedmllm`; `file` is the experiment file that it names."""
+
+    def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
+        """(exit status, the last line that it said). Called from several threads."""
+
+    def stop(self) -> None:
+        """End what runs, and start nothing more."""
+
+
+class Processes:
+    """Runs on this machine, `jobs` at a time, which share its cores."""
+
+    def __init__(self, jobs: int) -> None:
+        self._threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self._children: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
+        with self._guard:
+            if self._stopped:
+                return 130, "interrupted"
+            child = subprocess.Popen(
+                [sys.executable, "-m", "fedmllm", *command],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={"OMP_NUM_THREADS": self._threads, **os.environ},
+            )
+            self._children.add(child)
+        _, said = child.communicate()
+        with self._guard:
+            self._children.discard(child)
+        return child.returncode, last_line(said)
+
+    def stop(self) -> None:
+        with self._guard:
+            self._stopped = True
+            for child in self._children:
+                child.terminate()
+
+
+def last_line(said: str) -> str:
+    return (said.strip().splitlines()[-1:] or ["no message"])[0]
 
 
 class Sweeper:
@@ -150,9 +184,6 @@ class Sweeper:
     def __init__(self, sweep: Sweep, planned: Sequence[Planned], out: Path, report: Callable[[int, int, str], None]) -> None:
         self._sweep, self._planned, self._out, self._report = sweep, planned, out, report
         self._errors: dict[str, str] = {}
-        self._children: set[subprocess.Popen[str]] = set()
-        self._guard = threading.Lock()
-        self._stopped = False
 
     def state(self, one: Planned) -> str:
         """ "complete", "failed", "cut short" or "new"."""
@@ -169,21 +200,23 @@ class Sweeper:
             for p in self._planned
         ]
 
-    def run(self, jobs: int) -> list[dict[str, Any]]:
+    def run(self, jobs: int, launcher: Launcher | None = None) -> list[dict[str, Any]]:
         """Do all that is not complete, `jobs` at a time, going on past failures; the index. Raises KeyboardInterrupt."""
-        with _alone(self._out):
+        launcher = launcher or Processes(jobs)
+        refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
+        with alone(self._out / ".lock", refusal):
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
             with ThreadPoolExecutor(max_workers=jobs) as pool:
-                futures = {pool.submit(self._one, p, jobs): p for p in todo}
+                futures = {pool.submit(self._one, p, launcher): p for p in todo}
                 try:
                     for done, future in enumerate(as_completed(futures), start=1):
                         future.result()
                         one = futures[future]
                         self._report(done, len(todo), f"{one}: {self._errors.get(one.id, 'done')}")
                         self._write_index()
-                except KeyboardInterrupt:
-                    self._stop()
+                except BaseException:
+                    launcher.stop()
                     raise
             return self.rows()
 
@@ -191,32 +224,10 @@ class Sweeper:
         content = {"schema": 1, "name": self._sweep.name, "axes": [a.name for a in self._sweep.axes], "cells": self.rows()}
         write_atomically(self._out / INDEX, (json.dumps(content, indent=2) + "\n").encode())
 
-    def _stop(self) -> None:
-        with self._guard:
-            self._stopped = True
-            for child in self._children:
-                child.terminate()
-
-    def _one(self, one: Planned, jobs: int) -> None:
+    def _one(self, one: Planned, launcher: Launcher) -> None:
         file = self._out / f"{one.id}.toml"
         write_atomically(file, one.experiment.toml().encode())
         what = ["run"] if one.kind == "federated" else ["baseline", one.kind]
-        command = [sys.executable, "-m", "fedmllm", *what, str(file), "--out", str(self._out / one.id), "--resume", "--json"]
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        with self._guard:
-            if self._stopped:
-                return
-            child = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={"OMP_NUM_THREADS": threads, **os.environ},
-            )
-            self._children.add(child)
-        _, said = child.communicate()
-        with self._guard:
-            self._children.discard(child)
-        if child.returncode:
-            last = said.strip().splitlines()[-1:] or ["no message"]
-            self._errors[one.id] = f"exit status {child.returncode}: {last[0]}"
+        status, said = launcher.run([*what, str(file), "--out", str(self._out / one.id), "--resume", "--json"], file)
+        if status:
+            self._errors[one.id] = f"exit status {status}: {said}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone, select
@@ -102,6 +103,8 @@ class Update:
     """What a client sends back: groups of tensors, and the counts that weighting needs.
 
     `problem` says why there is nothing, for a client that could not train or did not answer; the update is refused then.
+    `travelled` has the bytes that went to the client and came from it, by group, where they are not those of its message and
+    of `groups`.
     """
 
     client: int
@@ -110,6 +113,7 @@ class Update:
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
+    travelled: tuple[Mapping[str, int], Mapping[str, int]] | None = None
 
 
 def plain_rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
@@ -160,6 +164,9 @@ class Algorithm:
     """Clients may hold LoRA adapters of different ranks."""
     refactors: bool = False
     """An entry of the adapter does not mean the same from one round to the next, as the server makes new factors."""
+    averages: Literal["examples", "uniform"] | None = None
+    """`aggregate` uses no more of the updates than their mean of this weighting and their number: as many copies of the mean
+    give the same. None where it looks at single updates."""
     personal: bool = False
     """Part of each client's adapter never leaves it: every client has a model of its own."""
 

@@ -67,7 +67,7 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
                 return f"NaN or infinity in {name!r} once restored"
         return algorithm.refuse(plain, state, info)
 
-    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse)
+    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, averages=None)
 
 
 @compressions.register("int8")

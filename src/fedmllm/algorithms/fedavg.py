@@ -43,4 +43,4 @@ def fedavg(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Algo
         change = mean_change(state, updates, weighting)
         return {**state, "adapter": add(state["adapter"], scale(change, server_lr))}
 
-    return Algorithm(init, aggregate)
+    return Algorithm(init, aggregate, averages=weighting)

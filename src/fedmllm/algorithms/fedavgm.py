@@ -25,4 +25,4 @@ def fedavgm(*, server_lr: float = 1.0, momentum: float = 0.9, weighting: Weighti
         m = add(scale(state["m"], momentum), mean_change(state, updates, weighting))
         return {**state, "adapter": add(state["adapter"], scale(m, server_lr)), "m": m}
 
-    return Algorithm(init, aggregate)
+    return Algorithm(init, aggregate, averages=weighting)

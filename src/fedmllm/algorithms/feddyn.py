@@ -38,4 +38,4 @@ def feddyn(*, a: float = 0.01) -> Algorithm:
         h = subtract(before, scale(subtract(result.trained, result.received), a))
         return send_adapter(result, received, memory, info)[0], {"h": h}
 
-    return Algorithm(init, aggregate, rule, finish)
+    return Algorithm(init, aggregate, rule, finish, averages="uniform")

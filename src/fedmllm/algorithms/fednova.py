@@ -55,4 +55,5 @@ def fednova(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Alg
     def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
         return None if float(update.groups["normaliser"]["a"]) > 0 else "effective steps are not above 0"
 
-    return replace(plain, aggregate=aggregate, finish=finish, uploads=uploads, refuse=refuse)
+    # Σ p_k a_eff Δ_k / a_k needs each Δ_k beside its a_k.
+    return replace(plain, aggregate=aggregate, finish=finish, uploads=uploads, refuse=refuse, averages=None)

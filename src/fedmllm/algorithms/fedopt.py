@@ -39,7 +39,7 @@ def _adaptive_server(second: SecondMoment, server_lr: float, beta1: float, tau: 
         step = {name: server_lr * m[name] / (v[name].sqrt() + tau) for name in m}
         return {**state, "adapter": add(state["adapter"], step), "m": m, "v": v}
 
-    return Algorithm(init, aggregate)
+    return Algorithm(init, aggregate, averages=weighting)
 
 
 @algorithms.register("fedadagrad")

@@ -11,6 +11,7 @@ FedSA-LoRA Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Fe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, Message, RoundInfo, Update, algorithms, groups
 from fedmllm.algorithms.factors import A, B, half, lora_state
@@ -54,7 +55,8 @@ def ffa_lora(*, weighting: Weighting = "examples") -> Algorithm:
         return B
 
     aggregate, only = _averaging(weighting), _only(b)
-    return Algorithm(lora_state, aggregate, _training_one(b), _half_uploaded(b), message=only, uploads=only, needs_lora=True)
+    rule, finish = _training_one(b), _half_uploaded(b)
+    return Algorithm(lora_state, aggregate, rule, finish, message=only, uploads=only, needs_lora=True, averages=weighting)
 
 
 @algorithms.register("rolora")
@@ -67,7 +69,8 @@ def rolora(*, weighting: Weighting = "examples") -> Algorithm:
     # Both go down: a client that was not sampled last round lacks the half that changed then.
     down = groups("adapter")
     aggregate = _averaging(weighting)
-    return Algorithm(lora_state, aggregate, _training_one(turn), _half_uploaded(turn), down, _only(turn), needs_lora=True)
+    rule, finish = _training_one(turn), _half_uploaded(turn)
+    return Algorithm(lora_state, aggregate, rule, finish, down, _only(turn), needs_lora=True, averages=weighting)
 
 
 @algorithms.register("fedsa-lora")
@@ -81,4 +84,5 @@ def fedsa_lora(*, weighting: Weighting = "examples") -> Algorithm:
         return {"adapter": clone(half(result.trained, A))}, {"adapter": clone(half(result.trained, B))}
 
     aggregate, only = _averaging(weighting), _only(a)
-    return Algorithm(lora_state, aggregate, finish=finish, message=only, uploads=only, needs_lora=True, personal=True)
+    plain = Algorithm(lora_state, aggregate, finish=finish, message=only, uploads=only, needs_lora=True)
+    return replace(plain, averages=weighting, personal=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
 from fedmllm.federation import Fleet
 from fedmllm.models.mllm import MLLM, Encoded
-from fedmllm.tensors import Tensors
+from fedmllm.secure.settings import Phase
+from fedmllm.tensors import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,26 @@ class Site:
     last: Mapping[int, int] = field(default_factory=dict)
 
 
+@runtime_checkable
+class Carrier(Protocol):
+    """Puts one of the four questions of a secure round to clients, and brings back what they say; `secure.site` answers there.
+
+    `messages` has the groups of tensors that each client is sent. An answer is an Update of groups alone, or with a `problem`;
+    who does not answer in time may be left out. In the phase "masked" clients train, with learning rate `lr`.
+    """
+
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
+
+
 @dataclass(frozen=True)
 class FleetKind:
     """`make` a fleet for a site. `here`: clients train in this process, which encodes their data. `refuse` says why a run
-    cannot be started from here, and what to do instead; empty where it can."""
+    cannot be started from here, and what to do instead; empty where it can. `evaluate(messages, done)`, where clients have test
+    data of their own and are asked for it: what each makes of its message after `done` rounds, a row for its figures. `secure`:
+    a fleet of this kind for clients elsewhere is a `Carrier` too; without it, experiments that hide updates are refused."""
 
     make: Callable[[Site], Fleet]
     here: bool = True
     refuse: str = ""
+    evaluate: Callable[[Mapping[int, State], int], Mapping[int, Mapping[str, Any]]] | None = None
+    secure: bool = False

@@ -9,7 +9,7 @@ from fedmllm.fleets.base import FleetKind, Site
 
 _REFUSAL = (
     'fleet.name = "flower" has no clients in this process; start it with `fedmllm server`, or with `flwr run` on the app in '
-    "docs/deploy.md, or add --set fleet.name=in-process."
+    "examples/flower, or add --set fleet.name=in-process."
 )
 
 
@@ -18,15 +18,22 @@ def _nowhere(site: Site) -> Fleet:
 
 
 @fleets.register("flower")
-def flower(sites: list[str] | None = None, wait: float = 600.0, timeout: float = 3600.0, rejoin: float = 30.0) -> FleetKind:
+def flower(
+    sites: list[str] | None = None,
+    wait: float = 600.0,
+    timeout: float = 3600.0,
+    absent: float = 180.0,
+    evaluate: bool = False,
+) -> FleetKind:
     """Clients at other machines, over Flower.
 
     `sites` are the names of sites that bring data of their own, client 0 first; without it, all read the experiment's task and
     train on their client's part of it. `wait` is how many seconds the server waits for clients before the first round,
-    `timeout` how many a round may take, `rejoin` how many of them it waits for a client that is away.
+    `timeout` how many a round may take; a round goes on without a client whose machine is gone for `absent` of them.
+    With `evaluate`, each site tests the final model on test data of its own too, and sends the figures.
     """
     if sites is not None and (not sites or len(set(sites)) != len(sites)):
         raise ValueError("sites: name at least one, each once")
-    if wait <= 0 or timeout <= 0 or rejoin < 0:
-        raise ValueError("wait and timeout must be more than 0 seconds, and rejoin not less")
+    if min(wait, timeout, absent) <= 0:
+        raise ValueError("wait, timeout and absent: must be more than 0 seconds")
     return FleetKind(_nowhere, here=False, refuse=_REFUSAL)

@@ -54,10 +54,11 @@ class ClientMemory:
             self._path(client, round).unlink(missing_ok=True)
 
     def go_back(self, client: int, last: int) -> None:
-        """What the client remembered of rounds after `last` goes."""
+        """Nothing is kept but what the client remembered at the end of round `last`."""
         for later in self._rounds(client):
             if later > last:
                 self._path(client, later).unlink()
+        self.commit(last, [client])
 
     def commit(self, round: int, clients: list[int]) -> None:
         """The server is past `round`: what these clients remembered before it is not needed any more."""

@@ -1,8 +1,8 @@
-"""`fedmllm client`: a site's worker and its SuperNode side by side, kept running until someone ends them."""
+"""`fedmllm client`: a site's worker and its SuperNode, kept alive until someone ends them."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
 import tempfile
 import time
@@ -11,80 +11,58 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.errors import ConfigError, DataError
+from fedmllm.errors import DataError, RunError
 from fedmllm.experiment import load_split
 from fedmllm.remote.files import SiteFile
-from fedmllm.remote.processes import Process, environment, free_port
-
-Tell = Callable[[str], None]
-
-
-def check_site(site: SiteFile) -> dict[str, Any]:
-    """What the site brings: `samples`, of them `image` and `text` used, and how many were skipped.
-
-    Raises ConfigError for a key that others may read, DataError where there is nothing to train on.
-    """
-    key = Path(site.key)
-    if key.stat().st_mode & 0o077:
-        raise ConfigError(f"{key}: others may read this private key; change it with `chmod 600 {key}`.")
-    if b"PRIVATE KEY" not in key.read_bytes():
-        raise ConfigError(f"{key}: is no private key; make one with `fedmllm keys … --site {site.name}`.")
-    if b"BEGIN CERTIFICATE" not in Path(site.ca).read_bytes():
-        raise ConfigError(f"{site.ca}: is no certificate; it is the file ca.crt that the server's operator gives out.")
-    _, samples, skipped = load_split(site.task, "train")
-    sees = frozenset(site.modalities)
-    held = [Holding(s.id, 0, s.modalities & sees) for s in samples if s.modalities & sees]
-    if not held:
-        raise DataError(
-            f"task: none of the {len(samples)} samples has {' or '.join(sorted(sees))}, so there is nothing to train on."
-        )
-    count, image, text = Manifest.of(held, 1).counts()[0].tolist()
-    return {"name": site.name, "samples": count, "image": image, "text": text, "skipped": skipped + len(samples) - count}
+from fedmllm.remote.keeper import Keeper, Stop, environment, free_port
+from fedmllm.store import alone
 
 
-class Client:
-    """The two processes of a site. The worker's socket is in a folder that only its user may enter."""
-
-    def __init__(self, file: Path, site: SiteFile, tell: Tell, slowest: float = 60.0) -> None:
-        self._tell = tell
-        self._folder = tempfile.TemporaryDirectory(prefix="fedmllm-")  # short: the path of a socket has at most 107 bytes
-        socket = Path(self._folder.name) / "worker.sock"
-        state = Path(site.state)
-        env = environment(state / "flower")
-        node = json.dumps(str(socket))
-
-        def supernode() -> list[str]:
-            return [
-                sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink, "--root-certificates", site.ca,
-                "--auth-supernode-private-key", site.key, "--host", "127.0.0.1", "--port", str(free_port()),
-                "--node-config", f"worker={node}",
-            ]  # fmt: skip
-
-        worker = [sys.executable, "-m", "fedmllm.remote.service", str(file.resolve()), str(socket)]
-        self.worker = Process("the worker", lambda: worker, env, None, slowest)
-        self.supernode = Process("the SuperNode", supernode, env, state / "supernode.log", slowest)
-
-    def run(self) -> None:
-        """Until KeyboardInterrupt."""
-        try:
-            while True:
-                for process in (self.worker, self.supernode):
-                    if told := process.tend():
-                        self._tell(told)
-                time.sleep(0.3)
-        finally:
-            for process in (self.supernode, self.worker):
-                process.stop()
-            self._folder.cleanup()
+def check(site: SiteFile) -> dict[str, Any]:
+    """What the site would tell a server of itself. Raises ConfigError and DataError for what is wrong with its data."""
+    _, samples, skipped = load_split(site.own.task, "train")
+    held = [Holding(s.id, 0, s.modalities & site.own.modalities) for s in samples]
+    if not any(h.visible for h in held):
+        seen = " or ".join(sorted(site.own.modalities))
+        raise DataError(f"{site.path}: none of the {len(samples)} samples has {seen}, so there is nothing to train on.")
+    ((count, image, text),) = Manifest.of((h for h in held if h.visible), 1).counts().tolist()
+    return {"name": site.name, "superlink": site.superlink, "samples": count, "image": image, "text": text, "skipped": skipped}
 
 
-def run_client(file: Path, site: SiteFile, tell: Tell) -> None:
-    """Check, start, and keep running until KeyboardInterrupt. Raises UserError."""
-    found = check_site(site)
-    Path(site.state).mkdir(0o700, parents=True, exist_ok=True)
-    tell(f"{site.name}: {found['samples']} samples, {found['image']} with an image and {found['text']} with a text")
-    tell(f"connecting to {site.superlink}; what Flower says is in {Path(site.state) / 'supernode.log'}")
-    Client(file, site, tell).run()
+def keep(site: SiteFile, say: Callable[[str], None]) -> None:
+    """Run until SIGTERM or Ctrl-C. All that was started is ended then. Raises RunError where the site is at work already."""
+    with alone(site.state / "lock", RunError(f"another `fedmllm client` is at work in {site.state}; end it first.")):
+        _keep(site, say)
 
 
-__all__ = ["Client", "check_site", "run_client"]
+def _keep(site: SiteFile, say: Callable[[str], None]) -> None:
+    env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
+    # A short path: that of a Unix socket may have 107 bytes. The folder is ours alone, as is the socket.
+    folder = Path(tempfile.mkdtemp(prefix="fedmllm-"))
+    socket = folder / "worker"
+
+    def node() -> list[str]:
+        return [
+            sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
+            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key),
+            "--host", "127.0.0.1", "--port", str(free_port()),
+            "--node-config", f'worker="{socket}" site="{site.name}"',
+        ]  # fmt: skip
+
+    worker = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), str(socket)]
+    log = site.state / "supernode.log"
+    keepers = [Keeper("worker", lambda: worker, env, say), Keeper("SuperNode", node, env, say, log)]
+    say(f"looks for work at {site.superlink}; what Flower says of it is in {log}")
+    stop = Stop()
+    try:
+        while not stop():
+            for keeper in keepers:
+                keeper.look()
+            time.sleep(0.2)
+    finally:
+        for keeper in reversed(keepers):
+            keeper.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+__all__ = ["check", "keep"]

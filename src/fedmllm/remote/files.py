@@ -1,159 +1,170 @@
-"""The two files of a federation beyond one machine: `site.toml` at each site, `federation.toml` at the server.
-
-Paths in them are relative to the folder that they are in.
-"""
+"""`site.toml`, what one site is, and `federation.toml`, what a server serves. Paths are relative to the file they stand in."""
 
 from __future__ import annotations
 
-import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedmllm import config as configs
-from fedmllm.config import Experiment, Positive, Table, TaskTable
+from fedmllm import config as files
+from fedmllm.config import Experiment, Table, TaskTable
 from fedmllm.data.samples import MODALITIES, Modality
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import with_defaults
+from fedmllm.experiment import options_of, with_defaults
 from fedmllm.registry import explain
 from fedmllm.remote.site import Own
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-NAME_RULE = "a site's name has small letters, digits, dots, dashes and underscores, and begins with a letter or a digit"
+PATHS = ("data_dir", "train", "test")
+"""Options of tasks that are paths."""
 
 
-def site_name(name: str) -> str:
-    """Raises ValueError: names become files' and nodes' names."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(NAME_RULE)
-    return name
+class SiteTable(Table):
+    """A site: its name in the federation, the data it holds, what of it is used, and whom it trusts.
 
+    `superlink` is the server's host:port, `ca` the certificate of the authority that signed the server's, `key` this site's
+    private key.
+    """
 
-class SiteFile(Table):
-    """`site.toml`."""
-
-    name: str
-    superlink: str
-    """"host:port" of the server."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    superlink: Annotated[str, Field(pattern=r"^.+:\d+$")]
     ca: str
-    """The certificate of the authority that signed the server's."""
     key: str
-    """The site's private key; its public half is registered at the server."""
-    task: TaskTable
     modalities: Annotated[tuple[Modality, ...], Field(strict=False, min_length=1)] = MODALITIES
-    """Which modalities of the data are used. What is not named here is not read into any prompt."""
+    task: TaskTable | None = None
+    jsonl: str | None = None
+    """A file of samples, in place of a whole `task` table."""
+    jsonl_test: str | None = None
+    """Another, to test on; it goes with `jsonl`."""
     device: str = "auto"
+    model: str = ""
     trust_remote_code: bool = False
-    """Let an experiment run code that comes with its model."""
+    secure: bool = False
+    """Take part only in experiments whose `secure` hides updates from the server."""
     state: str = "state"
-    """A folder for what clients remember between rounds, for logs, and for Flower's own files."""
-
-    @field_validator("name")
-    @classmethod
-    def _fit(cls, name: str) -> str:
-        return site_name(name)
-
-    @field_validator("superlink")
-    @classmethod
-    def _an_address(cls, address: str) -> str:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError('must be "host:port"')
-        return address
-
-    @property
-    def own(self) -> Own:
-        return Own(self.name, self.task, frozenset(self.modalities), self.device, self.trust_remote_code)
+    """Where clients' memory, features of pictures and Flower's files go."""
 
 
-class FederationFile(Table):
-    """`federation.toml`. `sites` has for each site, client 0 first, the file of its public key."""
+class FederationTable(Table):
+    """A server: where it listens, its certificate, the sites' public keys in the order of the clients, and the experiment."""
 
     experiment: str
-    sites: dict[str, str] = Field(min_length=1)
+    address: Annotated[str, Field(pattern=r"^.+:\d+$")] = "0.0.0.0:9092"
     ca: str
     certificate: str
     key: str
-    host: str = "0.0.0.0"
-    port: Port = 9092
-    out: str | None = None
-    """The run directory; by default a new one in runs/, or this experiment's latest that is not complete."""
+    sites: dict[str, str]
     state: str = "state"
-    """A folder for Flower's database, logs and own files."""
-    attempts: Positive = 3
-    """How often a run that failed is begun again before the next finished round."""
-    wait: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that the server waits for sites before the first round."""
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds that a round may take."""
-    rejoin: Annotated[float, Field(ge=0)] = 30.0
-    """How many of them it waits for a site that is away."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """How often a run is submitted again after rounds that came to nothing; a round that counts starts the count anew."""
 
     @field_validator("sites")
     @classmethod
-    def _fit(cls, sites: dict[str, str]) -> dict[str, str]:
-        for name in sites:
-            site_name(name)
+    def _some(cls, sites: dict[str, str]) -> dict[str, str]:
+        if not sites:
+            raise ValueError("name at least one site with its public key")
         return sites
 
 
-_File = TypeVar("_File", SiteFile, FederationFile)
-
-
-def _read(path: Path, kind: type[_File], paths: tuple[str, ...]) -> _File:
-    raw = configs.read(path)
+def _read(table: type[Table], path: Path) -> Any:
     try:
-        found = kind.model_validate(raw)
+        return table.model_validate(files.read(path))
     except ValidationError as error:
-        known = kind.model_fields
-        raise ConfigError(f"{path}: {explain(error, '', lambda at: known if not at else {})}") from None
-    folder = path.resolve().parent
-    whole = {key: str(folder / getattr(found, key)) for key in paths}
-    for key in paths:
-        if key != "state" and not Path(whole[key]).is_file():
-            raise ConfigError(f"{path}: {key}: there is no file {whole[key]}.")
-    return found.model_copy(update=whole)
+        raise ConfigError(f"{path}: {explain(error, '', lambda _: table.model_fields)}") from None
 
 
-def _at(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """The task's options with paths made whole: what is there under the folder."""
-    made: dict[str, Any] = {key: str(folder / value) if _is_path(folder, value) else value for key, value in task.items()}
-    if made.get("name") == "jsonl":  # one of its files is enough for who reads only that
-        made = {"train": made.get("test"), "test": made.get("train")} | made
-    companion = made.get("companion")
-    if isinstance(companion, dict):
-        made["companion"] = _at(folder, companion)
-    return {key: value for key, value in made.items() if value is not None}
+def _existing(path: Path, name: str, where: Path) -> Path:
+    found = where.parent / path
+    if not found.is_file():
+        raise ConfigError(f"{where}: {name} = {str(path)!r}: there is no such file.")
+    return found.resolve()
 
 
-def _is_path(folder: Path, value: Any) -> bool:
-    return isinstance(value, str) and value != "" and len(value) < 500 and "\0" not in value and (folder / value).exists()
+def _secret(path: Path, where: Path) -> Path:
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{where}: {path} is a private key that others on this machine may read; `chmod 600 {path}`.")
+    return path
 
 
-def read_site(path: Path) -> SiteFile:
-    """Raises ConfigError, naming the key, for what is wrong with it, and where a file that it names is missing."""
-    found = _read(path, SiteFile, ("ca", "key", "state"))
-    task = _at(path.resolve().parent, found.task.model_dump(exclude_none=True))
-    return found.model_copy(update={"task": TaskTable.model_validate(task)})
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
 
 
-def read_federation(path: Path) -> tuple[FederationFile, Experiment]:
-    """The file, and its experiment with the sites put in. Raises ConfigError for what is wrong with either."""
-    found = _read(path, FederationFile, ("experiment", "ca", "certificate", "key", "state"))
-    folder = path.resolve().parent
-    sites = {name: str(folder / key) for name, key in found.sites.items()}
-    for name, key in sites.items():
-        if not Path(key).is_file():
-            raise ConfigError(f"{path}: sites.{name}: there is no file {key}.")
-    where = Path(found.experiment)
-    raw = configs.read(where)
-    raw["fleet"] = {"name": "flower", "sites": list(sites)} | {k: getattr(found, k) for k in ("wait", "timeout", "rejoin")}
-    if isinstance(raw.get("task"), dict):
-        raw["task"] = _at(where.parent, raw["task"])
-    experiment = with_defaults(configs.validate(raw, str(where)))
-    return found.model_copy(update={"sites": sites, "out": found.out and str(folder / found.out)}), experiment
+class SiteFile:
+    """A site file whose paths are there. Raises ConfigError for what is wrong with it; reads no data."""
+
+    def __init__(self, path: Path) -> None:
+        table: SiteTable = _read(SiteTable, path)
+        if (table.task is None) == (table.jsonl is None):
+            raise ConfigError(f"{path}: give either a [task] table or jsonl, the name of a file of samples.")
+        if table.jsonl_test and not table.jsonl:
+            raise ConfigError(f"{path}: jsonl_test goes with jsonl; a [task] table names its own test data.")
+        self.path, self.name, self.superlink = path.resolve(), table.name, table.superlink
+        self.ca = _existing(Path(table.ca), "ca", path)
+        self.key = _secret(_existing(Path(table.key), "key", path), path)
+        self.state = (path.parent / table.state).resolve()
+        task = table.task or TaskTable(name="jsonl", train=table.jsonl, test=table.jsonl_test or table.jsonl)  # type: ignore[call-arg]
+        tests = bool(table.task or table.jsonl_test)
+        local = table.model if not table.model or not (path.parent / table.model).is_dir() else path.parent / table.model
+        has = frozenset(table.modalities)
+        self.own = Own(
+            table.name, _at_home(task, path), has, table.device, table.trust_remote_code, tests, str(local), table.secure
+        )
 
 
-__all__ = ["NAME_RULE", "FederationFile", "SiteFile", "read_federation", "read_site", "site_name"]
+def _at_home(task: TaskTable, path: Path) -> TaskTable:
+    """The task with its paths made absolute."""
+
+    def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: str((path.parent / v).resolve()) if k in PATHS and isinstance(v, str) else v for k, v in values.items()}
+
+    raw = absolute(task.model_dump(mode="json", exclude_none=True))
+    if isinstance(raw.get("companion"), dict):
+        raw["companion"] = absolute(raw["companion"])
+    return TaskTable.model_validate(raw)
+
+
+class FederationFile:
+    """A federation file whose paths are there, with its experiment. Raises ConfigError for what is wrong with it.
+
+    The experiment's fleet becomes Flower, its clients the sites of this file in their order.
+    """
+
+    def __init__(self, path: Path, overrides: list[str]) -> None:
+        from fedmllm.remote.keys import is_public_key
+
+        table: FederationTable = _read(FederationTable, path)
+        self.path, self.address, self.retries = path.resolve(), table.address, table.retries
+        self.host, self.port = _host_port(table.address)
+        self.ca = _existing(Path(table.ca), "ca", path)
+        self.certificate = _existing(Path(table.certificate), "certificate", path)
+        self.key = _secret(_existing(Path(table.key), "key", path), path)
+        self.state = (path.parent / table.state).resolve()
+        self.sites = {name: _existing(Path(key), f"sites.{name}", path) for name, key in table.sites.items()}
+        for name, key in self.sites.items():
+            if not is_public_key(key):
+                raise ConfigError(f"{path}: sites.{name} = {table.sites[name]!r} is no public key of `fedmllm keys`.")
+        self.experiment = self._experiment(path.parent / table.experiment, overrides)
+
+    def _experiment(self, file: Path, overrides: list[str]) -> Experiment:
+        raw, _ = files.apply_overrides(files.read(file), overrides, options_of)
+        fleet = raw.get("fleet", {})
+        options = fleet if fleet.get("name") == "flower" else {}
+        named = options.get("sites", list(self.sites))
+        if sorted(named) != sorted(self.sites):
+            raise ConfigError(f"{file}: fleet.sites is {named}, and {self.path.name} has {list(self.sites)}; leave one out.")
+        raw["fleet"] = {**options, "name": "flower", "sites": named}
+        raw["partition"] = {"name": "iid", **raw.get("partition", {}), "clients": len(named)}
+        train = raw.setdefault("train", {})
+        train["clients_per_round"] = min(train.get("clients_per_round", len(named)), len(named))
+        for table in (raw["task"], raw["task"].get("companion") or {}):
+            for key in PATHS:
+                if isinstance(table.get(key), str):
+                    table[key] = str(Path(table[key]).absolute())  # the run's process has another working folder
+        return with_defaults(files.validate(raw, str(file)))
+
+
+__all__ = ["FederationFile", "FederationTable", "SiteFile", "SiteTable"]

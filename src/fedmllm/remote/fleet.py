@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedmllm.algorithms import RoundInfo, Update
 from fedmllm.errors import RunError
+from fedmllm.evaluation.evaluate import PATTERNS
 from fedmllm.remote.protocol import Job, Kind, Post, Reply
+from fedmllm.secure.settings import Phase
 from fedmllm.tensors import State, Tensors
 
 
@@ -26,6 +30,13 @@ class RemoteFleet:
         """An update of every client; of those that sent none that can be read, one that says why."""
         self._under_way = tuple(messages)
         jobs = {client: self._job("train", client, info.round, state, info, lr) for client, state in messages.items()}
+        replies = self._post.exchange(jobs, self._timeout)
+        return [self._update(client, replies.get(client)) for client in messages]
+
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+        """One of the four questions of a secure round, put to clients whose updates are hidden (`fleets.base.Carrier`)."""
+        self._under_way = tuple(info.sampled)
+        jobs = {client: self._job(phase, client, info.round, state, info, lr) for client, state in messages.items()}
         replies = self._post.exchange(jobs, self._timeout)
         return [self._update(client, replies.get(client)) for client in messages]
 
@@ -56,6 +67,32 @@ class RemoteFleet:
             why = reply.problem if reply else f"no answer within {self._timeout:g} s"
             raise RunError(f"client {client} did not send its own adapter ({why}); go on with --resume when it is there.")
         return reply.groups["adapter"]
+
+    def evaluate(self, messages: Mapping[int, State], done: int) -> dict[int, dict[str, Any]]:
+        """For each client `site_metrics`, or a `site_problem` that says why there are none."""
+        jobs = {client: self._job("evaluate", client, done, state) for client, state in messages.items()}
+        replies = self._post.exchange(jobs, self._timeout)
+        found: dict[int, dict[str, Any]] = {}
+        for client in messages:
+            reply = replies.get(client) or Reply(client, problem=f"no answer within {self._timeout:g} s")
+            metrics = _figures(reply.about.get("metrics"))
+            problem = reply.problem or ("" if metrics else "its answer holds no metrics")
+            found[client] = {"site_problem": problem} if problem else {"site_metrics": metrics}
+        return found
+
+
+def _figures(told: Any) -> dict[str, dict[str, Any]]:
+    """What of it is {pattern: {metric: number, metric_ci: [low, high]}}; a site could say anything."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def good(value: Any) -> bool:
+        return number(value) or (isinstance(value, list) and len(value) == 2 and all(map(number, value)))
+
+    patterns = told.items() if isinstance(told, dict) else ()
+    kept = {p: {k: v for k, v in row.items() if good(v)} for p, row in patterns if p in PATTERNS and isinstance(row, dict)}
+    return {pattern: row for pattern, row in kept.items() if row}
 
 
 __all__ = ["RemoteFleet"]

@@ -1,6 +1,7 @@
-"""Certificates and keys of a federation: an authority, the server's certificate, a key pair for each site.
+"""A certificate authority, the server's certificate, and each site's key: what TLS and node authentication need.
 
-TLS shows the sites that the server is the right one; the registered public keys show the server that a site is.
+The authority and the server's certificate are for TLS, ECDSA on P-256. A site's key is an OpenSSH key, ECDSA on P-384: the
+private half never leaves the site, the public half is what the server registers.
 """
 
 from __future__ import annotations
@@ -13,101 +14,42 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_ssh_public_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmllm.errors import ConfigError
-from fedmllm.remote.files import site_name
 
-LOCAL = ("localhost", "127.0.0.1")
-"""Always in the server's certificate: `fedmllm server` talks to its own SuperLink there."""
-
-
-def make_keys(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) -> list[Path]:
-    """Make what is missing and leave what is there; the files that were made.
-
-    With `hosts`, the names and addresses that sites reach the server under: `ca.crt`, `ca.key`, `server.crt`, `server.key`.
-    For each site `NAME.key`, which only the site should have, and `NAME.pub`. Private keys have permissions 0600. Raises
-    ConfigError for a name that cannot be, and where the server's certificate is there for other hosts.
-    """
-    made: list[Path] = []
-    for site in sites:
-        try:
-            site_name(site)
-        except ValueError as error:
-            raise ConfigError(f"--site {site}: {error}.") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    if hosts:
-        made += _authority(folder, days)
-        made += _server(folder, hosts, days)
-    for site in sites:
-        made += _site(folder, site)
-    return made
+CA, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "server.crt", "server.key"
+_LOCAL = ("localhost", "127.0.0.1")
+"""The server talks to itself under these names, whatever others call it."""
 
 
-def _private(path: Path, content: bytes) -> Path:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+def _write(path: Path, content: bytes, secret: bool) -> None:
+    """Make a file that was not there. Raises ConfigError where it was: a key that is lost cannot be made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # With its permissions from the first moment on.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+    except FileExistsError:
+        raise ConfigError(f"{path} is there already; move it away, or give another folder.") from None
+    with os.fdopen(handle, "wb") as file:
         file.write(content)
-    return path
-
-
-def _public(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _site(folder: Path, site: str) -> list[Path]:
-    path = folder / f"{site}.key"
-    if path.exists():
-        return []
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption())
-    public = key.public_key().public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH)
-    return [_private(path, private), _public(folder / f"{site}.pub", public + b"\n")]
-
-
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs, key_cert_sign=signs, crl_sign=signs, content_commitment=False, key_encipherment=False,
-        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
-
-
-def _certificate(
-    subject: str, issuer: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePublicKey, days: int, authority: bool
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_named(subject))
-        .issuer_name(_named(issuer))
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))  # clocks differ
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
-        .add_extension(_usage(signs=authority), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
-    )
-
-
-def _authority(folder: Path, days: int) -> list[Path]:
-    if (folder / "ca.key").exists():
-        return []
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = f"fedmllm authority {os.urandom(4).hex()}"
-    made = _certificate(name, name, key.public_key(), key.public_key(), days, authority=True).sign(key, hashes.SHA384())
-    return [_private(folder / "ca.key", _pem(key)), _public(folder / "ca.crt", made.public_bytes(forms.Encoding.PEM))]
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
 def _alternative(host: str) -> x509.GeneralName:
@@ -117,30 +59,102 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _server(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
-    names = {_alternative(host) for host in (*hosts, *LOCAL)}
-    path = folder / "server.crt"
-    if (folder / "server.key").exists():
-        there = x509.load_pem_x509_certificate(path.read_bytes())
-        if set(there.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) != names:
-            raise ConfigError(f"{path} is for other hosts; move it and server.key away to make new ones.")
-        return []
-    signer = forms.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise ConfigError(
-            f"{folder / 'ca.key'} is of another kind; make the server's certificate with what made the authority."
-        )
-    issuer = str(authority.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-    key = ec.generate_private_key(ec.SECP384R1())
-    ordered = sorted(names, key=str)
-    made = (
-        _certificate(hosts[0][:64], issuer, key.public_key(), signer.public_key(), days, authority=False)
-        .add_extension(x509.SubjectAlternativeName(ordered), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(signer, hashes.SHA384())
+def _certificate(
+    subject: str,
+    public: ec.EllipticCurvePublicKey,
+    issuer: x509.Name,
+    signer: ec.EllipticCurvePrivateKey,
+    days: int,
+    hosts: Sequence[str] = (),
+) -> x509.Certificate:
+    """That of an authority where there are no hosts, else that of a server under these names."""
+    now = datetime.now(UTC)
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"),
+        False,
     )
-    return [_private(folder / "server.key", _pem(key)), _public(path, made.public_bytes(forms.Encoding.PEM))]
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))  # clocks differ
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=not hosts, path_length=None if hosts else 0), critical=True)
+        .add_extension(
+            x509.KeyUsage(digital_signature=bool(hosts), key_cert_sign=not hosts, crl_sign=not hosts, **usage), critical=True
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if hosts:
+        builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    return builder.sign(signer, hashes.SHA256())
 
 
-__all__ = ["make_keys"]
+def make_authority(folder: Path, days: int = 3650) -> list[Path]:
+    """`ca.crt`, which everyone gets, and `ca.key`, which signs server certificates and stays where it is."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = "fedmllm federation"
+    certificate = _certificate(name, key.public_key(), _name(name), key, days)
+    _write(folder / CA_KEY, _pem(key), secret=True)
+    _write(folder / CA, certificate.public_bytes(Encoding.PEM), secret=False)
+    return [folder / CA_KEY, folder / CA]
+
+
+def make_server(folder: Path, hosts: Sequence[str], days: int = 825) -> list[Path]:
+    """`server.crt` for these names and addresses, and `server.key`, signed by the authority in the folder.
+
+    Raises ConfigError where there is no authority.
+    """
+    try:
+        signer = load_pem_private_key((folder / CA_KEY).read_bytes(), None)
+        authority = x509.load_pem_x509_certificate((folder / CA).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no authority to sign with ({error}).") from None
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{folder / CA_KEY}: not a key that `fedmllm keys` made.")
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = list(dict.fromkeys([*hosts, *_LOCAL]))
+    certificate = _certificate(names[0], key.public_key(), authority.subject, signer, days, names)
+    _write(folder / KEY, _pem(key), secret=True)
+    _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM), secret=False)
+    return [folder / KEY, folder / CERTIFICATE]
+
+
+def make_site(folder: Path, name: str) -> list[Path]:
+    """`NAME.key`, which stays at the site, and `NAME.pub`, which the server registers."""
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"--site {name}: a site's name is letters, digits, - and _.")
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    _write(folder / f"{name}.key", private, secret=True)
+    _write(folder / f"{name}.pub", public + f" {name}\n".encode(), secret=False)
+    return [folder / f"{name}.key", folder / f"{name}.pub"]
+
+
+def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int = 825) -> list[Path]:
+    """All that was asked for; the authority with the first server, whose certificate is valid for so many days. Raises
+    ConfigError before anything is written over."""
+    made: list[Path] = []
+    if hosts:
+        if not (folder / CA_KEY).exists():
+            made += make_authority(folder)
+        made += make_server(folder, hosts, days)
+    for site in sites:
+        made += make_site(folder, site)
+    return made
+
+
+def is_public_key(path: Path) -> bool:
+    """Whether the file holds a public key that Flower registers."""
+    try:
+        return isinstance(load_ssh_public_key(path.read_bytes()), ec.EllipticCurvePublicKey)
+    except Exception:  # whatever cryptography raises over a file that is none
+        return False
+
+
+__all__ = ["CA", "CERTIFICATE", "KEY", "is_public_key", "make", "make_authority", "make_server", "make_site"]

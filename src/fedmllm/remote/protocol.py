@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedmllm.algorithms import RoundInfo
-from fedmllm.tensors import State, Tensors, flatten, unflatten
+from fedmllm.remote.wire import VERSION
+from fedmllm.tensors import State, flatten, unflatten
 
-Kind = Literal["describe", "train", "personal"]
-
-VERSION = 1
-"""Of this protocol. Both sides must have the same."""
+Kind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
 
 
 class ProtocolError(ValueError):
@@ -32,7 +29,9 @@ class ProtocolError(ValueError):
 @dataclass(frozen=True)
 class Job:
     """`describe`: what do you hold? `train`: train `client` from `state`, its message of the round. `personal`: what is the
-    adapter of a client that keeps part of it, after `round` rounds?
+    adapter of a client that keeps part of it, after `round` rounds? `evaluate`: how does it do on the site's own test data?
+    The others are the questions of a secure round (`fedmllm.secure`): they take the place of `train` where updates are hidden,
+    and their replies hold groups alone.
 
     `run` names one run for good, resumed or not; `config` is the experiment as TOML. `last` is the last round whose update of
     this client was used, −1 where there is none: what a client remembers of later ones came to nothing.
@@ -70,7 +69,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Reply:
-    """`problem` is empty, or says why there is nothing else. `about` answers `describe`: counts only."""
+    """`problem` is empty, or says why there is nothing else. `about` answers `describe` with counts, and `evaluate` with
+    metrics, which are counts and means."""
 
     client: int = -1
     groups: State = field(default_factory=dict)
@@ -131,18 +131,10 @@ def parts_of(content: bytes) -> tuple[str, State]:
         raise ProtocolError(f"not a message: {error}") from None
 
 
-def arrays(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
-    """For carriers of NumPy arrays. Raises ProtocolError for a dtype that NumPy lacks."""
-    try:
-        return {name: t.detach().cpu().contiguous().numpy() for name, t in tensors.items()}
-    except TypeError as error:
-        raise ProtocolError(f"cannot travel: {error}") from None
-
-
 class Post(Protocol):
     """How jobs get to clients and replies back. A client that does not answer in time has no reply."""
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]: ...
 
 
-__all__ = ["VERSION", "Job", "Kind", "Post", "ProtocolError", "Reply", "arrays", "parts_of", "to_bytes"]
+__all__ = ["Job", "Kind", "Post", "ProtocolError", "Reply", "parts_of", "to_bytes"]

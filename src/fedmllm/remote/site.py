@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedmllm import __version__
+from fedmllm.algorithms import Update
+from fedmllm.algorithms.factors import fold_of
 from fedmllm.bench import Bench, gaps
 from fedmllm.config import Experiment, TaskTable, validate
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.samples import MODALITIES, Modality
+from fedmllm.data.samples import MODALITIES, Modality, Task
 from fedmllm.errors import ConfigError, DataError, UserError
-from fedmllm.experiment import Data, build_algorithm, check_parts, load_split, prepare, with_defaults
+from fedmllm.evaluation.evaluate import Examination, summarise
+from fedmllm.experiment import Data, build_algorithm, build_secure, check_parts, load_split, prepare, with_defaults
 from fedmllm.fleets.base import Site
 from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.remote.protocol import Job, Reply
-from fedmllm.tensors import Tensors
+from fedmllm.secure.settings import PHASES
+from fedmllm.secure.site import Parties
+from fedmllm.tensors import State, Tensors
 from fedmllm.training.capacity import cohort_size
 
 _RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -36,13 +40,19 @@ _RUN = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True)
 class Own:
-    """What a site brings: its data, which modalities of it are used, and where it computes."""
+    """What a site brings: its data, which modalities of it are used, and where it computes. With `secure` it takes part only in
+    runs whose server cannot see its updates."""
 
     name: str
     task: TaskTable
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     device: str = "auto"
     trust_remote_code: bool = False
+    tests: bool = False
+    """Whether the task's test split is the site's to test on."""
+    model: str = ""
+    """Where this machine has the model, if not where the experiment says."""
+    secure: bool = False
 
 
 def structure(adapter: Tensors) -> str:
@@ -71,6 +81,8 @@ class _Experiment:
         if own is not None:
             raw["task"] = own.task.model_dump(mode="json", exclude_none=True)
             raw.setdefault("model", {})["device"] = own.device
+            if own.model:
+                raw["model"]["name"] = own.model
             if raw["model"].get("trust_remote_code") and not own.trust_remote_code:
                 raise ConfigError(
                     "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
@@ -78,13 +90,37 @@ class _Experiment:
                 )
         self.config = with_defaults(validate(raw, "the server's experiment"))
         self.algorithm = build_algorithm(self.config)
+        settings = build_secure(self.config)
+        if own is not None and own.secure and settings is None:
+            raise ConfigError('secure.name: this site\'s file demands that updates are hidden, and the experiment says "none".')
+        self.parties = Parties(settings, self.algorithm) if settings else None
         data = prepare(self.config) if own is None else own_data(self.config, own)
         self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
         self.cohort = 1
+        self._examination: tuple[Task, Examination] | None = None
 
     @cached_property
     def gaps(self) -> dict[int, float]:
         return dict(enumerate(gaps(self.bench.clients.manifest)))
+
+    def examination(self, own: Own | None) -> tuple[Task, Examination]:
+        """The questions of the site's own test data. Raises ConfigError where it has none."""
+        if own is None or not own.tests:
+            raise ConfigError("this site has no test data; name some in its file (jsonl_test), or set fleet.evaluate = false.")
+        if self._examination is None:
+            task, samples, _ = load_split(own.task, "test")
+            limited = [
+                replace(
+                    s, image=s.image if "image" in own.modalities else None, text=s.text if "text" in own.modalities else None
+                )
+                for s in samples
+            ]
+            seen, config, bench = [s for s in limited if s.modalities], self.config, self.bench
+            strategy, longest = bench.strategy, config.train.max_length
+            made = Examination(bench.model, task, seen, config.eval.patterns, strategy, longest)
+            bench.model.prepare_features()
+            self._examination = task, made
+        return self._examination
 
     def site(self, memory: Path, clients: Sequence[int]) -> Site:
         bench, train = self.bench, self.config.train
@@ -95,14 +131,19 @@ class _Experiment:
         return Site(bench.model, self.algorithm, bench.clients, train, bench.initial, self.gaps, memory, self.cohort)
 
 
+def _reply(update: Update) -> Reply:
+    return Reply(update.client, update.groups, update.examples, update.steps, update.metrics, update.problem)
+
+
 class Worker:
     """Answers jobs, one experiment at a time. `folder` is where clients' memory goes, a folder a run.
 
     `own` is None where every client's data is in the experiment's own task, dealt out by its manifest, as in simulations.
     """
 
-    def __init__(self, folder: Path, own: Own | None = None) -> None:
-        self._folder, self._own = folder, own
+    def __init__(self, folder: Path, own: Own | None = None, log: Callable[[str], None] = lambda line: None) -> None:
+        """`log` is told what does not travel."""
+        self._folder, self._own, self._log = folder, own, log
         self._known: tuple[str, _Experiment] | None = None
 
     def answer(self, jobs: Sequence[Job]) -> list[Reply]:
@@ -110,15 +151,16 @@ class Worker:
         in the replies, without anything of the data."""
         try:
             return self._answer(jobs)
-        except DataError as error:  # it may quote a sample, so it is told to the site alone
+        except DataError as error:  # it names the sample, and may quote it
+            self._log(f"the data cannot be used: {error}")
             problem = "the site's data cannot be used; its own log says why"
-            print(f"error: {error}", file=sys.stderr, flush=True)
         except UserError as error:
+            self._log(str(error))
             problem = str(error)
         except Exception as error:  # the boundary: a message of any other error may quote data, its place does not
             where = traceback.extract_tb(error.__traceback__)[-1]
+            self._log("".join(traceback.format_exception(error)))
             problem = f"{type(error).__name__} at the site ({Path(where.filename).name}, line {where.lineno})"
-            traceback.print_exc()
         return [Reply(job.client, problem=problem) for job in jobs]
 
     def _answer(self, jobs: Sequence[Job]) -> list[Reply]:
@@ -131,33 +173,64 @@ class Worker:
         experiment = self._known[1]
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
-        return self._train(experiment, jobs) if first.kind == "train" else [self._personal(experiment, job) for job in jobs]
+        if experiment.parties is not None:
+            return self._secure(experiment, experiment.parties, jobs)
+        if first.kind in PHASES:
+            raise ConfigError("secure.name: the server asks for a secure round, and its experiment has none.")
+        self._forget_later(jobs)
+        if first.kind == "train":
+            updates = self._train(experiment, jobs, {job.client: job.state for job in jobs})
+            return [_reply(updates[job.client]) for job in jobs]
+        answer = self._evaluate if first.kind == "evaluate" else self._personal
+        return [answer(experiment, job) for job in jobs]
+
+    def _forget_later(self, jobs: Sequence[Job]) -> None:
+        """What clients remember of rounds whose updates came to nothing."""
+        for job in jobs:
+            ClientMemory(self._folder / job.run).go_back(job.client, min(job.last, job.round - 1))
 
     def _describe(self, experiment: _Experiment, job: Job) -> Reply:
         client = job.client
         if self._own is not None:
             client = experiment.config.fleet.options["sites"].index(self._own.name)
         samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
+        if experiment.parties is not None:  # counts are hidden as the updates are; what there is, is not
+            samples, image, text = (min(count, 1) for count in (samples, image, text))
         about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
-        about |= {"fedmllm": __version__, "adapter": structure(experiment.bench.initial)}
+        about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.bench.initial)}
         return Reply(client, about=about)
 
-    def _train(self, experiment: _Experiment, jobs: Sequence[Job]) -> list[Reply]:
-        first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
-        memory = ClientMemory(folder)
-        for job in jobs:
-            memory.go_back(job.client, min(job.last, job.round - 1))
-            memory.commit(job.last, [job.client])
+    def _secure(self, experiment: _Experiment, parties: Parties, jobs: Sequence[Job]) -> list[Reply]:
+        first, config = jobs[0], experiment.config
+        if first.kind not in PHASES:
+            raise ConfigError(f"secure.name: updates are hidden in this run, so {first.kind!r} is not answered.")
         info = first.info(config.train.rounds, config.partition.clients, config.seed)
-        fleet = InProcessFleet(experiment.site(folder, [job.client for job in jobs]))
-        messages = {job.client: job.state for job in jobs}
-        updates = {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
-        made = [updates[job.client] for job in jobs]
-        return [Reply(u.client, u.groups, u.examples, u.steps, u.metrics) for u in made]
+        if first.kind == "masked":
+            self._forget_later(jobs)
+        answers = parties.answer(
+            first.kind, first.run, info, {job.client: job.state for job in jobs},
+            lambda plain: self._train(experiment, jobs, plain).values(),
+        )  # fmt: skip
+        return [_reply(answer) for answer in answers]
+
+    def _train(self, experiment: _Experiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
+        first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
+        info = first.info(config.train.rounds, config.partition.clients, config.seed)
+        fleet = InProcessFleet(experiment.site(folder, list(messages)))
+        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
 
     def _personal(self, experiment: _Experiment, job: Job) -> Reply:
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
         return Reply(job.client, {"adapter": fleet.personal(job.client, job.state, job.round)})
+
+    def _evaluate(self, experiment: _Experiment, job: Job) -> Reply:
+        task, examination = experiment.examination(self._own)
+        fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
+        adapter = fleet.personal(job.client, job.state, job.round)
+        experiment.bench.model.adapter.set_fold(fold_of(job.state))
+        (predictions,) = examination.take_each(experiment.config.eval, [adapter])
+        found = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
+        return Reply(job.client, about={"metrics": found})
 
 
 __all__ = ["Own", "Worker", "own_data", "structure"]

@@ -1,64 +1,55 @@
-"""Flower's SuperLink with all but the sites' own door closed to other machines: `python -m fedmllm.remote.superlink …`.
+"""Flower's SuperLink with its door half closed: sites reach the Fleet API, and the rest answers this machine alone.
 
-Flower serves three interfaces on one port. Nodes show a registered key to use the first, `/v1/fleet`. The control interface
-(submit code to run here, register keys) asks for nothing, and the runtime one hands out tasks; a firewall cannot tell them
-apart. Only this machine may use them here.
+Sites, command line and the run's own process share one port, and Flower by itself lets whoever reaches it submit code to all
+sites. Behind a proxy on this machine every caller looks local: let such a proxy pass `/v1/fleet` only.
+
+    python -m fedmllm.remote.superlink [options of flower-superlink]
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fedmllm.remote.processes import die_with_parent
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN = ("/v1/fleet/",)
-
-Scope = dict[str, Any]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-Asgi = Callable[[Scope, Any, Send], Awaitable[None]]
+FLEET = "/v1/fleet"
 
 
-def _here(scope: Scope) -> bool:
-    """Whether the caller is on this machine."""
-    client, server = (scope.get(side) or ("", 0) for side in ("client", "server"))
+def is_local(host: str) -> bool:
     try:
-        return client[0] == server[0] or ipaddress.ip_address(client[0]).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
 
 
-class Closed:
-    """Middleware that answers 403 to other machines, but for paths under `OPEN`."""
+class LocalOnly:
+    """Answers 403 to whoever is on another machine and asks for anything but the Fleet API."""
 
-    def __init__(self, app: Asgi) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        if scope["type"] == "lifespan" or _here(scope) or str(scope.get("path", "")).startswith(OPEN):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"only the server's own machine may ask for this\n"})
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            host = (scope.get("client") or ("", 0))[0]
+            path = str(scope["path"])
+            inside = path.startswith(f"{FLEET}/") and ".." not in path
+            if not inside and not is_local(host):
+                await PlainTextResponse("only from the server's own machine\n", 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def main() -> None:
-    from flwr.superlink import main as superlink
+    from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
-    die_with_parent()
-    create = superlink.create_app
-
-    def create_closed(*args: Any, **kwargs: Any) -> Any:
-        app = create(*args, **kwargs)
-        app.add_middleware(Closed)
-        return app
-
-    superlink.create_app = create_closed
-    flower_superlink.flower_superlink()
+    others = extensions.get_middleware
+    extensions.get_middleware = lambda: (Middleware(LocalOnly), *others())
+    flower_superlink()
 
 
 if __name__ == "__main__":

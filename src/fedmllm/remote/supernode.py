@@ -1,68 +1,64 @@
-"""Flower's SuperNode, which runs no code but ours: `python -m fedmllm.remote.supernode …`.
+"""Flower's SuperNode, which runs no code that the server sends.
 
-A SuperLink sends its nodes the app that they are to run. Whoever holds the server could so run anything at a site. Here an
-app is refused unless it holds nothing but a file that names the apps of the installed package.
+An app comes to a SuperNode as an archive, and Flower executes what is in it. A site takes one app only: the archive that holds
+no code and names the ClientApp of the fedmllm installed here. Any other is answered with Flower's "invalid FAB".
+
+    python -m fedmllm.remote.supernode [options of flower-supernode]
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from fedmllm.remote.processes import die_with_parent
+FILES = {"pyproject.toml", ".info/CONTENT"}
+COMPONENTS = {"serverapp": "fedmllm.remote.serverapp:app", "clientapp": "fedmllm.remote.clientapp:app"}
+LARGEST = 1 << 20
+"""Bytes that a file of the archive may have unpacked."""
 
-COMPONENTS = {"serverapp": "fedmllm.remote.server_app:app", "clientapp": "fedmllm.remote.client_app:app"}
-_FILES = {"pyproject.toml", ".info/CONTENT.jsonl"}
 
-
-def is_ours(content: bytes) -> bool:
-    """Whether this app bundle is the one that `fedmllm` submits: no file but pyproject.toml, which names our apps and asks for
-    nothing to be installed."""
+def harmless(archive: bytes) -> bool:
+    """Whether this app is ours: no file but its description, and no entry point but those of fedmllm."""
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as bundle:
-            if not set(bundle.namelist()) <= _FILES or len(bundle.namelist()) > len(_FILES):
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            listed = files.infolist()
+            names = [entry.filename for entry in listed]
+            if not set(names) <= FILES or len(set(names)) < len(names) or any(e.file_size > LARGEST for e in listed):
                 return False
-            if sum(entry.file_size for entry in bundle.infolist()) > 1 << 20:
-                return False
-            project = tomllib.loads(bundle.read("pyproject.toml").decode())
-        named: Any = project["tool"]["flwr"]["app"]["components"]
-        return bool(named == COMPONENTS) and not project["project"].get("dependencies")
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError):
+            told = tomllib.loads(files.read("pyproject.toml").decode())
+        return bool(told["tool"]["flwr"]["app"]["components"] == COMPONENTS)
+    except Exception:  # whatever an archive that is none makes of the readers
         return False
 
 
+def install() -> None:
+    """Put the check where Flower verifies signatures. Raises RuntimeError where this Flower has no such place."""
+    from flwr.supercore.fab import Fab
+    from flwr.supernode import start_client_internal as flower
+
+    pull: Any = flower._pull_and_store_message
+    if not {"get_fab", "trusted_entities"} <= inspect.signature(pull).parameters.keys() or not hasattr(flower, "_verify_fab"):
+        raise RuntimeError("this version of flwr verifies apps in another way; install one that fedmllm's flower extra allows")
+
+    def checked(*, get_fab: Any, trusted_entities: Any, **others: Any) -> Any:
+        def fetch(hash: str, run_id: int) -> Fab:
+            fab = get_fab(hash, run_id)
+            # Without this word Flower refuses before it verifies.
+            return Fab(fab.hash_str, fab.content, {"valid_license": "checked at the site"})
+
+        return pull(get_fab=fetch, trusted_entities={"fedmllm": "no code but that installed here"}, **others)
+
+    vars(flower).update(_pull_and_store_message=checked, _verify_fab=lambda fab, _: harmless(fab.content))
+
+
 def main() -> None:
-    from flwr.supernode import start_client_internal as internal
     from flwr.supernode.cli import flower_supernode
 
-    die_with_parent()
-    connect: Callable[..., Any] = internal._init_connection
-    start: Callable[..., Any] = internal.start_client_internal
-
-    @contextmanager
-    def connection(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with connect(*args, **kwargs) as (node, receive, send, get_run, get_fab, *rest):
-
-            def get_ours(*what: Any) -> Any:
-                fab = get_fab(*what)
-                # Flower looks at this before it asks whether an app may run.
-                return replace(fab, verifications={**fab.verifications, "valid_license": "yes"})
-
-            yield (node, receive, send, get_run, get_ours, *rest)
-
-    def start_strict(**kwargs: Any) -> None:
-        start(**{**kwargs, "trusted_entities": {"fedmllm": ""}})
-
-    # The hooks of Flower's own check of signed apps: a refused app is answered with an error, and the node lives on.
-    internal._init_connection = connection
-    internal._verify_fab = lambda fab, _: is_ours(fab.content)
-    flower_supernode.start_client_internal = start_strict
-    flower_supernode.flower_supernode()
+    install()
+    flower_supernode()
 
 
 if __name__ == "__main__":

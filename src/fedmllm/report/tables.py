@@ -40,7 +40,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _method(result: Mapping[str, Any]) -> str:
-    wrappers = [result.get(key, "none") for key in ("regularization", "compression")]
+    wrappers = [result.get(key, "none") for key in ("regularization", "compression", "secure")]
     return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none")])
 
 

@@ -1,0 +1,195 @@
+"""What a round costs where its clients are elsewhere: Ray's actors, Flower's simulation, three sites behind a SuperLink.
+
+    python benchmarks/fleets.py [--rounds 5] [--only NAME …] [--json FILE]
+
+The work is the same for all: the pictures of examples/hospitals, three clients with 300, 200 and 100 of them, trained one by
+one, all three in each round, 150 steps a round; a client's training has one thread, wherever it is. Each fleet runs it as a
+user would, in processes of its own, and must end with the adapter of a run in one process, or the benchmark fails. A round's
+time is the median over the rounds after the first, in which models are loaded and pictures encoded. It is given over the time
+of a round in one process, which is measured before and after; "first round" is the first's time over that of a later one there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from fedmllm.remote.keeper import environment, tool
+from fedmllm.store import RunDir
+from fedmllm.tensors import distance
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("east", "north", "south")
+"""As the partition "by-source" numbers them: who holds most is client 0."""
+FLEETS = ("in-process", "ray, 1 actor", "ray, 2 actors", "flower, simulated", "flower, 3 sites", "in-process again")
+CORES = os.cpu_count() or 1
+PATIENCE = 1800.0
+"""Seconds for a run."""
+
+
+def pictures_of(site: Path) -> list[dict[str, Any]]:
+    return [s for s in map(json.loads, (site / "train.jsonl").read_text().splitlines()) if "image" in s]
+
+
+def deal(folder: Path) -> None:
+    """Pictures for all, so that "by-source" deals out one pool: South, which has none, gets a third of North's."""
+    shutil.copytree(folder / "north" / "pictures", folder / "south" / "pictures", dirs_exist_ok=True)
+    settings = folder / "south" / "site.toml"
+    settings.write_text(settings.read_text().replace('["text"]', '["image"]'))
+    north = pictures_of(folder / "north")
+    kept = 2 * len(north) // 3
+    held, together = {"east": pictures_of(folder / "east"), "north": north[:kept], "south": north[kept:]}, []
+    for name in ORDER:
+        (folder / name / "train.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in held[name]))
+        together += [s | {"image": f"{name}/{s['image']}", "source": name} for s in held[name]]
+    (folder / "together.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in together))
+
+
+def settings(folder: Path, rounds: int) -> list[str]:
+    """What makes the server's experiment one whose clients are all here."""
+    task = {"train": folder / "together.jsonl", "test": folder / "server" / "test.jsonl"}
+    here = [f"task.{split}={path}" for split, path in task.items()]
+    return [*here, "partition.name=by-source", "partition.clients=3", *steps(rounds)]
+
+
+def steps(rounds: int) -> list[str]:
+    return [f"train.rounds={rounds}", "train.cohort=1"]
+
+
+def fedmllm(*arguments: object, cwd: Path) -> subprocess.Popen[bytes]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "FEDMLLM_CACHE": str(cwd / "cache")}
+    with (cwd / "benchmark.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedmllm", *map(str, arguments)], cwd=cwd, env=env, stdout=log, stderr=log
+        )
+
+
+def sets(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def local(folder: Path, out: Path, rounds: int, *fleet: str) -> None:
+    """In one process, or in Ray's actors."""
+    overrides = [*fleet, *settings(folder, rounds)]
+    done = fedmllm("run", folder / "server" / "experiment.toml", "--out", out, *sets(overrides), cwd=folder)
+    if done.wait(PATIENCE):
+        raise SystemExit((folder / "benchmark.log").read_text()[-2000:])
+
+
+def simulated(folder: Path, out: Path, rounds: int) -> None:
+    """`flwr run` with nodes that Flower simulates, each with a core."""
+    home = folder / "flower"
+    home.mkdir()
+    (home / "config.toml").write_text('[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n')
+    told = {"experiment": folder / "server" / "experiment.toml", "out": out, "overrides": ";".join(settings(folder, rounds))}
+    command = [
+        tool("flwr"), "run", str(ROOT / "examples" / "flower"), "local",
+        "--federation-config", "num-supernodes=3 client-resources-num-cpus=1",
+        "-c", " ".join(f"{key}={json.dumps(str(value))}" for key, value in told.items()),
+    ]  # fmt: skip
+    env = environment(home) | {"FEDMLLM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    try:
+        subprocess.run(command, env=env, check=True, capture_output=True, timeout=300)
+        end = time.monotonic() + PATIENCE
+        while not (out / "result.json").is_file():
+            if time.monotonic() > end:
+                raise SystemExit(f"the simulation did not end in {PATIENCE:g} s")
+            time.sleep(1)
+    finally:
+        for pid in superlinks(home):
+            os.kill(pid, signal.SIGTERM)
+
+
+def superlinks(home: Path) -> list[int]:
+    """What `flwr run` leaves behind."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in listed if "flower-superlink" in line and str(home) in line]
+
+
+def sites(folder: Path, out: Path, rounds: int) -> None:
+    """A SuperLink and three sites over TLS, which share the cores."""
+    clients = [fedmllm("client", "site.toml", cwd=folder / name) for name in ORDER]
+    try:
+        overrides = [f"fleet.sites={json.dumps(ORDER)}", *steps(rounds)]
+        server = fedmllm("server", "federation.toml", "--out", out, *sets(overrides), cwd=folder / "server")
+        if server.wait(PATIENCE):
+            raise SystemExit((folder / "server" / "benchmark.log").read_text()[-2000:])
+    finally:
+        for client in clients:
+            client.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.wait(60)
+
+
+def run(name: str, folder: Path, out: Path, rounds: int) -> None:
+    if name.startswith("in-process"):
+        local(folder, out, rounds, "fleet.name=in-process")
+    elif name.startswith("ray"):
+        actors = int(name.split()[1])
+        local(folder, out, rounds, "fleet.name=ray", f"fleet.actors={actors}", "fleet.cpus=1")
+    elif name == "flower, simulated":
+        simulated(folder, out, rounds)
+    else:
+        sites(folder, out, rounds)
+
+
+def seconds(out: Path) -> tuple[float, float]:
+    """(the first round's, the median of the others)."""
+    first, *others = [float(record["seconds"]) for record in RunDir(out).rounds()]
+    return first, statistics.median(others)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=FLEETS, default=FLEETS, help="beside in-process")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    names = [name for name in FLEETS if name == "in-process" or name in arguments.only]
+    with tempfile.TemporaryDirectory(prefix="fleets-") as place:
+        folder = Path(place) / "hospitals"
+        prepare = [sys.executable, str(ROOT / "examples" / "hospitals" / "run.py"), "--out", str(folder), "--prepare"]
+        subprocess.run(prepare, check=True, capture_output=True)
+        deal(folder)
+        measured, adapters = {}, {}
+        for number, name in enumerate(names):
+            print(f"{name} …", file=sys.stderr, flush=True)
+            out = folder / f"run-{number}"
+            run(name, folder, out, arguments.rounds)
+            measured[name] = seconds(out)
+            adapters[name] = load_file(out / "adapter" / "adapter_model.safetensors")
+            shutil.rmtree(out)
+    floor = statistics.mean(later for name, (_, later) in measured.items() if name.startswith("in-process"))
+    rows = {
+        name: {
+            "ratio": later / floor,
+            "first": first / floor,
+            "seconds_more": later - floor,
+            "differs_by": distance(adapters[name], adapters["in-process"]),
+        }
+        for name, (first, later) in measured.items()
+    }
+    print(f"{'fleet':20s} {'round / in-process':>20s} {'first round':>12s} {'s more a round':>15s} {'adapter differs by':>19s}")
+    for name, row in rows.items():
+        told = f"{row['ratio']:20.2f} {row['first']:12.2f} {row['seconds_more']:15.1f} {row['differs_by']:19.1e}"
+        print(f"{name:20s} {told}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rounds": arguments.rounds, "cores": CORES, "fleets": rows}, indent=2))
+    return 0 if all(row["differs_by"] < 1e-6 for row in rows.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""A federation in a folder: a server and sites of different modalities, as files, and as processes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fedmllm.bench import Bench
+from fedmllm.config import Named
+from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.experiment import Data, load_split
+from fedmllm.remote.files import FederationFile, SiteFile
+from fedmllm.remote.keeper import free_port
+from fedmllm.remote.keys import make
+from fedmllm.runs import Runner
+from fedmllm.store import RunDir
+
+SITES = {"north": ["image"], "south": ["text"], "east": ["image", "text"]}
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+
+
+def write_samples(folder: Path, split: str, count: int, shift: int = 0) -> None:
+    """Paired samples, of which a site may use less."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rgb in COLORS.items():
+        Image.new("RGB", (64, 64), rgb).save(folder / f"{name}.png")
+    lines = []
+    for i in range(count):
+        color = list(COLORS)[(i + shift) % 3]
+        line = {"id": f"{folder.name}-{split}-{i:02d}", "image": f"{color}.png", "text": f"a {color} thing in {folder.name}"}
+        lines.append(json.dumps({**line, "question": "which color is it?", "choices": list(COLORS), "answer": color}))
+    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_federation(root: Path, model: Path, extra: str = "") -> Path:
+    """Keys, three sites and a server on a free port; `extra` ends the experiment file. The federation file's path."""
+    port = free_port()
+    make(root / "keys", ["127.0.0.1"], list(SITES))
+    for number, (name, modalities) in enumerate(SITES.items()):
+        write_samples(root / name, "train", 8 + 4 * number, number)
+        (root / name / "site.toml").write_text(
+            f'name = "{name}"\nsuperlink = "127.0.0.1:{port}"\nca = "../keys/ca.crt"\nkey = "../keys/{name}.key"\n'
+            f'jsonl = "train.jsonl"\nmodalities = {json.dumps(modalities)}\ndevice = "cpu"\n'
+        )
+    for split in ("train", "test"):
+        write_samples(root / "server", split, 6)
+    (root / "server" / "experiment.toml").write_text(
+        'name = "sites"\n[task]\nname = "jsonl"\n'
+        f'train = "{root / "server" / "train.jsonl"}"\ntest = "{root / "server" / "test.jsonl"}"\n'
+        f'[model]\nname = "{model}"\nprecision = "fp32"\n[model.lora]\nrank = 2\nalpha = 4\n'
+        '[algorithm]\nname = "scaffold"\n[train]\nrounds = 3\nclients_per_round = 3\nlr = 5e-3\n'
+        f'[eval]\nbootstrap = 20\n[fleet]\nname = "flower"\nwait = 900.0\ntimeout = 900.0\nabsent = 600.0\n{extra}'
+    )
+    file = root / "server" / "federation.toml"
+    keys = "".join(f'{name} = "../keys/{name}.pub"\n' for name in SITES)
+    file.write_text(
+        f'experiment = "experiment.toml"\naddress = "127.0.0.1:{port}"\nca = "../keys/ca.crt"\n'
+        f'certificate = "../keys/server.crt"\nkey = "../keys/server.key"\n[sites]\n{keys}'
+    )
+    return file
+
+
+def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same experiment on the same data in this process, one client after the other."""
+    config = FederationFile(federation, ["train.cohort=1", *overrides]).experiment
+    everyone, holdings = [], []
+    for client, name in enumerate(config.fleet.options["sites"]):
+        own = SiteFile(federation.parents[1] / name / "site.toml").own
+        _, samples, _ = load_split(own.task, "train")
+        everyone += samples
+        holdings += [Holding(s.id, client, s.modalities & own.modalities) for s in samples]
+    config = config.model_copy(update={"fleet": Named(name="in-process")})
+    task, test, _ = load_split(config.task, "test")
+    data = Data(task, everyone, test, 0, Manifest.of(holdings, config.partition.clients))
+    return Runner(config, data, Bench(config, data), RunDir(out), "federated").execute()
+
+
+def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of clients in one process as those of sites."""
+    return [row | {"site": name} for row, name in zip(rows, SITES, strict=True)]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-6, atol=1e-6) for n in a)
+
+
+# Processes
+
+
+class Process:
+    """A command of ours with its output in a file."""
+
+    def __init__(self, log: Path, *arguments: object) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            command = [sys.executable, "-m", "fedmllm", *map(str, arguments)]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=env, cwd=log.parent)
+
+    def result(self, seconds: float) -> tuple[int, str]:
+        """(exit status, standard output)."""
+        out, _ = self.popen.communicate(timeout=seconds)
+        return self.popen.returncode, out.decode()
+
+    def end(self) -> int:
+        """End it as a service manager would; its exit status."""
+        self.popen.send_signal(signal.SIGTERM)
+        self.popen.communicate(timeout=90)
+        return self.popen.returncode
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def running(*processes: Process) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in processes:
+            if process.popen.poll() is None:
+                try:
+                    process.popen.communicate(timeout=40)
+                except subprocess.TimeoutExpired:
+                    process.popen.kill()
+                    process.popen.communicate()
+
+
+def commands() -> dict[int, str]:
+    """pid -> command line of all processes that have one."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+    return {pid: text for pid, text in found.items() if text}
+
+
+def pid_of(*parts: str) -> int:
+    """The one process whose command line has all of these."""
+    (pid,) = [pid for pid, text in commands().items() if all(part in text for part in parts)]
+    return pid
+
+
+def is_open(port: int) -> bool:
+    """Whether someone listens on this machine's port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(what: Callable[[], Any], seconds: float) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return found
+
+
+def rounds_done(run: Path) -> int:
+    return len(RunDir(run).rounds())
+
+
+__all__ = [
+    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "named", "pid_of", "rounds_done",
+    "running", "wait_for", "write_federation", "write_samples",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""The example of three hospitals: its folders hold what real machines would, and it runs. `flwr run` on the app, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import call, run
+from federations import adapter, close, commands, in_one_process, wait_for
+from fedmllm.remote.files import FederationFile
+from fedmllm.remote.keeper import environment, tool
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "hospitals" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("example") / "hospitals"
+    subprocess.run([sys.executable, str(SCRIPT), "--out", str(out), "--prepare"], check=True, capture_output=True)
+    return out
+
+
+def test_each_folder_holds_what_its_machine_would(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, counts in {"north": (300, 300, 0), "south": (150, 0, 150), "east": (450, 300, 150)}.items():
+        files = {path.name for path in (hospitals / name).iterdir()}
+        assert files == {"ca.crt", f"{name}.key", f"{name}.pub", "pictures", "site.toml", "train.jsonl"}
+        found = run("client", hospitals / name / "site.toml", "--check")
+        assert (found["samples"], found["image"], found["text"]) == counts
+    secret = {path.name for path in (hospitals / "server").rglob("*.key")}
+    assert secret == {"ca.key", "server.key"}, "no site's key"
+    ids = [
+        {json.loads(line)["id"] for line in (hospitals / name / "train.jsonl").read_text().splitlines()}
+        for name in ("north", "south", "east")
+    ]
+    assert sum(map(len, ids)) == len(set.union(*ids)), "no sample at two sites"
+    monkeypatch.chdir(hospitals / "server")
+    assert FederationFile(hospitals / "server" / "federation.toml", []).experiment.partition.clients == 3
+
+
+def test_it_does_not_write_over_what_is_there(hospitals: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(hospitals)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is there already" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_three_hospitals_learn_what_one_process_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same adapter; the figures of the untrained model on the same questions are the floor."""
+    out = tmp_path / "hospitals"
+    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(out)], capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, (out / "server.log").read_text()[-3000:]
+    result = json.loads((out / "server" / "run" / "result.json").read_text())
+    assert result["refused_updates"] == 0
+    assert [row["samples"] for row in result["per_client"]] == [300, 150, 450]
+    monkeypatch.chdir(out / "server")
+    in_one_process(out / "server" / "federation.toml", tmp_path / "one")
+    assert close(adapter(out / "server" / "run"), adapter(tmp_path / "one"))
+    here = ["--set", "fleet.name=in-process", "--set", "partition.clients=3", "--set", "partition.name=iid"]
+    zero = call("baseline", "zero-shot", "experiment.toml", *here, "--out", "zero", "--json")
+    assert zero.exit_code == 0, zero.output
+    floor = json.loads(zero.stdout)["metrics"]["both"]["accuracy"]
+    assert result["metrics"]["both"]["accuracy"] > floor
+    wait_for(lambda: not [text for text in commands().values() if str(out) in text], 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flwr_run_simulates_the_shipped_app(tmp_path: Path, tiny: Path, dataset: Path) -> None:
+    """A Ray cluster and a SuperLink of Flower's own; the adapter is that of one process."""
+    file, home = tmp_path / "experiment.toml", tmp_path / "flower"
+    file.write_text(
+        f'name = "sim"\n[task]\nname = "jsonl"\ntrain = "{dataset / "train.jsonl"}"\ntest = "{dataset / "test.jsonl"}"\n'
+        f'[partition]\nclients = 3\nname = "iid"\n[model]\nname = "{tiny}"\nprecision = "fp32"\n[model.lora]\nrank = 2\n'
+        '[algorithm]\nname = "scaffold"\n[train]\nrounds = 3\nclients_per_round = 2\nlr = 5e-3\n[eval]\nbootstrap = 20\n'
+    )
+    home.mkdir()
+    (home / "config.toml").write_text('[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n')
+    env = environment(home) | {"FEDMLLM_CACHE": str(tmp_path / "cache")}
+    settings = f'experiment="{file}" out="{tmp_path / "out"}"'
+    nodes = "num-supernodes=3 client-resources-num-cpus=1"
+    command = [tool("flwr"), "run", str(ROOT / "examples" / "flower"), "local", "--federation-config", nodes, "-c", settings]
+    try:
+        subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+        wait_for((tmp_path / "out" / "result.json").is_file, 300)
+    finally:
+        for pid in [pid for pid, text in commands().items() if "flower-superlink" in text and str(home) in text]:
+            os.kill(pid, signal.SIGTERM)
+    run("run", file, "--out", tmp_path / "here", "--set", "train.cohort=1")
+    assert close(adapter(tmp_path / "out"), adapter(tmp_path / "here"))
