@@ -156,6 +156,8 @@ def test_the_scale_holds_every_score() -> None:
     assert scale([52, 52]) == (50, 60)
     assert scale([41, 70]) == (30, 70), "a score so near to the centre would be a dot"
     assert scale([0, 3]) == (0, 10)
+    assert scale([35, 98]) == (20, 100), "an outer ring for steps of 20"
+    assert scale([5, 68]) == (0, 80)
     assert scale([100, 100]) == (90, 100)
 
 

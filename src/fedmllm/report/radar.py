@@ -18,10 +18,13 @@ _LOW = 2.0
 
 
 def scale(values: Sequence[float]) -> tuple[float, float]:
-    """The centre and the outer ring: multiples of 10 around `values`, in percent, at least 10 apart. No score but one near 0
-    is in the centre."""
+    """The centre and the outer ring, in percent: a number of steps of 10 around `values`, or of 20 where they are more than 50
+    apart. No score but one near 0 is in the centre."""
     low, high = max(0, math.floor((min(values) - _LOW) / 10) * 10), math.ceil(max(values) / 10) * 10
-    return float(low), float(max(high, low + 10))
+    high = max(high, low + 10)
+    if high - low > 50 and (high - low) % 20:
+        low, high = (low - 10, high) if low else (low, high + 10)
+    return float(low), float(high)
 
 
 def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> str:
@@ -47,8 +50,9 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
     def path(points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
+    box = f'viewBox="0 0 {width:.0f} {height:.0f}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{MARGIN}" y="26" font-size="15">{escape(title)}</text>',
@@ -78,7 +82,7 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
         y = 62 + 22 * number
         parts.append(f'<line x1="{legend:.1f}" y1="{y}" x2="{legend + 26:.1f}" y2="{y}" {style}/>')
         parts.append(f'<text x="{legend + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
-    halo = 'fill="#555" stroke="white" stroke-width="4" paint-order="stroke"'
+    halo = 'fill="#555" stroke="white" stroke-width="3" paint-order="stroke"'
     for ring in rings:  # after the lines, so that they can be read
         x, y = point(0, (ring - low) / (high - low))
         parts.append(f'<text x="{x + 5:.1f}" y="{y + 4:.1f}" font-size="11" {halo}>{ring}</text>')
