@@ -139,20 +139,38 @@ def test_what_it_refuses(folder: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_radar_by_hand() -> None:
-    svg = radar("a & b", ["north", "east", "south", "west"], {"one": [60, 80, 60, 70], "two": [None, 60, 65, 60]})
+    svg = radar("a & b", ["north", "east", "south", "west"], {"one": [62, 80, 62, 71], "two": [None, 62, 65, 62]})
     root = ElementTree.fromstring(svg)
     assert root.findtext("{*}title") == "a & b"
     words = [t.text for t in root.findall("{*}text")]
     assert {"north", "west", "one", "two", "60", "70", "80"} <= set(words)
     shapes = [p.get("points", "") for p in root.findall("{*}polygon") if p.get("stroke") == "#0072b2"]
-    # 60 is the centre and 80 the outer ring: north in the centre, east all the way right, west half way left.
-    assert shapes == ["260.0,260.0 450.0,260.0 260.0,260.0 165.0,260.0"]
+    # 60 is the centre and 80 the outer ring, 190 pixels away: 62 is 19 from the centre, 71 is 104.5.
+    x, y = 190 * 1.1 + 16 + 5 * 7.5, 270
+    assert shapes == [f"{x:.1f},{y - 19:.1f} {x + 190:.1f},{y:.1f} {x:.1f},{y + 19:.1f} {x - 104.5:.1f},{y:.1f}"]
     assert len(root.findall("{*}polyline")) == 2, "two stretches of the line with a gap"
 
 
 def test_the_scale_holds_every_score() -> None:
-    assert scale([41, 69]) == (40, 70)
-    assert scale([50, 50]) == (50, 60)
+    assert scale([42, 69]) == (40, 70)
+    assert scale([52, 52]) == (50, 60)
+    assert scale([41, 70]) == (30, 70), "a score so near to the centre would be a dot"
+    assert scale([0, 3]) == (0, 10)
+    assert scale([35, 98]) == (20, 100), "an outer ring for steps of 20"
+    assert scale([5, 68]) == (0, 80)
+    assert scale([100, 100]) == (90, 100)
+
+
+def test_long_names_and_many_lines_are_inside_of_the_picture() -> None:
+    names = {f"a method with a name of some length, no. {i}": [50.0, 60.0, 70.0] for i in range(40)}
+    root = ElementTree.fromstring(radar("t", ["label-dependent, β = 0.5", "b", "c"], names))
+    _, _, width, height = map(float, root.get("viewBox", "").split())
+    for text in root.findall("{*}text"):
+        left, reach = float(text.get("x", "")), 7.0 * len(text.text or "")
+        start = {"end": left - reach, "middle": left - reach / 2}.get(text.get("text-anchor", ""), left)
+        assert start >= 0
+        assert start + reach <= width
+        assert 0 < float(text.get("y", "")) < height
 
 
 @pytest.mark.parametrize(("axes", "line"), [(["a", "b"], [1, 2]), (["a", "b", "c"], [None, None, None])])

@@ -84,8 +84,10 @@ def _numbers(value: Any) -> Any:
 
 def _restored(record: dict[str, Any]) -> dict[str, Any]:
     """A result, a client's row or a round as it was written: null is NaN among its metrics and in its loss."""
-    for key in record.keys() & {"metrics", "loss"}:
-        record[key] = _numbers(record[key])
+    if isinstance(record.get("metrics"), dict):
+        record["metrics"] = _numbers(record["metrics"])
+    if "loss" in record:
+        record["loss"] = _numbers(record["loss"])
     for key in record.keys() & {"per_client", "rounds"}:
         if isinstance(record[key], list):
             record[key] = [_restored(row) for row in record[key]]

@@ -11,8 +11,8 @@ from fedmllm.data.samples import Sample
 
 _SEEN = {"both": "#4c72b0", "image": "#dd8452", "text": "#55a868", "neither": "#bbbbbb"}
 _PALETTE = (
-    "#dd8452", "#8172b3", "#64b5cd", "#da8bc3", "#ccb974", "#4c72b0", "#55a868", "#c44e52", "#937860", "#8c8c8c",
-    "#2f4b7c", "#a05195",
+    "#8172b3", "#64b5cd", "#da8bc3", "#ccb974", "#937860", "#8c8c8c", "#c44e52", "#2f4b7c", "#a05195", "#dd8452",
+    "#4c72b0", "#55a868",
 )  # fmt: skip
 _COLORS = {
     "black": "#1a1a1a", "blue": "#2a52be", "brown": "#7b4a1e", "gray": "#808080", "green": "#2e8b2e", "grey": "#808181",

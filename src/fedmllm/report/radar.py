@@ -10,13 +10,21 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 """Okabe and Ito's colours, which people with any colour vision can tell apart, and a few of Tol's."""
 DASHES = ("", "7 3", "2 3")
 """A second round through the palette is dashed."""
-WIDTH, HEIGHT, RADIUS = 760, 520, 190
+RADIUS, MARGIN = 190, 16
+LETTER = 7.5
+"""The width of a letter of 13 pixels, generously: nobody can be asked how wide a text will be."""
+_LOW = 2.0
+"""Points that the worst score is at least away from the centre: a line must not be a dot."""
 
 
 def scale(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and highest ring: multiples of 10 around `values`, in percent, at least 10 apart."""
-    low, high = math.floor(min(values) / 10) * 10, math.ceil(max(values) / 10) * 10
-    return float(low), float(max(high, low + 10))
+    """The centre and the outer ring, in percent: a number of steps of 10 around `values`, or of 20 where they are more than 50
+    apart. No score but one near 0 is in the centre."""
+    low, high = max(0, math.floor((min(values) - _LOW) / 10) * 10), math.ceil(max(values) / 10) * 10
+    high = max(high, low + 10)
+    if high - low > 50 and (high - low) % 20:
+        low, high = (low - 10, high) if low else (low, high + 10)
+    return float(low), float(high)
 
 
 def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> str:
@@ -29,7 +37,11 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
     if len(axes) < 3 or not known:
         raise ValueError("a radar needs three axes and a score")
     low, high = scale(known)
-    centre_x, centre_y = HEIGHT / 2, HEIGHT / 2
+    beside = MARGIN + LETTER * max(map(len, axes))
+    centre_x, centre_y = RADIUS * 1.1 + beside, RADIUS + 80.0
+    legend = centre_x + RADIUS * 1.1 + beside
+    width = max(legend + 32 + LETTER * max(map(len, lines)), MARGIN + LETTER * len(title)) + MARGIN
+    height = max(centre_y + RADIUS + 56, 72 + 22 * len(lines))
 
     def point(index: int, reach: float) -> tuple[float, float]:
         angle = 2 * math.pi * index / len(axes)
@@ -38,22 +50,20 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
     def path(points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
+    box = f'viewBox="0 0 {width:.0f} {height:.0f}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="12" y="20" font-size="14">{escape(title)}</text>',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{MARGIN}" y="26" font-size="15">{escape(title)}</text>',
     ]
-    step = 10 if high - low <= 50 else 20
-    for ring in range(int(low), int(high) + 1, step):
-        reach = (ring - low) / (high - low)
-        corners = path([point(i, reach) for i in range(len(axes))])
-        parts.append(f'<polygon points="{corners}" fill="none" stroke="#ddd"/>')
-        x, y = point(0, reach)
-        parts.append(f'<text x="{x + 3:.1f}" y="{y - 2:.1f}" fill="#777" font-size="10">{ring}</text>')
+    rings = range(int(low), int(high) + 1, 10 if high - low <= 50 else 20)
+    for ring in rings:
+        corners = path([point(i, (ring - low) / (high - low)) for i in range(len(axes))])
+        parts.append(f'<polygon points="{corners}" fill="none" stroke="#ccc"/>')
     for index, name in enumerate(axes):
         x, y = point(index, 1)
-        parts.append(f'<line x1="{centre_x:.1f}" y1="{centre_y:.1f}" x2="{x:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<line x1="{centre_x:.1f}" y1="{centre_y:.1f}" x2="{x:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
         x, y = point(index, 1.1)
         anchor = "middle" if abs(x - centre_x) < 20 else "start" if x > centre_x else "end"
         parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
@@ -69,7 +79,11 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
                 if here and there:
                     parts.append(f'<polyline points="{path([here, there])}" {style}/>')
         parts += [f'<circle cx="{s[0]:.1f}" cy="{s[1]:.1f}" r="2.5" fill="{color}"/>' for s in spots if s]
-        y = 60 + 20 * number
-        parts.append(f'<line x1="{HEIGHT + 50}" y1="{y}" x2="{HEIGHT + 76}" y2="{y}" {style}/>')
-        parts.append(f'<text x="{HEIGHT + 82}" y="{y + 4}">{escape(name)}</text>')
+        y = 62 + 22 * number
+        parts.append(f'<line x1="{legend:.1f}" y1="{y}" x2="{legend + 26:.1f}" y2="{y}" {style}/>')
+        parts.append(f'<text x="{legend + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
+    halo = 'fill="#555" stroke="white" stroke-width="3" paint-order="stroke"'
+    for ring in rings:  # after the lines, so that they can be read
+        x, y = point(0, (ring - low) / (high - low))
+        parts.append(f'<text x="{x + 5:.1f}" y="{y + 4:.1f}" font-size="11" {halo}>{ring}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
