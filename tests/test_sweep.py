@@ -19,7 +19,7 @@ from fedmllm import sweep
 from fedmllm.config import apply_overrides, read, validate
 from fedmllm.experiment import options_of, prepare, with_defaults
 from fedmllm.report.grids import published, setting_of
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, alone
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
 
 def test_two_sweeps_do_not_share_a_folder(write_sweep: Write) -> None:
     planned = sweep.plan(write_sweep())
-    with sweep._alone(Path("runs/grid")):
+    with alone(Path("runs/grid/.lock"), RuntimeError()):
         done = call("sweep", write_sweep())
     assert done.exit_code == 2
     assert "another sweep is running there" in done.stderr
