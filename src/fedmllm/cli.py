@@ -22,7 +22,7 @@ from rich.console import Console
 from fedmllm import __version__, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.store import RunDir
+from fedmllm.store import RunDir, strict
 
 if TYPE_CHECKING:
     from fedmllm.fleets.base import FleetKind
@@ -104,7 +104,7 @@ def _quiet() -> None:
 
 
 def _print(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 def _table(table: Any) -> None:

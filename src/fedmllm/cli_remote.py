@@ -30,7 +30,9 @@ def _say(line: str) -> None:
 def _print(value: Any) -> None:
     import json
 
-    typer.echo(json.dumps(value, indent=2))
+    from fedmllm.store import strict
+
+    typer.echo(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
