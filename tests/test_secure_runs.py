@@ -122,6 +122,12 @@ def test_what_needs_single_updates_is_refused(
     assert why in " ".join(done.output.split())
 
 
+def test_figures_of_single_sites_are_refused(write_experiment: Write) -> None:
+    done = call("check", write_experiment(SECURE + '[fleet]\nname = "flower"\nevaluate = true\n'))
+    assert done.exit_code == 2
+    assert "fleet.evaluate = true has every site's own figures sent; set it to false" in " ".join(done.output.split())
+
+
 def test_without_its_libraries_it_says_what_to_install(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmllm.secure.chosen.find_spec", lambda name: None)
     done = call("run", write_experiment(SECURE))
@@ -225,6 +231,27 @@ def test_a_site_that_goes_away_is_made_up_for(posted: Posted, tmp_path: Path) ->
     first = RunDir(tmp_path / "run").rounds()[0]
     assert {refusal["why"] for refusal in first["refused"]} == {"no answer"}
     assert {refusal["client"] for refusal in first["refused"]} == {0, 2} & set(first["sampled"])
+
+
+def test_what_a_client_learned_outlives_a_question_that_comes_twice(posted: Posted, tmp_path: Path) -> None:
+    posted.config = posted.config.model_copy(update={"algorithm": Named(name="scaffold")})
+    data, answer = prepare(posted.config), Worker.answer
+
+    def twice(worker: Worker, jobs: Sequence[Job]) -> list[Reply]:
+        replies = answer(worker, jobs)
+        return [replies, answer(worker, jobs)][jobs[0].kind == "masked"]
+
+    def make(site: Site) -> Posted:
+        posted.run = site.run
+        return posted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "answer", twice)
+        kind = FleetKind(make, here=False, secure=True)
+        Runner(posted.config, data, Bench(posted.config, data), RunDir(tmp_path / "run"), "federated", elsewhere=kind).execute()
+    trained = RunDir(tmp_path / "run").rounds()[-1]["sampled"]
+    for client in trained:
+        assert (tmp_path / f"site-{client}" / posted.run / f"client-{client}" / "round-2.safetensors").is_file()
 
 
 def test_a_site_answers_nothing_in_the_clear_where_updates_are_hidden(posted: Posted) -> None:

@@ -205,13 +205,16 @@ class Worker:
         if first.kind not in PHASES:
             raise ConfigError(f"secure.name: updates are hidden in this run, so {first.kind!r} is not answered.")
         info = first.info(config.train.rounds, config.partition.clients, config.seed)
-        if first.kind == "masked":
-            self._forget_later(jobs)
         answers = parties.answer(
             first.kind, first.run, info, {job.client: job.state for job in jobs},
-            lambda plain: self._train(experiment, jobs, plain).values(),
+            lambda plain: self._train_hidden(experiment, jobs, plain),
         )  # fmt: skip
         return [_reply(answer) for answer in answers]
+
+    def _train_hidden(self, experiment: _Experiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> list[Update]:
+        # Only where clients do train: a question that comes twice is not trained on twice, and what was learned must stay.
+        self._forget_later(jobs)
+        return list(self._train(experiment, jobs, messages).values())
 
     def _train(self, experiment: _Experiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
         first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run

@@ -38,6 +38,8 @@ def _needs_single_updates(config: Experiment, algorithm: Algorithm) -> str:
         every = {n: algorithms.build(n, {}) for n in algorithms.names()}
         able = ", ".join(n for n, one in every.items() if one.averages and not one.personal)
         return f"algorithm.name = {name!r} works on single ones; choose one of {able}"
+    if config.fleet.options.get("evaluate"):
+        return "fleet.evaluate = true has every site's own figures sent; set it to false"
     if config.train.clients_per_round < 2:
         return "the mean of one is that one; set train.clients_per_round to 2 at least"
     return ""
