@@ -7,6 +7,7 @@ one, all three in each round, 150 steps a round; a client's training has one thr
 user would, in processes of its own, and must end with the adapter of a run in one process, or the benchmark fails. A round's
 time is the median over the rounds after the first, in which models are loaded and pictures encoded. It is given over the time
 of a round in one process, which is measured before and after; "first round" is the first's time over that of a later one there.
+Masked sums are sums of integers, which round their own way: those fleets are compared with a masked run in one process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from fedmllm.tensors import distance
 ROOT = Path(__file__).parents[1]
 ORDER = ("east", "north", "south")
 """As the partition "by-source" numbers them: who holds most is client 0."""
-FLEETS = ("in-process", "ray, 1 actor", "ray, 2 actors", "flower, simulated", "flower, 3 sites", "in-process again")
+FLEETS = (
+    "in-process", "ray, 1 actor", "ray, 2 actors", "flower, simulated", "flower, 3 sites",
+    "in-process, masked", "flower, 3 sites, masked", "in-process again",
+)  # fmt: skip
+MASKED = ["secure.name=pairwise"]
 CORES = os.cpu_count() or 1
 PATIENCE = 1800.0
 """Seconds for a run."""
@@ -119,11 +124,11 @@ def superlinks(home: Path) -> list[int]:
     return [int(line.split()[0]) for line in listed if "flower-superlink" in line and str(home) in line]
 
 
-def sites(folder: Path, out: Path, rounds: int) -> None:
-    """A SuperLink and three sites over TLS, which share the cores."""
+def sites(folder: Path, out: Path, rounds: int, *more: str) -> None:
+    """A SuperLink and three sites over TLS, which share the cores; `more` settings."""
     clients = [fedmllm("client", "site.toml", cwd=folder / name) for name in ORDER]
     try:
-        overrides = [f"fleet.sites={json.dumps(ORDER)}", *steps(rounds)]
+        overrides = [f"fleet.sites={json.dumps(ORDER)}", *steps(rounds), *more]
         server = fedmllm("server", "federation.toml", "--out", out, *sets(overrides), cwd=folder / "server")
         if server.wait(PATIENCE):
             raise SystemExit((folder / "server" / "benchmark.log").read_text()[-2000:])
@@ -135,15 +140,16 @@ def sites(folder: Path, out: Path, rounds: int) -> None:
 
 
 def run(name: str, folder: Path, out: Path, rounds: int) -> None:
+    more = MASKED if name.endswith("masked") else []
     if name.startswith("in-process"):
-        local(folder, out, rounds, "fleet.name=in-process")
+        local(folder, out, rounds, "fleet.name=in-process", *more)
     elif name.startswith("ray"):
         actors = int(name.split()[1])
         local(folder, out, rounds, "fleet.name=ray", f"fleet.actors={actors}", "fleet.cpus=1")
     elif name == "flower, simulated":
         simulated(folder, out, rounds)
     else:
-        sites(folder, out, rounds)
+        sites(folder, out, rounds, *more)
 
 
 def seconds(out: Path) -> tuple[float, float]:
@@ -158,7 +164,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=FLEETS, default=FLEETS, help="beside in-process")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    names = [name for name in FLEETS if name == "in-process" or name in arguments.only]
+    names = [name for name in FLEETS if name in {"in-process", *arguments.only}]
+    if "flower, 3 sites, masked" in names and "in-process, masked" not in names:
+        parser.error('"flower, 3 sites, masked" is compared with "in-process, masked"; name both')
     with tempfile.TemporaryDirectory(prefix="fleets-") as place:
         folder = Path(place) / "hospitals"
         prepare = [sys.executable, str(ROOT / "examples" / "hospitals" / "run.py"), "--out", str(folder), "--prepare"]
@@ -172,13 +180,13 @@ def main() -> int:
             measured[name] = seconds(out)
             adapters[name] = load_file(out / "adapter" / "adapter_model.safetensors")
             shutil.rmtree(out)
-    floor = statistics.mean(later for name, (_, later) in measured.items() if name.startswith("in-process"))
+    floor = statistics.mean(later for name, (_, later) in measured.items() if name in ("in-process", "in-process again"))
     rows = {
         name: {
             "ratio": later / floor,
             "first": first / floor,
             "seconds_more": later - floor,
-            "differs_by": distance(adapters[name], adapters["in-process"]),
+            "differs_by": distance(adapters[name], adapters["in-process, masked" if name.endswith("masked") else "in-process"]),
         }
         for name, (first, later) in measured.items()
     }

@@ -15,7 +15,8 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-ALL = FLEETS | {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "cli", "__init__", "secure.fleet"}
+COMMANDS = {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "printing"}
+ALL = FLEETS | COMMANDS | {"cli", "cli_list", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "config": {"errors", "registry"},
     "progress": set(),
+    "printing": {"store"},
     "store": {"errors", "tensors"},
     "report": MEASURES | {"errors", "store"},
     "data": BOTTOM,
@@ -45,7 +47,8 @@ MAY_IMPORT = {
     "runs": FLEETS | {"store", "experiment", "bench", "secure.fleet"},
     "sweep": FLEETS | {"store", "experiment"},
     "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress"},
-    "cli_remote": ALL - {"cli"} | {"remote"},
+    "cli_list": {"printing", "registry", "algorithms", "data", "evaluation", "fleets", "models", "secure"},
+    "cli_remote": ALL - {"cli", "cli_list"} | {"remote"},
     "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from commands import call, run
+from fedmllm.cli_list import Kinds
 from fedmllm.runs import Runner
 from fedmllm.store import RunDir
 
@@ -248,12 +249,15 @@ def test_check_trains_nothing(write_experiment: Write) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("kind", ["tasks", "scenarios", "partitions", "algorithms", "regularizations", "prompts", "models"])
+@pytest.mark.parametrize("kind", list(Kinds))
 def test_list(kind: str) -> None:
     found = json.loads(call("list", kind, "--json").stdout)
     assert found
     assert all(part["name"] and part["description"].endswith((".", ")")) for part in found)
-    assert found[0]["name"] in call("list", kind).stdout
+    shown = " ".join(call("list", kind).stdout.split())
+    assert found[0]["name"] in shown
+    # Extras such as [openmoji] in a description are not markup.
+    assert all("[" not in part["description"] or part["description"][:60] in shown for part in found)
 
 
 BAD = [

@@ -5,24 +5,22 @@ Exit status: 0 done, 1 a run failed, 2 bad input (one sentence, no traceback), 1
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
-from rich.console import Console
 
-from fedmllm import __version__, cli_remote, config
+from fedmllm import __version__, cli_list, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.store import RunDir, strict
+from fedmllm.printing import Json, print_json, print_table
+from fedmllm.store import RunDir
 
 if TYPE_CHECKING:
     from fedmllm.fleets.base import FleetKind
@@ -39,7 +37,6 @@ File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The exper
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with this experiment's latest run that is not complete.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Patterns = Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")]
 
 
@@ -47,17 +44,6 @@ class Baseline(StrEnum):
     zero_shot = "zero-shot"
     local = "local"
     centralised = "centralised"
-
-
-class Kinds(StrEnum):
-    tasks = "tasks"
-    scenarios = "scenarios"
-    partitions = "partitions"
-    algorithms = "algorithms"
-    regularizations = "regularizations"
-    compressions = "compressions"
-    prompts = "prompts"
-    models = "models"
 
 
 def _guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -103,15 +89,6 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _print(value: Any) -> None:
-    typer.echo(json.dumps(strict(value), indent=2, allow_nan=False))
-
-
-def _table(table: Any) -> None:
-    # Rich cuts tables to 80 columns where it cannot ask the terminal; a file can hold more.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
 def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
     from fedmllm.experiment import prepare
@@ -133,10 +110,10 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
             bench = Bench(experiment, data, report)
             result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()  # type: ignore[arg-type]
     if as_json:
-        _print(result)
+        print_json(result)
         return
-    _table(comparison([result]))
-    _table(metrics_table(result["metrics"], "by modality pattern"))
+    print_table(comparison([result]))
+    print_table(metrics_table(result["metrics"], "by modality pattern"))
     typer.echo(f"run directory: {run.path}")
 
 
@@ -185,7 +162,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         data = prepare(experiment, parts)
     except UserError:
         if as_json:  # all that is wrong with the data is worth knowing, though it cannot be used
-            _print({"name": experiment.name, "config_digest": experiment.digest(), "splits": splits})
+            print_json({"name": experiment.name, "config_digest": experiment.digest(), "splits": splits})
         raise
     with Progress() as report:
         bench = Bench(experiment, data, report)
@@ -210,7 +187,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "caches_features": model.caches,
     }
     if as_json:
-        _print(found)
+        print_json(found)
         return
     sizes = data.manifest.sizes()
     typer.echo(f"{file} is good: {found['train_samples']} samples to train on and {found['test_samples']} to test on,")
@@ -244,14 +221,14 @@ def partition(
         write_atomically(plot, draw_manifest(data.manifest, data.train, experiment.name).encode())
     rows = client_rows(data.manifest)
     if as_json:
-        _print({"manifest": str(path), "manifest_digest": data.manifest.digest(), "clients": rows})
+        print_json({"manifest": str(path), "manifest_digest": data.manifest.digest(), "clients": rows})
         return
     table = Table(title=f"{path}  {data.manifest.digest()[:12]}", title_justify="left")
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*map(str, row.values()))
-    _table(table)
+    print_table(table)
 
 
 @app.command("eval")
@@ -286,9 +263,9 @@ def evaluate(
     with Progress() as report:
         metrics = reevaluate(run, config.validate(raw, str(run.config)), report)
     if as_json:
-        _print({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
+        print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
     else:
-        _table(metrics_table(metrics, str(directory)))
+        print_table(metrics_table(metrics, str(directory)))
 
 
 @app.command()
@@ -313,11 +290,11 @@ def compare(
         if baseline:
             grid["significance"] = significance.against(directories[0], grid, baseline)
         if as_json:
-            _print(grid)
+            print_json(grid)
             return
-        _table(pattern_table(grid) if by_pattern else grid_table(grid))
+        print_table(pattern_table(grid) if by_pattern else grid_table(grid))
         if baseline:
-            _table(significance.significance_table(grid["significance"], grid["axes"][0]))
+            print_table(significance.significance_table(grid["significance"], grid["axes"][0]))
         return
     if by_pattern:
         raise RunError("--by-pattern is of a sweep: give one folder that a sweep made.")
@@ -326,11 +303,11 @@ def compare(
     if as_json:
         tested = {one["run"]: one for one in tests}
         rows = [{"run": str(d), **r} for d, r in zip(directories, results, strict=True)]
-        _print([row | ({"against": baseline, **tested[row["run"]]} if row["run"] in tested else {}) for row in rows])
+        print_json([row | ({"against": baseline, **tested[row["run"]]} if row["run"] in tested else {}) for row in rows])
         return
-    _table(comparison(results))
+    print_table(comparison(results))
     if baseline:
-        _table(significance.runs_table(tests, Path(baseline)))
+        print_table(significance.runs_table(tests, Path(baseline)))
 
 
 @app.command()
@@ -397,9 +374,9 @@ def sweep(
     else:
         rows = sweeper.run(jobs or 1)
     if as_json:
-        _print({"sweep": found.name, "out": str(folder), "cells": rows})
+        print_json({"sweep": found.name, "out": str(folder), "cells": rows})
     elif dry_run:
-        _table(cells_table(rows))
+        print_table(cells_table(rows))
     else:
         typer.echo(f"sweep directory: {folder}; put it side by side with `fedmllm compare {folder}`")
     failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
@@ -409,62 +386,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command("list")
-@_guarded
-def list_parts(kind: Kinds, as_json: Json = False) -> None:
-    """List what an experiment file can name."""
-    from rich.table import Table
-
-    found = _parts(kind)
-    if as_json:
-        _print(found)
-        return
-    table = Table(show_header=False, box=None)
-    for part in found:
-        lines = [part["description"]]
-        if part["options"]:
-            defaults = part.get("defaults", {})
-            shown = (f"{o} = {defaults[o]!r}" if o in defaults else o for o in part["options"])
-            lines.append(f"[dim]options: {', '.join(shown)}[/dim]")
-        if "down" in part:
-            lines.append(f"[dim]travels down: {', '.join(part['down'])}; up: {', '.join(part['up'])}[/dim]")
-        table.add_row(f"[bold]{part['name']}[/bold]", "\n".join(lines))
-    _table(table)
-
-
-def _parts(kind: Kinds) -> list[dict[str, Any]]:
-    from fedmllm.algorithms import algorithms, compressions, regularizations
-    from fedmllm.algorithms.travel import travels
-    from fedmllm.data.partition import partitions
-    from fedmllm.data.prompts import prompts
-    from fedmllm.data.scenarios import scenarios
-    from fedmllm.data.tasks import tasks
-    from fedmllm.models.families import families
-
-    if kind is Kinds.models:
-        pocket = {"name": "pocket", "description": "The small model that ships with the package.", "options": []}
-        known = [
-            {"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []}
-            for name in families.names()
-        ]
-        return [pocket, *known]
-    registries = (tasks, scenarios, partitions, algorithms, regularizations, compressions, prompts)
-    registry: Any = next(r for r in registries if f"{r.kind}s" == kind.value)
-    found = [
-        {
-            "name": name,
-            "description": registry.describe(name),
-            "options": registry.option_names(name),
-            "defaults": registry.defaults(name),
-        }
-        for name in registry.names()
-    ]
-    if kind is Kinds.algorithms:
-        for part in found:
-            part |= travels(algorithms.build(part["name"], {}))
-    return found
-
-
+app.command("list")(_guarded(cli_list.list_parts))
 for _command in (cli_remote.keys, cli_remote.client, cli_remote.server):
     app.command()(_guarded(_command))
 

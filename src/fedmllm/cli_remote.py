@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmllm.errors import ConfigError
+from fedmllm.printing import Json, print_json
 
 if TYPE_CHECKING:
     from fedmllm.sweep import Sweeper
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def need(module: str, extra: str) -> None:
@@ -25,14 +24,6 @@ def need(module: str, extra: str) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _print(value: Any) -> None:
-    import json
-
-    from fedmllm.store import strict
-
-    typer.echo(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
@@ -63,7 +54,7 @@ def keys(
         raise ConfigError("say what to make: --host for a server's certificate, --site for a site's key.")
     made = [str(path) for path in make(folder, hosts or [], sites or [], days)]
     if as_json:
-        _print({"made": made})
+        print_json({"made": made})
     else:
         typer.echo("\n".join(made))
 
@@ -82,7 +73,7 @@ def client(
     found = site_process.check(site)
     text = f"{found['samples']} samples, {found['image']} with image, {found['text']} with text, {found['skipped']} skipped"
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         _say(f"site {site.name}: {text}")
     if not check:
@@ -112,7 +103,7 @@ def server(
     run = choose(experiment, "federated", out, resume)
     result = run.result() if run.complete else Server(federation, run.path, run.exists, _say).run()
     if as_json:
-        _print(result)
+        print_json(result)
         return
     from rich.console import Console
 
