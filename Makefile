@@ -52,7 +52,7 @@ $(VENV)/installed-docs: $(VENV)/installed
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
-pocket: $(VENV)/installed  ## make the shipped model again from nothing; about an hour on two cores
+pocket: $(VENV)/installed  ## make the shipped model again from nothing; an hour to an hour and a half on two cores
 	$(BIN)/python -m fedmllm.models.pocket.pretrain --out build/pocket
 
 clean:

@@ -108,9 +108,15 @@ def test_each_learns_what_the_naive_loop_learns(
 
 
 def run_rounds(model: MLLM, dataset: Path, folder: Path, combination: Sequence[str], cohort: int) -> list[State]:
-    """The server's states after each of three rounds, three of five clients each."""
+    """The server's states after each of three rounds, three of five clients each.
+
+    By SGD: AdamW divides by the root of the mean square, and what three rounds make of a rounding error where a gradient
+    is next to zero says nothing about cohorts. One round of AdamW is compared above, against the naive loop.
+    """
     algorithm = built(*combination)
-    train = TrainTable(rounds=3, clients_per_round=3, batch_size=3, lr=5e-3, schedule="constant", weight_decay=0.01)
+    train = TrainTable(
+        rounds=3, clients_per_round=3, batch_size=3, optimizer="sgd", lr=0.1, schedule="constant", weight_decay=0.01
+    )
     data = {c: held(model, dataset, c, count) for c, count in enumerate(COUNTS)}
     gaps = {c: 0.2 * c for c in data}
     site = Site(model, algorithm, data, train, start_of(model), gaps, folder, cohort)
@@ -147,7 +153,7 @@ def test_every_algorithm_is_the_same_in_cohorts(
         for group in one:
             assert one[group].keys() == other[group].keys()
     # Compression rounds to steps, and a step may fall to either side; what that can move is the size of one.
-    loose = 1e-2 if "none" not in combination[2:] else 5e-4
+    loose = 1e-2 if "none" not in combination[2:] else 2e-5
     first, second = flatten({"adapter": alone[-1]["adapter"]}), flatten({"adapter": together[-1]["adapter"]})
     moved = distance(first, flatten({"adapter": start_of(model)}))
     assert distance(first, second) < loose * max(moved, 1e-3)

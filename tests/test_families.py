@@ -214,7 +214,7 @@ def test_training_lowers_the_loss(family: tuple[str, Path], pictures: list[Path 
     model = load(family[1], unsettled=False)
     batch = encode(model, pictures)
     start = model.adapter.get()
-    result = train_local(model, Work([[batch]] * 6, start, LocalRule(), 0), ADAMW)
+    result = train_local(model, Work([[batch]] * 12, start, LocalRule(), 0), ADAMW)
     model.adapter.set(result.trained)
     with torch.no_grad():
         after = model.loss(batch).item()

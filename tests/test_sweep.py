@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import layouts
 from commands import call, run
 from fedmllm import sweep
-from fedmllm.config import apply_overrides, read, validate
+from fedmllm.config import Experiment, apply_overrides, read, validate
 from fedmllm.experiment import options_of, prepare, with_defaults
+from fedmllm.launch import Processes
 from fedmllm.report.grids import published, setting_of
 from fedmllm.store import RunDir, alone
 
@@ -169,9 +171,38 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
     assert "Traceback" not in said
     states = {row["state"] for row in run("sweep", file, "--dry-run")["cells"]}
     assert "cut short" in states
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(Path.cwd() / "grid.toml") not in running
-    assert not [line for line in running.splitlines() if "runs/grid/federated-" in line]
+    for folder in Path("runs/grid").glob("federated-*/"):
+        with alone(folder / "run.lock", AssertionError(f"{folder} is still being written"), seconds=5):
+            pass
+
+
+def test_a_killed_run_fails_alone(write_sweep: Write) -> None:
+    """Of two at a time; what its process had begun stays there to go on with."""
+    launcher = Processes(2)
+    [one, _, other, _] = sweep.plan(write_sweep(rounds=500))[1]
+    status: dict[str, tuple[int, str]] = {}
+
+    def launch(name: str, command: list[str], settings: Experiment) -> threading.Thread:
+        file = Path(f"{name}.toml")
+        file.write_text(settings.toml())
+        run_it = lambda: status.update({name: launcher.run([*command, str(file), "--out", f"runs/{name}"], file)})  # noqa: E731
+        thread = threading.Thread(target=run_it)
+        thread.start()
+        return thread
+
+    threads = [launch("killed", ["run"], one.experiment)]
+    while not Path("runs/killed/rounds.jsonl").exists():
+        time.sleep(0.05)
+    [child] = launcher._children
+    threads.append(launch("other", ["baseline", "zero-shot"], other.experiment))
+    child.kill()
+    for thread in threads:
+        thread.join(120)
+    assert status["killed"][0] == 128 + signal.SIGKILL
+    assert status["other"][0] == 0
+    assert RunDir(Path("runs/other")).complete
+    launcher.stop()
+    assert launcher.run(["--help"], Path("none")) == (130, "interrupted")
 
 
 def test_two_sweeps_do_not_share_a_folder(write_sweep: Write) -> None:

@@ -2,4 +2,5 @@
 
 from fedmllm.cli import app
 
-app()
+if __name__ == "__main__":  # a sweep's processes import their parent's main module
+    app()

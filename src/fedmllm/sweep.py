@@ -8,10 +8,6 @@ and cells that mean the same run (zero-shot under any algorithm) share it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,6 +21,7 @@ from fedmllm import config as files
 from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment import check_parts, options_of, with_defaults
+from fedmllm.launch import Processes
 from fedmllm.registry import explain
 from fedmllm.store import RunDir, alone
 from fedmllm.tensors import write_atomically
@@ -139,43 +136,6 @@ class Launcher(Protocol):
 
     def stop(self) -> None:
         """End what runs, and start nothing more."""
-
-
-class Processes:
-    """Runs on this machine, `jobs` at a time, which share its cores."""
-
-    def __init__(self, jobs: int) -> None:
-        self._threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        self._children: set[subprocess.Popen[str]] = set()
-        self._guard = threading.Lock()
-        self._stopped = False
-
-    def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
-        with self._guard:
-            if self._stopped:
-                return 130, "interrupted"
-            child = subprocess.Popen(
-                [sys.executable, "-m", "fedmllm", *command],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={"OMP_NUM_THREADS": self._threads, **os.environ},
-            )
-            self._children.add(child)
-        _, said = child.communicate()
-        with self._guard:
-            self._children.discard(child)
-        return child.returncode, last_line(said)
-
-    def stop(self) -> None:
-        with self._guard:
-            self._stopped = True
-            for child in self._children:
-                child.terminate()
-
-
-def last_line(said: str) -> str:
-    return (said.strip().splitlines()[-1:] or ["no message"])[0]
 
 
 class Sweeper:

@@ -16,8 +16,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from fedmllm.launch import last_line
 from fedmllm.remote.actors import resources, room
-from fedmllm.sweep import last_line
 
 RETRIES = 2
 """How often a run is begun again, at its checkpoint, where the machine that had it dies."""

@@ -1,6 +1,6 @@
 """The pocket model's parts, all of stock transformers classes: Idefics3 with a Llama text model, its tokenizer and processor.
 
-64 × 64 pictures, patches of 8 and a pixel shuffle of 2 make 16 image tokens a picture. About 2.8 million parameters.
+64 × 64 pictures, patches of 8 and a pixel shuffle of 2 make 16 image tokens a picture. About 2.9 million parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from fedmllm.models.pocket import questions, scenes
+from fedmllm.models.pocket import questions, scenes, texts
+from fedmllm.models.pocket.words import KINDS, READABLE
 from fedmllm.rng import stream
 
 PAD, BEGIN, END = "<pad>", "<begin>", "<end_of_utterance>"
@@ -40,17 +41,19 @@ def corpus(seed: int, documents: int) -> Iterable[str]:
     """Texts to train the tokenizer on: generated questions and answers, and the words of the benchmark's prompts."""
     for i in range(documents):
         rng = stream(seed, "tokenizer", i)
-        pairs = questions.ask_scene(scenes.draw_scene(rng, 4), rng, 4) + [questions.ask_text(rng)]
-        yield " ".join(f"User: {question}\nAssistant: {answer}" for question, answer in pairs)
+        shared, about_text = texts.ask_texts(rng, 3)
+        pairs = questions.ask_scene(scenes.draw_scene(rng), rng, 4) + about_text
+        yield f"{shared}\n" + " ".join(f"User: {question}\nAssistant: {answer}" for question, answer in pairs)
     alphabet = "abcdefghijklmnopqrstuvwxyz"
-    words = [*questions.PROMPT_WORDS.split(), *alphabet, *alphabet.upper(), *"0123456789"]
+    nouns = " ".join(" ".join(group) for group in KINDS.values()).split()
+    words = [*texts.PROMPT_WORDS.split(), *READABLE, *nouns, *alphabet, *alphabet.upper(), *"0123456789"]
     # Each word as it stands inside a line and at the start of one, in lower case and with a capital.
-    forms = " ".join(words + [word.capitalize() for word in words])
+    forms = " ".join(words + [word.capitalize() for word in texts.PROMPT_WORDS.split()])
     for _ in range(max(1, documents // 20)):
         yield forms + "\n" + forms.replace(" ", "\n")
 
 
-def build_tokenizer(seed: int = 0, documents: int = 2000, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+def build_tokenizer(seed: int = 0, documents: int = 2000, vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text can be written, the generated texts in about one token a word."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

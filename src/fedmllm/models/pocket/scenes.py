@@ -1,4 +1,4 @@
-"""Generated pictures for pre-training: a few coloured shapes, sometimes a short word, on a plain background.
+"""Generated pictures for pre-training: a few coloured shapes and simple objects, sometimes a short word, on a plain background.
 
 A scene is drawn from a generator alone, so picture `i` of a run is the same on every machine. Nothing here comes
 from a data set; the benchmark's own pictures are never seen.
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from fedmllm.models.pocket.objects import OBJECTS, draw_object
+from fedmllm.models.pocket.words import READABLE
 
 SIZE = 64
 """Pixels along each edge of a picture."""
@@ -29,18 +32,18 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 130, 190),
 }
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross", "diamond")
-WORDS = (
-    "stop go left right open shut hot cold north south east west day night sun moon rain snow fire water help exit "
-    "push pull up down in out on off yes no map bus car boat tree leaf bird fish cat dog bread milk salt tea red one "
-    "two ten north safe risk blood lung heart bone skin scan news flood storm"
-).split()
+NAMES = (*SHAPES, *OBJECTS)
+"""All that is drawn."""
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+SLOTS = 3
+"""Letters told apart within one cell."""
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: `x`, `y` its centre and `half` half its extent, all in pixels."""
+    """One shape or object: `x`, `y` its centre and `half` half its extent, all in pixels."""
 
     shape: str
     color: str
@@ -59,9 +62,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
+    """`letters` says where each letter of `word` is: (letter, x, y of its centre), left to right."""
+
     things: tuple[Thing, ...]
     word: str | None
     image: Image.Image
+    letters: tuple[tuple[str, float, float], ...] = ()
 
 
 def cells(scene: Scene, grid: int) -> tuple[list[int], list[int]]:
@@ -78,8 +84,18 @@ def cells(scene: Scene, grid: int) -> tuple[list[int], list[int]]:
                 colors[index] = shapes[index] = -100
     for thing in scene.things:
         index = min(int(thing.y / edge), grid - 1) * grid + min(int(thing.x / edge), grid - 1)
-        colors[index], shapes[index] = list(COLORS).index(thing.color) + 1, SHAPES.index(thing.shape) + 1
+        colors[index], shapes[index] = list(COLORS).index(thing.color) + 1, NAMES.index(thing.shape) + 1
     return colors, shapes
+
+
+def letter_cells(scene: Scene, grid: int) -> list[list[int]]:
+    """For each cell the numbers of the first `SLOTS` letters whose centres are in it, left to right; 0 where there is none."""
+    edge = SIZE / grid
+    found: list[list[int]] = [[] for _ in range(grid**2)]
+    for letter, x, y in scene.letters:
+        index = min(int(y / edge), grid - 1) * grid + min(int(x / edge), grid - 1)
+        found[index].append(ALPHABET.index(letter) + 1)
+    return [(letters + [0] * SLOTS)[:SLOTS] for letters in found]
 
 
 def _polygon(thing: Thing, scale: int) -> list[tuple[float, float]]:
@@ -106,48 +122,118 @@ def _background(rng: np.random.Generator, taken: set[str]) -> tuple[int, int, in
     if "white" in taken or rng.random() < 0.15:  # a white shape needs something darker behind it
         level = rng.integers(70, 110) if "gray" not in taken else rng.integers(30, 60)
         return _jitter((int(level),) * 3, rng, 12)
-    light = rng.integers(225, 256, size=3)
+    light = rng.integers(225, 256, size=3) if rng.random() < 0.7 else np.full(3, 255)
     return int(light[0]), int(light[1]), int(light[2])
 
 
-def draw_scene(rng: np.random.Generator, most_things: int, single: float = 0.45) -> Scene:
-    """One picture with 1 to `most_things` shapes that do not overlap; about one in eight carries a word as well.
+@dataclass(frozen=True)
+class Mix:
+    """What pictures hold: shares of pictures with one thing, with a word, with a word alone, and of words that are none."""
 
-    A share `single` of the pictures has one thing whatever `most_things` is.
-    """
-    wanted = 1 if rng.random() < single else int(rng.integers(1, most_things + 1))
-    word = str(rng.choice(WORDS)) if rng.random() < 0.12 else None
-    # The word has the lowest fifth of the picture to itself.
-    floor = SIZE * (0.78 if word else 1.0)
+    single: float = 0.45
+    word: float = 0.3
+    word_alone: float = 0.4
+    letters: float = 0.0
+    objects: float = 0.45
+    most_things: int = 3
+
+
+def _word(rng: np.random.Generator, mix: Mix) -> str:
+    if rng.random() >= mix.letters:
+        return READABLE[int(rng.integers(len(READABLE)))]
+    return "".join(ALPHABET[int(i)] for i in rng.integers(len(ALPHABET), size=int(rng.integers(2, 7))))
+
+
+def _place_things(rng: np.random.Generator, mix: Mix, wanted: int, top: float, floor: float) -> list[Thing]:
+    """Things that do not overlap, between the heights `top` and `floor`."""
     things: list[Thing] = []
+    large = min(24.0, (floor - top) / 2 - 1)
     for _ in range(wanted * 8):
         if len(things) == wanted:
             break
-        half = float(rng.uniform(5, 17) if wanted == 1 else rng.uniform(5, 10))
-        x, y = float(rng.uniform(half, SIZE - half)), float(rng.uniform(half, floor - half))
+        is_object = rng.random() < mix.objects
+        low = 8.0 if is_object else 5.0
+        half = float(rng.uniform(low, large if wanted == 1 else max(low + 1, 15 - 2 * wanted)))
+        x, y = float(rng.uniform(half, SIZE - half)), float(rng.uniform(top + half, floor - half))
         if any(abs(t.x - x) < t.half + half + 1 and abs(t.y - y) < t.half + half + 1 for t in things):
             continue
-        shape = str(rng.choice(SHAPES[:3] if rng.random() < 0.6 else SHAPES))
-        things.append(Thing(shape, str(rng.choice(list(COLORS))), x, y, half))
-    colors = {t.color for t in things}
+        if is_object:
+            shape = list(OBJECTS)[int(rng.integers(len(OBJECTS)))]
+        else:
+            shape = str(rng.choice(SHAPES[:3] if rng.random() < 0.6 else SHAPES))
+        things.append(Thing(shape, list(COLORS)[int(rng.integers(len(COLORS)))], x, y, half))
+    return things
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, rng: np.random.Generator) -> None:
+    fill = _jitter(COLORS[thing.color], rng, 10)
+    outlined = rng.random() < 0.3
+    edge, width = ((10, 10, 10) if outlined else None), max(1, round(thing.half * scale * 0.1))
+    if thing.shape in OBJECTS:
+        # A little taller or wider, leaning, and as often facing left as right.
+        stretch, lean = rng.uniform(0.8, 1.0, size=2), float(rng.uniform(-0.12, 0.12))
+        flip = -1.0 if rng.random() < 0.5 and thing.shape != "arrow" else 1.0
+
+        def place(point: tuple[float, float]) -> tuple[float, float]:
+            dx, dy = flip * point[0] * stretch[0] + lean * point[1], point[1] * stretch[1]
+            return float((thing.x + dx * thing.half) * scale), float((thing.y + dy * thing.half) * scale)
+
+        draw_object(pen, thing.shape, place, thing.half * scale, fill, outlined)
+    elif thing.shape in ("circle", "rectangle"):
+        # A rectangle need not be square: one side keeps the extent, the other shrinks.
+        sides = np.ones(2)
+        if thing.shape == "rectangle":
+            sides = rng.permutation(np.array([1.0, rng.uniform(0.45, 1.0)]))
+        sx, sy = float(sides[0]), float(sides[1])
+        box = [(thing.x - thing.half * sx) * scale, (thing.y - thing.half * sy) * scale]
+        box += [(thing.x + thing.half * sx) * scale, (thing.y + thing.half * sy) * scale]
+        (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=fill, outline=edge, width=width)
+    else:
+        pen.polygon(_polygon(thing, scale), fill=fill, outline=edge, width=width)
+
+
+FONTS = {size: ImageFont.load_default(size=size) for size in range(33, 67)}
+"""Pillow's own font (Aileron), so that words look alike on every machine; sizes in the pixels of the large drawing."""
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, word: str, strip: tuple[float, float], scale: int, dark: bool, rng: np.random.Generator
+) -> tuple[tuple[str, float, float], ...]:
+    """Write `word` in one line within the heights of `strip`, in light ink if `dark`; where its letters' centres are."""
+    top, floor = strip
+    shown = word.upper() if rng.random() < 0.3 else word
+    bold = int(rng.random() < 0.4)
+    most = min(66, int((floor - top) * scale))
+    sizes = [s for s in FONTS if s <= most and FONTS[s].getlength(shown) + 2 * bold <= (SIZE - 3) * scale]
+    height = sizes[int(rng.integers(len(sizes)))] if sizes else min(FONTS)
+    font = FONTS[height]
+    width, size = font.getlength(shown) / scale, height / scale
+    left = float(rng.uniform(1, max(1.01, SIZE - 2 - width)))
+    y = float(rng.uniform(top, max(top + 0.01, floor - size))) + size / 2
+    ink: list[int] = [int(v) for v in rng.integers(0, 90, size=3)]
+    if dark:
+        ink = [255 - v for v in ink]
+    color = (ink[0], ink[1], ink[2])
+    pen.text((left * scale, y * scale), shown, fill=color, font=font, anchor="lm", stroke_width=bold, stroke_fill=color)
+    ends = [left + font.getlength(shown[:i]) / scale for i in range(len(shown) + 1)]
+    return tuple((letter, (ends[i] + ends[i + 1]) / 2, y) for i, letter in enumerate(word))
+
+
+def draw_scene(rng: np.random.Generator, mix: Mix = Mix()) -> Scene:
+    """One picture: things that do not overlap, a word, or both, the word in a strip of its own at the top or the bottom."""
+    mix = mix or Mix()
+    word = _word(rng, mix) if rng.random() < mix.word else None
+    alone = word is not None and rng.random() < mix.word_alone
+    wanted = 0 if alone else 1 if rng.random() < mix.single else int(rng.integers(1, mix.most_things + 1))
+    above = rng.random() < 0.5
+    strip = (0.0, SIZE) if alone else (1.0, 20.0) if above else (SIZE - 20.0, SIZE - 1.0)
+    room = (0.0, float(SIZE)) if word is None else (20.0, float(SIZE)) if above else (0.0, SIZE - 20.0)
+    things = _place_things(rng, mix, wanted, *room)
     scale = 3  # drawn large and reduced: smooth edges at any position
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), _background(rng, colors))
+    back = _background(rng, {t.color for t in things})
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), back)
     pen = ImageDraw.Draw(image)
     for thing in things:
-        fill = _jitter(COLORS[thing.color], rng, 10)
-        if thing.shape in ("circle", "rectangle"):
-            # A rectangle need not be square: one side keeps the extent, the other shrinks.
-            sides = np.ones(2)
-            if thing.shape == "rectangle":
-                sides = rng.permutation(np.array([1.0, rng.uniform(0.45, 1.0)]))
-            sx, sy = float(sides[0]), float(sides[1])
-            box = [(thing.x - thing.half * sx) * scale, (thing.y - thing.half * sy) * scale]
-            box += [(thing.x + thing.half * sx) * scale, (thing.y + thing.half * sy) * scale]
-            (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=fill)
-        else:
-            pen.polygon(_polygon(thing, scale), fill=fill)
-    if word:
-        font = ImageFont.load_default(size=13 * scale)
-        ink = (20, 20, 20) if sum(image.getpixel((1, 1))) > 380 else (235, 235, 235)  # type: ignore[arg-type]
-        pen.text((SIZE * scale / 2, SIZE * scale - 3), word, fill=ink, font=font, anchor="mb")
-    return Scene(tuple(things), word, image.resize((SIZE, SIZE), Image.Resampling.BOX))
+        _draw_thing(pen, thing, scale, rng)
+    letters = _write(pen, word, strip, scale, sum(back) < 380, rng) if word else ()
+    return Scene(tuple(things), word, image.resize((SIZE, SIZE), Image.Resampling.BOX), letters)
