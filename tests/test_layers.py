@@ -15,7 +15,7 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-COMMANDS = {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "printing"}
+COMMANDS = {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "printing", "launch"}
 ALL = FLEETS | COMMANDS | {"cli", "cli_list", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "config": {"errors", "registry"},
     "progress": set(),
     "printing": {"store"},
+    "launch": set(),
     "store": {"errors", "tensors"},
     "report": MEASURES | {"errors", "store"},
     "data": BOTTOM,
@@ -45,8 +46,8 @@ MAY_IMPORT = {
     "experiment": FLEETS,
     "bench": FLEETS | {"experiment"},
     "runs": FLEETS | {"store", "experiment", "bench", "secure.fleet"},
-    "sweep": FLEETS | {"store", "experiment"},
-    "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress"},
+    "sweep": FLEETS | {"store", "experiment", "launch"},
+    "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress", "launch"},
     "cli_list": {"printing", "registry", "algorithms", "data", "evaluation", "fleets", "models", "secure"},
     "cli_remote": ALL - {"cli", "cli_list"} | {"remote"},
     "cli": ALL | {"remote", "cli_remote"},

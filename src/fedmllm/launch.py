@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import threading
@@ -35,10 +36,8 @@ def _run(command: Sequence[str], said: str, threads: int) -> None:
 
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for processes that the run starts
         torch.set_num_threads(threads)
-    from fedmllm.cli import app
-
     sys.argv = ["fedmllm", *command]
-    app()
+    runpy.run_module("fedmllm", run_name="__main__")
 
 
 class Processes:
