@@ -91,11 +91,6 @@ def without_picture(ask: Callable[[np.random.Generator], Pair], wanted: Callable
     return make
 
 
-def unseen_word(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
-    scene = scenes.draw_scene(rng, replace(WORD, letters=1.0))
-    return (("Spell what is written.", " ".join(scene.word)) if scene.word else None), scene.image
-
-
 CAPABILITIES: dict[str, Make] = {
     "one shape: color": about(ONE, lambda s, _: ("Name the color of the object.", s.things[0].color)),
     "one shape: shape": about(ONE, lambda s, _: ("Name the shape of the object.", s.things[0].shape)),
@@ -112,7 +107,7 @@ CAPABILITIES: dict[str, Make] = {
     "word: read (219)": about(WORD, questions.reading),
     "word: lettered, 2-9": about(WORD, questions.reading, questions.READABLE),
     "word: is it written? (yes/no)": about(WORD, questions.written),
-    "random letters: spell": unseen_word,
+    "random letters: spell": about(replace(WORD, letters=1.0), questions.spelling),
     "one shape: color, lettered, 2-9": about(ONE, questions.color_of, list(scenes.COLORS)),
     "picture and text agree?": about(replace(ONE, objects=0.5, word=0.3), questions.agreement),
     "text: look-up": looked_up(False, False),

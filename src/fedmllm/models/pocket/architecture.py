@@ -47,7 +47,7 @@ def corpus(seed: int, documents: int) -> Iterable[str]:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     nouns = " ".join(" ".join(group) for group in KINDS.values()).split()
     words = [*texts.PROMPT_WORDS.split(), *READABLE, *nouns, *alphabet, *alphabet.upper(), *"0123456789"]
-    # Each word as it stands inside a line and at the start of one, in lower case and with a capital.
+    # Each word as it stands inside a line and at the start of one; a prompt's words with a capital too.
     forms = " ".join(words + [word.capitalize() for word in texts.PROMPT_WORDS.split()])
     for _ in range(max(1, documents // 20)):
         yield forms + "\n" + forms.replace(" ", "\n")

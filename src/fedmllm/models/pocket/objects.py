@@ -17,7 +17,11 @@ Point = tuple[float, float]
 
 
 class Part(NamedTuple):
-    """One stroke. `kind`: "ellipse" and "box" by two corners, "polygon", "line"; `paint`: "main", "dark", "light" or "ink"."""
+    """One stroke.
+
+    `kind`: "ellipse" and "box" by two corners, "pie" (the ellipse's upper half), "polygon", "line";
+    `paint`: "main", "dark", "light" or "ink".
+    """
 
     kind: str
     paint: str

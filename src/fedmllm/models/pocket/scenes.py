@@ -221,7 +221,6 @@ def _write(
 
 def draw_scene(rng: np.random.Generator, mix: Mix = Mix()) -> Scene:
     """One picture: things that do not overlap, a word, or both, the word in a strip of its own at the top or the bottom."""
-    mix = mix or Mix()
     word = _word(rng, mix) if rng.random() < mix.word else None
     alone = word is not None and rng.random() < mix.word_alone
     wanted = 0 if alone else 1 if rng.random() < mix.single else int(rng.integers(1, mix.most_things + 1))
