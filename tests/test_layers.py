@@ -15,8 +15,8 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-COMMANDS = {"store", "experiment", "bench", "runs", "sweep", "report", "progress", "printing", "launch"}
-ALL = FLEETS | COMMANDS | {"cli", "cli_list", "__init__", "secure.fleet"}
+COMMANDS = {"store", "archive", "experiment", "bench", "runs", "sweep", "report", "progress", "printing", "launch"}
+ALL = FLEETS | COMMANDS | {"cli", "cli_list", "cli_pack", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "printing": {"store"},
     "launch": set(),
     "store": {"errors", "tensors"},
+    "archive": {"errors", "store"},
     "report": MEASURES | {"errors", "store"},
     "data": BOTTOM,
     "algorithms": BOTTOM,
@@ -49,7 +50,8 @@ MAY_IMPORT = {
     "sweep": FLEETS | {"store", "experiment", "launch"},
     "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress", "launch"},
     "cli_list": {"printing", "registry", "algorithms", "data", "evaluation", "fleets", "models", "secure"},
-    "cli_remote": ALL - {"cli", "cli_list"} | {"remote"},
+    "cli_pack": {"archive", "printing"},
+    "cli_remote": ALL - {"cli", "cli_list", "cli_pack"} | {"remote"},
     "cli": ALL | {"remote", "cli_remote"},
     "__main__": {"cli"},
 }  # fmt: skip
@@ -58,7 +60,7 @@ HEAVY = {"torch", "transformers", "peft"}
 NO_LIBRARY = {
     "errors": HEAVY, "rng": HEAVY, "registry": HEAVY, "config": HEAVY, "store": HEAVY, "report": HEAVY, "data": HEAVY,
     "evaluation.metrics": HEAVY, "evaluation.intervals": HEAVY, "evaluation.comparing": HEAVY, "federation": HEAVY,
-    "tensors": {"transformers", "peft"}, "algorithms": {"transformers", "peft"},
+    "archive": HEAVY, "tensors": {"transformers", "peft"}, "algorithms": {"transformers", "peft"},
 }  # fmt: skip
 
 

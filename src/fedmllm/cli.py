@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from fedmllm import __version__, cli_list, cli_remote, config
+from fedmllm import __version__, cli_list, cli_pack, cli_remote, config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.printing import Json, print_json, print_table
@@ -280,7 +280,14 @@ def compare(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put finished runs side by side; a sweep's folder as a table with the published figures where there are some."""
+    """Put finished runs side by side; a sweep's folder or archive as a table, published figures beside it."""
+    from fedmllm.archive import opened
+
+    with opened(directories) as folders:
+        _compare(folders, baseline, by_pattern, as_json)
+
+
+def _compare(directories: list[Path], baseline: str | None, by_pattern: bool, as_json: bool) -> None:
     from fedmllm.report import significance
     from fedmllm.report.grids import grid_table, pattern_table, read_grid
     from fedmllm.report.tables import comparison
@@ -297,7 +304,7 @@ def compare(
             print_table(significance.significance_table(grid["significance"], grid["axes"][0]))
         return
     if by_pattern:
-        raise RunError("--by-pattern is of a sweep: give one folder that a sweep made.")
+        raise RunError("--by-pattern is of a sweep: give one folder that a sweep made, or its archive.")
     results = [RunDir(directory).result() for directory in directories]
     tests = significance.runs_against(directories, Path(baseline)) if baseline else []
     if as_json:
@@ -314,7 +321,8 @@ def compare(
 @_guarded
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="SWEEP_DIR...", help="Folders that sweeps made.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="SWEEP_DIR...", help="Folders that sweeps made, or their archives.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.md", help="The page; pictures go into figures/ beside it.")],
     baseline: Annotated[
@@ -323,12 +331,14 @@ def report(
     ] = None,
 ) -> None:
     """Write sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
+    from fedmllm.archive import opened
     from fedmllm.report.writeup import page
     from fedmllm.tensors import write_atomically
 
     if out.suffix != ".md":
         raise RunError(f"--out {out}: the page is Markdown; give a name that ends in .md.")
-    made = page(directories, baseline)
+    with opened(directories) as folders:
+        made = page(folders, baseline)
     (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in made.pictures.items():
         write_atomically(out.parent / name, picture.encode())
@@ -387,7 +397,7 @@ def sweep(
 
 
 app.command("list")(_guarded(cli_list.list_parts))
-for _command in (cli_remote.keys, cli_remote.client, cli_remote.server):
+for _command in (cli_pack.pack, cli_remote.keys, cli_remote.client, cli_remote.server):
     app.command()(_guarded(_command))
 
 

@@ -1,0 +1,323 @@
+"""A sweep in one file: the same bytes twice, the page and tables of its folder, taken up by `sweep`, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from commands import call, run
+from fedmllm import sweep
+from fedmllm.archive import opened, pack
+from fedmllm.sweep import Sweeper
+from made_runs import make_run, make_sweep
+
+AXES = {"setting": ["α = 5", "β = 0.3", "p < 1"], "method": ["zero-shot", "FedAvg", "Broken"]}
+SHARES = {"zero-shot": 0.5, "FedAvg": 0.9, "Broken": 0.3}
+BASE = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
+
+
+def hits(cell: Mapping[str, str], seed: int, pattern: str) -> float:
+    return SHARES[cell["method"]] + (0.05 * seed if cell["method"] != "zero-shot" else 0)
+
+
+def grid(folder: Path, missing: str = "") -> Path:
+    """A made-up sweep with a file of each sort that a run leaves."""
+    make_sweep(folder, AXES, hits, kinds={"zero-shot": "zero-shot"}, missing=missing)
+    for result in list(folder.glob("*/result.json")):
+        one = result.parent
+        (folder / f"{one.name}.toml").write_text('name = "made"\n')
+        (one / "meta.json").write_text("{}\n")
+        (one / "adapter").mkdir()
+        (one / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        (one / "manifest.parquet").write_bytes(b"samples")
+        if one.name.startswith("federated"):
+            rounds = [
+                {"round": i, "loss": 1.0, "bytes_up": {"adapter": 5}, "bytes_down": {"adapter": 5}}
+                | {"metrics": {"both": {"accuracy": 0.4 + 0.1 * i}}}
+                for i in range(2)
+            ]
+            (one / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounds))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made: other processes make theirs elsewhere."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return grid(tmp_path / "runs" / "a folder")
+
+
+@pytest.fixture
+def packed(folder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "grid.tar.xz"
+    pack(folder, file)
+    return file
+
+
+def members(file: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(file) as tar:
+        return tar.getmembers()
+
+
+def write(file: Path, contents: Mapping[str, bytes], link: str = "") -> Path:
+    """An archive by another hand."""
+    with tarfile.open(file, "w:xz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        if link:
+            member = tarfile.TarInfo(link)
+            member.type, member.linkname = tarfile.SYMTYPE, "sweep.json"
+            tar.addfile(member)
+    return file
+
+
+# What is in it
+
+
+def test_it_holds_what_was_asked_for_and_nothing_of_the_machine(packed: Path, folder: Path) -> None:
+    found = members(packed)
+    names = [m.name for m in found]
+    ids = sorted(p.parent.name for p in folder.glob("*/result.json"))
+    trained = [i for i in ids if i.startswith("federated")]
+    assert len(ids) == 1 + 2 * 3 * 2
+    assert names == [
+        "made/sweep.json", *(f"made/{i}.toml" for i in ids), *(f"made/{i}/result.json" for i in ids),
+        *(f"made/{i}/meta.json" for i in ids), *(f"made/{i}/config.toml" for i in ids),
+        *(f"made/{i}/rounds.jsonl" for i in trained), *(f"made/{i}/predictions.jsonl" for i in ids),
+    ]  # fmt: skip
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in found} == {(0, 0, 0, "", "", 0o644)}
+    with opened([packed]) as [there]:
+        for name in names:
+            inner = Path(name).relative_to("made")
+            assert (there / inner).read_bytes() == (folder / inner).read_bytes()
+
+
+def test_the_same_folder_gives_the_same_bytes(packed: Path, folder: Path, tmp_path: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        os.utime(path, (1, 1))
+        path.chmod(0o700)
+    again = run("pack", folder, "--to", tmp_path / "deep" / "again.tar.xz")
+    assert (tmp_path / "deep" / "again.tar.xz").read_bytes() == packed.read_bytes()
+    assert again == {"file": str(tmp_path / "deep" / "again.tar.xz"), "runs": 13, "bytes": packed.stat().st_size}
+    done = call("pack", folder, "--to", packed)
+    assert done.stdout == f"{packed}: 13 complete runs in {packed.stat().st_size:,} bytes\n"
+    assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_runs_that_are_not_complete_stay_behind(tmp_path: Path) -> None:
+    folder = grid(tmp_path / "grid", missing="Broken")
+    result = next(folder.glob("federated-*/result.json"))
+    result.unlink()
+    assert pack(folder, tmp_path / "grid.tar.xz")[0] == 1 + 3 * 2 - 1
+    assert not [m.name for m in members(tmp_path / "grid.tar.xz") if result.parent.name in Path(m.name).parts]
+
+
+# What reads it
+
+
+def test_the_page_is_that_of_the_folder(packed: Path, folder: Path, scratch: Path, tmp_path: Path) -> None:
+    for source, out in ((folder, "folder"), (packed, "archive")):
+        done = call("report", source, "--out", tmp_path / out / "page.md")
+        assert done.exit_code == 0, done.output
+    pages = [{p.name: p.read_bytes() for p in (tmp_path / out).rglob("*.*")} for out in ("folder", "archive")]
+    assert pages[0] == pages[1]
+    assert set(pages[0]) == {"page.md", "made.svg"}
+    assert b"### Rounds and bytes to" in pages[0]["page.md"]
+    assert list(scratch.iterdir()) == [], "what was unpacked goes at the end"
+
+
+@pytest.mark.parametrize("options", [(), ("--baseline", "FedAvg"), ("--by-pattern",)], ids=" ".join)
+def test_compare_says_the_same(packed: Path, folder: Path, options: Sequence[str]) -> None:
+    assert run("compare", packed, *options) == run("compare", folder, *options)
+    shown = call("compare", packed, *options)
+    assert shown.exit_code == 0
+    assert shown.stdout == call("compare", folder, *options).stdout
+
+
+def test_messages_name_the_archive(packed: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "zero-shot" / "predictions.jsonl").unlink()
+    pack(folder, tmp_path / "less.tar.xz")
+    for arguments, sentence in [
+        ((packed, "--baseline", "FedAvgg"), f"--baseline FedAvgg: {packed} has no cell of that name"),
+        ((tmp_path / "less.tar.xz", "--baseline", "zero-shot"), f"error: {tmp_path}/less.tar.xz/zero-shot/predictions.jsonl"),
+        ((packed, folder), f"error: {packed} is not a run directory"),
+    ]:
+        done = call("compare", *arguments)
+        assert done.exit_code == 2
+        assert sentence in done.stderr
+        assert "/fedmllm-" not in done.stderr
+
+
+class Maker:
+    """Runs nothing: each process leaves a made-up run."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
+        self.made.append(file.stem)
+        make_run(file.with_suffix(""), {"both": 0.5})
+        return 0, ""
+
+    def stop(self) -> None:
+        raise AssertionError
+
+
+def test_a_sweep_goes_on_from_what_is_unpacked(tmp_path: Path) -> None:
+    methods = ", ".join(f'{{ name = "{name}", set = {{ "algorithm.name" = "{name}" }} }}' for name in ("fedavg", "fedyogi"))
+    cells = f'{{ name = "zero-shot", kind = "zero-shot" }}, {methods}'
+    file = tmp_path / "grid.toml"
+    file.write_text(f'name = "grid"\nbase = "{BASE}"\nseeds = [0, 1]\n[[axes]]\nname = "method"\ncells = [{cells}]\n')
+
+    def run_in(out: Path) -> list[str]:
+        maker = Maker()
+        rows = Sweeper(*sweep.plan(file), out, lambda done, total, text: None).run(1, maker)
+        assert {row["state"] for row in rows} == {"complete"}
+        return maker.made
+
+    assert len(run_in(tmp_path / "first")) == 5
+    lost = next((tmp_path / "first").glob("federated-*/result.json"))
+    lost.unlink()
+    assert pack(tmp_path / "first", tmp_path / "grid.tar.xz")[0] == 4
+    with tarfile.open(tmp_path / "grid.tar.xz") as tar:
+        tar.extractall(tmp_path / "runs", filter="data")
+    rows = run("sweep", file, "--out", tmp_path / "runs" / "grid", "--dry-run")["cells"]
+    assert {row["id"] for row in rows if row["state"] != "complete"} == {lost.parent.name}
+    assert run_in(tmp_path / "runs" / "grid") == [lost.parent.name]
+    assert run_in(tmp_path / "runs" / "grid") == []
+
+
+# What is refused
+
+
+def index(*ids: str, name: str = "made") -> bytes:
+    cells = [{"axes": {"m": i}, "seed": 0, "kind": "local", "id": i, "state": "complete"} for i in ids]
+    return json.dumps({"schema": 1, "name": name, "axes": ["m"], "cells": cells}).encode()
+
+
+def _cut(packed: Path, file: Path) -> None:
+    file.write_bytes(packed.read_bytes()[:-200])
+
+
+def _end(packed: Path, file: Path) -> None:
+    file.write_bytes(packed.read_bytes()[:-16])
+
+
+def _flipped(packed: Path, file: Path) -> None:
+    """A bit of the checksum: the last 8 bytes before the index, which is as long as the footer says."""
+    content = bytearray(packed.read_bytes())
+    length = 4 * (int.from_bytes(content[-8:-4], "little") + 1)
+    content[-12 - length - 8] ^= 1
+    file.write_bytes(content)
+
+
+BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "not there": (lambda packed, file: None, "cannot be read"),
+    "no archive": (lambda packed, file: file.write_text("hello"), "cannot be read"),
+    "empty": (lambda packed, file: file.write_bytes(b""), "cannot be read"),
+    "xz of something else": (lambda packed, file: file.write_bytes(lzma.compress(b"hello" * 999)), "cannot be read"),
+    "truncated": (_cut, "cannot be read"),
+    "without its end": (_end, "cannot be read"),
+    "damaged": (_flipped, "cannot be read"),
+    "a path out": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/../../x": b""}), "leads out"),
+    "an absolute path": (
+        lambda packed, file: write(file, {"made/sweep.json": index(), "/tmp/x": b""}),
+        "is no sweep's archive",
+    ),
+    "a link": (lambda packed, file: write(file, {"made/sweep.json": index()}, link="made/x"), "'made/x' is a link"),
+    "two folders": (lambda packed, file: write(file, {"a/sweep.json": index(), "b/sweep.json": index()}), "one folder with"),
+    "no folder": (lambda packed, file: write(file, {"sweep.json": index()}), "one folder with sweep.json"),
+    "no index": (lambda packed, file: write(file, {"made/x": b""}), "one folder with sweep.json"),
+    "ids that lead out": (lambda packed, file: write(file, {"m/sweep.json": index("../../x")}), "'../../x' cannot be the name"),
+    "a damaged index": (lambda packed, file: write(file, {"m/sweep.json": b"{}"}), "m.tar.xz/sweep.json cannot be read"),
+    "no complete run": (lambda packed, file: write(file, {"m/sweep.json": index("x")}), "m.tar.xz has no complete run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
+def test_a_bad_archive_is_one_sentence_and_status_2(case: str, packed: Path, scratch: Path, tmp_path: Path) -> None:
+    make, sentence = BAD_ARCHIVES[case]
+    file = tmp_path / "m.tar.xz"
+    make(packed, file)
+    commands: list[tuple[object, ...]] = [("report", file, "--out", tmp_path / "out" / "page.md")]
+    if case != "no complete run":  # compare shows the empty grid, as it does of a folder
+        commands.append(("compare", file))
+    for command in commands:
+        done = call(*command)
+        assert done.exit_code == 2
+        assert sentence in done.stderr
+        assert done.stderr.startswith(f"error: {file}")
+        assert done.stderr.count("\n") == 1
+        assert "/fedmllm-" not in done.stderr
+        assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_folder_may_have_such_a_name(packed: Path, folder: Path, tmp_path: Path) -> None:
+    named = folder.rename(tmp_path / "folder.tar.xz")
+    assert run("compare", named) == run("compare", packed)
+
+
+@pytest.mark.parametrize(
+    ("case", "to", "sentence"),
+    [
+        ("run", "x.tar.xz", "is no sweep's folder"),
+        ("nowhere", "x.tar.xz", "is no sweep's folder"),
+        ("archive", "x.tar.xz", "is no sweep's folder"),
+        ("empty", "x.tar.xz", "has no complete run"),
+        ("damaged", "x.tar.xz", "sweep.json cannot be read"),
+        ("out", "x.tar.xz", "'../run' cannot be the name of a folder"),
+        ("name", "x.tar.xz", "'a/b' cannot be the name of a folder"),
+        ("good", "x.tar.gz", "give a file's name that ends in .tar.xz"),
+        ("good", "x.xz", "give a file's name that ends in .tar.xz"),
+        ("good", "taken.tar.xz", "give a file's name that ends in .tar.xz"),
+    ],
+)
+def test_what_is_not_packed(case: str, to: str, sentence: str, packed: Path, folder: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", {"both": 0.5})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out" / "taken.tar.xz").mkdir(parents=True)
+    where = {"run": tmp_path / "run", "nowhere": tmp_path / "nowhere", "archive": packed, "good": folder}
+    broken = {"empty": index("x"), "damaged": b"[", "out": index("../run"), "name": index("x", name="a/b")}
+    if case in broken:
+        (tmp_path / "other" / "sweep.json").write_bytes(broken[case])
+    done = call("pack", where.get(case, tmp_path / "other"), "--to", tmp_path / "out" / to)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["taken.tar.xz"]
+
+
+def test_a_failure_on_the_way_leaves_the_file_as_it_was(folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = packed.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("fedmllm.archive.os.fsync", fail)
+    assert call("pack", folder, "--to", packed).exit_code == 1
+    assert packed.read_bytes() == before
+    assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_errors_of_others_pass_and_the_folder_goes(packed: Path, scratch: Path) -> None:
+    with pytest.raises(ZeroDivisionError), opened([packed]) as [folder]:
+        assert len(folder.parts) / 0
+    assert list(scratch.iterdir()) == []
