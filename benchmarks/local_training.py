@@ -23,6 +23,7 @@ from fedmllm.data.prompts import prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.stack import Stack
 from fedmllm.rng import stream
 from fedmllm.training.batches import plan
 
@@ -40,6 +41,17 @@ def full_logits(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
         labels = torch.tensor([[-100] * (length - len(one.answer)) + list(one.answer) for one in batch])
         logits = model.model(**inputs, use_cache=False).logits[:, :-1].float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+
+
+def stacked(model: MLLM, batches: Sequence[Sequence[Encoded]], lean: bool) -> None:
+    """As a client trains: its adapter beside the model. `lean`: through the text model that is written out."""
+    before, model.lean = model.lean, lean and model.lean
+    stack = Stack(model.adapter, [model.adapter.get()], list(model.adapter.parameters))
+    with stack.installed(1):
+        for batch in batches:
+            stack.begin([(len(batch), model.width(batch))])
+            model.loss(batch).backward()
+    model.lean = before
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -72,6 +84,8 @@ def main() -> None:
         rows: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
             ("vision tower every step / cached features", lambda: backward(live, uncached), lambda: backward(cached, batches)),
             ("all logits / logits at the answers", lambda: full_logits(cached, batches), lambda: backward(cached, batches)),
+            ("transformers' text model / written out",
+             lambda: stacked(cached, batches, False), lambda: stacked(cached, batches, True)),
             ("samples one by one / batches of 16", lambda: backward(cached, ones), lambda: backward(cached, batches)),
             ("batches as they come / bucketed by length", lambda: backward(cached, mixed), lambda: backward(cached, batches)),
             ("closed questions generated / scored", lambda: cached.generate(closed, 8), lambda: cached.option_scores(closed)),

@@ -102,8 +102,9 @@ class Examination:
             group = adapters[start : start + max(1, together)]
             if len(group) == 1:
                 self._model.adapter.set(group[0])
-                yield self.take(settings)
-                continue
+                if not self._model.lean:
+                    yield self.take(settings)
+                    continue
             with self._model.stacked(group):
                 answers = self._answers(settings, len(group))
             yield from map(self._predictions, answers)

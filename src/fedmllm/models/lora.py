@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
@@ -29,6 +29,9 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.models.families import Family
 from fedmllm.rng import seed_for
 from fedmllm.tensors import Tensors, write_atomically
+
+if TYPE_CHECKING:
+    from fedmllm.models.stack import Stack
 
 VIRTUAL = "prompt_embeddings"
 """PEFT's name for the vectors of prompt tuning: (virtual tokens, hidden size)."""
@@ -123,6 +126,8 @@ class Adapter:
         # pictures' patches.
         in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
         self.stacks = self.plain_lora and in_text
+        self.beside: Stack | None = None
+        """The adapters of several clients that the model computes with at the moment, in the place of its own."""
         self._fold: Tensors = {}
         self._base: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
@@ -192,6 +197,11 @@ class Adapter:
                 parameter.requires_grad_(True)
 
     # The fold
+
+    @property
+    def fold(self) -> Tensors:
+        """What was set last; another object where the base weights may be others."""
+        return self._fold
 
     @torch.no_grad()
     def set_fold(self, fold: Tensors) -> None:

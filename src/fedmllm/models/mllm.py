@@ -21,8 +21,9 @@ from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.data.samples import Picture
 from fedmllm.errors import DataError
-from fedmllm.models import lora
+from fedmllm.models import lean, lora
 from fedmllm.models.backbone import Backbone, load_backbone
+from fedmllm.models.lean import LeanText
 from fedmllm.models.pictures import Pictures
 from fedmllm.models.scoring import option_scores
 from fedmllm.models.stack import Stack
@@ -70,6 +71,10 @@ class MLLM:
         trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures = Pictures(backbone, self.caches)
+        merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
+        self.lean = self.caches and merges and lean.fits(backbone.model.get_decoder(), self.adapter)
+        """Whether stacked adapters are computed with by `LeanText`: the same numbers, faster on a CPU."""
+        self._lean_text: tuple[Tensors, LeanText] | None = None
         self._tokens = Tokens(backbone, settings.trust_remote_code)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
@@ -168,12 +173,32 @@ class MLLM:
         """What asks the text model for the logits of the last positions alone, where it can be asked."""
         return {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
 
-    def last_logits(self, inputs: dict[str, Any], last: int) -> Tensor:
-        """Logits of the last `last` positions, (rows, last, vocabulary) in float32."""
-        keep = self.only_last(last)
-        logits = self.backbone.model(**inputs, use_cache=False, **keep).logits
+    def last_logits(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
+        """Logits of the last `last` positions of prompts followed by `endings`, (rows, last, vocabulary) in float32.
+
+        Where a row is shorter than that, the first ones mean nothing.
+        """
+        stack = self.adapter.beside
+        if stack is not None and self.lean and not stack.drops:
+            return self._lean_logits(stack, batch, endings, last)
+        logits = self.backbone.model(**self.collate(batch, endings), use_cache=False, **self.only_last(last)).logits
         wanted: Tensor = logits[:, -last:].float()
         return wanted
+
+    def _lean_logits(self, stack: Stack, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
+        model, fold = self.backbone.model, self.adapter.fold
+        if self._lean_text is None or self._lean_text[0] is not fold:
+            self._lean_text = fold, LeanText(model.get_decoder(), self.adapter)
+        rows = [(*one.prompt, *ending) for one, ending in zip(batch, endings, strict=True)]
+        length, pad = max(map(len, rows)), self.backbone.pad_id
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+        with torch.no_grad():
+            embedded = model.get_input_embeddings()(ids)
+            if pictures := [one.picture for one in batch if one.picture is not None]:
+                embedded[ids == model.config.image_token_id] = self._pictures.tokens(pictures)
+        asked = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
+        logits: Tensor = model.get_output_embeddings()(self._lean_text[1](embedded, stack.now, stack.scales, asked))
+        return logits
 
     # What the model is asked
 
@@ -184,7 +209,7 @@ class MLLM:
         """
         answers = [one.answer for one in batch]
         longest = max(map(len, answers))
-        logits = self.last_logits(self.collate(batch, answers), longest + 1)[:, :-1]
+        logits = self.last_logits(batch, answers, longest + 1)[:, :-1]
         labels = torch.tensor([[-100] * (longest - len(a)) + list(a) for a in answers], device=logits.device)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         counts = torch.tensor([len(a) for a in answers], device=logits.device)

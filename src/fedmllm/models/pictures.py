@@ -75,6 +75,10 @@ class Pictures:
         joined = self._join([{k: v for k, v in one.items() if k in PIXELS and k in self._parameters} for one in raw])
         return {k: v.to(device) for k, v in joined.items()}
 
+    def tokens(self, pictures: Sequence[int]) -> Tensor:
+        """What stands in the places of the image tokens of a batch: (tokens of all pictures, width)."""
+        return torch.cat([self._record(picture)[0].flatten(0, -2) for picture in pictures]).to(self._backbone.dtype)
+
     def _pixel_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", True)), image)
         return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}

@@ -24,8 +24,8 @@ def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> li
     scores: list[list[float]] = [[] for _ in batch]
     single = [(i, n) for i, n in enumerate(heads) if n is not None]
     if single:
-        inputs = model.collate([batch[i] for i, _ in single], [batch[i].options[0][:n] for i, n in single])
-        logits = model.last_logits(inputs, 1)[:, 0]
+        asked = [batch[i] for i, _ in single]
+        logits = model.last_logits(asked, [batch[i].options[0][:n] for i, n in single], 1)[:, 0]
         for row, (i, n) in enumerate(single):
             picked = logits[row, [option[n] for option in batch[i].options]]
             scores[i] = functional.log_softmax(picked, dim=-1).tolist()
@@ -102,7 +102,7 @@ def _repeated(model: MLLM, batch: Sequence[Encoded]) -> Tensor:
     rows = [one for one in batch for _ in one.options]
     options = [option for one in batch for option in one.options]
     longest = max(map(len, options))
-    logits = model.last_logits(model.collate(rows, options), longest + 1)[:, :-1]
+    logits = model.last_logits(rows, options, longest + 1)[:, :-1]
     return _log_likelihood(logits, torch.tensor([[-100] * (longest - len(o)) + list(o) for o in options], device=logits.device))
 
 

@@ -91,6 +91,8 @@ class Stack:
                 undo.enter_context(self._adapter.model.disable_adapter())
                 self._leaf = self.values[:clients].requires_grad_()
                 self._leaf.grad = self.grads[:clients]
+                self._adapter.beside = self
+                undo.callback(setattr, self._adapter, "beside", None)
                 for base, a, b in self._adapter.pairs():
                     undo.callback(base.register_forward_hook(self._branch(a, b, clients)).remove)
             else:  # a single client: its row takes the place of the adapter's own memory
@@ -104,6 +106,20 @@ class Stack:
         self._extents = extents
         if self._adapter.stacks:
             self._now = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
+
+    @property
+    def now(self) -> Tensors:
+        """A (clients, r, d_in) and B (clients, d_out, r) of the batch under way, by their names."""
+        return self._now
+
+    @property
+    def scales(self) -> Tensor:
+        """(clients): LoRA's scale for those of the batch under way."""
+        return self._scales[: len(self._extents)]
+
+    @property
+    def drops(self) -> bool:
+        return self._dropout > 0
 
     def _views(self, matrix: Tensor) -> Tensors:
         """name -> (clients, …). One split, whose gradient is one concatenation."""
