@@ -73,6 +73,34 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
     assert "figures/made.svg" in text
 
 
+def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None:
+    axes = {"setting": ["aligned", "cross"], "method": ["zero-shot", "local", "centralised", "FedAvg", "FedYogi"]}
+    shares = {"zero-shot": 0.5, "local": 0.6, "centralised": 0.9, "FedAvg": 0.8, "FedYogi": 0.7}
+
+    def answered(cell: Mapping[str, str], seed: int, pattern: str) -> float:
+        better = cell["setting"] == "cross" and cell["method"] == "FedYogi"
+        return 0.825 if better else shares[cell["method"]]
+
+    kinds = {name: name for name in ("zero-shot", "local", "centralised")}
+    made = page([make_sweep(tmp_path / "grid", axes, answered, kinds=kinds)])
+    head, *rows = rows_of("\n".join(made.lines), "### Between the baselines")
+    assert head[0] == "place"
+    assert [row[:6] for row in rows] == [
+        ["aligned", "50.0", "60.0", "90.0", "FedAvg", "80.0"],
+        ["cross", "50.0", "60.0", "90.0", "FedYogi", "82.5"],
+    ]
+    assert [row[8] for row in rows] == ["75 %", "81 %"]
+    above, low, high = map(float, re.findall(r"[+-][\d.]+", rows[0][6]))
+    assert above == 30.0
+    assert 10 < low < 30 < high < 50
+    assert rows[0][7].startswith("+20.0 [")
+
+
+def test_grids_of_one_kind_have_no_baselines_to_be_between(tmp_path: Path) -> None:
+    made = page([make_sweep(tmp_path / "grid", {"setting": ["a", "b"], "method": ["x", "y"]}, lambda *cell: 0.5)])
+    assert not any("Between" in line for line in made.lines)
+
+
 def test_the_same_folders_give_the_same_bytes(folder: Path) -> None:
     first, again = page([folder]), page([folder])
     assert (first.lines, first.pictures) == (again.lines, again.pictures)

@@ -14,6 +14,7 @@ from fedmllm.report.grids import read_grid
 from fedmllm.report.radar import radar
 from fedmllm.report.significance import against, signed
 from fedmllm.report.verdicts import verdicts
+from fedmllm.report.way import BASELINES, ways
 
 HEAD = """# Results
 
@@ -101,6 +102,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
         picture = f"figures/{grid['name']}.svg"
         made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
         made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
+    _way(made, folder, grid)
     tested = _significance(made, folder, grid, baseline)
     _patterns(made, methods, columns, downs)
     _cost(made, methods, downs)
@@ -123,6 +125,33 @@ def choose_baseline(grid: Mapping[str, Any], asked: str | None) -> str:
         if len({cell[axis] for cell in untrained}) == 1:
             return str(untrained[0][axis])
     return str(grid["rows"][0]["axes"][grid["axes"][-1]])
+
+
+def _way(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
+    found = ways(folder, grid)
+    if not found:
+        return
+    made.lines += ["", "### Between the baselines", ""]
+    made.lines.append(
+        "The best federated method of each place, chosen by this very score, and its points above the baselines with paired "
+        "95 % intervals over the test samples. The share is of the way from zero-shot to centralised."
+    )
+    rows = []
+    for one in found:
+        above = [_points(one["above"].get(kind)) for kind in BASELINES[:2]]
+        share = "–" if one["share"] is None else f"{100 * one['share']:.0f} %"
+        scores = [score({"mean": one[kind]}) for kind in BASELINES]
+        rows.append([" · ".join(one["place"]), *scores, one["best"], score({"mean": one["score"]}), *above, share])
+    head = ["place", *BASELINES, "best", "its score", *(f"above {kind}" for kind in BASELINES[:2]), "share"]
+    made.table(head, rows)
+
+
+def _points(one: Mapping[str, Any] | None) -> str:
+    """ "+3.2 [+1.0, +5.4]", in points."""
+    if one is None:
+        return "–"
+    low, high = (100 * value for value in one["ci"])
+    return f"{100 * one['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None) -> dict[str, Any]:
