@@ -63,5 +63,5 @@ def test_a_base_file_has_data(task: str) -> None:
     raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [], options_of)
     assert notes == []
     data = prepare(validate(raw))
-    assert len(data.train) >= 700
+    assert len(data.train) >= 400
     assert len(data.test) >= 200
