@@ -6,7 +6,7 @@ CONSTRAINTS := requirements/constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint format bench docs pocket clean
+.PHONY: demo test test-all lint format bench docs results pocket clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ $(VENV)/installed-docs: $(VENV)/installed
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
+
+RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
+results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ alone
+	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
 
 pocket: $(VENV)/installed  ## make the shipped model again from nothing; an hour to an hour and a half on two cores
 	$(BIN)/python -m fedmllm.models.pocket.pretrain --out build/pocket

@@ -94,6 +94,7 @@ def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None
     assert above == 30.0
     assert 10 < low < 30 < high < 50
     assert rows[0][7].startswith("+20.0 [")
+    assert "The whole interval is above local in 2 of 2 places." in made.lines
 
 
 def test_grids_of_one_kind_have_no_baselines_to_be_between(tmp_path: Path) -> None:

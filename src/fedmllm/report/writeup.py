@@ -102,7 +102,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
         picture = f"figures/{grid['name']}.svg"
         made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
         made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
-    _way(made, folder, grid)
+    _way(made, ways(folder, grid))
     tested = _significance(made, folder, grid, baseline)
     _patterns(made, methods, columns, downs)
     _cost(made, methods, downs)
@@ -127,8 +127,7 @@ def choose_baseline(grid: Mapping[str, Any], asked: str | None) -> str:
     return str(grid["rows"][0]["axes"][grid["axes"][-1]])
 
 
-def _way(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
-    found = ways(folder, grid)
+def _way(made: Page, found: Sequence[Mapping[str, Any]]) -> None:
     if not found:
         return
     made.lines += ["", "### Between the baselines", ""]
@@ -144,6 +143,10 @@ def _way(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
         rows.append([" · ".join(one["place"]), *scores, one["best"], score({"mean": one["score"]}), *above, share])
     head = ["place", *BASELINES, "best", "its score", *(f"above {kind}" for kind in BASELINES[:2]), "share"]
     made.table(head, rows)
+    for kind in BASELINES[:2]:
+        if told := [one for one in found if kind in one["above"]]:
+            sure = sum(one["above"][kind]["ci"][0] > 0 for one in told)
+            made.lines += ["", f"The whole interval is above {kind} in {sure} of {len(told)} places."]
 
 
 def _points(one: Mapping[str, Any] | None) -> str:
