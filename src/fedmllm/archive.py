@@ -62,8 +62,8 @@ def pack(folder: Path, file: Path) -> tuple[int, int]:
 def _compressor(size: int) -> dict[str, int]:
     # Packing takes eleven times the dictionary in memory and unpacking once: no larger than there is to look back on.
     dictionary = min(max(size, 2**16), 2**26)
-    # Answers repeat at great length: matches as long as there can be, few of them tried. The presets' own search takes ten times
-    # as long for a quarter less (6 extreme and above), or writes twice as much (below).
+    # Answers repeat at great length: matches as long as there can be, few of them tried. The presets' own search takes ten
+    # times as long for a quarter less (9 extreme), or writes twice as much (6).
     search = {"mode": lzma.MODE_NORMAL, "mf": lzma.MF_HC4, "nice_len": 273, "depth": 32}
     return {"id": lzma.FILTER_LZMA2, "dict_size": dictionary, **search}
 
