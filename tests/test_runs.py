@@ -75,9 +75,12 @@ def test_twice_the_same_and_a_new_directory_each_time(write_experiment: Write) -
     assert other["adapter_sha256"] != first["adapter_sha256"]
 
 
+# One thread as in this process (conftest): float sums are ordered by the number of threads.
 KILLER = """
 import os, signal, sys
+import torch
 from fedmllm import store, cli
+torch.set_num_threads(1)
 save, after, when = store.RunDir.save_round, int(sys.argv[1]), sys.argv[2]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
