@@ -3,7 +3,8 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
-WORKERS ?= 0  # of the tests; 2 halve the time where nothing else runs
+# Processes of the test run; 2 take about half the time on two cores.
+WORKERS ?= 0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export TOKENIZERS_PARALLELISM := false
 
