@@ -119,6 +119,7 @@ class Stack:
 
     @property
     def drops(self) -> bool:
+        """Whether LoRA's inputs are dropped at random."""
         return self._dropout > 0
 
     def _views(self, matrix: Tensor) -> Tensors:

@@ -34,6 +34,11 @@ def setting_of(config: Mapping[str, Any]) -> str:
     return ""
 
 
+def place_of(row: Mapping[str, Any], axis: str) -> tuple[str, ...]:
+    """Where a cell lies on all axes but one."""
+    return tuple(value for name, value in row["axes"].items() if name != axis)
+
+
 def published() -> dict[str, Any]:
     """{"source": …, task: {"metric": …, algorithm: {setting: percent}}}"""
     raw = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedmllm.errors import RunError, suggest
 from fedmllm.evaluation.comparing import Answered, holm, paired, sign_flip
+from fedmllm.report.grids import place_of
 from fedmllm.store import RunDir
 
 
@@ -73,8 +74,23 @@ def _pairs(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[tuple[A
     return [(a, b) for a in ours for b in theirs]
 
 
-def against(folder: Path, grid: Mapping[str, Any], baseline: str) -> dict[str, Any]:
-    """{"baseline", "axis", "comparisons", "overall"} of a grid that `read_grid` read.
+class Takings:
+    """What the runs of a sweep answered, each read once however often it is compared."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Taken] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> list[Taken]:
+        """Of the complete runs of a row of `read_grid`."""
+        for name in row["ids"]:
+            if name not in self._known:
+                self._known[name] = read_taken(RunDir(self._folder / name), row["pattern"])
+        return [self._known[name] for name in row["ids"]]
+
+
+def against(folder: Path, grid: Mapping[str, Any], baseline: str, taken: Takings | None = None) -> dict[str, Any]:
+    """{"baseline", "axis", "comparisons", "overall"} of a grid that `read_grid` read; `taken` where its runs were read before.
 
     `comparisons` has a row a cell but the baseline's: difference, ci, p, `p_holm` over all of them. `overall` has a row a
     method: the mean difference over the places, the test by signs over them, and its `p_holm`. Raises RunError where no axis
@@ -86,15 +102,8 @@ def against(folder: Path, grid: Mapping[str, Any], baseline: str) -> dict[str, A
         raise RunError(f"--baseline {baseline}: {folder} has no cell of that name; {suggest(baseline, names)}")
     places: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for row in grid["rows"]:
-        place = tuple(value for a, value in row["axes"].items() if a != axis)
-        places.setdefault(place, {})[row["axes"][axis]] = row
-    known: dict[str, list[Taken]] = {}
-
-    def taken(row: Mapping[str, Any]) -> list[Taken]:
-        for name in row["ids"]:
-            known.setdefault(name, [read_taken(RunDir(folder / name), row["pattern"])])
-        return [known[name][0] for name in row["ids"]]
-
+        places.setdefault(place_of(row, axis), {})[row["axes"][axis]] = row
+    taken = taken or Takings(folder)
     found = []
     for cells in places.values():
         base = cells.get(baseline)

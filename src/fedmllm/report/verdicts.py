@@ -6,11 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmllm.report.grids import place_of
+
 LEVEL = 0.05
-
-
-def _place(row: Mapping[str, Any], axis: str) -> tuple[str, ...]:
-    return tuple(value for name, value in row["axes"].items() if name != axis)
 
 
 def _below(rows: Sequence[Mapping[str, Any]], kind: str, tested: Mapping[str, Any]) -> list[str]:
@@ -19,14 +17,14 @@ def _below(rows: Sequence[Mapping[str, Any]], kind: str, tested: Mapping[str, An
     axis = next((a for a in (base[0]["axes"] if base else ()) if len({row["axes"][a] for row in base}) == 1), None)
     if axis is None:
         return []
-    at = {_place(row, axis): row["mean"] for row in base}
+    at = {place_of(row, axis): row["mean"] for row in base}
     known = tested["comparisons"] if tested["baseline"] == base[0]["axes"][axis] else []
     sure = [tuple(one["axes"].values()) for one in known if one["difference"] < 0 and one["p_holm"] < LEVEL]
     found: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
-        if row["kind"] == "federated" and row["mean"] is not None and _place(row, axis) in at:
-            gap = row["mean"] - at[_place(row, axis)]
-            found.setdefault(row["axes"][axis], []).append((" · ".join(_place(row, axis)), gap))
+        if row["kind"] == "federated" and row["mean"] is not None and place_of(row, axis) in at:
+            gap = row["mean"] - at[place_of(row, axis)]
+            found.setdefault(row["axes"][axis], []).append((" · ".join(place_of(row, axis)), gap))
     told = []
     for name, gaps in found.items():
         if under := [(place, gap) for place, gap in gaps if gap < 0]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fedmllm.report.significance import Taken, difference, read_taken
-from fedmllm.store import RunDir
+from fedmllm.report.grids import place_of
+from fedmllm.report.significance import Takings, difference
 
 BASELINES = ("zero-shot", "local", "centralised")
 
@@ -26,7 +25,7 @@ def method_axis(grid: Mapping[str, Any]) -> str | None:
     return fitting[0] if fitting else None
 
 
-def ways(folder: Path, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ways(taken: Takings, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
     """{"place", "best", "score", kind: score, "above": {kind: {"difference", "ci"}}, "share"} of each place that has a
     federated method and a baseline.
 
@@ -40,7 +39,7 @@ def ways(folder: Path, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
     places: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in grid["rows"]:
         if row["ids"]:
-            places.setdefault(tuple(value for a, value in row["axes"].items() if a != axis), []).append(row)
+            places.setdefault(place_of(row, axis), []).append(row)
     found = []
     for place, rows in places.items():
         base = {row["kind"]: row for row in rows if row["kind"] in BASELINES}
@@ -53,13 +52,9 @@ def ways(folder: Path, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
         told |= {kind: base[kind]["mean"] if kind in base else None for kind in BASELINES}
         for kind in BASELINES[:2]:
             if kind in base:
-                told["above"][kind] = difference(_taken(folder, best), _taken(folder, base[kind]), (name, kind))
+                told["above"][kind] = difference(taken(best), taken(base[kind]), (name, kind))
         if "zero-shot" in base and "centralised" in base and base["centralised"]["mean"] > base["zero-shot"]["mean"]:
             start = base["zero-shot"]["mean"]
             told["share"] = (best["mean"] - start) / (base["centralised"]["mean"] - start)
         found.append(told)
     return found
-
-
-def _taken(folder: Path, row: Mapping[str, Any]) -> list[Taken]:
-    return [read_taken(RunDir(folder / name), row["pattern"]) for name in row["ids"]]

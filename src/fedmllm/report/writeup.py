@@ -10,9 +10,9 @@ from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.report.convergence import speeds
-from fedmllm.report.grids import read_grid
+from fedmllm.report.grids import place_of, read_grid
 from fedmllm.report.radar import radar
-from fedmllm.report.significance import against, signed
+from fedmllm.report.significance import Takings, against, signed
 from fedmllm.report.verdicts import verdicts
 from fedmllm.report.way import BASELINES, ways
 
@@ -102,8 +102,9 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
         picture = f"figures/{grid['name']}.svg"
         made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
         made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
-    _way(made, ways(folder, grid))
-    tested = _significance(made, folder, grid, baseline)
+    taken = Takings(folder)
+    _way(made, ways(taken, grid))
+    tested = _significance(made, folder, grid, baseline, taken)
     _patterns(made, methods, columns, downs)
     _cost(made, methods, downs)
     _speed(made, folder, grid)
@@ -157,8 +158,8 @@ def _points(one: Mapping[str, Any] | None) -> str:
     return f"{100 * one['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None) -> dict[str, Any]:
-    found = against(folder, grid, choose_baseline(grid, baseline))
+def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None, taken: Takings) -> dict[str, Any]:
+    found = against(folder, grid, choose_baseline(grid, baseline), taken)
     if not found["comparisons"]:
         return found
     made.lines += ["", f"### Against {found['baseline']}", ""]
@@ -166,8 +167,8 @@ def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: s
         "Points of difference; p by paired tests, corrected after Holm. The last columns: over all places of the grid."
     )
     axis = found["axis"]
-    places = list(dict.fromkeys(tuple(v for a, v in one["axes"].items() if a != axis) for one in found["comparisons"]))
-    by = {(one["axes"][axis], tuple(v for a, v in one["axes"].items() if a != axis)): one for one in found["comparisons"]}
+    places = list(dict.fromkeys(place_of(one, axis) for one in found["comparisons"]))
+    by = {(one["axes"][axis], place_of(one, axis)): one for one in found["comparisons"]}
     rows = []
     for one in found["overall"]:
         cells = [signed(by[one[axis], place]) if (one[axis], place) in by else "–" for place in places]
