@@ -252,6 +252,11 @@ def test_the_socket_is_its_owners_alone(echoing: Path) -> None:
     assert ask(echoing, b"", 5) == b""
 
 
+def test_an_empty_message_is_answered_at_the_first_asking(echoing: Path) -> None:
+    for _ in range(500):  # one in forty found the connection closed, while nothing was still sent after the length
+        assert ask(echoing, b"", patience=0) == b""
+
+
 def test_a_worker_that_is_not_there_is_waited_for_and_no_longer(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswer, match="the site's worker does not answer"):

@@ -42,7 +42,8 @@ def receive(connection: socket.socket) -> bytes:
 
 def send(connection: socket.socket, content: bytes) -> None:
     connection.sendall(len(content).to_bytes(8, "little"))
-    connection.sendall(content)
+    if content:  # an empty message is whole by now: the other side may have answered and gone, and sending nothing would fail
+        connection.sendall(content)
 
 
 def ask(path: Path, content: bytes, patience: float, pause: float = 0.5) -> bytes:
