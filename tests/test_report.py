@@ -97,6 +97,28 @@ def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None
     assert "The whole interval is above local in 2 of 2 places." in made.lines
 
 
+def test_scores_on_other_tasks_have_a_table(tmp_path: Path) -> None:
+    axes = {"task": ["pairs", "questions"], "method": ["Broken", "FedAvg"]}
+    folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: SHARES[cell["method"]])
+    for number in range(8):  # two seeds of each cell, one after the other
+        path = folder / f"federated-{number}" / "result.json"
+        result = json.loads(path.read_text())
+        if number % 4 > 1:  # FedAvg
+            metrics = {"both": {"auc": 0.5 + 0.1 * (number % 2)}}
+            result["transfer"] = {"pocket-memes": {"primary_metric": "auc", "metrics": metrics}}
+        if number > 3:
+            result |= {"primary_metric": "macro_f1", "metrics": {"both": {"macro_f1": 0.7, "n": 40}}}
+        path.write_text(json.dumps(result))
+    text = "\n".join(page([folder]).lines)
+    head, *rows = rows_of(text, "### Trained here × tested there")
+    assert head == ["method", "task", "pocket-memes, auc"]
+    assert rows == [["Broken", "pairs", "–"], ["Broken", "questions", "–"],
+                    ["FedAvg", "pairs", "55.0 ± 7.1"], ["FedAvg", "questions", "55.0 ± 7.1"]]  # fmt: skip
+    assert "accuracy or macro_f1 under the pattern" in text
+    assert rows_of(text, "## made")[2][-1] == "–", "no mean over two metrics"
+    json.dumps(read_grid(folder))
+
+
 def test_grids_of_one_kind_have_no_baselines_to_be_between(tmp_path: Path) -> None:
     made = page([make_sweep(tmp_path / "grid", {"setting": ["a", "b"], "method": ["x", "y"]}, lambda *cell: 0.5)])
     assert not any("Between" in line for line in made.lines)

@@ -125,6 +125,16 @@ class EvalTable(Table):
     max_new_tokens: Positive = 16
     clients: Positive | None = None
     """Where each client has a model of its own, evaluate a seeded draw of this many; by default all."""
+    transfer: Annotated[tuple[TaskTable, ...], Field(strict=False, min_length=1)] | None = None
+    """Other tasks whose test sets the final model meets as well; nothing is trained on them."""
+
+    @field_validator("transfer")
+    @classmethod
+    def _each_task_once(cls, tables: tuple[TaskTable, ...] | None) -> tuple[TaskTable, ...] | None:
+        names = [table.name for table in tables or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"names {min(twice)!r} twice; give each task once")
+        return tables
 
 
 class Experiment(Table):
@@ -193,7 +203,7 @@ class Experiment(Table):
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
-    return value
+    return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _inner_models(annotation: Any) -> list[type[BaseModel]]:

@@ -81,7 +81,11 @@ def _filled(table: Named, registry: Registry[Any], where: str) -> Named:
 def with_defaults(config: Experiment) -> Experiment:
     """The experiment with all options of its parts written out, so that `alpha = 1`, `1.0` and nothing, where that is the
     default, are one experiment with one digest. Raises ConfigError for the first option that is unfit."""
-    return config.model_copy(update={key: _filled(getattr(config, key), parts, key) for key, parts in _PARTS.items()})
+    filled: dict[str, Any] = {key: _filled(getattr(config, key), parts, key) for key, parts in _PARTS.items()}
+    if config.eval.transfer:
+        others = tuple(_filled(table, tasks, f"eval.transfer.{i}") for i, table in enumerate(config.eval.transfer))
+        filled["eval"] = config.eval.model_copy(update={"transfer": others})
+    return config.model_copy(update=filled)
 
 
 def build_algorithm(config: Experiment) -> Algorithm:
@@ -148,9 +152,11 @@ class Part:
 def _look(table: TaskTable, splits: Sequence[Split], where: str) -> list[Part]:
     task = tasks.build(table.name, table.options, where)
     lacking = [split for split in splits if split not in task.splits]
-    if lacking and where == "task":
+    if lacking and not where.endswith("companion"):
         way_out = 'make it the task.companion of another, or set eval.split = "validation"'
-        raise ConfigError(f"task.name: {table.name!r} has no {lacking[0]} split; {way_out}.")
+        if where != "task":
+            way_out = "choose one that has"
+        raise ConfigError(f"{where}.name: {table.name!r} has no {lacking[0]} split; {way_out}.")
     if table.companion is not None:  # before anything is read
         other = tasks.build(table.companion.name, table.companion.options, f"{where}.companion")
         if other.metric != task.metric:
@@ -180,6 +186,8 @@ def check_parts(config: Experiment) -> None:
     while table is not None:
         tasks.build(table.name, table.options, where)
         table, where = table.companion, f"{where}.companion"
+    for number, other in enumerate(config.eval.transfer or ()):
+        tasks.build(other.name, other.options, f"eval.transfer.{number}")
 
 
 def look(config: Experiment) -> list[Part]:
@@ -200,9 +208,10 @@ def _join(parts: Sequence[Part], split: Split) -> list[Sample]:
     return [joined[sample_id] for sample_id in sorted(joined)]
 
 
-def load_split(table: TaskTable, split: Split) -> tuple[Task, list[Sample], int]:
-    """A task's samples of one split, in the order of their ids, and how many were skipped. Raises ConfigError and DataError."""
-    parts = _look(table, (split,), "task")
+def load_split(table: TaskTable, split: Split, where: str = "task") -> tuple[Task, list[Sample], int]:
+    """A task's samples of one split, in the order of their ids, and how many were skipped. Raises ConfigError, which names
+    the place in the experiment file, and DataError."""
+    parts = _look(table, (split,), where)
     return parts[0].task, _join(parts, split), sum(len(part.found.skipped) for part in parts)
 
 

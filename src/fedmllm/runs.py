@@ -32,6 +32,7 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
+from fedmllm.evaluation.transfer import Answers, Transfer
 from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
@@ -164,6 +165,7 @@ class Runner:
     def _prepare(self) -> None:
         """Encode what the run will train on, before anything is written."""
         began, bench = time.monotonic(), self.bench
+        self._transfer = Transfer(bench.model, self.config.eval, bench.strategy, self.config.train.max_length)
         if not self._fleets.here:
             bench.prepare(bench.clients, [])
         elif self.kind in ("federated", "local"):
@@ -184,8 +186,9 @@ class Runner:
     def _zero_shot(self) -> dict[str, Any]:
         with self.bench.model.without_adapter():
             predictions = self._examine({"adapter": self.bench.initial})
+            carried = self._carried([{"adapter": self.bench.initial}])
         self.run.save_predictions(p.to_json() for p in predictions)
-        return self._result([predictions], [], None, client_rows(self.data.manifest))
+        return self._result([predictions], carried, [], None, client_rows(self.data.manifest))
 
     def _federated(self) -> dict[str, Any]:
         algorithm, plan = build_algorithm(self.config), self._plan
@@ -213,7 +216,7 @@ class Runner:
         return self._conclude(state, records, client_rows(clients.manifest))
 
     def _local(self) -> dict[str, Any]:
-        rows, everyone, records = client_rows(self.data.manifest), [], []
+        rows, everyone, carried, records = client_rows(self.data.manifest), [], list[Answers](), []
         chosen = self._tested(range(len(rows)))
         tested = [rows[client] for client in chosen]
         for start in range(0, len(chosen), self._cohort):
@@ -224,6 +227,7 @@ class Runner:
                 predictions = [Prediction(**p) for p in part["predictions"]]
                 row["metrics"] = self._summarise([predictions])
                 everyone.append(predictions)
+                carried.append({name: [Prediction(**p) for p in found] for name, found in part.get("transfer", {}).items()})
                 records += part["rounds"]
                 metric = primary_metric(self.data.task)
                 score = row["metrics"][self.config.eval.patterns[0]][metric]
@@ -231,7 +235,7 @@ class Runner:
         self._save_each(tested, everyone)
         # Nothing travels when clients train alone.
         silent_records = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
-        return self._result(everyone, silent_records, None, rows)
+        return self._result(everyone, carried, silent_records, None, rows)
 
     def _train_alone(self, clients: Sequence[int]) -> None:
         """Train each of these clients on its own data only, test it and keep what came of it as a part of the run."""
@@ -248,8 +252,10 @@ class Runner:
             for client, (record, state) in made.items():
                 done[client].append(asdict(record))
                 states[client] = state
-        for client, predictions in zip(clients, self._examine_each([states[c] for c in clients]), strict=True):
-            part = {"predictions": [p.to_json() for p in predictions], "rounds": done[client]}
+        ended = [states[client] for client in clients]
+        for client, mine, others in zip(clients, self._examine_each(ended), self._carried(ended), strict=True):
+            transfer = {name: [p.to_json() for p in found] for name, found in others.items()}
+            part = {"predictions": [p.to_json() for p in mine], "transfer": transfer, "rounds": done[client]}
             self.run.save_part(f"client-{client}", part)
 
     # Their common steps
@@ -326,10 +332,11 @@ class Runner:
     def _conclude(self, state: State, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
         predictions = self._examine(state)
         self.run.save_predictions(p.to_json() for p in predictions)
+        carried = self._carried([state])
         self.bench.model.adapter.export(self.run.adapter, self.config.model.name)
         fold = fold_of(state)
         made = flatten({"adapter": state["adapter"], "fold": fold}) if fold else state["adapter"]
-        return self._result([predictions], records, made, rows)
+        return self._result([predictions], carried, records, made, rows)
 
     def _conclude_personal(
         self, algorithm: Algorithm, state: State, plan: Plan, records: list[dict[str, Any]], rows: list[dict[str, Any]]
@@ -339,6 +346,7 @@ class Runner:
         models = self._own_models(algorithm, state, plan, fleet, plan.rounds)
         tested = [rows[client] for client in sorted(models)]
         everyone = self._examine_each([models[row["client"]] for row in tested])
+        carried = self._carried([models[row["client"]] for row in tested])
         for number, (row, predictions) in enumerate(zip(tested, everyone, strict=True), start=1):
             client = row["client"]
             row["metrics"] = self._summarise([predictions])
@@ -347,7 +355,7 @@ class Runner:
             self.report("clients' own models", number, len(tested), f"client {client}")
         self._save_each(tested, everyone)
         made = flatten({f"client-{client}": model["adapter"] for client, model in models.items()})
-        return self._result(everyone, records, made, rows)
+        return self._result(everyone, carried, records, made, rows)
 
     def _save_each(self, rows: Sequence[Mapping[str, Any]], everyone: Sequence[Sequence[Prediction]]) -> None:
         lines = ({"client": row["client"], **p.to_json()} for row, m in zip(rows, everyone, strict=True) for p in m)
@@ -378,9 +386,18 @@ class Runner:
         self._eval_seconds += time.monotonic() - began
         return predictions
 
+    def _carried(self, states: Sequence[State]) -> list[Answers]:
+        """The answers of several models, which all have the first one's fold, to the other tasks' questions."""
+        began = time.monotonic()
+        self.bench.model.adapter.set_fold(fold_of(states[0]))
+        answers = self._transfer.take_each([state["adapter"] for state in states])
+        self._eval_seconds += time.monotonic() - began
+        return answers
+
     def _result(
         self,
         models: Sequence[Sequence[Prediction]],
+        carried: Sequence[Answers],
         records: Sequence[Mapping[str, Any]],
         adapter: Tensors | None,
         rows: list[dict[str, Any]],
@@ -410,6 +427,7 @@ class Runner:
             "positive": task.positive,
             "judge": config.judge.name,
             "metrics": metrics,
+            "transfer": self._transfer.summary(carried, config.seed),
             "per_client": rows,
             "clients": fairness(scores),
             "rounds": len(records),

@@ -66,7 +66,7 @@ def read_grid(folder: Path) -> dict[str, Any]:
         cell = cells.setdefault(
             tuple(row["axes"].values()),
             {"axes": row["axes"], "kind": row["kind"], "ids": [], "scores": [], "missing": 0}
-            | {"by_pattern": {}, "worst": [], "seconds": [], "bytes": []},
+            | {"by_pattern": {}, "worst": [], "seconds": [], "bytes": [], "elsewhere": {}},
         )
         if row["id"] in cell["ids"]:  # seeds that share one run are one run
             continue
@@ -83,6 +83,9 @@ def read_grid(folder: Path) -> dict[str, Any]:
             cell["by_pattern"].setdefault(name, []).append(values.get(metric))
             if "ceiling" in values:
                 cell.setdefault("ceiling", {})[name] = values["ceiling"]
+        for name, found in result.get("transfer", {}).items():
+            scored = cell["elsewhere"].setdefault(name, {"metric": found["primary_metric"], "scores": []})
+            scored["scores"].append(found["metrics"][pattern][found["primary_metric"]])
         if row["kind"] in ("federated", "local"):  # the others share a run, whose clients are not this cell's
             cell["worst"].append(result.get("clients", {}).get("worst_decile"))
         cell["seconds"].append(result["seconds"]["total"])
@@ -99,6 +102,8 @@ def read_grid(folder: Path) -> dict[str, Any]:
         cell["mean"] = statistics.fmean(scores) if scores else None
         cell["sd"] = statistics.stdev(scores) if len(scores) > 1 else None
         cell["patterns"] = {name: _spread(values) for name, values in cell.pop("by_pattern").items()}
+        elsewhere = cell.pop("elsewhere").items()
+        cell["transfer"] = {name: {"metric": one["metric"], **_spread(one["scores"])} for name, one in elsewhere}
         cell["worst_decile"] = _spread(cell.pop("worst"))
         for key in ("seconds", "bytes"):
             cell[key] = statistics.fmean(cell[key]) if cell[key] else None

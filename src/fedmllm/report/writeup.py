@@ -78,8 +78,9 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     first = next(row for row in rows if row["ids"])
     complete, runs = sum(bool(row["ids"]) and not row["missing"] for row in rows), {i for row in rows for i in row["ids"]}
     made.lines += ["", f"## {grid['name']}", ""]
+    metrics = " or ".join(dict.fromkeys(row["metric"] for row in rows if row["ids"]))
     made.lines.append(
-        f"{first['metric']} under the pattern `{first['pattern']}`; {complete} of {len(rows)} cells complete, {len(runs)} runs."
+        f"{metrics} under the pattern `{first['pattern']}`; {complete} of {len(rows)} cells complete, {len(runs)} runs."
     )
     if first["pattern"] in first.get("ceiling", {}):
         best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first["ceiling"].items())
@@ -89,6 +90,8 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     for row in rows:
         methods.setdefault(tuple(row["axes"][a] for a in downs), {})[row["axes"].get(across, "")] = row
     averages = {name: mean([found.get(c, {}).get("mean") for c in columns]) for name, found in methods.items()}
+    if " or " in metrics:  # a mean of AUC and accuracy is none
+        averages = dict.fromkeys(averages)
     made.table(
         [*downs, *(c or "score" for c in columns), *(["mean"] if across else [])],
         [
@@ -106,6 +109,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     _way(made, ways(taken, grid))
     tested = _significance(made, folder, grid, baseline, taken)
     _patterns(made, methods, columns, downs)
+    _transfer(made, methods, downs, across)
     _cost(made, methods, downs)
     _speed(made, folder, grid)
     made.lines += ["", "### What did not work", ""]
@@ -197,6 +201,20 @@ def _patterns(
                 ]
                 rows.append([*name, column, *cells, score({"missing": row["missing"], **row["worst_decile"]})])
     made.table([*downs, "trained in", *names, "worst tenth"], rows, len(downs) + 1)
+
+
+def _transfer(made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], downs: Sequence[str], across: str) -> None:
+    cells = [(name, column, row) for name, found in methods.items() for column, row in found.items() if row["ids"]]
+    others = {task: one["metric"] for _, _, row in cells for task, one in row["transfer"].items()}
+    if not others:
+        return
+    made.lines += ["", "### Trained here × tested there", "", "The final model on the test sets of these tasks."]
+    rows = []
+    for name, column, row in cells:
+        scores = [score({"missing": row["missing"], **row["transfer"].get(task, {})}) for task in others]
+        rows.append([*name, *([column] if across else []), *scores])
+    head = [*downs, *([across] if across else [])]
+    made.table([*head, *(f"{task}, {metric}" for task, metric in others.items())], rows, len(head))
 
 
 def _cost(made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], downs: Sequence[str]) -> None:

@@ -1,0 +1,42 @@
+"""The final model put to other tasks' test sets, which nobody trained on: does what is learnt on one task carry to another?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmllm.config import EvalTable
+from fedmllm.data.prompts import Strategy
+from fedmllm.data.samples import Task
+from fedmllm.evaluation.evaluate import Examination, Prediction, primary_metric, summarise
+from fedmllm.experiment import load_split
+from fedmllm.models.mllm import MLLM
+from fedmllm.tensors import Tensors
+
+Answers = dict[str, list[Prediction]]
+"""task -> one model's predictions on its test set."""
+
+
+class Transfer:
+    """The test sets of `eval.transfer`, encoded once; without a table of another task it asks nothing."""
+
+    def __init__(self, model: MLLM, settings: EvalTable, strategy: Strategy, max_length: int) -> None:
+        """Raises ConfigError, and DataError for what is wrong with a test set. Its pictures wait for `prepare_features`."""
+        self._settings = settings
+        self._tasks: dict[str, tuple[Task, Examination]] = {}
+        for number, table in enumerate(settings.transfer or ()):
+            task, samples, _ = load_split(table, "test", f"eval.transfer.{number}")
+            self._tasks[table.name] = (task, Examination(model, task, samples, settings.patterns, strategy, max_length))
+
+    def take_each(self, adapters: Sequence[Tensors]) -> list[Answers]:
+        """What each adapter answers, under the fold that is set now; of one, it is set afterwards."""
+        found = {name: list(e.take_each(self._settings, adapters)) for name, (_, e) in self._tasks.items()}
+        return [{name: models[i] for name, models in found.items()} for i in range(len(adapters))]
+
+    def summary(self, models: Sequence[Answers], seed: int) -> dict[str, Mapping[str, Any]]:
+        """{task: {"primary_metric", "metrics": as in result.json}}."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, (task, _) in self._tasks.items():
+            metrics = summarise(task, [answers[name] for answers in models], seed, self._settings.bootstrap)
+            found[name] = {"primary_metric": primary_metric(task), "metrics": metrics}
+        return found

@@ -1,0 +1,89 @@
+"""A run's model put to other tasks' test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commands import call, run
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def others(dataset: Path) -> tuple[str, str]:
+    """--set eval.transfer: the run's own test set, as if it were another task's, and some of another."""
+    own = f'{{name = "jsonl", train = "{dataset / "train.jsonl"}", test = "{dataset / "test.jsonl"}"}}'
+    return "--set", f'eval.transfer=[{own}, {{name = "shapes-qa", test_samples = 6}}]'
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run",),
+        ("run", "--set", "algorithm.name=fedex-lora"),
+        ("run", "--set", "algorithm.name=fedsa-lora"),
+        ("baseline", "zero-shot"),
+        ("baseline", "local"),
+        ("baseline", "centralised"),
+    ],
+    ids=lambda command: command[-1],
+)
+def test_the_final_model_meets_the_other_test_sets(command: tuple[str, ...], write_experiment: Write, dataset: Path) -> None:
+    head = command[:2] if command[0] == "baseline" else command[:1]
+    file, rest = write_experiment(rounds=2), command[len(head) :]
+    alone = run(*head, file, *rest)
+    both = run(*head, file, *rest, *others(dataset))
+    assert alone["transfer"] == {}
+    assert set(both["transfer"]) == {"jsonl", "shapes-qa"}
+    assert both["transfer"]["jsonl"] == {"primary_metric": "accuracy", "metrics": both["metrics"]}, "the same questions"
+    assert both["transfer"]["shapes-qa"]["metrics"]["both"]["n"] == 6
+    assert (both["metrics"], both["adapter_sha256"]) == (alone["metrics"], alone["adapter_sha256"]), (
+        "nothing is trained on them"
+    )
+
+
+def test_clients_that_were_done_before_a_kill_keep_their_answers(
+    write_experiment: Write, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmllm.runs import Runner
+
+    file, settings = write_experiment("clients = 3\n", rounds=2), others(dataset)
+    whole = run("baseline", "local", file, *settings, "--out", "whole")
+    train, calls = Runner._train_alone, []
+
+    def once(self: Runner, clients: list[int]) -> None:
+        train(self, clients[:1])
+        calls.append(clients)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_train_alone", once)
+        assert call("baseline", "local", file, *settings, "--out", "cut").exit_code == 130
+    assert calls
+    assert run("baseline", "local", file, *settings, "--out", "cut", "--resume")["transfer"] == whole["transfer"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('[{name = "nowhere"}]', "nowhere"),
+        ('[{name = "shapes-qa", n = "many"}]', "eval.transfer.0"),
+        ('[{name = "shapes-qa"}, {name = "shapes-qa"}]', "'shapes-qa' twice"),
+        ("[]", "eval.transfer"),
+        ('[{name = "medalpaca", data_dir = "x"}]', "eval.transfer.0.name: 'medalpaca' has no test split"),
+    ],
+)
+def test_what_cannot_be_a_test_set_is_refused_before_anything_is_written(
+    value: str, said: str, write_experiment: Write, tmp_path: Path
+) -> None:
+    done = call("run", write_experiment(), "--set", f"eval.transfer={value}")
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not list((tmp_path / "runs").glob("*/result.json"))
