@@ -97,6 +97,33 @@ def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None
     assert "The whole interval is above local in 2 of 2 places." in made.lines
 
 
+def test_the_best_over_the_settings_of_a_scenario(tmp_path: Path) -> None:
+    """Best by the mean over a scenario's settings is not the best of any setting here, and another scenario stands apart."""
+    axes = {"setting": ["β = 0.3", "β = 0.5", "p = 0.7"], "method": ["zero-shot", "local", "centralised", "One", "Two", "Even"]}
+    shares = {"One": (0.8, 0.5, 0.6), "Two": (0.5, 0.8, 0.6), "Even": (0.75, 0.75, 0.6)}
+    plain = {"zero-shot": 0.5, "local": 0.6, "centralised": 0.9}
+
+    def answered(cell: Mapping[str, str], seed: int, pattern: str) -> float:
+        at = axes["setting"].index(cell["setting"])
+        return shares[cell["method"]][at] if cell["method"] in shares else plain[cell["method"]]
+
+    def config(cell: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        trained = cell["method"] not in ("zero-shot", "centralised")
+        return {"scenario": {"name": "aligned" if not trained else "missing" if cell["setting"].startswith("β") else "hybrid"}}
+
+    kinds = {name: name for name in plain}
+    text = "\n".join(page([make_sweep(tmp_path / "grid", axes, answered, kinds=kinds, config=config)]).lines)
+    head, *rows = rows_of(text, "The same for the mean over the places of a scenario")
+    assert head[0] == "scenario"
+    assert {row[0]: [*row[1:6], row[8]] for row in rows} == {
+        "missing (2)": ["50.0", "60.0", "90.0", "Even", "75.0", "62 %"],
+        "hybrid (1)": ["50.0", "60.0", "90.0", "One", "60.0", "25 %"],
+    }
+    assert rows[0][7].startswith("+15.0 [+")
+    assert rows[1][7].startswith("+0.0 [")
+    assert "The whole interval is above local in 1 of 2 scenarios." in text
+
+
 def test_scores_on_other_tasks_have_a_table(tmp_path: Path) -> None:
     axes = {"task": ["pairs", "questions"], "method": ["Broken", "FedAvg"]}
     folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: SHARES[cell["method"]])

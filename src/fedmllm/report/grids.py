@@ -76,7 +76,7 @@ def read_grid(folder: Path) -> dict[str, Any]:
             continue
         result, config = run.result(), tomllib.loads(run.config.read_text(encoding="utf-8"))
         metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
-        cell |= {"metric": metric, "pattern": pattern, "algorithm": result["algorithm"]}
+        cell |= {"metric": metric, "pattern": pattern, "algorithm": result["algorithm"], "scenario": config["scenario"]["name"]}
         cell["ids"].append(row["id"])
         cell["scores"].append(result["metrics"][pattern][metric])
         for name, values in result["metrics"].items():

@@ -57,14 +57,25 @@ def read_taken(run: RunDir, pattern: str) -> Taken:
 
 def difference(ours: Sequence[Taken], theirs: Sequence[Taken], names: tuple[str, str]) -> dict[str, Any]:
     """{"difference", "ci", "p"} of two methods' runs, a seed each. Raises RunError where they answered different samples."""
-    head = ours[0]
-    if any((one.metric, one.ids, one.truth) != (head.metric, head.ids, head.truth) for one in (*ours, *theirs)):
+    return mean_difference([(ours, theirs)], names)
+
+
+def mean_difference(places: Sequence[tuple[Sequence[Taken], Sequence[Taken]]], names: tuple[str, str]) -> dict[str, Any]:
+    """`difference` of the means over several places, each with as many runs as the others, on the same test samples."""
+    head = places[0][0][0]
+    if any(
+        (one.metric, one.ids, one.truth) != (head.metric, head.ids, head.truth) for p in places for side in p for one in side
+    ):
         raise RunError(
             f"{names[0]} and {names[1]} were not tested on the same samples by the same metric; compare runs that were."
         )
-    pairs = _pairs([m for one in ours for m in one.models], [m for one in theirs for m in one.models])
+    pairs = [pair for ours, theirs in places for pair in _pairs(_models(ours), _models(theirs))]
     found = paired(head.metric, np.array(head.truth), head.positive, pairs, seed=0)
     return {"difference": found.difference, "ci": [found.low, found.high], "p": found.p}
+
+
+def _models(side: Sequence[Taken]) -> list[Answered]:
+    return [model for one in side for model in one.models]
 
 
 def _pairs(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[tuple[Answered, Answered]]:

@@ -14,7 +14,7 @@ from fedmllm.report.grids import place_of, read_grid
 from fedmllm.report.radar import radar
 from fedmllm.report.significance import Takings, against, signed
 from fedmllm.report.verdicts import verdicts
-from fedmllm.report.way import BASELINES, ways
+from fedmllm.report.way import BASELINES, scenario_ways, ways
 
 HEAD = """# Results
 
@@ -106,7 +106,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
         made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
         made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
     taken = Takings(folder)
-    _way(made, ways(taken, grid))
+    _way(made, ways(taken, grid), scenario_ways(taken, grid))
     tested = _significance(made, folder, grid, baseline, taken)
     _patterns(made, methods, columns, downs)
     _transfer(made, methods, downs, across)
@@ -132,26 +132,33 @@ def choose_baseline(grid: Mapping[str, Any], asked: str | None) -> str:
     return str(grid["rows"][0]["axes"][grid["axes"][-1]])
 
 
-def _way(made: Page, found: Sequence[Mapping[str, Any]]) -> None:
-    if not found:
+def _way(made: Page, places: Sequence[Mapping[str, Any]], scenarios: Sequence[Mapping[str, Any]]) -> None:
+    if not places:
         return
     made.lines += ["", "### Between the baselines", ""]
     made.lines.append(
         "The best federated method of each place, chosen by this very score, and its points above the baselines with paired "
         "95 % intervals over the test samples. The share is of the way from zero-shot to centralised."
     )
+    _lead(made, "place", "places", [(" · ".join(one["place"]), one) for one in places])
+    if scenarios:
+        made.lines += ["", "The same for the mean over the places of a scenario; best is the best by that mean."]
+        _lead(made, "scenario", "scenarios", [(f"{one['scenario']} ({one['places']})", one) for one in scenarios])
+
+
+def _lead(made: Page, unit: str, units: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     rows = []
-    for one in found:
+    for name, one in found:
         above = [_points(one["above"].get(kind)) for kind in BASELINES[:2]]
         share = "–" if one["share"] is None else f"{100 * one['share']:.0f} %"
         scores = [score({"mean": one[kind]}) for kind in BASELINES]
-        rows.append([" · ".join(one["place"]), *scores, one["best"], score({"mean": one["score"]}), *above, share])
-    head = ["place", *BASELINES, "best", "its score", *(f"above {kind}" for kind in BASELINES[:2]), "share"]
+        rows.append([name, *scores, one["best"], score({"mean": one["score"]}), *above, share])
+    head = [unit, *BASELINES, "best", "its score", *(f"above {kind}" for kind in BASELINES[:2]), "share"]
     made.table(head, rows)
     for kind in BASELINES[:2]:
-        if told := [one for one in found if kind in one["above"]]:
+        if told := [one for _, one in found if kind in one["above"]]:
             sure = sum(one["above"][kind]["ci"][0] > 0 for one in told)
-            made.lines += ["", f"The whole interval is above {kind} in {sure} of {len(told)} places."]
+            made.lines += ["", f"The whole interval is above {kind} in {sure} of {len(told)} {units}."]
 
 
 def _points(one: Mapping[str, Any] | None) -> str:
