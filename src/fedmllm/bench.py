@@ -11,7 +11,8 @@ from fedmllm.config import Experiment
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import Strategy, prompts, render
 from fedmllm.evaluation.evaluate import Examination
-from fedmllm.experiment import Data, Report, check_model, silent
+from fedmllm.evaluation.transfer import Transfer
+from fedmllm.experiment import Data, Report, check_model, load_transfer, silent
 from fedmllm.models.mllm import Encoded
 
 
@@ -63,6 +64,12 @@ class Bench:
     def pooled(self) -> Clients:
         """One client that holds everything: what centralised training sees."""
         return Clients(self.data.manifest.pooled(self.data.train), self.encode)
+
+    @cached_property
+    def transfer(self) -> Transfer:
+        """The test sets of `eval.transfer`. Raises ConfigError and DataError for what is wrong with them."""
+        config = self.config
+        return Transfer(self.model, load_transfer(config), config.eval, self.strategy, config.train.max_length)
 
     def encode(self, holdings: Sequence[Holding]) -> list[Encoded]:
         """Samples as their clients see them. Raises DataError for a prompt that is too long. Pictures met for the first

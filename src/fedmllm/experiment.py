@@ -215,6 +215,13 @@ def load_split(table: TaskTable, split: Split, where: str = "task") -> tuple[Tas
     return parts[0].task, _join(parts, split), sum(len(part.found.skipped) for part in parts)
 
 
+def load_transfer(config: Experiment) -> dict[str, tuple[Task, list[Sample]]]:
+    """The test sets of `eval.transfer` by their tasks' names. Raises ConfigError and DataError."""
+    tables = enumerate(config.eval.transfer or ())
+    found = {table.name: load_split(table, "test", f"eval.transfer.{number}") for number, table in tables}
+    return {name: (task, samples) for name, (task, samples, _) in found.items()}
+
+
 def prepare(config: Experiment, parts: Sequence[Part] | None = None) -> Data:
     """Load the data, unless `look` did, and draw the manifest. Raises ConfigError and DataError for what is wrong with it."""
     parts = look(config) if parts is None else parts

@@ -32,7 +32,7 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
-from fedmllm.evaluation.transfer import Answers, Transfer
+from fedmllm.evaluation.transfer import Answers
 from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, prepare, silent, with_defaults
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
@@ -165,7 +165,7 @@ class Runner:
     def _prepare(self) -> None:
         """Encode what the run will train on, before anything is written."""
         began, bench = time.monotonic(), self.bench
-        self._transfer = Transfer(bench.model, self.config.eval, bench.strategy, self.config.train.max_length)
+        bench.transfer  # noqa: B018 (read and encoded now)
         if not self._fleets.here:
             bench.prepare(bench.clients, [])
         elif self.kind in ("federated", "local"):
@@ -390,7 +390,7 @@ class Runner:
         """The answers of several models, which all have the first one's fold, to the other tasks' questions."""
         began = time.monotonic()
         self.bench.model.adapter.set_fold(fold_of(states[0]))
-        answers = self._transfer.take_each([state["adapter"] for state in states])
+        answers = self.bench.transfer.take_each([state["adapter"] for state in states])
         self._eval_seconds += time.monotonic() - began
         return answers
 
@@ -427,7 +427,7 @@ class Runner:
             "positive": task.positive,
             "judge": config.judge.name,
             "metrics": metrics,
-            "transfer": self._transfer.summary(carried, config.seed),
+            "transfer": self.bench.transfer.summary(carried, config.seed),
             "per_client": rows,
             "clients": fairness(scores),
             "rounds": len(records),

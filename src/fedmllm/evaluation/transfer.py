@@ -7,9 +7,8 @@ from typing import Any
 
 from fedmllm.config import EvalTable
 from fedmllm.data.prompts import Strategy
-from fedmllm.data.samples import Task
+from fedmllm.data.samples import Sample, Task
 from fedmllm.evaluation.evaluate import Examination, Prediction, primary_metric, summarise
-from fedmllm.experiment import load_split
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors
 
@@ -18,15 +17,21 @@ Answers = dict[str, list[Prediction]]
 
 
 class Transfer:
-    """The test sets of `eval.transfer`, encoded once; without a table of another task it asks nothing."""
+    """Other tasks' test sets, encoded once; without any it asks nothing."""
 
-    def __init__(self, model: MLLM, settings: EvalTable, strategy: Strategy, max_length: int) -> None:
-        """Raises ConfigError, and DataError for what is wrong with a test set. Its pictures wait for `prepare_features`."""
+    def __init__(
+        self,
+        model: MLLM,
+        sets: Mapping[str, tuple[Task, Sequence[Sample]]],
+        settings: EvalTable,
+        strategy: Strategy,
+        max_length: int,
+    ) -> None:
+        """Raises DataError for a prompt that is too long. Pictures wait for `prepare_features`."""
         self._settings = settings
         self._tasks: dict[str, tuple[Task, Examination]] = {}
-        for number, table in enumerate(settings.transfer or ()):
-            task, samples, _ = load_split(table, "test", f"eval.transfer.{number}")
-            self._tasks[table.name] = (task, Examination(model, task, samples, settings.patterns, strategy, max_length))
+        for name, (task, samples) in sets.items():
+            self._tasks[name] = (task, Examination(model, task, samples, settings.patterns, strategy, max_length))
 
     def take_each(self, adapters: Sequence[Tensors]) -> list[Answers]:
         """What each adapter answers, under the fold that is set now; of one, it is set afterwards."""
