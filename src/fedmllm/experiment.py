@@ -181,13 +181,13 @@ def check_parts(config: Experiment) -> None:
     fleets.build(config.fleet.name, config.fleet.options)
     build_secure(config)
     judges.build(config.judge.name, config.judge.options)
-    table: TaskTable | None = config.task
-    where = "task"
-    while table is not None:
-        tasks.build(table.name, table.options, where)
-        table, where = table.companion, f"{where}.companion"
-    for number, other in enumerate(config.eval.transfer or ()):
-        tasks.build(other.name, other.options, f"eval.transfer.{number}")
+    others = ((f"eval.transfer.{number}", other) for number, other in enumerate(config.eval.transfer or ()))
+    for place, head in (("task", config.task), *others):
+        table: TaskTable | None = head
+        where = place
+        while table is not None:
+            tasks.build(table.name, table.options, where)
+            table, where = table.companion, f"{where}.companion"
 
 
 def look(config: Experiment) -> list[Part]:

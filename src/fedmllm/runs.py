@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -378,21 +379,23 @@ class Runner:
     def _examine(self, state: State) -> list[Prediction]:
         return self._examine_each([state])[0]
 
-    def _examine_each(self, states: Sequence[State]) -> list[list[Prediction]]:
-        """The predictions of several models, which all have the first one's fold."""
+    @contextmanager
+    def _asking(self, states: Sequence[State]) -> Iterator[list[Tensors]]:
+        """The adapters of several models, which all have the first one's fold; what is asked of them counts as evaluation."""
         began = time.monotonic()
         self.bench.model.adapter.set_fold(fold_of(states[0]))
-        predictions = list(self.bench.examination.take_each(self.config.eval, [state["adapter"] for state in states]))
+        yield [state["adapter"] for state in states]
         self._eval_seconds += time.monotonic() - began
-        return predictions
+
+    def _examine_each(self, states: Sequence[State]) -> list[list[Prediction]]:
+        """The predictions of several models."""
+        with self._asking(states) as adapters:
+            return list(self.bench.examination.take_each(self.config.eval, adapters))
 
     def _carried(self, states: Sequence[State]) -> list[Answers]:
-        """The answers of several models, which all have the first one's fold, to the other tasks' questions."""
-        began = time.monotonic()
-        self.bench.model.adapter.set_fold(fold_of(states[0]))
-        answers = self.bench.transfer.take_each([state["adapter"] for state in states])
-        self._eval_seconds += time.monotonic() - began
-        return answers
+        """Their answers to the other tasks' questions."""
+        with self._asking(states) as adapters:
+            return self.bench.transfer.take_each(adapters)
 
     def _result(
         self,
