@@ -15,8 +15,20 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-COMMANDS = {"store", "archive", "experiment", "bench", "runs", "sweep", "report", "progress", "printing", "launch"}
-ALL = FLEETS | COMMANDS | {"cli", "cli_list", "cli_pack", "__init__", "secure.fleet"}
+COMMANDS = {
+    "store",
+    "archive",
+    "experiment",
+    "bench",
+    "provenance",
+    "runs",
+    "sweep",
+    "report",
+    "progress",
+    "printing",
+    "launch",
+}
+ALL = FLEETS | COMMANDS | {"cli", "cli_list", "cli_pack", "reevaluation", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
@@ -46,7 +58,9 @@ MAY_IMPORT = {
     "fleets": MODELS | {"training", "evaluation", "federation", "secure"},
     "experiment": FLEETS,
     "bench": FLEETS | {"experiment"},
-    "runs": FLEETS | {"store", "experiment", "bench", "secure.fleet"},
+    "provenance": FLEETS | {"experiment", "bench"},
+    "runs": FLEETS | {"store", "experiment", "bench", "provenance", "secure.fleet"},
+    "reevaluation": FLEETS | {"store", "experiment", "bench"},
     "sweep": FLEETS | {"store", "experiment", "launch"},
     "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress", "launch"},
     "cli_list": {"printing", "registry", "algorithms", "data", "evaluation", "fleets", "models", "secure"},

@@ -242,8 +242,8 @@ def evaluate(
     """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
     from fedmllm.experiment import options_of
     from fedmllm.progress import Progress
+    from fedmllm.reevaluation import reevaluate
     from fedmllm.report.tables import metrics_table
-    from fedmllm.runs import reevaluate
 
     _quiet()
     run = RunDir(directory)

@@ -6,84 +6,37 @@ federation of one client that holds everything.
 
 from __future__ import annotations
 
-import platform
-import resource
-import secrets
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
-from fedmllm.config import Experiment, Named, PartitionTable, read, validate
-from fedmllm.data import manifest as manifests
+from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
 from fedmllm.evaluation.judging import Panel, judges
 from fedmllm.evaluation.transfer import Answers
-from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, prepare, silent, with_defaults
+from fedmllm.experiment import Data, Report, build_algorithm, build_secure, default_stem, silent
 from fedmllm.federation import Fleet, Plan, each_alone, federate, participants
 from fedmllm.fleets import fleets
 from fedmllm.fleets.base import Carrier, FleetKind, Site
 from fedmllm.models.mllm import Encoded
+from fedmllm.provenance import describe, peak_memory_mb
 from fedmllm.rng import stream
 from fedmllm.store import SCHEMA, RunDir, new_run, unfinished
 from fedmllm.tensors import State, Tensors, digest, flatten
 from fedmllm.training.capacity import cohort_size
 
 Kind = Literal["federated", "zero-shot", "local", "centralised"]
-
-
-def _commit() -> str | None:
-    """The git commit of the package's own checkout, where it runs from one."""
-    folder = Path(__file__).parent
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
-        inside = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() if asked.returncode == 0 and inside.returncode == 0 else None
-
-
-def describe(config: Experiment, kind: Kind, data: Data, bench: Bench) -> dict[str, Any]:
-    """`meta.json`: what made this run."""
-    return {
-        "kind": kind,
-        "run_id": secrets.token_hex(8),
-        "config_digest": config.digest(),
-        "manifest_digest": data.manifest.digest(),
-        "versions": {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
-        | {"python": platform.python_version()},
-        "git_commit": _commit(),
-        "hardware": {
-            "platform": platform.platform(),
-            "device": str(bench.model.backbone.device),
-            "threads": torch.get_num_threads(),
-            "precision": str(bench.model.backbone.dtype).removeprefix("torch."),
-        },
-        "caches_features": bench.model.caches,
-    }
-
-
-def peak_memory_mb() -> int:
-    """The process's largest resident size, or the GPU's largest allocation where there is one."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 def choose(config: Experiment, kind: Kind, out: Path | None, resume: bool) -> RunDir:
@@ -458,37 +411,3 @@ def _sum_groups(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, int
         for group, count in record[key].items():
             total[group] = total.get(group, 0) + count
     return total
-
-
-def reevaluate(run: RunDir, config: Experiment, report: Report = silent) -> dict[str, Any]:
-    """Test a finished run's adapter again, under `config.eval` and on `config.task`; {pattern: metrics}.
-
-    Raises RunError where the run's own task is meant and its data changed since.
-    """
-    trained = with_defaults(validate(read(run.config)))
-    known = (config.task, config.eval.split, config.eval.validation_share)
-    if known != (trained.task, trained.eval.split, trained.eval.validation_share):
-        # Nobody trains on the other task, so it need not be one that these clients could share.
-        config = config.model_copy(
-            update={"partition": PartitionTable(name="iid", clients=1), "scenario": Named(name="aligned")}
-        )
-        data = prepare(config)
-    else:
-        data = prepare(config)
-        if run.manifest.is_file() and manifests.read(run.manifest).digest() != data.manifest.digest():
-            raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
-    bench = Bench(config, data, report)
-    bench.prepare(bench.clients, [])
-    own = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))
-    folders = own or [run.adapter]
-    if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
-        raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
-    models = []
-    for folder in folders:
-        if folder.is_dir():
-            bench.model.adapter.load(folder)
-            models.append(bench.examination.take(config.eval))
-    if not models:
-        with bench.model.without_adapter():
-            models.append(bench.examination.take(config.eval))
-    return summarise(data.task, models, config.seed, config.eval.bootstrap)
