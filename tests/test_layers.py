@@ -15,20 +15,8 @@ BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
 MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
 MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
 FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-COMMANDS = {
-    "store",
-    "archive",
-    "experiment",
-    "bench",
-    "provenance",
-    "runs",
-    "sweep",
-    "report",
-    "progress",
-    "printing",
-    "launch",
-}
-ALL = FLEETS | COMMANDS | {"cli", "cli_list", "cli_pack", "reevaluation", "__init__", "secure.fleet"}
+COMMANDS = {"store", "archive", "experiment", "bench", "provenance", "runs", "reevaluation", "sweep", "report"}
+ALL = FLEETS | COMMANDS | {"progress", "printing", "launch", "cli", "cli_list", "cli_pack", "__init__", "secure.fleet"}
 
 # part -> what else of the package it may import; everything may import itself.
 MAY_IMPORT = {
