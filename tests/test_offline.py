@@ -65,3 +65,19 @@ def test_a_base_file_has_data(task: str) -> None:
     data = prepare(validate(raw))
     assert len(data.train) >= 400
     assert len(data.test) >= 200
+
+
+def test_the_guide_tells_the_settings_of_the_cells() -> None:
+    guide = (OFFLINE.parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("|")]
+    told = {row[0].strip("`"): dict(zip(TASKS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(TASKS)}
+    for task in TASKS:
+        for kind in ("sweep", "others.sweep"):
+            axes = {axis["name"]: axis["cells"] for axis in read(OFFLINE / f"{task}.{kind}.toml")["axes"]}
+            for cell in axes["method"]:
+                if cell.get("kind") == "zero-shot":
+                    continue
+                options = {name: value for name, value in cell.get("set", {}).items() if name != "algorithm.name"}
+                found = ", ".join(f"{name.split('.')[1]} {value:g}" for name, value in options.items())
+                name = cell.get("set", {}).get("algorithm.name", cell["name"])
+                assert told[name][task] == (found or "not searched"), (task, name)
