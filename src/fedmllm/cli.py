@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import typer
 
 from fedmllm import __version__, cli_list, cli_pack, cli_remote, config
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, RunKind
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.printing import Json, print_json, print_table
 from fedmllm.store import RunDir
@@ -38,12 +38,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with this experiment's latest run that is not complete.")]
 Patterns = Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")]
-
-
-class Baseline(StrEnum):
-    zero_shot = "zero-shot"
-    local = "local"
-    centralised = "centralised"
+BaselineKind = Annotated[Literal["zero-shot", "local", "centralised"], typer.Argument(show_default=False)]
 
 
 def _guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -89,7 +84,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
+def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
     from fedmllm.bench import Bench
     from fedmllm.experiment import prepare
     from fedmllm.fleets import fleets
@@ -101,14 +96,14 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     experiment = _load(file, overrides)
     if kind == "federated" and (why := fleets.build(experiment.fleet.name, experiment.fleet.options).refuse):
         raise ConfigError(why)
-    run = choose(experiment, kind, out, resume)  # type: ignore[arg-type]
+    run = choose(experiment, kind, out, resume)
     if run.complete:
         result = run.result()
     else:
         data = prepare(experiment)
         with Progress() as report, _elsewhere(experiment, kind) as elsewhere:
             bench = Bench(experiment, data, report)
-            result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()  # type: ignore[arg-type]
+            result = Runner(experiment, data, bench, run, kind, report, elsewhere).execute()
     if as_json:
         print_json(result)
         return
@@ -117,7 +112,7 @@ def _execute(kind: str, file: Path, overrides: list[str] | None, out: Path | Non
     typer.echo(f"run directory: {run.path}")
 
 
-def _elsewhere(experiment: Experiment, kind: str) -> AbstractContextManager[FleetKind | None]:
+def _elsewhere(experiment: Experiment, kind: RunKind) -> AbstractContextManager[FleetKind | None]:
     """The fleet of a federated run that has to be started and ended, if it has one."""
     if kind != "federated" or experiment.fleet.name != "ray":
         return nullcontext()
@@ -137,10 +132,10 @@ def run(file: File, overrides: Set = None, out: Out = None, resume: Resume = Fal
 @app.command()
 @_guarded
 def baseline(
-    kind: Baseline, file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False
+    kind: BaselineKind, file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False
 ) -> None:
     """Run what a federation is compared with: the model untrained, each client alone, all data pooled."""
-    _execute(kind.value, file, overrides, out, resume, as_json)
+    _execute(kind, file, overrides, out, resume, as_json)
 
 
 @app.command()

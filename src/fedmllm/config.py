@@ -20,6 +20,7 @@ from fedmllm.errors import ConfigError
 from fedmllm.registry import explain
 
 Pattern = Literal["both", "image", "text"]
+RunKind = Literal["federated", "zero-shot", "local", "centralised"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.bench import Bench, client_rows, gaps, rounds_alone
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, RunKind
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.evaluate import Prediction, primary_metric, summarise
@@ -36,10 +36,8 @@ from fedmllm.store import SCHEMA, RunDir, new_run, unfinished
 from fedmllm.tensors import State, Tensors, digest, flatten
 from fedmllm.training.capacity import cohort_size
 
-Kind = Literal["federated", "zero-shot", "local", "centralised"]
 
-
-def choose(config: Experiment, kind: Kind, out: Path | None, resume: bool) -> RunDir:
+def choose(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:
     """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest run which is not complete.
 
     Raises RunError where `out` holds something else, or a run that was not asked to go on.
@@ -77,7 +75,7 @@ class Runner:
         data: Data,
         bench: Bench,
         run: RunDir,
-        kind: Kind,
+        kind: RunKind,
         report: Report = silent,
         elsewhere: FleetKind | None = None,
     ) -> None:

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
+from fedmllm.config import Experiment, Named, PartitionTable, RunKind, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment import check_parts, options_of, with_defaults
 from fedmllm.launch import Processes
@@ -26,7 +26,6 @@ from fedmllm.registry import explain
 from fedmllm.store import RunDir, alone
 from fedmllm.tensors import write_atomically
 
-Kind = Literal["federated", "zero-shot", "local", "centralised"]
 INDEX = "sweep.json"
 
 
@@ -34,7 +33,7 @@ class Cell(Table):
     """One value of an axis: settings in the notation of `--set`, and the kind of run where it is no federated one."""
 
     name: str
-    kind: Kind | None = None
+    kind: RunKind | None = None
     set: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -59,7 +58,7 @@ class Planned:
 
     axes: Mapping[str, str]
     seed: int
-    kind: Kind
+    kind: RunKind
     experiment: Experiment
 
     @property
@@ -70,7 +69,7 @@ class Planned:
         return " · ".join((*self.axes.values(), f"seed {self.seed}"))
 
 
-def essential(experiment: Experiment, kind: Kind) -> Experiment:
+def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     """The experiment with every setting that this kind of run does not depend on at its default."""
     plain: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
     if not experiment.clients.rank:  # an algorithm for unequal ranks must stay beside them
@@ -110,7 +109,7 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[Planned
     planned = []
     for cells in product(*(axis.cells for axis in sweep.axes)):
         axes = {axis.name: cell.name for axis, cell in zip(sweep.axes, cells, strict=True)}
-        kinds: set[Kind] = {cell.kind for cell in cells if cell.kind} or {"federated"}
+        kinds: set[RunKind] = {cell.kind for cell in cells if cell.kind} or {"federated"}
         where = f"{path}: the cell {' · '.join(axes.values()) or sweep.name}"
         if len(kinds) > 1:
             raise ConfigError(f"{where}: is of kinds {sorted(kinds)} at once; let one axis say the kind.")
