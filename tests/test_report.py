@@ -67,10 +67,24 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
     assert ["FedAvg", "p < 1", "92.5 ± 3.5", "82.5 ± 3.5", "82.5 ± 3.5", "40.0"] in [
         [*r[:5], r[5].split(" ")[0]] for r in patterns
     ]
+    # Untrained the model is one and the same whatever the clients hold, and has one row.
+    assert [row[1] for row in patterns if row[0] == "zero-shot"] == ["any"]
     assert ["FedAvg", "0.00", "12.00"] in rows_of(text, "### Cost")
     assert "Broken is below zero-shot in 4 of 4 places (significantly in 0), worst at α = 5 by 17.5 points." in text
     assert "FedAvg is below" not in text
     assert "figures/made.svg" in text
+
+
+def test_a_page_of_several_sweeps_begins_with_where_each_is(folder: Path, tmp_path: Path) -> None:
+    other = make_sweep(tmp_path / "other", AXES, hits, kinds=KINDS)
+    index = other / "sweep.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"name": "My study, no. 2"}))
+    lines = page([folder, other]).lines
+    assert lines[2].startswith("- [made](#made): ")
+    assert lines[2].endswith("16 of 16 cells complete, 25 runs")
+    assert lines[3].startswith("- [My study, no. 2](#my-study-no-2): ")
+    assert "## My study, no. 2" in lines
+    assert not any(line.startswith("- [") for line in page([folder]).lines)
 
 
 def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None:

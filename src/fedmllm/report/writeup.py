@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,31 +58,44 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
     """All sweeps, a chapter each. Raises RunError where a folder is no sweep's or has nothing complete, or two share a name."""
-    made, names = Page([HEAD.rstrip()]), set()
+    grids: dict[str, tuple[Path, Mapping[str, Any]]] = {}
     for folder in folders:
         if not (folder / "sweep.json").is_file():
             raise RunError(f"{folder} is no sweep's folder; give what `fedmllm sweep` made.")
-        grid = read_grid(folder)
-        if grid["name"] in names:
+        grid: Mapping[str, Any] = read_grid(folder)
+        if grid["name"] in grids:
             raise RunError(f"{folder}: another folder is a sweep named {grid['name']!r} too; give one of them.")
-        names.add(grid["name"])
         if not grid["axes"] or not any(row["ids"] for row in grid["rows"]):
             raise RunError(f"{folder} has no complete run on an axis; run the sweep first.")
+        grids[grid["name"]] = folder, grid
+    made = Page([HEAD.rstrip()])
+    if len(grids) > 1:
+        made.lines += ["", *(f"- [{name}](#{_anchor(name)}): {_extent(grid)}" for name, (_, grid) in grids.items())]
+    for folder, grid in grids.values():
         _chapter(made, folder, grid, baseline)
     made.lines.append("")
     return made
+
+
+def _anchor(heading: str) -> str:
+    """What Markdown's readers make of a heading's plain letters; sweeps' names have hardly others."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
+
+
+def _extent(grid: Mapping[str, Any]) -> str:
+    rows = grid["rows"]
+    first = next(row for row in rows if row["ids"])
+    metrics = " or ".join(dict.fromkeys(row["metric"] for row in rows if row["ids"]))
+    complete = sum(bool(row["ids"]) and not row["missing"] for row in rows)
+    runs = len({i for row in rows for i in row["ids"]})
+    return f"{metrics} under the pattern `{first['pattern']}`; {complete} of {len(rows)} cells complete, {runs} runs"
 
 
 def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None) -> None:
     rows, axes = grid["rows"], grid["axes"]
     across, downs = (axes[0], axes[1:]) if len(axes) > 1 else ("", axes)
     first = next(row for row in rows if row["ids"])
-    complete, runs = sum(bool(row["ids"]) and not row["missing"] for row in rows), {i for row in rows for i in row["ids"]}
-    made.lines += ["", f"## {grid['name']}", ""]
-    metrics = " or ".join(dict.fromkeys(row["metric"] for row in rows if row["ids"]))
-    made.lines.append(
-        f"{metrics} under the pattern `{first['pattern']}`; {complete} of {len(rows)} cells complete, {len(runs)} runs."
-    )
+    made.lines += ["", f"## {grid['name']}", "", f"{_extent(grid)}."]
     if first["pattern"] in first.get("ceiling", {}):
         best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first["ceiling"].items())
         made.lines.append(f"The best that any model can reach is known: {best}.")
@@ -90,7 +104,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     for row in rows:
         methods.setdefault(tuple(row["axes"][a] for a in downs), {})[row["axes"].get(across, "")] = row
     averages = {name: mean([found.get(c, {}).get("mean") for c in columns]) for name, found in methods.items()}
-    if " or " in metrics:  # a mean of AUC and accuracy is none
+    if len({row["metric"] for row in rows if row["ids"]}) > 1:  # a mean of AUC and accuracy is none
         averages = dict.fromkeys(averages)
     made.table(
         [*downs, *(c or "score" for c in columns), *(["mean"] if across else [])],
@@ -200,13 +214,12 @@ def _patterns(
     )
     rows = []
     for name, found in methods.items():
-        for column in columns:
-            row = found.get(column)
-            if row is not None and row["ids"]:
-                cells = [
-                    score({"missing": row["missing"], **row["patterns"][n]}) if n in row["patterns"] else "–" for n in names
-                ]
-                rows.append([*name, column, *cells, score({"missing": row["missing"], **row["worst_decile"]})])
+        known = {column: found[column] for column in columns if column in found and found[column]["ids"]}
+        if len(known) > 1 and len({tuple(row["ids"]) for row in known.values()}) == 1:  # one run under several names
+            known = {"any": next(iter(known.values()))}
+        for column, row in known.items():
+            cells = [score({"missing": row["missing"], **row["patterns"][n]}) if n in row["patterns"] else "–" for n in names]
+            rows.append([*name, column, *cells, score({"missing": row["missing"], **row["worst_decile"]})])
     made.table([*downs, "trained in", *names, "worst tenth"], rows, len(downs) + 1)
 
 
