@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm.config import apply_overrides, read, validate
-from fedmllm.experiment import options_of, prepare
+from fedmllm.experiment import options_of, prepare, with_defaults
 from fedmllm.report.grids import published, setting_of
 from fedmllm.sweep import plan
 
@@ -81,3 +81,16 @@ def test_the_guide_tells_the_settings_of_the_cells() -> None:
                 found = ", ".join(f"{name.split('.')[1]} {value:g}" for name, value in options.items())
                 name = cell.get("set", {}).get("algorithm.name", cell["name"])
                 assert told[name][task] == found, (task, name)
+
+
+def test_a_task_of_the_transfer_study_is_tested_on_the_set_that_the_others_are_asked() -> None:
+    seen = set()
+    for planned in plan(OFFLINE.parent / "studies" / "transfer.sweep.toml")[1]:
+        config = with_defaults(planned.experiment)
+        (other,) = [table for table in config.eval.transfer or () if table.name == config.task.name]
+        mine, asked = ({**table.options, "test_samples": table.test_samples} for table in (config.task, other))
+        for table in (mine, asked):  # how much there is to train on
+            table.pop("train", None)
+        assert mine == asked, config.task.name
+        seen.add(config.task.name)
+    assert seen == {"pocket-memes", "easy-vqa", "shapes-qa", "openmoji"}

@@ -75,6 +75,16 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
     assert "figures/made.svg" in text
 
 
+def test_cost_that_depends_on_the_setting_is_told_for_each(folder: Path) -> None:
+    for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
+        if cell["axes"] == {"setting": "β = 0.3", "method": "FedAvg"}:
+            file = folder / cell["id"] / "result.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"bytes_up": {"adapter": 3_000_000}}))
+    head, *rows = rows_of("\n".join(page([folder]).lines), "### Cost")
+    assert head == ["method", *AXES["setting"]]
+    assert rows[2] == ["FedAvg", "0.00 MB, 12.00 s", "3.00 MB, 12.00 s", "0.00 MB, 12.00 s", "0.00 MB, 12.00 s"]
+
+
 def test_a_page_of_several_sweeps_begins_with_where_each_is(folder: Path, tmp_path: Path) -> None:
     other = make_sweep(tmp_path / "other", AXES, hits, kinds=KINDS)
     index = other / "sweep.json"
@@ -158,6 +168,18 @@ def test_scores_on_other_tasks_have_a_table(tmp_path: Path) -> None:
     assert "accuracy or macro_f1 under the pattern" in text
     assert rows_of(text, "## made")[2][-1] == "–", "no mean over two metrics"
     json.dumps(read_grid(folder))
+
+
+def test_places_that_are_tested_on_different_samples_have_no_mean(tmp_path: Path) -> None:
+    axes = {"task": ["pairs", "questions"], "method": ["local", "FedAvg"]}
+    folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: SHARES[cell["method"]], kinds=KINDS)
+    for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
+        if cell["axes"]["task"] == "questions":
+            file = folder / cell["id"] / "predictions.jsonl"
+            file.write_text(file.read_text().replace('"id": "s', '"id": "q'))
+    lines = page([folder]).lines
+    assert [row[0] for row in rows_of("\n".join(lines), "### Between the baselines")[1:]] == ["pairs", "questions"]
+    assert not any("over the places of a scenario" in line for line in lines)
 
 
 def test_grids_of_one_kind_have_no_baselines_to_be_between(tmp_path: Path) -> None:

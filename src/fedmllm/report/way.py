@@ -45,7 +45,8 @@ def ways(taken: Takings, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def scenario_ways(taken: Takings, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same over all places of a scenario, with "scenario" and the number of "places" in place of "place": each figure is
-    the mean over the places, and `best` is best by it. Empty where no scenario has two places that are complete."""
+    the mean over the places, and `best` is best by it. Empty where no scenario has two places that are complete; without a
+    scenario whose places are tested on different samples, of other tasks for example: their scores have no mean."""
     places = _places(grid)
     scenarios: dict[str, list[dict[str, Row]]] = {}
     for rows in places.values():
@@ -55,8 +56,13 @@ def scenario_ways(taken: Takings, grid: Mapping[str, Any]) -> list[dict[str, Any
             scenarios.setdefault(names.pop(), []).append(rows)
     if all(len(members) == 1 for members in scenarios.values()):
         return []
-    found = [({"scenario": s, "places": len(m)}, _told(taken, m)) for s, m in scenarios.items()]
+    found = [({"scenario": s, "places": len(m)}, _told(taken, m)) for s, m in scenarios.items() if _one_test(taken, m)]
     return [{**head, **told} for head, told in found if told]
+
+
+def _one_test(taken: Takings, places: Sequence[Mapping[str, Row]]) -> bool:
+    runs = [run for rows in places for row in rows.values() for run in taken(row)]
+    return len({(run.metric, run.ids, run.truth) for run in runs}) == 1
 
 
 def _places(grid: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Row]]:

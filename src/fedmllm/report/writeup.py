@@ -104,7 +104,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     for row in rows:
         methods.setdefault(tuple(row["axes"][a] for a in downs), {})[row["axes"].get(across, "")] = row
     averages = {name: mean([found.get(c, {}).get("mean") for c in columns]) for name, found in methods.items()}
-    if len({row["metric"] for row in rows if row["ids"]}) > 1:  # a mean of AUC and accuracy is none
+    if _mixed(grid):
         averages = dict.fromkeys(averages)
     made.table(
         [*downs, *(c or "score" for c in columns), *(["mean"] if across else [])],
@@ -124,10 +124,15 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     tested = _significance(made, folder, grid, baseline, taken)
     _patterns(made, methods, columns, downs)
     _transfer(made, methods, downs, across)
-    _cost(made, methods, downs)
+    _cost(made, methods, columns, downs)
     _speed(made, folder, grid)
     made.lines += ["", "### What did not work", ""]
     made.lines += [f"- {line}" for line in verdicts(grid, tested)]
+
+
+def _mixed(grid: Mapping[str, Any]) -> bool:
+    """Whether scores are of several metrics: a mean of AUC and accuracy is none."""
+    return len({row["metric"] for row in grid["rows"] if row["ids"]}) > 1
 
 
 def _percent(value: float | None) -> float | None:
@@ -189,7 +194,8 @@ def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: s
         return found
     made.lines += ["", f"### Against {found['baseline']}", ""]
     made.lines.append(
-        "Points of difference; p by paired tests, corrected after Holm. The last columns: over all places of the grid."
+        "Points of difference; p by paired tests, corrected after Holm. A place's p is about other test samples for the same "
+        "seeds: where seeds disagree much, others may say otherwise. The last columns: over all places of the grid."
     )
     axis = found["axis"]
     places = list(dict.fromkeys(place_of(one, axis) for one in found["comparisons"]))
@@ -197,7 +203,7 @@ def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: s
     rows = []
     for one in found["overall"]:
         cells = [signed(by[one[axis], place]) if (one[axis], place) in by else "–" for place in places]
-        rows.append([one[axis], *cells, signed(one), f"{one['better']} of {one['places']}"])
+        rows.append([one[axis], *cells, "–" if _mixed(grid) else signed(one), f"{one['better']} of {one['places']}"])
     made.table([axis, *(" · ".join(place) or "difference" for place in places), "over all", "better in"], rows)
     return found
 
@@ -237,18 +243,31 @@ def _transfer(made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], 
     made.table([*head, *(f"{task}, {metric}" for task, metric in others.items())], rows, len(head))
 
 
-def _cost(made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], downs: Sequence[str]) -> None:
+def _cost(
+    made: Page, methods: Mapping[tuple[str, ...], Mapping[str, Any]], columns: Sequence[str], downs: Sequence[str]
+) -> None:
     made.lines += [
         "",
         "### Cost",
         "",
         "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.",
     ]
-    rows = []
-    for name, found in methods.items():
-        moved, took = mean([r["bytes"] for r in found.values()]), mean([r["seconds"] for r in found.values()])
-        rows.append([*name, *("–" if v is None else f"{v:.2f}" for v in (moved and moved / 1e6, took))])
-    made.table([*downs, "MB", "seconds"], rows, len(downs))
+    spread = [[row["bytes"] for row in found.values() if row["bytes"] is not None] for found in methods.values()]
+    if any(known and max(known) > 1.01 * min(known) for known in spread):  # the setting decides it, as a rank does
+        rows = [
+            [*name, *(" MB, ".join(_paid([found[c]])) + " s" if c in found else "–" for c in columns)]
+            for name, found in methods.items()
+        ]
+        made.table([*downs, *columns], rows, len(downs))
+    else:
+        rows = [[*name, *_paid(list(found.values()))] for name, found in methods.items()]
+        made.table([*downs, "MB", "seconds"], rows, len(downs))
+
+
+def _paid(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Megabytes and seconds, the mean of cells."""
+    moved, took = mean([row["bytes"] for row in rows]), mean([row["seconds"] for row in rows])
+    return "–" if moved is None else f"{moved / 1e6:.2f}", "–" if took is None else f"{took:.2f}"
 
 
 def _speed(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
