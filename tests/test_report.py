@@ -337,7 +337,14 @@ def test_the_target_is_one_that_a_run_reached(tmp_path: Path) -> None:
     fast, slow = found["rows"]
     assert (fast["reached"], fast["rounds"], fast["bytes"]) == (1, 2, 400)
     assert (slow["reached"], slow["rounds"]) == (0, None)
-    assert "### Rounds and bytes to 75.0" in "\n".join(page([folder]).lines)
+    assert slow["after"] == {1: {"mean": 0.3, "sd": None}, 2: {"mean": 0.4, "sd": None}}, "4 is no stop"
+    text = "\n".join(page([folder]).lines)
+    assert "### Rounds and bytes to 75.0" in text
+    assert rows_of(text, "After so many rounds:") == [
+        ["setting", "method", "1", "2"], ["s", "fast", "70.0", "80.0"], ["s", "slow", "30.0", "40.0"],
+    ]  # fmt: skip
+    assert rows_of(text, "## made")[0] == ["method", "s"], "of one place there is no mean"
+    assert [len(row) for row in rows_of(text, "### Against fast")] == [2, 2]
 
 
 def test_runs_that_were_tested_at_the_end_alone_have_no_speed(folder: Path) -> None:

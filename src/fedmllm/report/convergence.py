@@ -9,6 +9,9 @@ from typing import Any
 
 from fedmllm.store import RunDir
 
+STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+"""The rounds after which a curve is told: ever further apart, as curves get flatter."""
+
 
 def curve(run: RunDir) -> list[tuple[int, int, float]]:
     """(rounds done, bytes moved so far, score) after each round that was tested, the end of the run included."""
@@ -31,10 +34,11 @@ def reached(points: Sequence[tuple[int, int, float]], target: float) -> tuple[in
 
 
 def speeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{"target", "rows": [{axes, "runs", "reached", "rounds", "bytes"}]} of a grid's federated cells.
+    """{"target", "rows": [{axes, "runs", "reached", "rounds", "bytes", "after"}]} of a grid's federated cells.
 
     The target is 90 % of the way from the lowest to the best score that any of the runs has: no method is asked for more than
-    one of them gave. Rounds and bytes are the mean over the seeds that reach it. Empty where nothing was tested on the way.
+    one of them gave. Rounds and bytes are the mean over the seeds that reach it. `after` is round -> {"mean", "sd"} at those of
+    `STOPS` where every seed was tested. Empty where nothing was tested on the way.
     """
     curves = {
         tuple(row["axes"].items()): [curve(RunDir(folder / name)) for name in row["ids"]]
@@ -55,6 +59,17 @@ def speeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "reached": len(there),
                 "rounds": statistics.fmean(r for r, _ in there) if there else None,
                 "bytes": statistics.fmean(b for _, b in there) if there else None,
+                "after": _after(found),
             }
         )
     return {"target": target, "rows": told}
+
+
+def _after(curves: Sequence[Sequence[tuple[int, int, float]]]) -> dict[int, dict[str, float | None]]:
+    by_round = [{rounds: score for rounds, _, score in points} for points in curves]
+    found = {}
+    for stop in STOPS:
+        if all(stop in scores for scores in by_round):
+            there = [scores[stop] for scores in by_round]
+            found[stop] = {"mean": statistics.fmean(there), "sd": statistics.stdev(there) if len(there) > 1 else None}
+    return found

@@ -107,9 +107,9 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
     if _mixed(grid):
         averages = dict.fromkeys(averages)
     made.table(
-        [*downs, *(c or "score" for c in columns), *(["mean"] if across else [])],
+        [*downs, *(c or "score" for c in columns), *(["mean"] if len(columns) > 1 else [])],
         [
-            [*name, *(score(found.get(c)) for c in columns), *([score({"mean": averages[name]})] if across else [])]
+            [*name, *(score(found.get(c)) for c in columns), *([score({"mean": averages[name]})] if len(columns) > 1 else [])]
             for name, found in methods.items()
         ],
         len(downs),
@@ -193,18 +193,22 @@ def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: s
     if not found["comparisons"]:
         return found
     made.lines += ["", f"### Against {found['baseline']}", ""]
-    made.lines.append(
-        "Points of difference; p by paired tests, corrected after Holm. A place's p is about other test samples for the same "
-        "seeds: where seeds disagree much, others may say otherwise. The last columns: over all places of the grid."
-    )
     axis = found["axis"]
     places = list(dict.fromkeys(place_of(one, axis) for one in found["comparisons"]))
+    last = " The last columns: over all places of the grid." if len(places) > 1 else ""
+    made.lines.append(
+        "Points of difference; p by paired tests, corrected after Holm. A place's p is about other test samples for the same "
+        f"seeds: where seeds disagree much, others may say otherwise.{last}"
+    )
     by = {(one["axes"][axis], place_of(one, axis)): one for one in found["comparisons"]}
     rows = []
     for one in found["overall"]:
-        cells = [signed(by[one[axis], place]) if (one[axis], place) in by else "–" for place in places]
-        rows.append([one[axis], *cells, "–" if _mixed(grid) else signed(one), f"{one['better']} of {one['places']}"])
-    made.table([axis, *(" · ".join(place) or "difference" for place in places), "over all", "better in"], rows)
+        row = [one[axis], *(signed(by[one[axis], place]) if (one[axis], place) in by else "–" for place in places)]
+        if len(places) > 1:
+            row += ["–" if _mixed(grid) else signed(one), f"{one['better']} of {one['places']}"]
+        rows.append(row)
+    general = ["over all", "better in"] if len(places) > 1 else []
+    made.table([axis, *(" · ".join(place) or "difference" for place in places), *general], rows)
     return found
 
 
@@ -283,3 +287,7 @@ def _speed(made: Page, folder: Path, grid: Mapping[str, Any]) -> None:
         figures = ["–", "–"] if one["rounds"] is None else [f"{one['rounds']:.1f}", f"{one['bytes'] / 1e6:.2f}"]
         rows.append([*one["axes"].values(), there, *figures])
     made.table([*grid["axes"], "runs that reach it", "rounds", "MB"], rows, len(grid["axes"]))
+    if stops := sorted({stop for one in found["rows"] for stop in one["after"]}):
+        made.lines += ["", "A score that was reached need not last. After so many rounds:"]
+        rows = [[*one["axes"].values(), *(score(one["after"].get(stop)) for stop in stops)] for one in found["rows"]]
+        made.table([*grid["axes"], *map(str, stops)], rows, len(grid["axes"]))
