@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by side; about a minute
+demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by side; one to two minutes
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
