@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from fedmllm.models.pocket import architecture as parts
 logging.disable_progress_bar()
 # The tiny model gains nothing from a second thread, and loses much where another process wants the core.
 torch.set_num_threads(1)
+# A shell ignores SIGINT for what it starts in the background, and what a test starts to interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 
 
