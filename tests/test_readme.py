@@ -128,9 +128,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_its_figures_of_the_benchmark_are_those_of_the_results() -> None:
     results = (ROOT / "docs" / "results.md").read_text()
     shown = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| `") and line.count("|") == 9]
-    assert [row[0].split(",")[0].strip("`") for row in shown] == ["qa", "pocket-memes", "openmoji"]
-    for name, untrained, alone, *best, pooled in shown:
-        chapter = results.partition(f"## offline-{name.split(',')[0].strip('`')}\n")[2].partition("\n## ")[0]
+    names = [re.findall(r"`(.+)`", row[0])[0] for row in shown]
+    assert names == ["qa", "pocket-memes", "openmoji"]
+    for name, (_, untrained, alone, *best, pooled) in zip(names, shown, strict=True):
+        chapter = results.partition(f"## offline-{name}\n")[2].partition("\n## ")[0]
         rows = [line.strip("| ").split(" | ") for line in chapter.splitlines() if line.startswith("|")]
         averages = {row[0]: row[-1] for row in reversed(rows) if row[0] in ("zero-shot", "local", "centralised")}
         assert [averages[kind] for kind in ("zero-shot", "local", "centralised")] == [untrained, alone, pooled]

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
 from fedmllm import __version__, cli_list, cli_pack, cli_remote, config
-from fedmllm.config import Experiment, RunKind
+from fedmllm.config import BaselineKind, Experiment, RunKind
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.printing import Json, print_json, print_table
 from fedmllm.store import RunDir
@@ -38,7 +38,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with this experiment's latest run that is not complete.")]
 Patterns = Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")]
-BaselineKind = Annotated[Literal["zero-shot", "local", "centralised"], typer.Argument(show_default=False)]
+Kind = Annotated[BaselineKind, typer.Argument(show_default=False)]
 
 
 def _guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -132,7 +132,7 @@ def run(file: File, overrides: Set = None, out: Out = None, resume: Resume = Fal
 @app.command()
 @_guarded
 def baseline(
-    kind: BaselineKind, file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False
+    kind: Kind, file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False
 ) -> None:
     """Run what a federation is compared with: the model untrained, each client alone, all data pooled."""
     _execute(kind, file, overrides, out, resume, as_json)

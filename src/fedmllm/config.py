@@ -20,7 +20,8 @@ from fedmllm.errors import ConfigError
 from fedmllm.registry import explain
 
 Pattern = Literal["both", "image", "text"]
-RunKind = Literal["federated", "zero-shot", "local", "centralised"]
+BaselineKind = Literal["zero-shot", "local", "centralised"]
+RunKind = Literal["federated", BaselineKind]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmllm.report.grids import spread
 from fedmllm.store import RunDir
 
 STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -67,9 +68,5 @@ def speeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _after(curves: Sequence[Sequence[tuple[int, int, float]]]) -> dict[int, dict[str, float | None]]:
     by_round = [{rounds: score for rounds, _, score in points} for points in curves]
-    found = {}
-    for stop in STOPS:
-        if all(stop in scores for scores in by_round):
-            there = [scores[stop] for scores in by_round]
-            found[stop] = {"mean": statistics.fmean(there), "sd": statistics.stdev(there) if len(there) > 1 else None}
-    return found
+    common = [stop for stop in STOPS if all(stop in scores for scores in by_round)]
+    return {stop: spread([scores[stop] for scores in by_round]) for stop in common}

@@ -101,10 +101,10 @@ def read_grid(folder: Path) -> dict[str, Any]:
         scores = cell["scores"]
         cell["mean"] = statistics.fmean(scores) if scores else None
         cell["sd"] = statistics.stdev(scores) if len(scores) > 1 else None
-        cell["patterns"] = {name: _spread(values) for name, values in cell.pop("by_pattern").items()}
+        cell["patterns"] = {name: spread(values) for name, values in cell.pop("by_pattern").items()}
         elsewhere = cell.pop("elsewhere").items()
-        cell["transfer"] = {name: {"metric": one["metric"], **_spread(one["scores"])} for name, one in elsewhere}
-        cell["worst_decile"] = _spread(cell.pop("worst"))
+        cell["transfer"] = {name: {"metric": one["metric"], **spread(one["scores"])} for name, one in elsewhere}
+        cell["worst_decile"] = spread(cell.pop("worst"))
         for key in ("seconds", "bytes"):
             cell[key] = statistics.fmean(cell[key]) if cell[key] else None
     return {
@@ -116,7 +116,7 @@ def read_grid(folder: Path) -> dict[str, Any]:
     }
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean and s.d. over seeds; None where a seed has no value, or is the only one."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known or len(known) < len(values):
@@ -177,7 +177,7 @@ def pattern_table(grid: Mapping[str, Any]) -> Table:
     by_method = [*range(1, len(grid["axes"])), *range(min(1, len(grid["axes"])))]
     for row in sorted(rows, key=lambda row: [order[i].index(row["axes"][grid["axes"][i]]) for i in by_method]):
         cells = [row["axes"][axis] for axis in (*grid["axes"][1:], *grid["axes"][:1])]
-        figures = [_figure({"missing": row["missing"], **row["patterns"].get(name, _spread([]))}) for name in patterns]
+        figures = [_figure({"missing": row["missing"], **row["patterns"].get(name, spread([]))}) for name in patterns]
         table.add_row(*cells, *figures, _figure({"missing": row["missing"], **row["worst_decile"]}))
     return table
 

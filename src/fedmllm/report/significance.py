@@ -31,6 +31,11 @@ class Taken:
     truth: tuple[str, ...]
     models: tuple[Answered, ...]
 
+    @property
+    def test(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """What was asked and how it is scored: scores of runs that differ in it have no common mean."""
+        return self.metric, self.ids, self.truth
+
 
 def read_taken(run: RunDir, pattern: str) -> Taken:
     """Raises RunError where the run is not complete or kept no predictions of the pattern, or not what AUC needs."""
@@ -63,9 +68,7 @@ def difference(ours: Sequence[Taken], theirs: Sequence[Taken], names: tuple[str,
 def mean_difference(places: Sequence[tuple[Sequence[Taken], Sequence[Taken]]], names: tuple[str, str]) -> dict[str, Any]:
     """`difference` of the means over several places, each with as many runs as the others, on the same test samples."""
     head = places[0][0][0]
-    if any(
-        (one.metric, one.ids, one.truth) != (head.metric, head.ids, head.truth) for p in places for side in p for one in side
-    ):
+    if any(one.test != head.test for place in places for side in place for one in side):
         raise RunError(
             f"{names[0]} and {names[1]} were not tested on the same samples by the same metric; compare runs that were."
         )

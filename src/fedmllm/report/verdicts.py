@@ -35,20 +35,25 @@ def _below(rows: Sequence[Mapping[str, Any]], kind: str, tested: Mapping[str, An
     return told
 
 
+def _least_p(places: int) -> float:
+    """Of the test by signs: all differences on one side, or all on the other."""
+    return 2 * 0.5**places
+
+
 def verdicts(grid: Mapping[str, Any], tested: Mapping[str, Any]) -> list[str]:
     """Sentences about a grid of `read_grid` and what `against` found: methods below the baselines, differences that are not
     significant over the places, seeds that disagree, scores far from a known ceiling, cells without a run."""
     rows = grid["rows"]
     told = [line for kind in ("zero-shot", "local") for line in _below(rows, kind, tested)]
     places = max((one["places"] for one in tested["overall"]), default=0)
-    if places > 1 and (least := 2 / 2**places) > LEVEL:  # a sentence a method would say this alone, again and again
+    if places > 1 and (least := _least_p(places)) > LEVEL:  # a sentence a method would say this alone, again and again
         told.append(
             f"Over {places} places together nothing can be significant (p is at least {least:.3g}, however large the "
             "difference): see the single places."
         )
     for one in tested["overall"]:
         name, base = one[tested["axis"]], tested["baseline"]
-        if 2 / 2 ** one["places"] > LEVEL:
+        if _least_p(one["places"]) > LEVEL:
             continue
         if not one["p_holm"] < LEVEL:
             told.append(

@@ -61,8 +61,7 @@ def scenario_ways(taken: Takings, grid: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def _one_test(taken: Takings, places: Sequence[Mapping[str, Row]]) -> bool:
-    runs = [run for rows in places for row in rows.values() for run in taken(row)]
-    return len({(run.metric, run.ids, run.truth) for run in runs}) == 1
+    return len({run.test for rows in places for row in rows.values() for run in taken(row)}) == 1
 
 
 def _places(grid: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Row]]:
