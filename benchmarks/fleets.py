@@ -28,8 +28,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedmllm.remote.keeper import environment, tool
-from fedmllm.store import RunDir
+from fedmllm.remote.supervisor import environment, tool
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import distance
 
 ROOT = Path(__file__).parents[1]

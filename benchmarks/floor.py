@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.bench import Bench
 from fedmllm.config import Experiment, read, validate
-from fedmllm.experiment import prepare, with_defaults
+from fedmllm.experiment.parts import build
 from fedmllm.rng import stream
-from fedmllm.training.batches import plan
+from fedmllm.runs.session import Session
+from fedmllm.training.batches import batch_epoch
 from fedmllm.training.cohort import train_cohort
 from fedmllm.training.local import LocalSettings, Work
 
@@ -42,12 +42,12 @@ def product_rate(size: int = 1024, seconds: float = 0.5) -> float:
     return 2 * size**3 * count / (time.perf_counter() - began)
 
 
-def works_of(bench: Bench, config: Experiment, clients: int, steps: int) -> list[Work]:
+def works_of(bench: Session, config: Experiment, clients: int, steps: int) -> list[Work]:
     """The first full steps of each client, as its first round would take them."""
     made = []
     for client in range(clients):
         data = bench.clients[client]
-        planned = plan([one.length for one in data], config.train.batch_size, 1, stream(0, "floor", client)).steps
+        planned = batch_epoch([one.length for one in data], config.train.batch_size, 1, stream(0, "floor", client)).steps
         full = [step for step in planned if len(step[0]) == config.train.batch_size]
         if not full:
             continue
@@ -56,7 +56,7 @@ def works_of(bench: Bench, config: Experiment, clients: int, steps: int) -> list
     return made
 
 
-def train(bench: Bench, works: Sequence[Work], cohort: int, settings: LocalSettings) -> float:
+def train(bench: Session, works: Sequence[Work], cohort: int, settings: LocalSettings) -> float:
     """Seconds."""
     began = time.perf_counter()
     for start in range(0, len(works), cohort):
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    config = with_defaults(validate(read(options.file)))
-    bench = Bench(config, prepare(config))
+    parts = build(validate(read(options.file)))
+    config, bench = parts.config, Session(parts, parts.prepare())
     bench.prepare(bench.clients, range(options.clients))
     settings = LocalSettings.of(config.train, config.train.lr)
     works = works_of(bench, config, options.clients, options.steps)

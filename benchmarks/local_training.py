@@ -22,10 +22,11 @@ from fedmllm.config import ModelTable
 from fedmllm.data.prompts import prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Stack
 from fedmllm.rng import stream
-from fedmllm.training.batches import plan
+from fedmllm.training.batches import batch_epoch
 
 
 def backward(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
@@ -75,7 +76,7 @@ def main() -> None:
         ours = cached.encode(talks, [s.image for s in chosen], 1200)
         theirs = live.encode(talks, [s.image for s in chosen], 1200)
         cached.prepare_features()
-        order = plan([one.length for one in ours], 16, 1, stream(0, "order")).steps
+        order = batch_epoch([one.length for one in ours], 16, 1, stream(0, "order")).steps
         batches = [[ours[i] for i in step[0]] for step in order]
         uncached = [[theirs[i] for i in step[0]] for step in order]
         mixed = [[ours[i] for i in range(start, start + 16)] for start in range(0, len(ours), 16)]

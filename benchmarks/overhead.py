@@ -23,13 +23,13 @@ from unittest.mock import patch
 from transformers.utils import logging
 
 from fedmllm.algorithms import LocalResult
-from fedmllm.bench import Bench
 from fedmllm.config import read, validate
-from fedmllm.experiment import Data, prepare, with_defaults
+from fedmllm.experiment.parts import build
 from fedmllm.fleets import inprocess
 from fedmllm.models.mllm import MLLM
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
 from fedmllm.training.cohort import train_cohort
 from fedmllm.training.local import LocalSettings, Work
@@ -53,33 +53,28 @@ class Watched(RunDir):
         self.trained.append(self.training)
 
 
-def overhead(file: Path, algorithm: str, rounds: int, wait: bool, known: dict[str, tuple[Data, Bench]]) -> float:
-    """The share of the rounds after the first that is not training."""
-    config = with_defaults(validate(read(file) | {"algorithm": {"name": algorithm}}))
-    config = config.model_copy(update={"train": config.train.model_copy(update={"rounds": rounds})})
-    if "bench" not in known:
-        data = prepare(config)
-        known["bench"] = data, Bench(config, data)
-    data, bench = known["bench"]
+def overhead(file: Path, algorithm: str, rounds: int, wait: bool, sessions: dict[str, Session]) -> float:
+    """The share of the rounds after the first that is not training. The evaluation at the end is not part of a round."""
+    if algorithm not in sessions:
+        raw = read(file) | {"algorithm": {"name": algorithm}}
+        parts = build(validate(raw | {"train": raw.get("train", {}) | {"rounds": rounds}}))
+        sessions[algorithm] = Session(parts, parts.prepare())
+    session = sessions[algorithm]
     with tempfile.TemporaryDirectory() as folder:
-        run = Watched(Path(folder) / "run", wait)
+        directory = Watched(Path(folder) / "run", wait)
 
         def timed(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
             began = time.perf_counter()
             results = train_cohort(model, works, settings)
-            run.training += time.perf_counter() - began
+            directory.training += time.perf_counter() - began
             return results
 
-        runner = Runner(config, data, bench, run, "federated")
-        # The evaluation at the end is none of the rounds' affair.
-        with (
-            patch.object(inprocess, "train_cohort", timed),
-            patch.object(Runner, "_examine", lambda *_: []),
-            patch.object(Runner, "_result", lambda *_: {}),
-        ):
-            runner.execute()
-    whole = run.ends[-1] - run.ends[1]
-    return 1 - (run.trained[-1] - run.trained[1]) / whole
+        run = prepare_run("federated", session, directory)
+        with patch.object(inprocess, "train_cohort", timed), directory.claimed():
+            begin(run)
+            train_rounds(run, session.parts.algorithm, session.clients, federation_plan(session), "rounds")
+    whole = directory.ends[-1] - directory.ends[1]
+    return 1 - (directory.trained[-1] - directory.trained[1]) / whole
 
 
 def main() -> None:
@@ -90,12 +85,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    known: dict[str, tuple[Data, Bench]] = {}
+    sessions: dict[str, Session] = {}
     shares: dict[str, dict[str, list[float]]] = {name: {"behind": [], "waited for": []} for name in ALGORITHMS}
     for _ in range(options.repeats):
         for name, found in shares.items():
             for how, each in found.items():
-                each.append(overhead(options.file, name, options.rounds, how == "waited for", known))
+                each.append(overhead(options.file, name, options.rounds, how == "waited for", sessions))
     print(f"{'overhead of a round':22}{'checkpoint behind':>24}{'checkpoint waited for':>26}")
     for name, found in shares.items():
         cells = [f"{100 * statistics.median(e):5.2f} %  ({100 * min(e):.2f}–{100 * max(e):.2f})" for e in found.values()]

@@ -3,7 +3,7 @@
     python benchmarks/scale.py [--clients 10 1000 100000] [--rounds 10] [--json FILE]
 
 One process a setting, so that the peak of its memory is its own: the pocket model, FedAvg and SCAFFOLD (whose clients
-remember a control variate each), through the same `Runner` as `fedmllm run`, from reading the data to `result.json`.
+remember a control variate each), through the same steps as `fedmllm run`, from reading the data to `result.json`.
 
 All settings share one data set, 200,000 questions about 100 pictures, made beforehand and not timed. Dealt to 10 clients
 that is 20,000 samples each, to 100,000 clients 2 each. So that a sampled client does the same work in all settings, it is
@@ -60,11 +60,11 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
     """One run in this process: seconds of setup, of each round after the first, and the peak memory in MB."""
     from transformers.utils import logging
 
-    from fedmllm.bench import Bench, Clients
     from fedmllm.config import validate
-    from fedmllm.experiment import prepare, with_defaults
-    from fedmllm.runs import Runner
-    from fedmllm.store import RunDir
+    from fedmllm.experiment.parts import build
+    from fedmllm.runs.kinds import execute
+    from fedmllm.runs.session import ClientData, Session
+    from fedmllm.storage.run_dir import RunDir
     from fedmllm.tensors import State
 
     class Watched(RunDir):
@@ -79,7 +79,7 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
             self.saved += ((time.perf_counter(), time.process_time()),)
 
     logging.disable_progress_bar()
-    config = with_defaults(
+    parts = build(
         validate(
             {
                 "name": f"{algorithm}-{clients}",
@@ -93,11 +93,10 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
     )
     with tempfile.TemporaryDirectory() as place:
         began = time.perf_counter()
-        data = prepare(config)
-        bench = Bench(config, data)
-        bench.clients = Clients(data.manifest, lambda holdings: bench.encode(holdings[:EACH]))
+        session = Session(parts, parts.prepare())
+        session.clients = ClientData(session.dataset.manifest, lambda holdings: session.encode(holdings[:EACH]))
         run = Watched(Path(place) / "run")
-        result = Runner(config, data, bench, run, "federated").execute()
+        result = execute("federated", session, run)
         assert len(result["per_client"]) == clients
         assert {record["examples"] for record in run.rounds()} == {SAMPLED * EACH}
         remembering = len(list((run.checkpoint / "clients").glob("client-*")))

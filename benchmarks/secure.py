@@ -19,20 +19,19 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers.utils import logging
 
 from fedmllm.algorithms import RoundInfo, Update, algorithms
-from fedmllm.bench import Bench
 from fedmllm.config import read, validate
-from fedmllm.experiment import prepare, with_defaults
-from fedmllm.runs import Runner
+from fedmllm.experiment.parts import build
+from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
+from fedmllm.runs.session import Session
 from fedmllm.secure.fleet import SecureFleet
 from fedmllm.secure.settings import Pairwise, Phase, secures
 from fedmllm.secure.site import Parties
-from fedmllm.store import RunDir
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, Tensors, distance
 
 SIZES = ((3, 0), (10, 0), (33, 0), (100, 32))
@@ -77,7 +76,7 @@ def protocol(numbers: int, clients: int, neighbours: int, gone: int) -> dict[str
     fleet = SecureFleet(settings, algorithm, carrier, carrier, "bench")
     info = RoundInfo(0, 1, clients, tuple(range(clients)), 0)
     began = time.process_time()
-    made = fleet.train(info, dict.fromkeys(info.sampled, sent), 0.1)
+    made = fleet.train(info, dict.fromkeys(info.sampled, sent))
     whole = time.process_time() - began
     good = [u for u in made if not u.problem]
     began = time.process_time()
@@ -110,14 +109,15 @@ def rounds(file: Path, count: int, secure: str) -> list[float]:
     """Seconds of each round but the first."""
     raw: dict[str, Any] = read(file) | {"secure": {"name": secure}}
     raw["train"] = raw.get("train", {}) | {"rounds": count + 1, "clients_per_round": 3}
-    config = with_defaults(validate(raw))
-    data = prepare(config)
+    parts = build(validate(raw))
+    session = Session(parts, parts.prepare())
     with tempfile.TemporaryDirectory() as folder:
-        run = Watched(Path(folder) / "run")
-        runner = Runner(config, data, Bench(config, data), run, "federated")
-        with patch.object(Runner, "_examine", lambda *_: []), patch.object(Runner, "_result", lambda *_: {}):
-            runner.execute()
-        return [after - before for before, after in pairwise(run.ends)]
+        directory = Watched(Path(folder) / "run")
+        run = prepare_run("federated", session, directory)
+        with directory.claimed():
+            begin(run)
+            train_rounds(run, parts.algorithm, session.clients, federation_plan(session), "rounds")
+        return [after - before for before, after in pairwise(directory.ends)]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmllm.store import new_run
+from fedmllm.storage.run_dir import new_run
 
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.toml"
 COMMANDS = {"zero-shot": ["baseline", "zero-shot"], "local": ["baseline", "local"], "federated": ["run"]}

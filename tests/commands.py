@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from fedmllm.cli import app
+from fedmllm.cli.app import app
 
 
 def call(*arguments: object) -> Result:

@@ -18,15 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fedmllm.bench import Bench
 from fedmllm.config import Named
+from fedmllm.data.dataset import Dataset, load_split, open_source
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.experiment import Data, load_split
+from fedmllm.experiment.parts import build
 from fedmllm.remote.files import FederationFile, SiteFile
-from fedmllm.remote.keeper import free_port
 from fedmllm.remote.keys import make
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.remote.supervisor import free_port
+from fedmllm.runs.kinds import execute
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
 
 SITES = {"north": ["image"], "south": ["text"], "east": ["image", "text"]}
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
@@ -79,13 +80,14 @@ def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -
     everyone, holdings = [], []
     for client, name in enumerate(config.fleet.options["sites"]):
         own = SiteFile(federation.parents[1] / name / "site.toml").own
-        _, samples, _ = load_split(own.task, "train")
+        _, samples, _ = load_split(open_source(own.task), "train")
         everyone += samples
         holdings += [Holding(s.id, client, s.modalities & own.modalities) for s in samples]
     config = config.model_copy(update={"fleet": Named(name="in-process")})
-    task, test, _ = load_split(config.task, "test")
-    data = Data(task, everyone, test, 0, Manifest.of(holdings, config.partition.clients))
-    return Runner(config, data, Bench(config, data), RunDir(out), "federated").execute()
+    parts = build(config)
+    task, test, _ = load_split(parts.source, "test")
+    data = Dataset(task, everyone, test, 0, Manifest.of(holdings, config.partition.clients))
+    return execute("federated", Session(parts, data), RunDir(out))
 
 
 def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -160,11 +160,11 @@ class FakeFleet:
         self.algorithm, self.spoil = algorithm, spoil or (lambda _, updates: updates)
         self.memory: dict[int, State] = {}
         self.before: dict[int, State] = {}
-        self.seen: list[tuple[RoundInfo, Mapping[int, State], float]] = []
+        self.seen: list[tuple[RoundInfo, Mapping[int, State]]] = []
         self.committed: list[int] = []
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        self.seen.append((info, messages, lr))
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        self.seen.append((info, messages))
         updates = []
         for client in info.sampled:
             memory = self.before[client] = self.memory.get(client, {})

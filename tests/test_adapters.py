@@ -14,8 +14,9 @@ from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
 from fedmllm.config import AdapterTable, LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import RunError
+from fedmllm.models.encoded import Encoded
 from fedmllm.models.lora import VIRTUAL, Adapter
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors, digest, distance
 from fedmllm.training.cohort import train_local
 from fedmllm.training.local import LocalSettings, Work

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedmllm.algorithms import Algorithm, Update, algorithms
 from fedmllm.algorithms.base import in_order
-from fedmllm.algorithms.travel import travels
+from fedmllm.algorithms.traffic import traffic_of
 from fedmllm.federation import usable
 from fedmllm.tensors import State, digest, flatten, problem_with, unflatten
 from helpers import (
@@ -167,7 +167,7 @@ def test_a_client_that_took_no_part_before_can_join_late(parts: Parts) -> None:
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_says_what_travels(name: str) -> None:
-    told = travels(algorithms.build(name, {}))
+    told = traffic_of(algorithms.build(name, {}))
     assert told["up"]
     assert all(
         entry.partition(" ")[0] in ("adapter", "control", "fold", "normaliser") for way in told.values() for entry in way
@@ -175,7 +175,7 @@ def test_every_algorithm_says_what_travels(name: str) -> None:
 
 
 def test_what_travels_is_what_the_papers_say() -> None:
-    told = {name: travels(algorithms.build(name, {})) for name in algorithms.names()}
+    told = {name: traffic_of(algorithms.build(name, {})) for name in algorithms.names()}
     assert told["fedavg"] == {"down": ["adapter"], "up": ["adapter"]}
     assert told["ffa-lora"] == {"down": ["adapter (B)"], "up": ["adapter (B)"]}
     assert told["fedsa-lora"] == {"down": ["adapter (A)"], "up": ["adapter (A)"]}

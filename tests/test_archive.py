@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from commands import call, run
-from fedmllm import sweep
-from fedmllm.archive import opened, pack
-from fedmllm.sweep import Sweeper
+from fedmllm.experiment import sweep
+from fedmllm.experiment.sweep import Sweeper
+from fedmllm.storage.archive import opened, pack
 from made_runs import make_run, make_sweep
 
 AXES = {"setting": ["α = 5", "β = 0.3", "p < 1"], "method": ["zero-shot", "FedAvg", "Broken"]}
@@ -187,7 +187,7 @@ def test_a_sweep_goes_on_from_what_is_unpacked(tmp_path: Path) -> None:
 
     def run_in(out: Path) -> list[str]:
         maker = Maker()
-        rows = Sweeper(*sweep.plan(file), out, lambda done, total, text: None).run(1, maker)
+        rows = Sweeper(*sweep.plan_sweep(file), out, lambda done, total, text: None).run(1, maker)
         assert {row["state"] for row in rows} == {"complete"}
         return maker.made
 

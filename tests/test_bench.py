@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 
 from commands import call, run
 from fedmllm.algorithms import algorithms
-from fedmllm.bench import Bench, Clients, client_rows
 from fedmllm.config import TrainTable, read, validate
 from fedmllm.data.manifest import Holding, Manifest, draw
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
 from fedmllm.data.scenarios import scenarios
-from fedmllm.experiment import prepare, with_defaults
-from fedmllm.federation import Plan, federate, participants, sample_clients
-from fedmllm.models.mllm import MLLM, Encoded
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.data.summary import client_rows
+from fedmllm.experiment.parts import build, with_defaults
+from fedmllm.federation import FederationPlan, federate, participants, sample_clients
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
+from fedmllm.runs.kinds import execute
+from fedmllm.runs.session import ClientData, Session
+from fedmllm.storage.run_dir import RunDir
 from helpers import FakeFleet, lora_adapter, quick, sample
 
 Write = Callable[..., Path]
@@ -45,13 +47,13 @@ MANY = ["--set", "partition.clients=12", "--set", "scenario.name=aligned", "--se
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Holding]:
     """All that a bench encoded for clients, in order."""
     found: list[Holding] = []
-    encode = Bench.encode
+    encode = Session.encode
 
-    def watched(self: Bench, holdings: Sequence[Holding]) -> list[Encoded]:
+    def watched(self: Session, holdings: Sequence[Holding]) -> list[Encoded]:
         found.extend(holdings)
         return encode(self, holdings)
 
-    monkeypatch.setattr(Bench, "encode", watched)
+    monkeypatch.setattr(Session, "encode", watched)
     return found
 
 
@@ -86,18 +88,18 @@ def test_the_other_kinds_encode_nothing_or_everything(
     assert len(encoded) == samples
 
 
-def test_one_bench_serves_several_runs_and_encodes_a_client_once(write_experiment: Write, encoded: list[Holding]) -> None:
+def test_one_session_serves_several_runs_and_encodes_a_client_once(write_experiment: Write, encoded: list[Holding]) -> None:
     file = write_experiment(rounds=2)
-    config = with_defaults(validate(read(file)))
-    data = prepare(config)
-    shared = Bench(config, data)
+    parts = build(validate(read(file)))
+    data = parts.prepare()
+    shared = Session(parts, data)
     kinds: list[Any] = ["zero-shot", "federated", "local", "centralised"]
     for kind in kinds:
-        together = Runner(config, data, shared, RunDir(Path(f"{kind}-together")), kind).execute()
-        alone = Runner(config, data, Bench(config, data), RunDir(Path(f"{kind}-alone")), kind).execute()
+        together = execute(kind, shared, RunDir(Path(f"{kind}-together")))
+        alone = execute(kind, Session(parts, data), RunDir(Path(f"{kind}-alone")))
         for key in ("metrics", "per_client", "adapter_sha256"):
             assert together[key] == alone[key], (kind, key)
-    # By the shared bench: every client and the pool; by the others: local's, the pool, and federated's.
+    # By the shared session: every client and the pool; by the others: local's, the pool, and federated's.
     (federated,) = [{c for r in RunDir(Path("federated-alone")).rounds() for c in r["sampled"]}]
     assert len(encoded) == 30 + 30 + 30 + 30 + sum(data.manifest.sizes()[client] for client in federated)
 
@@ -109,7 +111,7 @@ def test_clients_are_a_mapping_that_knows_who_there_is_without_encoding() -> Non
         asked.extend({h.client for h in holdings})
         return []
 
-    clients = Clients(Manifest.of((Holding(f"s{i}", i, frozenset()) for i in range(4)), 5), encode)
+    clients = ClientData(Manifest.of((Holding(f"s{i}", i, frozenset()) for i in range(4)), 5), encode)
     assert list(clients) == [0, 1, 2, 3, 4]
     assert len(clients) == 5
     assert 4 in clients
@@ -145,8 +147,8 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_written(
     raw = read(file)
     raw |= {"partition": {"name": "iid", "clients": 12}, "scenario": {"name": "aligned"}}
     config = with_defaults(validate(raw))
-    manifest = prepare(config).manifest
-    sampled = participants(Plan.of(config.train, range(12), config.seed))
+    manifest = build(config).prepare().manifest
+    sampled = participants(FederationPlan.of(config.train, range(12), config.seed))
     client = next(c for c in range(12) if (c in sampled) == takes_part)
     data = lengthened(dataset, manifest.of_client(client)[0].sample_id)
     arguments = [file, *MANY, "--set", f"task.train={data}"]
@@ -192,9 +194,9 @@ def test_client_rows_are_as_their_twin_counts_them(rows: list[tuple[int, set[Mod
 
 
 def test_participants_are_all_who_are_ever_sampled() -> None:
-    plan = Plan.of(TrainTable(rounds=5, clients_per_round=3), range(50), seed=2)
+    plan = FederationPlan.of(TrainTable(rounds=5, clients_per_round=3), range(50), seed=2)
     assert participants(plan) == sorted({client for number in range(5) for client in sample_clients(plan, number)})
-    assert participants(Plan.of(TrainTable(rounds=2, clients_per_round=9), [4, 7], seed=0)) == [4, 7]
+    assert participants(FederationPlan.of(TrainTable(rounds=2, clients_per_round=9), [4, 7], seed=0)) == [4, 7]
 
 
 # Many clients
@@ -246,8 +248,8 @@ def test_a_round_of_twenty_thousand_clients() -> None:
         encoded.extend(holdings)
         return []
 
-    clients = Clients(drawn(samples, 20_000), encode)
-    plan = Plan.of(TrainTable(rounds=3, clients_per_round=10), range(20_000), seed=1)
+    clients = ClientData(drawn(samples, 20_000), encode)
+    plan = FederationPlan.of(TrainTable(rounds=3, clients_per_round=10), range(20_000), seed=1)
     for client in participants(plan):
         clients[client]
     fleets = [FakeFleet(algorithms.build("scaffold", {})) for _ in range(2)]
@@ -258,6 +260,6 @@ def test_a_round_of_twenty_thousand_clients() -> None:
     )
     assert many < 1.3 * few
     fleet = fleets[1]
-    assert len(fleet.memory) == len({c for info, _, _ in fleet.seen for c in info.sampled}) == len(participants(plan))
+    assert len(fleet.memory) == len({c for info, _ in fleet.seen for c in info.sampled}) == len(participants(plan))
     assert {h.client for h in encoded} == set(participants(plan))
     assert len(encoded) == sum(len(clients.manifest.of_client(client)) for client in participants(plan))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from commands import call, run
 from fedmllm import config
-from fedmllm.experiment import prepare
+from fedmllm.experiment.parts import build
 from layouts import LAYOUTS
 
 Write = Callable[..., Path]
@@ -163,7 +163,7 @@ def test_a_long_list_of_classes_is_cut_in_the_text_alone(experiment: Write, tmp_
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "medalpaca"])
 def test_the_manifest_does_not_depend_on_the_order_in_the_files(experiment: Write, tmp_path: Path, name: str) -> None:
     file = experiment(name)
-    before = prepare(config.validate(config.read(file))).manifest.digest()
+    before = build(config.validate(config.read(file))).prepare().manifest.digest()
     for path in (tmp_path / "data" / name).rglob("*.*"):
         content = path.read_text("utf-8") if path.suffix in (".json", ".jsonl", ".tsv") else ""
         if path.suffix == ".json":
@@ -172,7 +172,7 @@ def test_the_manifest_does_not_depend_on_the_order_in_the_files(experiment: Writ
             head = 1 if path.suffix == ".tsv" else 0
             lines = content.splitlines()
             path.write_text("\n".join(lines[:head] + lines[head:][::-1]) + "\n", "utf-8")
-    assert prepare(config.validate(config.read(file))).manifest.digest() == before
+    assert build(config.validate(config.read(file))).prepare().manifest.digest() == before
 
 
 def test_odd_pictures_go_through_a_whole_run(experiment: Write, tmp_path: Path) -> None:

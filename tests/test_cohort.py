@@ -16,14 +16,15 @@ from fedmllm.algorithms.factors import resized
 from fedmllm.config import AdapterTable, LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError
-from fedmllm.federation import Plan, federate
+from fedmllm.federation import FederationPlan, federate
 from fedmllm.fleets import inprocess
-from fedmllm.fleets.base import Site
+from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, distance, flatten
-from fedmllm.training.batches import plan
+from fedmllm.training.batches import batch_epoch
 from fedmllm.training.capacity import bytes_kept, cohort_size
 from fedmllm.training.cohort import train_cohort
 from fedmllm.training.local import LocalSettings, Work
@@ -64,7 +65,7 @@ def start_of(model: MLLM, client: int = 0) -> Tensors:
 
 def work_of(model: MLLM, dataset: Path, client: int, count: int, batch: int, accumulate: int, rule: LocalRule) -> Work:
     data = held(model, dataset, client, count)
-    made = plan([one.length for one in data], batch, accumulate, stream(0, "plan", client))
+    made = batch_epoch([one.length for one in data], batch, accumulate, stream(0, "plan", client))
     steps = [[[data[i] for i in micro] for micro in step] for step in made.steps]
     return Work(steps, start_of(model, client), rule, client)
 
@@ -119,9 +120,9 @@ def run_rounds(model: MLLM, dataset: Path, folder: Path, combination: Sequence[s
     )
     data = {c: held(model, dataset, c, count) for c, count in enumerate(COUNTS)}
     gaps = {c: 0.2 * c for c in data}
-    site = Site(model, algorithm, data, train, start_of(model), gaps, folder, cohort)
+    site = FleetContext(model, algorithm, data, train, start_of(model), gaps, folder, cohort)
     model.adapter.set_fold({})
-    made = federate(algorithm, InProcessFleet(site), Plan.of(train, range(len(COUNTS)), 3, model.info), site.initial)
+    made = federate(algorithm, InProcessFleet(site), FederationPlan.of(train, range(len(COUNTS)), 3, model.info), site.initial)
     return [state for _, state in made]
 
 

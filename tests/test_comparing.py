@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmllm.evaluation.comparing import Answered, holm, paired, sign_flip
 from fedmllm.evaluation.metrics import auc, macro_f1
+from fedmllm.report.paired_tests import Answered, holm, paired, sign_flip
 from helpers import quick
 
 probabilities = st.lists(st.floats(0, 1), max_size=12)

@@ -14,7 +14,7 @@ from fedmllm.algorithms import algorithms
 from fedmllm.config import Experiment
 from fedmllm.data.scenarios import scenarios
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import options_of, with_defaults
+from fedmllm.experiment.parts import options_of, with_defaults
 from helpers import quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))

@@ -12,7 +12,7 @@ import torch
 from fedmllm.config import AdapterTable, EvalTable, LoraTable, ModelTable
 from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import Sample
-from fedmllm.evaluation.evaluate import Examination, Prediction
+from fedmllm.evaluation.predictions import Prediction, TestSet
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors
 from helpers import task
@@ -34,20 +34,20 @@ def adapters_of(model: MLLM, count: int) -> list[Tensors]:
     return [{n: t + 0.4 * torch.randn(t.shape, generator=generator) for n, t in start.items()} for _ in range(count)]
 
 
-def examination(model: MLLM, dataset: Path, kinds: Sequence[Sample]) -> Examination:
+def examination(model: MLLM, dataset: Path, kinds: Sequence[Sample]) -> TestSet:
     samples = [
         replace(kind, id=f"{kind.id}{i}", text="some words" * (1 + i % 2), image=dataset / f"{color}.png" if i % 3 else None)
         for kind in kinds
         for i, color in enumerate(("red", "blue", "green", "red"))
     ]
-    made = Examination(
+    made = TestSet(
         model, replace(task(), positive="red"), samples, ["both", "text"], prompts.build("modality-agnostic", {}), 300
     )
     model.prepare_features()
     return made
 
 
-def alone(model: MLLM, asked: Examination, settings: EvalTable, adapters: Sequence[Tensors]) -> list[list[Prediction]]:
+def alone(model: MLLM, asked: TestSet, settings: EvalTable, adapters: Sequence[Tensors]) -> list[list[Prediction]]:
     found = []
     for adapter in adapters:
         model.adapter.set(adapter)
@@ -72,7 +72,7 @@ def test_adapters_tested_together_answer_as_alone(tiny: Path, dataset: Path, kin
     expected = alone(model, asked, settings, adapters)
     # The adapters are far enough apart that a mixed-up client would show.
     assert len({tuple((p.predicted, p.score) for p in found) for found in expected}) > 1
-    alike(list(asked.take_each(settings, adapters)), expected)
+    alike(list(asked.predict_each(settings, adapters)), expected)
 
 
 def test_one_pass_serves_as_many_adapters_as_the_batch_has_room_for(
@@ -88,7 +88,7 @@ def test_one_pass_serves_as_many_adapters_as_the_batch_has_room_for(
         return scores(self, batch, clients)  # type: ignore[arg-type]
 
     monkeypatch.setattr(MLLM, "option_scores", watched)
-    list(asked.take_each(EvalTable(batch_size=3 * asked.size), adapters_of(model, 7)))
+    list(asked.predict_each(EvalTable(batch_size=3 * asked.size), adapters_of(model, 7)))
     assert passes == [3, 3, 1]
 
 
@@ -98,4 +98,4 @@ def test_adapters_that_do_not_stack_are_tested_one_by_one(tiny: Path, dataset: P
     asked = examination(model, dataset, [CLOSED, OPEN])
     settings = EvalTable(batch_size=1000, max_new_tokens=2)
     adapters = adapters_of(model, 3)
-    alike(list(asked.take_each(settings, adapters)), alone(model, asked, settings, adapters))
+    alike(list(asked.predict_each(settings, adapters)), alone(model, asked, settings, adapters))

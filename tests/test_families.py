@@ -17,8 +17,9 @@ from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
+from fedmllm.models.encoded import Encoded
 from fedmllm.models.families import families
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _repeated
 from fedmllm.models.tokens import Tokens
 from fedmllm.tensors import digest, distance

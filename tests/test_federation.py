@@ -14,17 +14,20 @@ from fedmllm.algorithms import Update, algorithms
 from fedmllm.algorithms.base import groups
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.config import TrainTable
-from fedmllm.federation import Plan, RoundRecord, TooFewUpdates, each_alone, federate, learning_rate, sample_clients
-from fedmllm.tensors import State, load_state, nbytes, save_state
+from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, each_alone, federate, learning_rate, sample_clients
+from fedmllm.storage.state_file import load_state, save_state
+from fedmllm.tensors import State, nbytes
 from helpers import ADAPTER_INFO, COMBINATIONS, FakeFleet, built, lora_adapter, same, update
 
-PLAN = Plan(tuple(range(8)), 3, 4, 0.1, "cosine", 1, seed=0, adapter=ADAPTER_INFO)
+PLAN = FederationPlan(tuple(range(8)), 3, 4, 0.1, "cosine", 1, seed=0, adapter=ADAPTER_INFO)
 ADAPTER = lora_adapter()
 A_NAME = min(ADAPTER)
 BYTES = nbytes(ADAPTER)
 
 
-def run(fleet: FakeFleet, plan: Plan = PLAN, resume: tuple[int, State] | None = None) -> list[tuple[RoundRecord, State]]:
+def run(
+    fleet: FakeFleet, plan: FederationPlan = PLAN, resume: tuple[int, State] | None = None
+) -> list[tuple[RoundRecord, State]]:
     return list(federate(fleet.algorithm, fleet, plan, ADAPTER, resume))
 
 
@@ -55,8 +58,8 @@ def test_every_client_is_as_likely_as_every_other() -> None:
 
 
 def test_a_plan_asks_for_no_more_clients_than_there_are() -> None:
-    plan = Plan.of(TrainTable(rounds=7, clients_per_round=4, min_updates=3, lr=0.5), [5, 6], seed=9)
-    assert plan == Plan((5, 6), 2, 7, 0.5, "cosine", 2, 9)
+    plan = FederationPlan.of(TrainTable(rounds=7, clients_per_round=4, min_updates=3, lr=0.5), [5, 6], seed=9)
+    assert plan == FederationPlan((5, 6), 2, 7, 0.5, "cosine", 2, 9)
 
 
 # The learning rate

@@ -10,7 +10,7 @@ import pytest
 import fleets
 from federations import write_samples
 from fedmllm.config import apply_overrides, read, validate
-from fedmllm.experiment import options_of, prepare, with_defaults
+from fedmllm.experiment.parts import build, options_of
 
 
 def test_whoever_trains_holds_what_a_site_holds(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_whoever_trains_holds_what_a_site_holds(tmp_path: Path) -> None:
     file.write_text(text)
     fleets.deal(tmp_path)
     raw, _ = apply_overrides(read(file), ["fleet.name=in-process", *fleets.settings(tmp_path, 2)], options_of)
-    manifest = prepare(with_defaults(validate(raw))).manifest
+    manifest = build(validate(raw)).prepare().manifest
     for client, name in enumerate(fleets.ORDER):
         there = [json.loads(line)["id"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
         assert [h.sample_id for h in manifest.of_client(client)] == sorted(there)

@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from commands import run as command
 from fedmllm.algorithms import RoundInfo
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.experiment import silent
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote import clientapp
 from fedmllm.remote.fleet import RemoteFleet
-from fedmllm.remote.post import ATTEMPTS, Absent, FlowerPost
-from fedmllm.remote.protocol import Job, Kind, ProtocolError, Reply, parts_of, to_bytes
+from fedmllm.remote.protocol import Job, JobKind, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEAD, RecordError, pack, unpack
 from fedmllm.remote.serverapp import load_experiment, manifest_of, run, told_to_sites
 from fedmllm.remote.site import Worker
+from fedmllm.remote.transport import ATTEMPTS, Absent, FlowerTransport
+from fedmllm.runs.progress import no_progress
 from fedmllm.secure.settings import PHASES
-from fedmllm.store import RunDir
+from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid
 from helpers import quick, same
 
@@ -165,7 +165,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_run_over_flower_is_the_run_in_process(write_experiment: Write, extra: str) -> None:
     """One by one, as each site trains: adapters stacked in a cohort round otherwise, which AdamW can make much of."""
     here = command("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
-    there = run(grid(), settings(write_experiment(extra + FLEET)), silent)
+    there = run(grid(), settings(write_experiment(extra + FLEET)), no_progress)
     assert close(adapter("here"), adapter("out"))
     for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "refused_updates"):
         assert there[key] == here[key], key
@@ -177,7 +177,7 @@ def test_hidden_updates_make_the_same_run(write_experiment: Write) -> None:
     """Four questions a round in place of one, up to the rounding of the fixed point; only bytes under masks come back."""
     extra, wires = '[secure]\nname = "pairwise"\n', grid()
     here = command("run", write_experiment(""), "--out", "here", "--set", "train.cohort=1")
-    there = run(wires, settings(write_experiment(extra + FLEET)), silent)
+    there = run(wires, settings(write_experiment(extra + FLEET)), no_progress)
     plain, hidden = adapter("here"), adapter("out")
     assert all(float((plain[name] - hidden[name]).abs().max()) < 1e-4 for name in plain)
     assert there["rounds"] == here["rounds"]
@@ -202,7 +202,7 @@ def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: 
     three = [("train.clients_per_round", 3), ("train.min_updates", 1), ("train.rounds", 2)]
     wires = grid(lose=lose)
     file = write_experiment('[secure]\nname = "pairwise"\n' + FLEET.replace("60.0", "4.0"))
-    run(wires, settings(file, overrides=";".join(f"{key}={value}" for key, value in three)), silent)
+    run(wires, settings(file, overrides=";".join(f"{key}={value}" for key, value in three)), no_progress)
     records = RunDir(Path("out")).rounds()
     gone = [(r["round"], refusal["client"], refusal["why"]) for r in records for refusal in r["refused"]]
     assert gone
@@ -213,14 +213,14 @@ def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: 
 def test_a_personalised_method_asks_the_clients_for_their_own_adapters(write_experiment: Write) -> None:
     extra = '[algorithm]\nname = "fedsa-lora"\n'
     here = command("run", write_experiment(extra), "--out", "here")
-    there = run(grid(), settings(write_experiment(extra + FLEET)), silent)
+    there = run(grid(), settings(write_experiment(extra + FLEET)), no_progress)
     assert there["metrics"] == here["metrics"]
     assert [row["metrics"] for row in there["per_client"]] == [row["metrics"] for row in here["per_client"]]
 
 
 def test_the_bytes_of_the_result_are_those_of_the_messages(write_experiment: Write) -> None:
     wires = grid()
-    result = run(wires, settings(write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET)), silent)
+    result = run(wires, settings(write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET)), no_progress)
 
     def weigh(messages: list[Message]) -> dict[str, int]:
         total: dict[str, int] = {}
@@ -236,7 +236,7 @@ def test_the_bytes_of_the_result_are_those_of_the_messages(write_experiment: Wri
 
 def test_no_sample_and_no_text_travels(write_experiment: Write, dataset: Path) -> None:
     wires = grid()
-    run(wires, settings(write_experiment(FLEET)), silent)
+    run(wires, settings(write_experiment(FLEET)), no_progress)
     secrets = {
         line[key]
         for line in map(json.loads, (dataset / "train.jsonl").read_text().splitlines())
@@ -264,14 +264,14 @@ def test_an_error_at_a_site_says_its_place_and_quotes_nothing(write_experiment: 
 
     monkeypatch.setattr("fedmllm.remote.site.InProcessFleet.train", broken)
     with pytest.raises(TooFewUpdates, match=r"RuntimeError at the site \(test_flower\.py, line \d+\)") as failed:
-        run(wires, settings(file), silent)
+        run(wires, settings(file), no_progress)
     assert "patient" not in str(failed.value)
     assert not [m for m in wires.received if b"patient" in pack(m.content)]
 
 
 def test_a_run_that_was_cut_short_goes_on_to_the_same_adapter(write_experiment: Write) -> None:
     file = write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET, rounds=4)
-    run(grid(), settings(file, "whole"), silent)
+    run(grid(), settings(file, "whole"), no_progress)
     clientapp._worker.cache_clear()
     wires = grid()
     dead: list[int] = []
@@ -289,13 +289,13 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_adapter(write_experiment: 
 
     wires.app = forgetful
     with pytest.raises(TooFewUpdates, match="round 2"):
-        run(wires, settings(file), silent)
+        run(wires, settings(file), no_progress)
     assert dead, "they trained, and what they remember of it must not count"
     clientapp._worker.cache_clear()
-    run(grid(), settings(file, resume=True), silent)
+    run(grid(), settings(file, resume=True), no_progress)
     assert close(adapter("out"), adapter("whole"))
     with pytest.raises(RunError, match="is not empty"):
-        run(grid(), settings(file), silent)
+        run(grid(), settings(file), no_progress)
 
 
 def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Write) -> None:
@@ -311,7 +311,7 @@ def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Wri
         return reply
 
     wires.app = spoilt
-    run(wires, settings(write_experiment(FLEET), overrides="train.clients_per_round=4; train.rounds=2"), silent)
+    run(wires, settings(write_experiment(FLEET), overrides="train.clients_per_round=4; train.rounds=2"), no_progress)
     for record in RunDir(Path("out")).rounds():
         assert [(r["client"], r["why"].partition(" in ")[0]) for r in record["refused"]] == [(1, "NaN or infinity")]
 
@@ -324,10 +324,10 @@ def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: 
     assert not worker.answer([job])[0].problem
     assert worker._known is not None
     experiment = worker._known[1]
-    algorithm, bench = experiment.algorithm, experiment.bench
-    start = algorithm.message(algorithm.init(bench.initial), 0, RoundInfo(0, 3, 4, (0,), 0, bench.model.info))
+    algorithm, session = experiment.algorithm, experiment.session
+    start = algorithm.message(algorithm.init(session.initial), 0, RoundInfo(0, 3, 4, (0,), 0, session.model.info))
 
-    def own(kind: Kind, round: int, last: int) -> dict[str, torch.Tensor]:
+    def own(kind: JobKind, round: int, last: int) -> dict[str, torch.Tensor]:
         (reply,) = worker.answer([replace(job, kind=kind, round=round, last=last, state=start)])
         assert not reply.problem
         return reply.groups["adapter"]
@@ -343,14 +343,14 @@ def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: 
 # Nodes
 
 
-def clocked(wires: DirectGrid, absent: float = 30.0, names: tuple[str, ...] = ()) -> tuple[FlowerPost, list[float]]:
+def clocked(wires: DirectGrid, absent: float = 30.0, names: tuple[str, ...] = ()) -> tuple[FlowerTransport, list[float]]:
     """A post whose seconds pass only while it sleeps."""
     now = [0.0]
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    return FlowerPost(wires, absent, names, lambda: now[0], sleep), now
+    return FlowerTransport(wires, absent, names, lambda: now[0], sleep), now
 
 
 def echo(message: Message, context: Context) -> Message:
@@ -409,7 +409,7 @@ def test_two_nodes_cannot_be_one_client() -> None:
         clocked(wires)[0].roll_call(DESCRIBE, 2, wait=5)
 
 
-def ready(wires: DirectGrid, clients: int = 2) -> tuple[FlowerPost, list[float]]:
+def ready(wires: DirectGrid, clients: int = 2) -> tuple[FlowerTransport, list[float]]:
     post, now = clocked(wires)
     post.roll_call(DESCRIBE, clients, wait=60)
     wires.sent.clear()
@@ -499,7 +499,7 @@ def test_a_fleet_says_of_each_client_why_it_has_no_update() -> None:
 
     fleet = RemoteFleet(Given(), "ab" * 8, "", 12.0)
     info = RoundInfo(0, 3, 5, (0, 1, 2, 3), 0)
-    updates = fleet.train(info, {c: {} for c in info.sampled}, 0.1)
+    updates = fleet.train(info, {c: {} for c in info.sampled})
     assert [(u.client, u.examples, u.problem) for u in updates] == [
         (0, 4, ""), (1, 0, "answered as client 7"), (2, 0, "no answer within 12 s"), (3, 0, "out of disk")
     ]  # fmt: skip
@@ -515,9 +515,9 @@ def test_clients_are_told_the_last_round_that_counted() -> None:
 
     fleet = RemoteFleet(Given(), "ab" * 8, "", 1.0, {0: 4})
     for number, refused in ((5, [1]), (6, []), (7, [0, 1])):
-        fleet.train(RoundInfo(number, 9, 3, (0, 1), 0), {0: {}, 1: {}}, 0.1)
+        fleet.train(RoundInfo(number, 9, 3, (0, 1), 0), {0: {}, 1: {}})
         fleet.forget(number, refused)
-    fleet.train(RoundInfo(8, 9, 3, (0, 2), 0), {0: {}, 2: {}}, 0.1)
+    fleet.train(RoundInfo(8, 9, 3, (0, 2), 0), {0: {}, 2: {}})
     assert told == [{0: 4, 1: -1}, {0: 5, 1: -1}, {0: 6, 1: 6}, {0: 6, 2: -1}]
 
 

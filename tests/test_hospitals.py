@@ -14,7 +14,7 @@ import pytest
 from commands import call, run
 from federations import adapter, close, commands, in_one_process, wait_for
 from fedmllm.remote.files import FederationFile
-from fedmllm.remote.keeper import environment, tool
+from fedmllm.remote.supervisor import environment, tool
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "hospitals" / "run.py"

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from commands import call, run
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.evaluation.evaluate import Prediction, summarise
-from fedmllm.evaluation.judging import Judge, Panel, judges, read_verdict
+from fedmllm.evaluation.judging import Judge, JudgeCache, judges, read_verdict
+from fedmllm.evaluation.predictions import Prediction, summarise
 from helpers import task
 
 Write = Callable[..., Path]
@@ -164,7 +164,7 @@ def test_open_answers_are_judged_once_each_and_closed_ones_not(server: Server) -
     server.behave = lambda prompt: (200, Server.says("yes" if "Given answer: the heart" in prompt else "no"))
     predictions = [prediction("heart", "the heart"), prediction("heart", "the heart"), prediction("lung", "liver")]
     predictions.append(prediction("yes", "no", closed=True))
-    panel = Panel(build(server))
+    panel = JudgeCache(build(server))
     found = panel.judge(predictions, {p.id: "which organ?" for p in predictions})
     assert [p.judged for p in found] == [True, True, False, None]
     assert len(server.seen) == 2
@@ -176,7 +176,7 @@ def test_open_answers_are_judged_once_each_and_closed_ones_not(server: Server) -
 def test_after_three_failures_in_a_row_it_is_not_asked_again(server: Server) -> None:
     server.behave = lambda prompt: (401, b"")
     predictions = [prediction(str(i), "x") for i in range(10)]
-    panel = Panel(build(server))
+    panel = JudgeCache(build(server))
     found = panel.judge(predictions, {p.id: "?" for p in predictions})
     assert [p.judged for p in found] == [None] * 10
     assert len(server.seen) == 3

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedmllm.algorithms.factors import resized
 from fedmllm.config import AdapterTable, LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Stack
 from fedmllm.tensors import Tensors
 
@@ -127,7 +128,7 @@ def test_scores_follow_the_fold(model: MLLM, rows: list[Encoded]) -> None:
 
 def test_dropout_is_transformers_business(tiny: Path, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny, dropout=0.5)
-    monkeypatch.setattr("fedmllm.models.mllm.LeanText.__call__", lambda *given: pytest.fail("no dropout there"))
+    monkeypatch.setattr("fedmllm.models.mllm.FusedLlama.__call__", lambda *given: pytest.fail("no dropout there"))
     text = [one for one in rows if one.picture is None]  # this model has met no picture
     stack = Stack(model.adapter, [some(model.adapter.get(), 0)], list(model.adapter.parameters), dropout=[1])
     with stack.installed(1):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Holding, Manifest, draw
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
 from fedmllm.data.scenarios import BOTH, scenarios
 from fedmllm.errors import DataError

@@ -22,8 +22,9 @@ from fedmllm.fleets import inprocess
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.models.lora import read_adapter
 from fedmllm.models.mllm import MLLM
-from fedmllm.store import RunDir
-from fedmllm.tensors import State, load_state
+from fedmllm.storage.run_dir import RunDir
+from fedmllm.storage.state_file import load_state
+from fedmllm.tensors import State
 
 Write = Callable[..., Path]
 

@@ -17,7 +17,8 @@ from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.models.backbone import Backbone, pick_dtype
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _telling_token
 
 RED_OR_BLUE = ("(A) red", "(B) blue")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedmllm.config import apply_overrides, read, validate
-from fedmllm.experiment import options_of, prepare, with_defaults
+from fedmllm.experiment.parts import build, options_of, with_defaults
+from fedmllm.experiment.sweep import plan_sweep
 from fedmllm.report.grids import published, setting_of
-from fedmllm.sweep import plan
 
 OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
 TASKS = ("openmoji", "pocket-memes", "qa")
@@ -24,7 +24,7 @@ def settings(task: str) -> list[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
-    _, planned = plan(OFFLINE / f"{task}.sweep.toml")
+    _, planned = plan_sweep(OFFLINE / f"{task}.sweep.toml")
     cells = Counter(
         (setting_of(p.experiment.resolved()), p.experiment.algorithm.name) for p in planned if p.kind == "federated"
     )
@@ -37,7 +37,7 @@ def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
-    _, planned = plan(OFFLINE / f"{task}.ablation.sweep.toml")
+    _, planned = plan_sweep(OFFLINE / f"{task}.ablation.sweep.toml")
     strategies = {(p.experiment.prompt.name, p.experiment.regularization.name) for p in planned}
     assert len(strategies) == (4 if task != "qa" else 2)
     cells = Counter((setting_of(p.experiment.resolved()), p.axes["strategy"]) for p in planned)
@@ -45,11 +45,11 @@ def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
 
 
 def test_every_algorithm_is_searched_with_the_same_budget_on_held_out_data() -> None:
-    grids = [p for kind in ("sweep", "others.sweep") for p in plan(OFFLINE / f"openmoji.{kind}.toml")[1]]
+    grids = [p for kind in ("sweep", "others.sweep") for p in plan_sweep(OFFLINE / f"openmoji.{kind}.toml")[1]]
     wanted = {p.experiment.algorithm.name for p in grids if p.kind == "federated"}
     searched = set()
     for file in SEARCHES:
-        _, planned = plan(file)
+        _, planned = plan_sweep(file)
         (name,) = {p.experiment.algorithm.name for p in planned}
         searched.add(name)
         assert {p.experiment.eval.split for p in planned} == {"validation"}
@@ -62,7 +62,7 @@ def test_every_algorithm_is_searched_with_the_same_budget_on_held_out_data() -> 
 def test_a_base_file_has_data(task: str) -> None:
     raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [], options_of)
     assert notes == []
-    data = prepare(validate(raw))
+    data = build(validate(raw)).prepare()
     assert len(data.train) >= 400
     assert len(data.test) >= 200
 
@@ -85,7 +85,7 @@ def test_the_guide_tells_the_settings_of_the_cells() -> None:
 
 def test_a_task_of_the_transfer_study_is_tested_on_the_set_that_the_others_are_asked() -> None:
     seen = set()
-    for planned in plan(OFFLINE.parent / "studies" / "transfer.sweep.toml")[1]:
+    for planned in plan_sweep(OFFLINE.parent / "studies" / "transfer.sweep.toml")[1]:
         config = with_defaults(planned.experiment)
         (other,) = [table for table in config.eval.transfer or () if table.name == config.task.name]
         mine, asked = ({**table.options, "test_samples": table.test_samples} for table in (config.task, other))

@@ -12,7 +12,6 @@ from flwr.app import Context, Message
 
 from federations import SITES, adapter, close, in_one_process, named, write_federation, write_samples
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.experiment import silent
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.fleet import _figures
@@ -21,7 +20,8 @@ from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.serverapp import run
 from fedmllm.remote.service import Answers
 from fedmllm.remote.site import Worker
-from fedmllm.store import RunDir
+from fedmllm.runs.progress import no_progress
+from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid
 
 
@@ -63,7 +63,7 @@ def settings(federation: Path, out: str = "out", overrides: tuple[str, ...] = ()
 
 def test_each_site_trains_on_its_own_data_under_its_own_limits(federation: Path, tmp_path: Path) -> None:
     sites = Sites(federation)
-    result = run(sites.grid(), settings(federation), silent)
+    result = run(sites.grid(), settings(federation), no_progress)
     alone = in_one_process(federation, tmp_path / "alone")
     assert close(adapter(federation.with_name("out")), adapter(tmp_path / "alone"))
     assert result["per_client"] == named(alone["per_client"])
@@ -81,7 +81,7 @@ def test_sites_test_the_model_on_data_of_their_own_and_send_figures(federation: 
     patterns = 'eval.patterns=["both", "image", "text"]'
     sites = Sites(federation)
     grid = sites.grid()
-    result = run(grid, settings(federation, overrides=("fleet.evaluate=true", patterns, "train.rounds=1")), silent)
+    result = run(grid, settings(federation, overrides=("fleet.evaluate=true", patterns, "train.rounds=1")), no_progress)
     north, south, east = result["per_client"]
     assert {p: row["n"] for p, row in north["site_metrics"].items()} == {"both": 9, "image": 9}, "it has no text"
     assert {p: row["n"] for p, row in east["site_metrics"].items()} == {"both": 10, "image": 10, "text": 10}
@@ -117,7 +117,7 @@ def test_asking_for_figures_needs_sites(federation: Path) -> None:
     raw = Path(told["experiment"]).read_text().replace('sites = [\n    "north",\n    "south",\n    "east",\n]\n', "")
     Path(told["experiment"]).write_text(raw)
     with pytest.raises(ConfigError, match="set it to false"):
-        run(Sites(federation).grid(), told, silent)
+        run(Sites(federation).grid(), told, no_progress)
 
 
 def test_bad_data_at_a_site_is_told_there_and_not_here(federation: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_bad_data_at_a_site_is_told_there_and_not_here(federation: Path, tmp_pat
     sites = Sites(federation)
     grid = sites.grid()
     with pytest.raises(RuntimeError, match="lacking are south; one node said: the site's data cannot be used; its own log"):
-        run(grid, settings(federation, overrides=("fleet.wait=3.0",)), silent)
+        run(grid, settings(federation, overrides=("fleet.wait=3.0",)), no_progress)
     assert any("patient-17" in line for line in sites.log)
     assert not [m for m in grid.received if b"patient-17" in pack(m.content)]
 
@@ -135,7 +135,9 @@ def test_bad_data_at_a_site_is_told_there_and_not_here(federation: Path, tmp_pat
 def test_a_site_runs_code_of_a_model_only_where_its_file_says_so(federation: Path) -> None:
     with pytest.raises(RuntimeError, match="runs code that comes with the model, and this site's file does not allow it"):
         run(
-            Sites(federation).grid(), settings(federation, overrides=("model.trust_remote_code=true", "fleet.wait=3.0")), silent
+            Sites(federation).grid(),
+            settings(federation, overrides=("model.trust_remote_code=true", "fleet.wait=3.0")),
+            no_progress,
         )
 
 
@@ -146,7 +148,7 @@ def test_a_site_with_another_model_is_refused_by_name(federation: Path, tmp_path
     honest = sites.answers["south"]
     sites.answers["south"] = lambda content: honest(content.replace(b"rank = 2", b"rank = 3"))  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="client 'south' adapts other tensors than the server"):
-        run(sites.grid(), settings(federation), silent)
+        run(sites.grid(), settings(federation), no_progress)
 
 
 def test_data_that_changed_between_two_halves_of_a_run_ends_it(federation: Path, tmp_path: Path) -> None:
@@ -155,12 +157,12 @@ def test_data_that_changed_between_two_halves_of_a_run_ends_it(federation: Path,
     grid.lose = lambda message: message.metadata.message_type == "train" and message.metadata.group_id != "0"
     short = ("fleet.timeout=2.0",)
     with pytest.raises(TooFewUpdates):
-        run(grid, settings(federation, overrides=short), silent)
+        run(grid, settings(federation, overrides=short), no_progress)
     assert len(RunDir(federation.with_name("out")).rounds()) == 1
     data = tmp_path / "south" / "train.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(RunError, match="site 'south': its data changed since this run began"):
-        run(Sites(federation).grid(), settings(federation, overrides=short, resume=True), silent)
+        run(Sites(federation).grid(), settings(federation, overrides=short, resume=True), no_progress)
 
 
 def test_a_run_goes_on_without_a_site_that_is_not_back_yet(federation: Path, tmp_path: Path) -> None:
@@ -168,10 +170,10 @@ def test_a_run_goes_on_without_a_site_that_is_not_back_yet(federation: Path, tmp
     grid.lose = lambda message: message.metadata.message_type == "train" and message.metadata.group_id != "0"
     short = ("fleet.timeout=2.0", "fleet.wait=3.0", "fleet.absent=1.0", "train.min_updates=2")
     with pytest.raises(TooFewUpdates):
-        run(grid, settings(federation, overrides=short), silent)
+        run(grid, settings(federation, overrides=short), no_progress)
     again = Sites(federation).grid()
     del again.nodes[8]
-    result = run(again, settings(federation, overrides=short, resume=True), silent)
+    result = run(again, settings(federation, overrides=short, resume=True), no_progress)
     assert [row["samples"] for row in result["per_client"]] == [8, 12, 16], "as it was told in the first half"
     assert [[r["client"] for r in record["refused"]] for record in RunDir(federation.with_name("out")).rounds()] == [
         [],

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmllm.data.minimum import ensure_minimum
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.rng import stream

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fedmllm.data.manifest import Holding, Manifest, draw
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.picture import draw_manifest
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import scenarios

@@ -19,7 +19,7 @@ from fedmllm.data.samples import Sample, Split, collect, decode
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.pocket_memes import CHOICES, COLORS, Meme, ceiling, draw_meme
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import prepare
+from fedmllm.experiment.parts import build
 from fedmllm.rng import stream
 from helpers import quick
 
@@ -171,5 +171,5 @@ def test_a_mixture_with_another_task_has_no_known_ceiling(tmp_path: Path) -> Non
     lines.write_text('{"id": "1", "text": "so", "answer": "yes", "choices": ["no", "yes"]}\n')
     other = {"name": "jsonl", "train": str(lines), "test": str(lines), "metric": "auc", "positive": "yes"}
     small = {"name": "pocket-memes", "n": 10, "test": 4}
-    assert prepare(validate({"task": small})).task.ceiling["both"] == 1
-    assert prepare(validate({"task": {**small, "companion": other}})).task.ceiling == {}
+    assert build(validate({"task": small})).prepare().task.ceiling["both"] == 1
+    assert build(validate({"task": {**small, "companion": other}})).prepare().task.ceiling == {}

@@ -17,18 +17,19 @@ import pytest
 
 from commands import call, run
 from federations import adapter, close, commands, is_open, wait_for
-from fedmllm.bench import Bench
+from fedmllm.api import fleet_backend
 from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import prepare, with_defaults
+from fedmllm.experiment.parts import build
 from fedmllm.fleets.memory import ClientMemory
-from fedmllm.remote import spread
-from fedmllm.remote.actors import ATTEMPTS, LARGEST, ActorPost, Packed, on_ray, resources, split
+from fedmllm.remote import ray_sweep as spread
+from fedmllm.remote.actors import ATTEMPTS, LARGEST, ActorTransport, Packed, resources, split
 from fedmllm.remote.actors import cluster as on_cluster
-from fedmllm.remote.keeper import free_port, tool
 from fedmllm.remote.protocol import Job, Reply, to_bytes
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.remote.supervisor import free_port, tool
+from fedmllm.runs.kinds import execute
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")]
@@ -155,11 +156,11 @@ class Killing(RunDir):
 def test_an_actor_that_dies_is_replaced_and_its_clients_train_again(write_experiment: Write, cluster: str) -> None:
     extra = '[algorithm]\nname = "scaffold"\n'
     run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
-    config = with_defaults(validate(read(write_experiment(f'{extra}{FLEET}address = "{cluster}"\n'))))
+    config = validate(read(write_experiment(f'{extra}{FLEET}address = "{cluster}"\n')))
     config = config.model_copy(update={"train": config.train.model_copy(update={"cohort": 1})})
-    data, directory = prepare(config), Killing(Path("there"))
-    with on_ray(config) as fleet:
-        result = Runner(config, data, Bench(config, data), directory, "federated", elsewhere=fleet).execute()
+    parts, directory = build(config), Killing(Path("there"))
+    with fleet_backend(parts) as backend:
+        result = execute("federated", Session(parts, parts.prepare()), directory, backend)
     assert directory.killed == 1
     assert result["refused_updates"] == 0
     assert close(adapter(Path("here")), adapter(Path("there")))
@@ -185,7 +186,7 @@ def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(t
             made.append(number)
             return remote.remote(number == 1)
 
-        post = ActorPost(2, make, ClientMemory(tmp_path))
+        post = ActorTransport(2, make, ClientMemory(tmp_path))
         replies = post.exchange({c: Job("train", "ab" * 8, "", c) for c in (3, 5, 8)}, 120)
         assert replies[3].examples == 1
         assert [replies[c].problem for c in (5, 8)] == [f"its actor died {ATTEMPTS} times (ActorDiedError)"] * 2
@@ -256,7 +257,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(write_experiment: Write) ->
 
 
 def test_ray_that_is_not_installed_is_one_sentence(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmllm.cli_remote.find_spec", lambda name: None)
+    monkeypatch.setattr("fedmllm.cli.remote.find_spec", lambda name: None)
     done = call("run", write_experiment(FLEET))
     assert done.exit_code == 2
     assert done.stderr.strip().endswith('ray is not installed; `pip install "fedmllm[ray]"` brings it.')

@@ -12,15 +12,15 @@ import typer.main
 
 from fedmllm import config
 from fedmllm.algorithms import algorithms, compressions, regularizations
-from fedmllm.cli import app
+from fedmllm.cli.app import app
 from fedmllm.config import Experiment
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.prompts import prompts
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
-from fedmllm.experiment import options_of, prepare
+from fedmllm.experiment.parts import build, options_of
+from fedmllm.experiment.sweep import plan_sweep
 from fedmllm.secure.settings import secures
-from fedmllm.sweep import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def blocks(text: str, language: str) -> list[str]:
 def test_its_whole_experiment_is_one(tmp_path: Path) -> None:
     (shown,) = blocks(README, "toml")
     experiment = config.validate(tomllib.loads(shown))
-    assert len(prepare(experiment).train) == 1500
+    assert len(build(experiment).prepare().train) == 1500
 
 
 def test_its_make_targets_exist() -> None:
@@ -60,7 +60,7 @@ def test_its_commands_parse(line: str) -> None:
     if "file" in parsed.params:
         file, overrides = ROOT / parsed.params["file"], parsed.params["overrides"] or []
         if words[0] == "sweep":
-            assert plan(file, overrides)[1]
+            assert plan_sweep(file, overrides)[1]
             return
         config.validate(config.apply_overrides(config.read(file), overrides, options_of)[0])
 
@@ -73,19 +73,19 @@ def test_its_commands_parse(line: str) -> None:
 def test_every_shipped_experiment_checks(file: Path) -> None:
     raw, notes = config.apply_overrides(config.read(file), [], options_of)
     assert notes == []
-    assert prepare(config.validate(raw, str(file))).train
+    assert build(config.validate(raw, str(file))).prepare().train
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").rglob("*.sweep.toml")), ids=lambda p: p.name)
 def test_every_shipped_sweep_checks(file: Path) -> None:
-    assert plan(file)[1]
+    assert plan_sweep(file)[1]
 
 
 def test_the_guides_sweep_is_one(tmp_path: Path) -> None:
     (shown,) = blocks((ROOT / "docs" / "sweeps.md").read_text(), "toml")
     (tmp_path / "quickstart.toml").write_text((ROOT / "experiments" / "quickstart.toml").read_text())
     (tmp_path / "grid.toml").write_text(shown)
-    assert len(plan(tmp_path / "grid.toml")[1]) == 2 * 3 * 3
+    assert len(plan_sweep(tmp_path / "grid.toml")[1]) == 2 * 3 * 3
 
 
 def test_its_table_names_every_part() -> None:

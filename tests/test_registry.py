@@ -10,7 +10,7 @@ import pytest
 
 from fedmllm import registry
 from fedmllm.algorithms import algorithms, regularizations
-from fedmllm.data.partition import partitions
+from fedmllm.data.partitions import partitions
 from fedmllm.data.prompts import prompts
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks

@@ -29,14 +29,14 @@ from federations import wait_for, write_federation
 from fedmllm.errors import ConfigError
 from fedmllm.remote import clientapp, server
 from fedmllm.remote.files import FederationFile, SiteFile
-from fedmllm.remote.keeper import Keeper
 from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEAD, pack, unpack
 from fedmllm.remote.service import KEPT, Answers
 from fedmllm.remote.superlink import LocalOnly, is_local
 from fedmllm.remote.supernode import harmless, install
+from fedmllm.remote.supervisor import Supervisor
 from fedmllm.remote.wire import NoAnswer, ask, serve
-from fedmllm.store import alone
+from fedmllm.storage.lock import alone
 from grids import DirectGrid
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +217,7 @@ def test_an_experiment_over_flower_is_not_run_in_this_process(folder: Path) -> N
 
 
 def test_a_missing_extra_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmllm.cli_remote.find_spec", lambda name: None)
+    monkeypatch.setattr("fedmllm.cli.remote.find_spec", lambda name: None)
     for command in (["client", folder / "east" / "site.toml"], ["server", folder / "server" / "federation.toml"]):
         done = call(*command)
         assert done.exit_code == 2
@@ -346,7 +346,7 @@ def test_a_job_that_comes_again_is_given_the_same_reply() -> None:
 
 def test_a_process_is_started_again_ever_later_and_ended_with_what_it_started(tmp_path: Path) -> None:
     said: list[str] = []
-    keeper = Keeper("one", lambda: ["false"], os.environ, said.append)
+    keeper = Supervisor("one", lambda: ["false"], os.environ, said.append)
     end = time.monotonic() + 4
     while time.monotonic() < end:
         keeper.look()
@@ -358,7 +358,7 @@ def test_a_process_is_started_again_ever_later_and_ended_with_what_it_started(tm
     keeper.end()
     note = tmp_path / "pids"
     script = f"sleep 100 & echo $! > {note}; wait"
-    other = Keeper("other", lambda: ["sh", "-c", script], os.environ, said.append)
+    other = Supervisor("other", lambda: ["sh", "-c", script], os.environ, said.append)
     other.look()
     child = int(wait_for(lambda: note.read_text() if note.exists() else "", 10))
     other.end()

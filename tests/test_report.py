@@ -17,7 +17,7 @@ from fedmllm.report.radar import radar, scale
 from fedmllm.report.significance import against
 from fedmllm.report.verdicts import verdicts
 from fedmllm.report.writeup import choose_baseline, page
-from fedmllm.store import RunDir
+from fedmllm.storage.run_dir import RunDir
 from made_runs import make_run, make_sweep
 
 AXES = {"setting": ["α = 5", "β = 0.3", "I:T = 3:7", "p < 1"], "method": ["zero-shot", "local", "FedAvg", "Broken"]}

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from commands import call, run
-from fedmllm.cli_list import Kinds
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.cli.list import PartKinds
+from fedmllm.runs import kinds
+from fedmllm.storage.run_dir import RunDir
 
 Write = Callable[..., Path]
 
@@ -100,15 +100,16 @@ cli.app()
 
 def test_two_runs_started_at_the_same_moment(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is done from start to end while the first one loads its model."""
-    file, prepare, inner = write_experiment(rounds=1), Runner._prepare, list[dict[str, Any]]()
+    file, prepare, inner = write_experiment(rounds=1), kinds.prepare_run, list[dict[str, Any]]()
 
-    def slowly(self: Runner) -> None:
-        prepare(self)
+    def slowly(*args: Any) -> Any:
+        prepared = prepare(*args)
         if not inner:
             inner.append({})
             inner[0] = run("run", file)
+        return prepared
 
-    monkeypatch.setattr(Runner, "_prepare", slowly)
+    monkeypatch.setattr(kinds, "prepare_run", slowly)
     outer = run("run", file)
     folders = [RunDir(Path("runs") / name) for name in ("small-federated-seed0", "small-federated-seed0-2")]
     assert [folder.result() for folder in folders] == [inner[0], outer]
@@ -252,7 +253,7 @@ def test_check_trains_nothing(write_experiment: Write) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("kind", list(Kinds))
+@pytest.mark.parametrize("kind", list(PartKinds))
 def test_list(kind: str) -> None:
     found = json.loads(call("list", kind, "--json").stdout)
     assert found

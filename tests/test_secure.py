@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update, algorithms
 from fedmllm.errors import ConfigError
-from fedmllm.federation import Plan, RoundRecord, TooFewUpdates, federate
+from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, federate
 from fedmllm.rng import stream
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.fixed import FixedPoint
-from fedmllm.secure.fleet import LocalCarrier, SecureFleet
+from fedmllm.secure.fleet import LocalTransport, SecureFleet
 from fedmllm.secure.settings import PHASES, Pairwise, Phase, secures
 from fedmllm.secure.site import Parties, change_of
 from fedmllm.tensors import State, flatten
@@ -49,8 +49,8 @@ def settings(**options: object) -> Pairwise:
 class Clients(FakeFleet):
     """Trains only those that are asked, as in a round some of whose clients went away."""
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        self.trained = super().train(replace(info, sampled=tuple(messages)), messages, lr)
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        self.trained = super().train(replace(info, sampled=tuple(messages)), messages)
         return self.trained
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
@@ -63,21 +63,21 @@ class Clients(FakeFleet):
 class Wire:
     """A carrier that keeps all that the server sends and sees; `spoil` may replace an answer, or lose it."""
 
-    inner: LocalCarrier
+    inner: LocalTransport
     spoil: Spoil = lambda phase, answer: answer
     asked: dict[Phase, Mapping[int, State]] = field(default_factory=dict)
     seen: dict[Phase, dict[int, Update]] = field(default_factory=dict)
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         self.asked[phase] = messages
-        answers = [self.spoil(phase, answer) for answer in self.inner.ask(phase, info, messages, lr)]
+        answers = [self.spoil(phase, answer) for answer in self.inner.ask(phase, info, messages)]
         self.seen[phase] = {answer.client: answer for answer in answers if answer is not None}
         return list(self.seen[phase].values())
 
 
 def secure(algorithm: Algorithm, spoil: Spoil = lambda phase, answer: answer, **options: object) -> tuple[SecureFleet, Wire]:
     chosen, fleet = settings(**options), Clients(algorithm)
-    wire = Wire(LocalCarrier(chosen, algorithm, fleet, RUN), spoil)
+    wire = Wire(LocalTransport(chosen, algorithm, fleet, RUN), spoil)
     return SecureFleet(chosen, algorithm, fleet, wire, RUN), wire
 
 
@@ -95,7 +95,7 @@ def one_round(
     info = round_info(0, range(clients), clients=clients)
     state = algorithm.init(lora_adapter())
     messages = {client: algorithm.message(state, client, info) for client in info.sampled}
-    return list(fleet.train(info, messages, 0.1)), wire, clients_of(fleet), info, messages
+    return list(fleet.train(info, messages)), wire, clients_of(fleet), info, messages
 
 
 def lost(at: Mapping[int, Phase]) -> Spoil:
@@ -189,7 +189,7 @@ def test_the_sum_is_exact(name: str, bits: int) -> None:
             return decode(self, vector, shapes, clients)
 
         patch.setattr(FixedPoint, "decode", kept)
-        fleet.train(info, messages, 0.1)
+        fleet.train(info, messages)
     expected = total(fixed_of(info, algorithm, bits=bits), clients_of(fleet).trained, messages)
     assert (seen[0] == expected).all()
     assert seen[0].any()
@@ -262,7 +262,7 @@ def test_a_federation_learns_what_it_learns_in_the_clear(name: str) -> None:
     for hidden in (False, True):
         algorithm = algorithms.build(name, {})
         fleet = secure(algorithm)[0] if hidden else Clients(algorithm)
-        plan = Plan(range(5), 3, 4, 0.1, "constant", 1, 0, ADAPTER_INFO)
+        plan = FederationPlan(range(5), 3, 4, 0.1, "constant", 1, 0, ADAPTER_INFO)
         *_, (record, state) = federate(algorithm, fleet, plan, lora_adapter())
         ends.append(flatten(state))
         records.append(record)
@@ -310,7 +310,7 @@ def test_what_clients_remember_of_a_round_that_failed_goes() -> None:
     fleet, _ = secure(algorithm, lost({0: "unmask", 1: "unmask"}))
     info = round_info(0, range(3))
     with pytest.raises(TooFewUpdates):
-        fleet.train(info, {c: algorithm.message(algorithm.init(lora_adapter()), c, info) for c in info.sampled}, 0.1)
+        fleet.train(info, {c: algorithm.message(algorithm.init(lora_adapter()), c, info) for c in info.sampled})
     assert clients_of(fleet).memory == {0: {}, 1: {}, 2: {}}
 
 
@@ -320,7 +320,7 @@ def test_a_client_without_samples_withdraws_and_the_others_are_summed() -> None:
     clients_of(fleet).spoil = lambda _, updates: [replace(u, examples=0) if u.client == 1 else u for u in updates]
     info = round_info(0, range(4))
     message = algorithm.message(algorithm.init(lora_adapter()), 0, info)
-    updates = fleet.train(info, dict.fromkeys(info.sampled, message), 0.1)
+    updates = fleet.train(info, dict.fromkeys(info.sampled, message))
     assert [u.problem for u in updates] == ["", "no examples", "", ""]
 
 
@@ -337,7 +337,7 @@ def test_a_client_does_not_send_what_must_not_be_summed(change: dict[str, object
     clients_of(fleet).spoil = lambda _, updates: [replace(u, **change) if u.client == 1 else u for u in updates]  # type: ignore[arg-type]
     info = round_info(0, range(3))
     message = algorithm.message(algorithm.init(lora_adapter()), 0, info)
-    assert [u.problem for u in fleet.train(info, dict.fromkeys(info.sampled, message), 0.1)] == ["", why, ""]
+    assert [u.problem for u in fleet.train(info, dict.fromkeys(info.sampled, message))] == ["", why, ""]
 
 
 def test_numbers_that_were_cut_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -361,7 +361,7 @@ def test_what_the_server_sees_of_a_client_is_like_random_bytes() -> None:
     ]
     info = round_info(0, range(3))
     for _ in range(2):
-        fleet.train(info, {c: {"adapter": adapter} for c in info.sampled}, 0.1)
+        fleet.train(info, {c: {"adapter": adapter} for c in info.sampled})
         first = vector_of(wire, 1)
     # Under no mask all but the counts would be 0. χ² of 400,040 bytes over 256 values: mean 255, standard deviation 22.6.
     counts = np.bincount(np.frombuffer(first, dtype=np.uint8), minlength=256)
@@ -677,7 +677,7 @@ def test_keys_are_for_one_purpose() -> None:
 def test_records_say_what_travelled() -> None:
     algorithm = algorithms.build("fedavg", {})
     fleet, _ = secure(algorithm)
-    plan = Plan(range(5), 3, 1, 0.1, "constant", 1, 0, ADAPTER_INFO)
+    plan = FederationPlan(range(5), 3, 1, 0.1, "constant", 1, 0, ADAPTER_INFO)
     ((record, _),) = federate(algorithm, fleet, plan, lora_adapter())
     assert isinstance(record, RoundRecord)
     assert set(record.bytes_up) == {"keys", "shares", "masked", "unmask"}

@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from commands import call, run
 from fedmllm import config as configs
 from fedmllm.algorithms import RoundInfo, Update
-from fedmllm.bench import Bench
 from fedmllm.config import Experiment, Named
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import prepare, with_defaults
+from fedmllm.experiment.parts import build, with_defaults
+from fedmllm.experiment.sweep import essential
 from fedmllm.federation import TooFewUpdates
-from fedmllm.fleets.base import FleetKind, Site
-from fedmllm.remote.protocol import Job, Kind, Reply, parts_of, to_bytes
+from fedmllm.fleets.base import FleetBackend, FleetContext
+from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.remote.protocol import Job, JobKind, Reply, parts_of, to_bytes
 from fedmllm.remote.site import Own, Worker
-from fedmllm.runs import Runner
+from fedmllm.runs.kinds import execute
+from fedmllm.runs.session import Session
 from fedmllm.secure.settings import Phase
-from fedmllm.store import RunDir
-from fedmllm.sweep import essential
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, Tensors
 
 SECURE = '[secure]\nname = "pairwise"\n'
@@ -82,8 +83,7 @@ def test_it_goes_on_after_a_stop(write_experiment: Write, tmp_path: Path) -> Non
     extra = '[algorithm]\nname = "scaffold"\n' + SECURE
     whole = run("run", write_experiment(extra), "--out", tmp_path / "whole")
     path, raised = write_experiment(extra), {"left": 2}
-    config = with_defaults(configs.validate(configs.read(path)))
-    data = prepare(config)
+    parts = build(configs.validate(configs.read(path)))
     folder = RunDir(tmp_path / "cut")
 
     def report(stage: str, done: int, total: int, note: str) -> None:
@@ -91,7 +91,7 @@ def test_it_goes_on_after_a_stop(write_experiment: Write, tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Runner(config, data, Bench(config, data), folder, "federated", report).execute()
+        execute("federated", Session(parts, parts.prepare(), report), folder)
     done = run("run", path, "--out", tmp_path / "cut", "--resume")
     assert done["rounds"] == whole["rounds"] == 3
     assert far(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")) < 1e-6
@@ -136,11 +136,10 @@ def test_without_its_libraries_it_says_what_to_install(write_experiment: Write, 
 
 
 def test_a_fleet_that_would_send_updates_as_they_are_is_refused(write_experiment: Write, tmp_path: Path) -> None:
-    config = with_defaults(configs.validate(configs.read(write_experiment(SECURE))))
-    data = prepare(config)
-    elsewhere = FleetKind(lambda site: pytest.fail("it must not be made"), here=False)
-    with pytest.raises(ConfigError, match="does not carry secure"):
-        Runner(config, data, Bench(config, data), RunDir(tmp_path / "run"), "federated", elsewhere=elsewhere)
+    parts = build(configs.validate(configs.read(write_experiment(SECURE))))
+    elsewhere = FleetBackend(lambda site: pytest.fail("it must not be made"), local=False)
+    with pytest.raises(ConfigError, match="does not support secure"):
+        execute("federated", Session(parts, parts.prepare()), RunDir(tmp_path / "run"), elsewhere)
 
 
 def test_check_tells_the_real_bytes(write_experiment: Write) -> None:
@@ -163,7 +162,7 @@ class Posted:
     """A fleet whose clients are workers behind the bytes of the protocol: what a remote fleet does in secure rounds."""
 
     def __init__(self, workers: Mapping[int, Worker], config: Experiment) -> None:
-        self.workers, self.config, self.wire = workers, config, list[tuple[Kind, int, Reply]]()
+        self.workers, self.config, self.wire = workers, config, list[tuple[JobKind, int, Reply]]()
         self.away: set[tuple[Phase, int]] = set()
         self.run = ""
 
@@ -199,16 +198,16 @@ def posted(write_experiment: Write, tmp_path: Path) -> Posted:
 def test_sites_answer_a_server(algorithm: str, posted: Posted, tmp_path: Path) -> None:
     config = posted.config.model_copy(update={"algorithm": Named(name=algorithm)})
     posted.config = config
-    data = prepare(config)
+    parts = build(config)
 
-    def run_with(kind: FleetKind | None, name: str) -> dict[str, Any]:
-        return Runner(config, data, Bench(config, data), RunDir(tmp_path / name), "federated", elsewhere=kind).execute()
+    def run_with(backend: FleetBackend, name: str) -> dict[str, Any]:
+        return execute("federated", Session(parts, parts.prepare()), RunDir(tmp_path / name), backend)
 
-    def make(site: Site) -> Posted:
+    def make(site: FleetContext) -> Posted:
         posted.run = site.run
         return posted
 
-    remote, here = run_with(FleetKind(make, here=False, secure=True), "remote"), run_with(None, "here")
+    remote, here = run_with(FleetBackend(make, local=False, secure=True), "remote"), run_with(IN_PROCESS, "here")
     assert far(adapter_of(tmp_path / "remote"), adapter_of(tmp_path / "here")) < 1e-4
     assert remote["bytes_up"] == here["bytes_up"]
     for phase, _, reply in posted.wire:
@@ -217,17 +216,16 @@ def test_sites_answer_a_server(algorithm: str, posted: Posted, tmp_path: Path) -
 
 
 def test_a_site_that_goes_away_is_made_up_for(posted: Posted, tmp_path: Path) -> None:
-    data = prepare(posted.config)
+    parts = build(posted.config)
     posted.away = {("masked", 0), ("keys", 2)}
 
-    def make(site: Site) -> Posted:
+    def make(site: FleetContext) -> Posted:
         posted.run = site.run
         return posted
 
-    runner = Runner(posted.config, data, Bench(posted.config, data), RunDir(tmp_path / "run"), "federated",
-                    elsewhere=FleetKind(make, here=False, secure=True))  # fmt: skip
+    session, backend = Session(parts, parts.prepare()), FleetBackend(make, local=False, secure=True)
     with suppress(TooFewUpdates):  # both may be sampled in one round
-        runner.execute()
+        execute("federated", session, RunDir(tmp_path / "run"), backend)
     first = RunDir(tmp_path / "run").rounds()[0]
     assert {refusal["why"] for refusal in first["refused"]} == {"no answer"}
     assert {refusal["client"] for refusal in first["refused"]} == {0, 2} & set(first["sampled"])
@@ -235,20 +233,20 @@ def test_a_site_that_goes_away_is_made_up_for(posted: Posted, tmp_path: Path) ->
 
 def test_what_a_client_learned_outlives_a_question_that_comes_twice(posted: Posted, tmp_path: Path) -> None:
     posted.config = posted.config.model_copy(update={"algorithm": Named(name="scaffold")})
-    data, answer = prepare(posted.config), Worker.answer
+    parts, answer = build(posted.config), Worker.answer
 
     def twice(worker: Worker, jobs: Sequence[Job]) -> list[Reply]:
         replies = answer(worker, jobs)
         return [replies, answer(worker, jobs)][jobs[0].kind == "masked"]
 
-    def make(site: Site) -> Posted:
+    def make(site: FleetContext) -> Posted:
         posted.run = site.run
         return posted
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "answer", twice)
-        kind = FleetKind(make, here=False, secure=True)
-        Runner(posted.config, data, Bench(posted.config, data), RunDir(tmp_path / "run"), "federated", elsewhere=kind).execute()
+        backend = FleetBackend(make, local=False, secure=True)
+        execute("federated", Session(parts, parts.prepare()), RunDir(tmp_path / "run"), backend)
     trained = RunDir(tmp_path / "run").rounds()[-1]["sampled"]
     for client in trained:
         assert (tmp_path / f"site-{client}" / posted.run / f"client-{client}" / "round-2.safetensors").is_file()

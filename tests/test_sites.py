@@ -37,9 +37,9 @@ from federations import (
     write_federation,
 )
 from fedmllm.remote.files import FederationFile
-from fedmllm.remote.keeper import environment, free_port, tool
 from fedmllm.remote.keys import make
-from fedmllm.store import RunDir
+from fedmllm.remote.supervisor import environment, free_port, tool
+from fedmllm.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.timeout(2400), pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")]

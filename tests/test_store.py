@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedmllm import store
 from fedmllm.errors import RunError
-from fedmllm.store import RunDir, new_run, unfinished
+from fedmllm.storage import run_dir as store
+from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 from fedmllm.tensors import State
 from helpers import same, tensors
 

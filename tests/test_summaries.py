@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from fedmllm.data.samples import Task
-from fedmllm.evaluation.evaluate import Prediction, summarise
+from fedmllm.evaluation.predictions import Prediction, summarise
 from fedmllm.report.tables import percent
 
 AUC = Task("made", "auc", lambda split: [], positive="yes")

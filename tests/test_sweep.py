@@ -16,12 +16,12 @@ import pytest
 
 import layouts
 from commands import call, run
-from fedmllm import sweep
 from fedmllm.config import Experiment, apply_overrides, read, validate
-from fedmllm.experiment import options_of, prepare, with_defaults
-from fedmllm.launch import Processes
+from fedmllm.experiment.parts import build, options_of, sweep
+from fedmllm.experiment.processes import Processes
 from fedmllm.report.grids import published, setting_of
-from fedmllm.store import RunDir, alone
+from fedmllm.storage.lock import alone
+from fedmllm.storage.run_dir import RunDir
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,7 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
 def test_a_killed_run_fails_alone(write_sweep: Write) -> None:
     """Of two at a time; what its process had begun stays there to go on with."""
     launcher = Processes(2)
-    [one, _, other, _] = sweep.plan(write_sweep(rounds=500))[1]
+    [one, _, other, _] = sweep.plan_sweep(write_sweep(rounds=500))[1]
     status: dict[str, tuple[int, str]] = {}
 
     def launch(name: str, command: list[str], settings: Experiment) -> threading.Thread:
@@ -206,7 +206,7 @@ def test_a_killed_run_fails_alone(write_sweep: Write) -> None:
 
 
 def test_two_sweeps_do_not_share_a_folder(write_sweep: Write) -> None:
-    planned = sweep.plan(write_sweep())
+    planned = sweep.plan_sweep(write_sweep())
     with alone(Path("runs/grid/.lock"), RuntimeError()):
         done = call("sweep", write_sweep())
     assert done.exit_code == 2
@@ -252,7 +252,7 @@ def test_a_base_that_is_not_there(write_sweep: Write) -> None:
 
 @pytest.mark.parametrize("file", PAPER, ids=lambda p: p.name.removesuffix(".sweep.toml"))
 def test_the_papers_grids_are_whole(file: Path) -> None:
-    _, planned = sweep.plan(file)
+    _, planned = sweep.plan_sweep(file)
     settings = [setting_of(p.experiment.resolved()) for p in planned if p.kind == "federated"]
     full = list(published_settings())
     expected = full if file.name.startswith(("hateful", "crisis")) else full[6:]
@@ -285,7 +285,7 @@ def test_the_papers_files_read_the_published_layouts(name: str, tmp_path: Path) 
     if name in ("vqa-rad", "slake"):
         moved.append(f"task.companion.data_dir={tmp_path / 'medalpaca'}")
     raw, _ = apply_overrides(read(ROOT / "experiments" / "paper" / f"{name}.toml"), moved, options_of)
-    data = prepare(with_defaults(validate(raw)))
+    data = build(validate(raw)).prepare()
     assert data.train
     assert data.test
     assert not any(s.id.startswith("medalpaca") for s in data.test)

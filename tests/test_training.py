@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import Tensors, digest, distance
-from fedmllm.training.batches import plan
+from fedmllm.training.batches import batch_epoch
 from fedmllm.training.cohort import train_local
 from fedmllm.training.local import LocalSettings, Work
 
@@ -138,13 +139,13 @@ def test_nothing_to_train_is_an_error(model: MLLM, samples: list[Encoded]) -> No
     accumulate=st.integers(1, 4),
 )
 def test_every_sample_is_in_one_step(lengths: list[int], batch_size: int, accumulate: int) -> None:
-    made = plan(lengths, batch_size, accumulate, stream(0, "test"))
+    made = batch_epoch(lengths, batch_size, accumulate, stream(0, "test"))
     flat = [i for step in made.steps for batch in step for i in batch]
     assert sorted(flat) == list(range(len(lengths)))
     assert all(len(batch) <= batch_size for step in made.steps for batch in step)
     assert all(len(step) <= accumulate for step in made.steps)
     assert 0 <= made.padding < 1
-    one_by_one = plan(lengths, 1, batch_size * accumulate, stream(0, "test"))
+    one_by_one = batch_epoch(lengths, 1, batch_size * accumulate, stream(0, "test"))
     gathered = [sorted(i for batch in step for i in batch) for step in made.steps]
     assert gathered == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
 
@@ -154,4 +155,4 @@ def test_buckets_pad_less_than_random_batches() -> None:
     order = stream(1, "other").permutation(len(lengths)).tolist()
     batches = [order[i : i + 8] for i in range(0, len(order), 8)]
     unsorted = 1 - sum(lengths) / sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert plan(lengths, 8, 1, stream(0, "test")).padding < 0.6 * unsorted
+    assert batch_epoch(lengths, 8, 1, stream(0, "test")).padding < 0.6 * unsorted

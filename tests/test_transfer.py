@@ -52,19 +52,19 @@ def test_the_final_model_meets_the_other_test_sets(command: tuple[str, ...], wri
 def test_clients_that_were_done_before_a_kill_keep_their_answers(
     write_experiment: Write, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedmllm.runs import Runner
+    from fedmllm.runs import kinds
 
     file, settings = write_experiment("clients = 3\n", rounds=2), others(dataset)
     whole = run("baseline", "local", file, *settings, "--out", "whole")
-    train, calls = Runner._train_alone, []
+    train, calls = kinds.train_alone, []
 
-    def once(self: Runner, clients: list[int]) -> None:
-        train(self, clients[:1])
+    def once(state: kinds.Run, clients: list[int]) -> None:
+        train(state, clients[:1])
         calls.append(clients)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_train_alone", once)
+        patch.setattr(kinds, "train_alone", once)
         assert call("baseline", "local", file, *settings, "--out", "cut").exit_code == 130
     assert calls
     assert run("baseline", "local", file, *settings, "--out", "cut", "--resume")["transfer"] == whole["transfer"]

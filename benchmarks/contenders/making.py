@@ -7,12 +7,12 @@ from typing import Any
 from contenders.workload import ALPHA, BATCH, BETAS, CLIP, LR, MAX_NEW_TOKENS, RANK, Item, Size, Workload
 from fedmllm.config import Experiment, validate
 from fedmllm.data.prompts import prompts, render
-from fedmllm.experiment import prepare
-from fedmllm.federation import Plan, sample_clients
+from fedmllm.experiment.parts import build
+from fedmllm.federation import FederationPlan, sample_clients
 from fedmllm.models.backbone import POCKET
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
-from fedmllm.training.batches import plan
+from fedmllm.training.batches import batch_epoch
 
 
 def experiment(size: Size, cohort: int | str = 1) -> Experiment:
@@ -38,7 +38,7 @@ def experiment(size: Size, cohort: int | str = 1) -> Experiment:
 def make(size: Size) -> Workload:
     """The workload, from the data, the manifest and the order of samples that fedmllm draws."""
     config = experiment(size)
-    data, model = prepare(config), MLLM.load(config.model, config.seed)
+    data, model = build(config).prepare(), MLLM.load(config.model, config.seed)
     by_id = {sample.id: sample for sample in data.train}
     held = [(holding.client, by_id[holding.sample_id]) for holding in data.manifest]
     samples = [sample for _, sample in held] + data.test
@@ -51,11 +51,11 @@ def make(size: Size) -> Workload:
     places = [[i for i, (owner, _) in enumerate(held) if owner == client] for client in range(size.clients)]
     steps = []
     for number in range(size.rounds):
-        assert sample_clients(Plan.of(config.train, range(size.clients), 0), number) == tuple(range(size.clients))
+        assert sample_clients(FederationPlan.of(config.train, range(size.clients), 0), number) == tuple(range(size.clients))
         orders = []
         for client, mine in enumerate(places):
             drawn = stream(config.seed, "batches", client, number, 0)
-            planned = plan([encoded[i].length for i in mine], BATCH, 1, drawn).steps
+            planned = batch_epoch([encoded[i].length for i in mine], BATCH, 1, drawn).steps
             orders.append([[mine[i] for batch in step for i in batch] for step in planned])
         steps.append(orders)
     folder = str(POCKET) if size.model == "pocket" else size.model

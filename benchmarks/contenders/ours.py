@@ -14,10 +14,10 @@ import torch
 
 from contenders.making import experiment
 from contenders.workload import BATCH, Outcome, Workload, peak_memory_mb
-from fedmllm.bench import Bench
-from fedmllm.experiment import prepare
-from fedmllm.runs import Runner
-from fedmllm.store import RunDir
+from fedmllm.experiment.parts import build
+from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
 
 
 class Clock:
@@ -30,43 +30,43 @@ class Clock:
         self.last[stage] = time.perf_counter()
 
 
-class TimedRunner(Runner):
-    """Notes when all is encoded and when the rounds begin. Between the two are a warm-up and the description of the machine."""
-
-    encoded = began = 0.0
-
-    def start(self) -> None:
-        self.encoded = time.perf_counter()
-        super().start()
-        model = self.bench.model
-        model.loss(self.bench.clients[0][:BATCH]).backward()
-        for parameter in model.adapter.parameters.values():
-            parameter.grad = None
-        self.began = time.perf_counter()
+def _warm_up(session: Session) -> None:
+    """One forward and backward pass that leaves nothing behind."""
+    session.model.loss(session.clients[0][:BATCH]).backward()
+    for parameter in session.model.adapter.parameters.values():
+        parameter.grad = None
 
 
 def run(workload: Workload, cohort: int | str = 1) -> Outcome:
     config, clock = experiment(workload.size, cohort), Clock()
-    data = prepare(config)
-    bench = Bench(config, data, clock)
+    parts = build(config)
+    session = Session(parts, parts.prepare(), clock)
+    questions = time.perf_counter() - clock.last["encoding questions"]
     with tempfile.TemporaryDirectory() as folder:
-        runner = TimedRunner(config, data, bench, RunDir(Path(folder) / "run"), "federated", clock)
-        questions = time.perf_counter() - clock.last["encoding questions"]
-        executed = time.perf_counter()
-        result = runner.execute()
-        records = runner.run.rounds()
-    # `execute` has evaluated once, which warmed up; the trained adapter is still set.
-    began = time.perf_counter()
-    predictions = bench.examination.take(config.eval)
-    eval_seconds = time.perf_counter() - began
+        directory, started = RunDir(Path(folder) / "run"), time.perf_counter()
+        prepared = prepare_run("federated", session, directory)
+        encoded = time.perf_counter()
+        _warm_up(session)
+        with directory.claimed():
+            begin(prepared)
+            began = time.perf_counter()
+            train_rounds(prepared, parts.algorithm, session.clients, federation_plan(session), "rounds")
+        records = directory.rounds()
+        state = directory.load_checkpoint()
+    assert state is not None
+    adapter = state[1]["adapter"]
+    list(session.test_set.predict_each(config.eval, [adapter]))  # warm-up
+    evaluating = time.perf_counter()
+    (predictions,) = session.test_set.predict_each(config.eval, [adapter])
+    eval_seconds = time.perf_counter() - evaluating
     return Outcome(
         losses=[float(record["loss"]) for record in records],
-        adapter=bench.model.adapter.get(),
-        train_seconds=clock.last["rounds"] - runner.began,
+        adapter=adapter,
+        train_seconds=clock.last["rounds"] - began,
         eval_seconds=eval_seconds,
         accuracy=sum(p.correct for p in predictions) / len(predictions),
         threads=torch.get_num_threads(),
         peak_memory_mb=peak_memory_mb(),
-        prepare_seconds=questions + runner.encoded - executed,
-        cohort=result["cohort"],
+        prepare_seconds=questions + encoded - started,
+        cohort=prepared.cohort,
     )

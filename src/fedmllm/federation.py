@@ -15,7 +15,7 @@ from typing import Protocol
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, nbytes, problem_with
+from fedmllm.tensors import State, Tensors, bytes_by_group, problem_with
 
 
 class Fleet(Protocol):
@@ -26,7 +26,7 @@ class Fleet(Protocol):
     before it may go.
     `personal` is the adapter of a client that keeps part of it, after `done` rounds and with this message."""
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]: ...
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]: ...
 
     def forget(self, round: int, clients: Sequence[int]) -> None: ...
 
@@ -40,7 +40,7 @@ class TooFewUpdates(RuntimeError):  # noqa: N818 (it says what happened)
 
 
 @dataclass(frozen=True)
-class Plan:
+class FederationPlan:
     """`clients` are the ids of all clients; `per_round` of them are sampled each round without replacement.
 
     `ranks` has the LoRA rank of each client where they differ, and is empty where they do not.
@@ -59,7 +59,8 @@ class Plan:
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """What the algorithm is told of a round in which `sampled` take part."""
         ranks = {client: self.ranks[client] for client in sampled if client in self.ranks}
-        return RoundInfo(round, self.rounds, len(self.clients), tuple(sampled), self.seed, self.adapter, ranks)
+        lr = learning_rate(self, round)
+        return RoundInfo(round, self.rounds, len(self.clients), tuple(sampled), self.seed, self.adapter, ranks, lr=lr)
 
     @classmethod
     def of(
@@ -69,7 +70,7 @@ class Plan:
         seed: int,
         adapter: AdapterInfo | None = None,
         ranks: Mapping[int, int] | None = None,
-    ) -> Plan:
+    ) -> FederationPlan:
         ids = clients if isinstance(clients, range) else tuple(clients)
         per_round = min(train.clients_per_round, len(ids))
         enough = min(train.min_updates, per_round)
@@ -95,20 +96,20 @@ class RoundRecord:
     metrics: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
-def learning_rate(plan: Plan, round: int) -> float:
+def learning_rate(plan: FederationPlan, round: int) -> float:
     """The local learning rate of a round, constant within it: lr · ½(1 + cos(π t / T)) or lr."""
     if plan.schedule == "constant":
         return plan.lr
     return plan.lr * 0.5 * (1 + math.cos(math.pi * round / plan.rounds))
 
 
-def sample_clients(plan: Plan, round: int) -> tuple[int, ...]:
+def sample_clients(plan: FederationPlan, round: int) -> tuple[int, ...]:
     """Drawn from the experiment's seed and the round's number, so that a resumed run draws the same."""
     chosen = stream(plan.seed, "sampling", round).choice(len(plan.clients), size=plan.per_round, replace=False)
     return tuple(sorted(plan.clients[int(i)] for i in chosen))
 
 
-def participants(plan: Plan) -> list[int]:
+def participants(plan: FederationPlan) -> list[int]:
     """All clients that will take part in some round; known beforehand, as each draw depends on seed and round alone."""
     return sorted({client for number in range(plan.rounds) for client in sample_clients(plan, number)})
 
@@ -146,19 +147,16 @@ def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo
     return algorithm.refuse(update, state, info)
 
 
-def _weights(state: State) -> dict[str, int]:
-    return {group: nbytes(tensors) for group, tensors in state.items()}
-
-
 def _travelled(messages: Mapping[int, State], updates: Sequence[Update]) -> tuple[dict[str, int], dict[str, int]]:
     """The bytes that went down and came up, by group."""
     told = {update.client: update.travelled for update in updates if update.travelled}
-    down = (told[client][0] if client in told else _weights(state) for client, state in messages.items())
-    up = (update.travelled[1] if update.travelled else _weights(update.groups) for update in updates)
-    return _summed(down), _summed(up)
+    down = (told[client][0] if client in told else bytes_by_group(state) for client, state in messages.items())
+    up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
+    return sum_groups(down), sum_groups(up)
 
 
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of several counts by group."""
     total: dict[str, int] = {}
     for count in counts:
         for group, number in count.items():
@@ -167,7 +165,7 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _absorb(
-    updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: Plan, state: State, info: RoundInfo
+    updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, info: RoundInfo
 ) -> tuple[State, list[Update], list[dict[str, str | int]]]:
     """The state after a round with these updates, those it was made of, and why others were refused. Raises TooFewUpdates."""
     good, refused = usable(updates, algorithm, state, info)
@@ -185,7 +183,6 @@ def _record(
     good: Sequence[Update],
     refused: list[dict[str, str | int]],
     info: RoundInfo,
-    lr: float,
     travelled: tuple[dict[str, int], dict[str, int]],
     seconds: float,
 ) -> RoundRecord:
@@ -193,7 +190,7 @@ def _record(
     examples = sum(u.examples for u in good)
     return RoundRecord(
         round=info.round,
-        lr=lr,
+        lr=info.lr,
         sampled=list(info.sampled),
         examples=examples,
         steps=sum(u.steps for u in good),
@@ -207,7 +204,7 @@ def _record(
 
 
 def federate(
-    algorithm: Algorithm, fleet: Fleet, plan: Plan, adapter: Tensors, resume: tuple[int, State] | None = None
+    algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, adapter: Tensors, resume: tuple[int, State] | None = None
 ) -> Iterator[tuple[RoundRecord, State]]:
     """Yield each round's record and the server's state after it.
 
@@ -219,16 +216,15 @@ def federate(
         began = time.monotonic()
         info = plan.info(round, sample_clients(plan, round))
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
-        lr = learning_rate(plan, round)
-        updates = fleet.train(info, messages, lr)
+        updates = fleet.train(info, messages)
         state, good, refused = _absorb(updates, algorithm, fleet, plan, state, info)
-        yield _record(good, refused, info, lr, _travelled(messages, updates), time.monotonic() - began), state
+        yield _record(good, refused, info, _travelled(messages, updates), time.monotonic() - began), state
         if round > done:
             fleet.commit(round - 1)
 
 
 def each_alone(
-    algorithm: Algorithm, fleet: Fleet, plan: Plan, adapters: Mapping[int, Tensors]
+    algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, adapters: Mapping[int, Tensors]
 ) -> Iterator[dict[int, tuple[RoundRecord, State]]]:
     """As many federations of one client as there are `adapters`, side by side, so that a fleet may train them in one pass.
 
@@ -239,15 +235,14 @@ def each_alone(
     plans = {client: replace(plan, clients=(client,), per_round=1, min_updates=1) for client in adapters}
     for round in range(plan.rounds):  # noqa: A001 (the field's word)
         began = time.monotonic()
-        lr = learning_rate(plan, round)
         infos = {client: own.info(round, (client,)) for client, own in plans.items()}
         messages = {client: algorithm.message(states[client], client, info) for client, info in infos.items()}
-        updates = fleet.train(replace(plan, clients=tuple(adapters)).info(round, tuple(adapters)), messages, lr)
+        updates = fleet.train(replace(plan, clients=tuple(adapters)).info(round, tuple(adapters)), messages)
         made = {}
         for client, info in infos.items():
             mine = [update for update in updates if update.client == client]
             states[client], good, refused = _absorb(mine, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
             travelled = _travelled({client: messages[client]}, mine)
-            made[client] = _record(good, refused, info, lr, travelled, seconds), states[client]
+            made[client] = _record(good, refused, info, travelled, seconds), states[client]
         yield made

@@ -7,17 +7,23 @@
         \"\"\"First line: what `fedmllm list` shows.\"\"\"
 
 Files are found by walking the package in sorted order, then through the entry points `fedmllm.<kind>s` of installed
-packages. A factory takes keyword options only; they are checked against its signature, types included, before it runs.
+packages, then among the plug-in files of `load_plugin`. A factory takes keyword options only; they are checked against its
+signature, types included, before it runs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -26,10 +32,40 @@ from fedmllm.errors import ConfigError, suggest
 
 T = TypeVar("T")
 
+PLUGINS = "FEDMLLM_PLUGINS"
+"""The environment variable with the plug-in files, so that processes started from this one load them too."""
+
+
+def plugin_files() -> list[Path]:
+    return [Path(name) for name in os.environ.get(PLUGINS, "").split(os.pathsep) if name]
+
+
+def load_plugin(path: Path) -> None:
+    """Import a file that registers parts, once; processes that this one starts import it as well. Raises ConfigError."""
+    path = path.absolute()
+    if not path.is_file():
+        raise ConfigError(f"--plugin {path}: there is no such file.")
+    name = f"fedmllm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--plugin {path}: is not a Python file; give one that ends in .py.")
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file raises
+        del sys.modules[name]
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--plugin {path}: cannot be imported ({type(error).__name__}: {reason}).") from None
+    if path not in plugin_files():
+        os.environ[PLUGINS] = os.pathsep.join(map(str, [*plugin_files(), path]))
+
 
 class Registry(Generic[T]):
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
+        self.plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
         self._package = package
         self._factories: dict[str, Callable[..., T]] = {}
         self._options: dict[str, type[BaseModel]] = {}
@@ -37,7 +73,8 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def keep(factory: Callable[..., T]) -> Callable[..., T]:
             if name in self._factories:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
+                modules = f"{self._factories[name].__module__} and {factory.__module__}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice, by {modules}; rename one of them.")
             self._factories[name] = factory
             return factory
 
@@ -48,8 +85,10 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         for module in sorted(m.name for m in pkgutil.iter_modules(getattr(package, "__path__", []))):
             importlib.import_module(f"{self._package}.{module}")
-        for point in sorted(entry_points(group=f"fedmllm.{self.kind}s"), key=lambda p: p.name):
+        for point in sorted(entry_points(group=f"fedmllm.{self.plural}"), key=lambda p: p.name):
             point.load()
+        for path in plugin_files():
+            load_plugin(path)
         return self._factories
 
     def names(self) -> list[str]:

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -89,6 +85,11 @@ def nbytes(a: Tensors) -> int:
     return sum(t.numel() * t.element_size() for t in a.values())
 
 
+def bytes_by_group(state: State) -> dict[str, int]:
+    """The size of each group in bytes."""
+    return {group: nbytes(tensors) for group, tensors in state.items()}
+
+
 def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
     """Why `candidate` cannot stand where `reference` stood: names, shapes, dtypes, or NaN and infinity; else None."""
     for names, word in ((reference.keys() - candidate.keys(), "missing"), (candidate.keys() - reference.keys(), "unknown")):
@@ -129,32 +130,6 @@ def digest(a: Tensors) -> str:
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary neighbour, flush to disk, rename: a reader meets the old file or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, written atomically; `metadata` goes into its header."""
-    # Copies, because safetensors refuses tensors that share memory, as two groups with one tensor do.
-    flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
-    # None, because safetensors writes a broken header for no tensors with empty metadata.
-    write_atomically(path, serialize(flat, metadata=dict(metadata) if metadata else None))
-
-
-def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """The state and the header's metadata."""
-    with safe_open(path, "pt") as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return unflatten(flat), dict(file.metadata() or {})
 
 
 def select(state: State, groups: Iterable[str]) -> State:

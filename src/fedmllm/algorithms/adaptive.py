@@ -15,15 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
-from fedmllm.algorithms.base import (
-    Algorithm,
-    LocalRule,
-    RoundInfo,
-    Wrapper,
-    changed_rule,
-    not_negative,
-    regularizations,
-)
+from fedmllm.algorithms.base import Algorithm, LocalRule, RoundInfo, Wrapper, changed_rule, not_negative, regularizations
 from fedmllm.algorithms.fedprox import tied
 from fedmllm.tensors import State
 

@@ -44,8 +44,8 @@ class ClientInfo:
 class RoundInfo:
     """Round `round` of `rounds`, counted from 0; `clients` in the federation, `sampled` of them in this round.
 
-    `ranks` has the LoRA rank of each sampled client where ranks differ, and is empty where they do not. `client` is set on
-    the client's side only.
+    `ranks` has the LoRA rank of each sampled client if ranks differ, else it is empty. `client` is set on the client's side
+    only. `lr` is the local learning rate of the round.
     """
 
     round: int
@@ -56,6 +56,7 @@ class RoundInfo:
     adapter: AdapterInfo = AdapterInfo()
     ranks: Mapping[int, int] = field(default_factory=dict)
     client: ClientInfo | None = None
+    lr: float = 0.0
 
     @property
     def me(self) -> ClientInfo:

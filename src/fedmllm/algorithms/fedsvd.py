@@ -16,7 +16,7 @@ from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, gr
 from fedmllm.algorithms.factors import A, B, modules
 from fedmllm.algorithms.fedavg import Weighting, mean_adapter
 from fedmllm.algorithms.flexlora import truncated
-from fedmllm.algorithms.halves import ffa_lora
+from fedmllm.algorithms.one_factor import ffa_lora
 from fedmllm.tensors import State, Tensors
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
-from fedmllm.data.samples import Kind, Problem, Sample
+from fedmllm.data.samples import Problem, ProblemKind, Sample
 from fedmllm.errors import DataError
 
 
 class EntryError(ValueError):
     """One entry of a file cannot be a sample; `kind` groups it with others of its sort."""
 
-    def __init__(self, what: str, kind: Kind = "wrong value") -> None:
+    def __init__(self, what: str, kind: ProblemKind = "wrong value") -> None:
         super().__init__(what)
         self.kind = kind
 
@@ -34,7 +34,7 @@ def inside(folder: Path, *names: str, absolute: bool = False) -> Path:
     """
     path = folder.joinpath(*names)
     shown = "/".join(names)
-    kind: Kind = "path outside the folder"
+    kind: ProblemKind = "path outside the folder"
     if not absolute and any(Path(name).is_absolute() or PureWindowsPath(name).drive for name in names):
         raise EntryError(f"the path {shown!r} is absolute; write it relative to {folder}", kind)
     try:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fedmllm.data.minimum import ensure_minimum
-from fedmllm.data.partition import Deal, Together
+from fedmllm.data.partitions import Deal, Together
 from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.scenarios import BOTH, Modalities, Scenario
 from fedmllm.errors import DataError
 from fedmllm.rng import stream
-from fedmllm.tensors import write_atomically
+from fedmllm.storage.atomic import write_atomically
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("client", pa.int32()), ("has_image", pa.bool_()), ("has_text", pa.bool_())])
 Pool = frozenset[Modalities]

@@ -20,7 +20,7 @@ from fedmllm.errors import DataError
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 Split = Literal["train", "test"]
-Kind = Literal[
+ProblemKind = Literal[
     "missing picture", "undecodable picture", "picture too large", "path outside the folder", "unreadable entry", "wrong value",
     "duplicate id", "empty answer", "answer not among the choices", "too many choices", "bad sample",
 ]  # fmt: skip
@@ -80,7 +80,7 @@ class Problem:
 
     where: str
     what: str
-    kind: Kind = "bad sample"
+    kind: ProblemKind = "bad sample"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -184,7 +184,7 @@ def image_key(image: Picture) -> str:
     return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).hexdigest()
 
 
-def _flaw_of_picture(image: Picture) -> tuple[str, Kind] | None:
+def _flaw_of_picture(image: Picture) -> tuple[str, ProblemKind] | None:
     name = image if isinstance(image, Path) else "(in memory)"
     try:
         if isinstance(image, Path) and not image.is_file():
@@ -198,7 +198,7 @@ def _flaw_of_picture(image: Picture) -> tuple[str, Kind] | None:
     return None
 
 
-def _flaws_of_pictures(pictures: Sequence[Picture]) -> dict[Picture, tuple[str, Kind] | None]:
+def _flaws_of_pictures(pictures: Sequence[Picture]) -> dict[Picture, tuple[str, ProblemKind] | None]:
     # Warning filters belong to the process, so they are set here, around all threads. Pillow warns of a bomb before it
     # refuses one of twice the size; here both are refused, so that no later decoding warns.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -207,7 +207,7 @@ def _flaws_of_pictures(pictures: Sequence[Picture]) -> dict[Picture, tuple[str, 
         return dict(zip(pictures, pool.map(_flaw_of_picture, pictures), strict=True))
 
 
-def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, tuple[str, Kind]]]:
+def _flaws(entries: Sequence[Sample | Problem]) -> Iterator[tuple[int, tuple[str, ProblemKind]]]:
     """(index, what is wrong and of what sort) for samples that parse but cannot be used."""
     samples = {index: entry for index, entry in enumerate(entries) if isinstance(entry, Sample)}
     broken = _flaws_of_pictures(list(dict.fromkeys(s.image for s in samples.values() if s.image is not None)))

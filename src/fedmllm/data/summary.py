@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, counted: for `fedmllm check`."""
+"""Counts of what a data set holds, of its bad samples, and of what each client holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Loaded, Sample, Split
 
 SHOWN = 5
@@ -51,3 +52,17 @@ def described(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         bad = about["bad_samples"]
         if bad:
             yield f"  bad samples ({sum(bad.values())}): {', '.join(f'{kind} {count}' for kind, count in bad.items())}"
+
+
+def gaps(manifest: Manifest) -> list[float]:
+    """For each client the share of its (sample, modality) slots that are empty; 1 if it holds nothing."""
+    return [round(1 - (image + text) / (2 * n), 6) if n else 1.0 for n, image, text in manifest.counts().tolist()]
+
+
+def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """One row per client: its `samples`, how many have a visible `image` and `text`, and its `gap`."""
+    rows = zip(manifest.counts().tolist(), gaps(manifest), strict=True)
+    return [
+        {"client": client, "samples": n, "image": image, "text": text, "gap": gap}
+        for client, ((n, image, text), gap) in enumerate(rows)
+    ]

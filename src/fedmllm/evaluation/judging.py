@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmllm.errors import RunError
-from fedmllm.evaluation.evaluate import Prediction
+from fedmllm.evaluation.predictions import Prediction
 from fedmllm.registry import Registry
 
 Judge = Callable[[str], str]
@@ -47,7 +47,7 @@ def read_verdict(reply: str) -> bool | None:
     return {"yes": True, "no": False}.get(word.group(1)) if word else None
 
 
-class Panel:
+class JudgeCache:
     """Asks a judge about each distinct (question, reference, answer) once, and no more after three failures in a row."""
 
     def __init__(self, judge: Judge) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 from fedmllm.config import EvalTable
 from fedmllm.data.prompts import Strategy
 from fedmllm.data.samples import Sample, Task
-from fedmllm.evaluation.evaluate import Examination, Prediction, primary_metric, summarise
+from fedmllm.evaluation.predictions import Prediction, TestSet, primary_metric, summarise
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors
 
-Answers = dict[str, list[Prediction]]
+TransferPredictions = dict[str, list[Prediction]]
 """task -> one model's predictions on its test set."""
 
 
@@ -29,16 +29,16 @@ class Transfer:
     ) -> None:
         """Raises DataError for a prompt that is too long. Pictures wait for `prepare_features`."""
         self._settings = settings
-        self._tasks: dict[str, tuple[Task, Examination]] = {}
+        self._tasks: dict[str, tuple[Task, TestSet]] = {}
         for name, (task, samples) in sets.items():
-            self._tasks[name] = (task, Examination(model, task, samples, settings.patterns, strategy, max_length))
+            self._tasks[name] = (task, TestSet(model, task, samples, settings.patterns, strategy, max_length))
 
-    def take_each(self, adapters: Sequence[Tensors]) -> list[Answers]:
+    def predict_each(self, adapters: Sequence[Tensors]) -> list[TransferPredictions]:
         """What each adapter answers, under the fold that is set now; of one, it is set afterwards."""
-        found = {name: list(e.take_each(self._settings, adapters)) for name, (_, e) in self._tasks.items()}
+        found = {name: list(e.predict_each(self._settings, adapters)) for name, (_, e) in self._tasks.items()}
         return [{name: models[i] for name, models in found.items()} for i in range(len(adapters))]
 
-    def summary(self, models: Sequence[Answers], seed: int) -> dict[str, Mapping[str, Any]]:
+    def summary(self, models: Sequence[TransferPredictions], seed: int) -> dict[str, Mapping[str, Any]]:
         """{task: {"primary_metric", "metrics": as in result.json}}."""
         found: dict[str, Mapping[str, Any]] = {}
         for name, (task, _) in self._tasks.items():

@@ -1,8 +1,1 @@
-"""Where clients train: in this process, or elsewhere."""
-
-from __future__ import annotations
-
-from fedmllm.fleets.base import FleetKind
-from fedmllm.registry import Registry
-
-fleets: Registry[FleetKind] = Registry("fleet", __name__)
+"""Where clients train: the options of every fleet, and the fleet of this process."""

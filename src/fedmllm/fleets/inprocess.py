@@ -1,4 +1,4 @@
-"""All clients in this process: one resident model, the sampled clients' adapters stacked beside it."""
+"""All clients in this process: one resident model, with the adapters of the sampled clients stacked beside it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 from fedmllm.algorithms import ClientInfo, RoundInfo, Update, complete
 from fedmllm.algorithms.factors import fold_of
-from fedmllm.fleets import fleets
-from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
-from fedmllm.training.batches import plan
+from fedmllm.training.batches import batch_epoch
 from fedmllm.training.cohort import train_cohort, trainable
 from fedmllm.training.local import LocalSettings, Work
 
@@ -31,17 +30,17 @@ class _Ready:
 class InProcessFleet:
     """Trains the sampled clients cohort by cohort. A client without samples sends an update of 0 examples."""
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._memory = ClientMemory(site.memory)
+    def __init__(self, context: FleetContext) -> None:
+        self._context = context
+        self._memory = ClientMemory(context.memory)
         self._took_part: dict[int, list[int]] = {}
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         self._took_part[info.round] = sorted(messages)
-        settings = LocalSettings.of(self._site.train, lr)
+        settings = LocalSettings.of(self._context.train, info.lr)
         # Clients with as many steps train together, so that few stand idle while others finish.
-        waiting = sorted(messages, key=lambda client: (-len(self._site.data[client]), client))
-        size = self._site.cohort
+        waiting = sorted(messages, key=lambda client: (-len(self._context.data[client]), client))
+        size = self._context.cohort
         return [
             update
             for start in range(0, len(waiting), size)
@@ -55,22 +54,22 @@ class InProcessFleet:
         self._memory.commit(round, self._took_part.pop(round))
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
-        return complete(message, self._memory.load(client, done), self._site.initial)["adapter"]
+        return complete(message, self._memory.load(client, done), self._context.initial)["adapter"]
 
     def _train_together(
         self, clients: Sequence[int], info: RoundInfo, messages: Mapping[int, State], settings: LocalSettings
     ) -> Iterator[Update]:
-        site, algorithm = self._site, self._site.algorithm
+        context, algorithm = self._context, self._context.algorithm
         alike: dict[tuple[frozenset[tuple[str, int]], tuple[str, ...]], list[_Ready]] = {}
         for client in clients:
             ready = self._prepare(client, info, messages[client])
             # By the tensors of the fold: each client has a dictionary of its own.
             fold = frozenset((name, id(tensor)) for name, tensor in ready.fold.items())
-            alike.setdefault((fold, trainable(site.model, ready.work)), []).append(ready)
+            alike.setdefault((fold, trainable(context.model, ready.work)), []).append(ready)
         # One base weight and one set of trained tensors to a pass; only an unusual algorithm has several here.
         for group in alike.values():
-            site.model.adapter.set_fold(group[0].fold)
-            results = train_cohort(site.model, [ready.work for ready in group], settings)
+            context.model.adapter.set_fold(group[0].fold)
+            results = train_cohort(context.model, [ready.work for ready in group], settings)
             for ready, result in zip(group, results, strict=True):
                 upload, remembered = algorithm.finish(result, ready.received, ready.memory, ready.info)
                 client = ready.info.me.client
@@ -78,23 +77,20 @@ class InProcessFleet:
                 yield Update(client, upload, result.examples, result.steps, result.metrics)
 
     def _prepare(self, client: int, info: RoundInfo, message: State) -> _Ready:
-        site, data = self._site, self._site.data[client]
-        info = replace(info, client=ClientInfo(client, site.gaps[client]))
+        context, data = self._context, self._context.data[client]
+        info = replace(info, client=ClientInfo(client, context.gaps[client]))
         memory = self._memory.load(client, info.round)
-        received = complete(message, memory, site.initial)
-        rule = site.algorithm.rule(received, memory, info)
+        received = complete(message, memory, context.initial)
+        rule = context.algorithm.rule(received, memory, info)
         lengths = [one.length for one in data]
-        size, accumulate = site.train.batch_size, site.train.accumulate
+        size, accumulate = context.train.batch_size, context.train.accumulate
         steps = [
             [[data[i] for i in batch] for batch in step]
-            for epoch in range(site.train.epochs)
-            for step in plan(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
+            for epoch in range(context.train.epochs)
+            for step in batch_epoch(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
         ]
         seed = seed_for(info.seed, "dropout", client, info.round)
         return _Ready(info, received, memory, fold_of(message), Work(steps, received["adapter"], rule, seed))
 
 
-@fleets.register("in-process")
-def in_process() -> FleetKind:
-    """All clients in this process on one resident model, `train.cohort` of them in one pass."""
-    return FleetKind(InProcessFleet)
+IN_PROCESS = FleetBackend(InProcessFleet)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fedmllm.tensors import State, load_state, save_state
+from fedmllm.storage.state_file import load_state, save_state
+from fedmllm.tensors import State
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fedmllm.tensors import write_atomically
+from fedmllm.storage.atomic import write_atomically
 
 LAYOUT = "2"
 """Changes when records are laid out otherwise, so that older files are not taken for these."""

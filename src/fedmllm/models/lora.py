@@ -28,7 +28,8 @@ from fedmllm.config import ModelTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.models.families import Family
 from fedmllm.rng import seed_for
-from fedmllm.tensors import Tensors, write_atomically
+from fedmllm.storage.atomic import write_atomically
+from fedmllm.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedmllm.models.stack import Stack

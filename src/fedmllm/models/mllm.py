@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,34 +20,17 @@ from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.data.samples import Picture
 from fedmllm.errors import DataError
-from fedmllm.models import lean, lora
+from fedmllm.models import fused_llama as lean
+from fedmllm.models import lora
 from fedmllm.models.backbone import Backbone, load_backbone
-from fedmllm.models.lean import LeanText
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.fused_llama import FusedLlama
 from fedmllm.models.pictures import Pictures
 from fedmllm.models.scoring import option_scores
 from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
 from fedmllm.tensors import Tensors
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One tokenised conversation. `options` are the closed question's answers; `picture` numbers a distinct picture.
-
-    `tokenwise` holds further inputs of the prompt's length (token types), `imagewise` those that come one a picture.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-    picture: int | None
-    tokenwise: dict[str, tuple[int, ...]]
-    imagewise: dict[str, Tensor]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
 
 class MLLM:
@@ -73,8 +55,8 @@ class MLLM:
         self._pictures = Pictures(backbone, self.caches)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
         self.lean = self.caches and merges and lean.fits(backbone.model.get_decoder(), self.adapter)
-        """Whether stacked adapters are computed with by `LeanText`: the same numbers, faster on a CPU."""
-        self._lean_text: tuple[Tensors, LeanText] | None = None
+        """Whether stacked adapters are computed with by `FusedLlama`: the same numbers, faster on a CPU."""
+        self._lean_text: tuple[Tensors, FusedLlama] | None = None
         self._tokens = Tokens(backbone, settings.trust_remote_code)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
@@ -188,7 +170,7 @@ class MLLM:
     def _lean_logits(self, stack: Stack, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
         model, fold = self.backbone.model, self.adapter.fold
         if self._lean_text is None or self._lean_text[0] is not fold:
-            self._lean_text = fold, LeanText(model.get_decoder(), self.adapter)
+            self._lean_text = fold, FusedLlama(model.get_decoder(), self.adapter)
         rows = [(*one.prompt, *ending) for one, ending in zip(batch, endings, strict=True)]
         length, pad = max(map(len, rows)), self.backbone.pad_id
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
@@ -240,4 +222,4 @@ class MLLM:
         return [text.strip() for text in self.backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-__all__ = ["MLLM", "Encoded"]
+__all__ = ["MLLM"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from fedmllm.models.mllm import MLLM, Encoded
+    from fedmllm.models.encoded import Encoded
+    from fedmllm.models.mllm import MLLM
 
 
 def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:

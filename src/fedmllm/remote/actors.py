@@ -19,11 +19,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.federation import Fleet
-from fedmllm.fleets.base import FleetKind, Site
+from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
+from fedmllm.fleets.options import RayOptions
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.site import Worker
@@ -70,7 +70,7 @@ def split(clients: Sequence[int], actors: int) -> list[list[int]]:
     return [list(clients[a:b]) for a, b in pairwise(bounds)]
 
 
-class ActorPost:
+class ActorTransport:
     """`make(number)` starts an actor."""
 
     def __init__(self, actors: int, make: Callable[[int], Any], memory: ClientMemory) -> None:
@@ -146,17 +146,17 @@ LARGEST = "CPU of one machine"
 LESS = "fleet.actors, fleet.cpus or fleet.gpus"
 
 
-def resources(options: Mapping[str, Any], there: Mapping[str, float], less: str = LESS) -> tuple[int, float, float]:
+def resources(options: RayOptions, there: Mapping[str, float], less: str = LESS) -> tuple[int, float, float]:
     """(actors, cores of each, GPUs of each) from the fleet's options and what there is (`room`). `less` is what to lower.
 
     Raises ConfigError where it does not have that much.
     """
     cores, devices = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    gpus = options["gpus"] if options["gpus"] is not None else (1.0 if devices >= 1 else 0.0)
-    usual = int(devices / gpus) if gpus else max(1, int(cores / (options["cpus"] or CORES_AN_ACTOR)))
-    actors = options["actors"] or usual
+    gpus = options.gpus if options.gpus is not None else (1.0 if devices >= 1 else 0.0)
+    usual = int(devices / gpus) if gpus else max(1, int(cores / (options.cpus or CORES_AN_ACTOR)))
+    actors = options.actors or usual
     most = there.get(LARGEST, cores)
-    cpus = options["cpus"] or min(most, max(1.0, float(int(cores / max(1, actors)))))
+    cpus = options.cpus or min(most, max(1.0, float(int(cores / max(1, actors)))))
     if actors < 1 or actors * cpus > cores or cpus > most or actors * gpus > devices:
         raise ConfigError(
             f"fleet: {actors} actors of {cpus:g} cores and {gpus:g} GPUs are more than the {cores:g} cores and {devices:g} "
@@ -195,28 +195,26 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def on_ray(config: Experiment) -> Iterator[FleetKind]:
-    """The fleet of an experiment whose `fleet.name` is "ray"; its actors, and a cluster of its own, end with the context."""
-    options = config.fleet.options
-    posts: list[ActorPost] = []
-    with cluster(options.get("address")):
+def on_ray(options: RayOptions) -> Iterator[FleetBackend]:
+    """The fleets of an experiment whose `fleet.name` is "ray"; its actors, and a cluster of its own, end with the context."""
+    posts: list[ActorTransport] = []
+    with cluster(options.address):
         import ray
 
         try:
-            full = {key: options.get(key) for key in ("actors", "cpus", "gpus")}
-            actors, cpus, gpus = resources(full, room())
+            actors, cpus, gpus = resources(options, room())
             remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor)
 
-            def make(site: Site) -> Fleet:
+            def make(site: FleetContext) -> Fleet:
                 if not posts:  # a run asks for its fleet more than once
                     home, threads = str(Path.cwd()), max(1, int(cpus))
-                    posts.append(ActorPost(actors, lambda number: remote.remote(home, threads), ClientMemory(site.memory)))
-                return RemoteFleet(posts[0], site.run, site.config, options["timeout"], site.last)
+                    posts.append(ActorTransport(actors, lambda number: remote.remote(home, threads), ClientMemory(site.memory)))
+                return RemoteFleet(posts[0], site.run, site.config, options.timeout, site.last)
 
-            yield FleetKind(make, here=False)
+            yield FleetBackend(make, local=False)
         finally:
             for post in posts:
                 post.end()
 
 
-__all__ = ["ATTEMPTS", "ActorPost", "Packed", "cluster", "on_ray", "resources", "room", "split"]
+__all__ = ["ATTEMPTS", "ActorTransport", "Packed", "cluster", "on_ray", "resources", "room", "split"]

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.errors import DataError, RunError
-from fedmllm.experiment import load_split
 from fedmllm.remote.files import SiteFile
-from fedmllm.remote.keeper import Keeper, Stop, environment, free_port
-from fedmllm.store import alone
+from fedmllm.remote.supervisor import Stop, Supervisor, environment, free_port
+from fedmllm.storage.lock import alone
 
 
 def check(site: SiteFile) -> dict[str, Any]:
     """What the site would tell a server of itself. Raises ConfigError and DataError for what is wrong with its data."""
-    _, samples, skipped = load_split(site.own.task, "train")
+    _, samples, skipped = load_split(open_source(site.own.task), "train")
     held = [Holding(s.id, 0, s.modalities & site.own.modalities) for s in samples]
     if not any(h.visible for h in held):
         seen = " or ".join(sorted(site.own.modalities))
@@ -51,7 +51,7 @@ def _keep(site: SiteFile, say: Callable[[str], None]) -> None:
 
     worker = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), str(socket)]
     log = site.state / "supernode.log"
-    keepers = [Keeper("worker", lambda: worker, env, say), Keeper("SuperNode", node, env, say, log)]
+    keepers = [Supervisor("worker", lambda: worker, env, say), Supervisor("SuperNode", node, env, say, log)]
     say(f"looks for work at {site.superlink}; what Flower says of it is in {log}")
     stop = Stop()
     try:

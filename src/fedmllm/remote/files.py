@@ -13,7 +13,7 @@ from fedmllm import config as files
 from fedmllm.config import Experiment, Table, TaskTable
 from fedmllm.data.samples import MODALITIES, Modality
 from fedmllm.errors import ConfigError
-from fedmllm.experiment import options_of, with_defaults
+from fedmllm.experiment.parts import options_of, with_defaults
 from fedmllm.registry import explain
 from fedmllm.remote.site import Own
 

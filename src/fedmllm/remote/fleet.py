@@ -8,8 +8,8 @@ from typing import Any
 
 from fedmllm.algorithms import RoundInfo, Update
 from fedmllm.errors import RunError
-from fedmllm.evaluation.evaluate import PATTERNS
-from fedmllm.remote.protocol import Job, Kind, Post, Reply
+from fedmllm.evaluation.predictions import PATTERNS
+from fedmllm.remote.protocol import Job, JobKind, Reply, Transport
 from fedmllm.secure.settings import Phase
 from fedmllm.tensors import State, Tensors
 
@@ -21,27 +21,27 @@ class RemoteFleet:
     what they remember of a round that came to nothing goes, whatever became of the messages about it.
     """
 
-    def __init__(self, post: Post, run: str, config: str, timeout: float, last: Mapping[int, int] | None = None) -> None:
+    def __init__(self, post: Transport, run: str, config: str, timeout: float, last: Mapping[int, int] | None = None) -> None:
         self._post, self._run, self._config, self._timeout = post, run, config, timeout
         self._last = dict(last or {})
         self._under_way: tuple[int, ...] = ()
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         """An update of every client; of those that sent none that can be read, one that says why."""
         self._under_way = tuple(messages)
-        jobs = {client: self._job("train", client, info.round, state, info, lr) for client, state in messages.items()}
+        jobs = {client: self._job("train", client, info.round, state, info) for client, state in messages.items()}
         replies = self._post.exchange(jobs, self._timeout)
         return [self._update(client, replies.get(client)) for client in messages]
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        """One of the four questions of a secure round, put to clients whose updates are hidden (`fleets.base.Carrier`)."""
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        """Send one of the four questions of a secure round to clients whose updates are hidden (`SecureTransport`)."""
         self._under_way = tuple(info.sampled)
-        jobs = {client: self._job(phase, client, info.round, state, info, lr) for client, state in messages.items()}
+        jobs = {client: self._job(phase, client, info.round, state, info) for client, state in messages.items()}
         replies = self._post.exchange(jobs, self._timeout)
         return [self._update(client, replies.get(client)) for client in messages]
 
-    def _job(self, kind: Kind, client: int, round: int, state: State, info: RoundInfo | None = None, lr: float = 0.0) -> Job:
-        sampled, ranks = (info.sampled, info.ranks) if info else ((), {})
+    def _job(self, kind: JobKind, client: int, round: int, state: State, info: RoundInfo | None = None) -> Job:
+        sampled, ranks, lr = (info.sampled, info.ranks, info.lr) if info else ((), {}, 0.0)
         return Job(kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state)
 
     def _update(self, client: int, reply: Reply | None) -> Update:

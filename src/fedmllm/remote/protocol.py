@@ -19,7 +19,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.remote.wire import VERSION
 from fedmllm.tensors import State, flatten, unflatten
 
-Kind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
+JobKind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
 
 
 class ProtocolError(ValueError):
@@ -37,7 +37,7 @@ class Job:
     this client was used, −1 where there is none: what a client remembers of later ones came to nothing.
     """
 
-    kind: Kind
+    kind: JobKind
     run: str
     config: str
     client: int = -1
@@ -64,7 +64,7 @@ class Job:
 
     def info(self, rounds: int, clients: int, seed: int) -> RoundInfo:
         """The round, but for the adapter, which a site knows from its own model."""
-        return RoundInfo(self.round, rounds, clients, self.sampled, seed, ranks=self.ranks)
+        return RoundInfo(self.round, rounds, clients, self.sampled, seed, ranks=self.ranks, lr=self.lr)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def parts_of(content: bytes) -> tuple[str, State]:
         raise ProtocolError(f"not a message: {error}") from None
 
 
-class Post(Protocol):
+class Transport(Protocol):
     """How jobs get to clients and replies back. A client that does not answer in time has no reply."""
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]: ...
 
 
-__all__ = ["Job", "Kind", "Post", "ProtocolError", "Reply", "parts_of", "to_bytes"]
+__all__ = ["Job", "JobKind", "ProtocolError", "Reply", "Transport", "parts_of", "to_bytes"]

@@ -17,9 +17,10 @@ import tomli_w
 
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.remote.files import FederationFile
-from fedmllm.remote.keeper import Keeper, Stop, environment, tool
-from fedmllm.store import RunDir, alone
-from fedmllm.tensors import write_atomically
+from fedmllm.remote.supervisor import Stop, Supervisor, environment, tool
+from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.lock import alone
+from fedmllm.storage.run_dir import RunDir
 
 CONNECTION = "here"
 POLL = 0.5
@@ -85,7 +86,7 @@ class Server:
             self._app.mkdir()
             shutil.copy(APP / "pyproject.toml", self._app)
             flower = Flower(self._federation)
-            superlink = Keeper("SuperLink", self._command, flower.env, self._say, self._log)
+            superlink = Supervisor("SuperLink", self._command, flower.env, self._say, self._log)
             try:
                 superlink.look()
                 self._register(flower, superlink)
@@ -113,7 +114,7 @@ class Server:
             "--database", str(federation.state / "superlink.db"),
         ]  # fmt: skip
 
-    def _wait(self, superlink: Keeper, seconds: float) -> None:
+    def _wait(self, superlink: Supervisor, seconds: float) -> None:
         """Look after the SuperLink for a while. Raises Interrupted."""
         end = time.monotonic() + seconds
         while True:
@@ -124,7 +125,7 @@ class Server:
                 return
             time.sleep(0.1)
 
-    def _register(self, flower: Flower, superlink: Keeper) -> None:
+    def _register(self, flower: Flower, superlink: Supervisor) -> None:
         """Let in the sites of the file, and no one else: a site that was struck from it is struck from the SuperLink too.
 
         `registered.json` has each site's key and node, as the SuperLink does not tell the one of the other.
@@ -150,7 +151,7 @@ class Server:
         write_atomically(file, json.dumps(kept).encode())
         self._say(f"sites {', '.join(keys)} may connect to {self._federation.address}")
 
-    def _until_done(self, flower: Flower, superlink: Keeper) -> dict[str, Any]:
+    def _until_done(self, flower: Flower, superlink: Supervisor) -> dict[str, Any]:
         left, done = self._federation.retries, self._rounds()
         self._told = done
         number = 0
@@ -200,7 +201,7 @@ class Server:
     def _rounds(self) -> int:
         return len(RunDir(self._run.path).rounds())
 
-    def _submit(self, flower: Flower, superlink: Keeper) -> str:
+    def _submit(self, flower: Flower, superlink: Supervisor) -> str:
         settings = {"experiment": self._experiment, "out": self._run.path, "outcome": self._outcome}
         told = " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items())
         told += f" resume={'true' if self._resume else 'false'}"
@@ -212,7 +213,7 @@ class Server:
             self._wait(superlink, 1.0)
         raise RunFailed(f"the SuperLink does not take the run; its log is {self._log}.")
 
-    def _follow(self, flower: Flower, superlink: Keeper, run_id: str) -> str:
+    def _follow(self, flower: Flower, superlink: Supervisor, run_id: str) -> str:
         """How the run ended, in Flower's word."""
         asked = time.monotonic()
         while True:

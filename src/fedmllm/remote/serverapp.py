@@ -18,23 +18,27 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmllm import config as files
-from fedmllm.bench import Bench
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
+from fedmllm.data.dataset import Dataset, load_split
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES
 from fedmllm.errors import ConfigError, RunError, UserError
-from fedmllm.experiment import Data, Report, check_parts, load_split, options_of, prepare, with_defaults
+from fedmllm.experiment.parts import Parts, build, options_of, with_defaults
 from fedmllm.federation import Fleet
-from fedmllm.fleets.base import FleetKind, Site
-from fedmllm.progress import Progress
+from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.remote.fleet import RemoteFleet
-from fedmllm.remote.post import FlowerPost
 from fedmllm.remote.protocol import Job, Reply
 from fedmllm.remote.site import structure
-from fedmllm.runs import Runner, choose
-from fedmllm.store import RunDir, alone
-from fedmllm.tensors import State, write_atomically
+from fedmllm.remote.transport import FlowerTransport
+from fedmllm.runs.directory import choose_directory
+from fedmllm.runs.kinds import execute
+from fedmllm.runs.progress import ProgressBars, ProgressCallback
+from fedmllm.runs.session import Session
+from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.lock import alone
+from fedmllm.storage.run_dir import RunDir
+from fedmllm.tensors import State
 
 
 def told_to_sites(config: Experiment) -> str:
@@ -70,66 +74,70 @@ def load_experiment(file: Path, overrides: list[str]) -> Experiment:
     return with_defaults(files.validate(raw, str(file)))
 
 
-def _server_data(config: Experiment, about: Mapping[int, Mapping[str, Any]], known: Manifest | None) -> Data:
+def _server_data(parts: Parts, about: Mapping[int, Mapping[str, Any]], known: Manifest | None) -> Dataset:
     """What the server tests on, and a manifest of counts. `known` is that of the run which goes on."""
-    names = tuple(config.fleet.options["sites"])
+    config, names = parts.config, tuple(parts.config.fleet.options["sites"])
     if config.eval.split == "validation":
         raise ConfigError(
             'eval.split = "validation" holds back training data, of which the server of fleet.sites has none; set it to "test".'
         )
-    task, test, skipped = load_split(config.task, "test")
+    task, test, skipped = load_split(parts.source, "test")
     told = manifest_of(about, names)
     if known is not None:
         for client in about:
             if told.counts()[client].tolist() != known.counts()[client].tolist():
                 raise RunError(f"site {names[client]!r}: its data changed since this run began; start a new one.")
         told = known
-    return Data(task, [], test, skipped + sum(int(a.get("skipped", 0)) for a in about.values()), told)
+    return Dataset(task, [], test, skipped + sum(int(a.get("skipped", 0)) for a in about.values()), told)
 
 
-def run(grid: Grid, settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def run(grid: Grid, settings: Mapping[str, Any], report: ProgressCallback) -> dict[str, Any]:
     """Do the run over `grid`, or what is left of it. Raises UserError where it cannot be, TooFewUpdates where it fails."""
     config = load_experiment(Path(str(settings["experiment"])), [s for s in str(settings["overrides"]).split(";") if s.strip()])
-    check_parts(config)
+    parts = build(config)
+    config = parts.config
     if config.fleet.options["evaluate"] and (not config.fleet.options.get("sites") or config.clients.rank):
         raise ConfigError("fleet.evaluate asks sites of one rank, with data of their own (fleet.sites); set it to false.")
-    directory = choose(config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"]))
+    directory = choose_directory(
+        config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"])
+    )
     if directory.complete:
         return directory.result()
     path = directory.path
     # One that was given up may still write: two at once would spoil it.
     with alone(path.with_name(f".{path.name}.lock"), RuntimeError(f"another run still writes to {path}"), seconds=60.0):
-        return _run(grid, config, directory, report)
+        return _run(grid, parts, directory, report)
 
 
-def _run(grid: Grid, config: Experiment, directory: RunDir, report: Report) -> dict[str, Any]:
+def _run(grid: Grid, parts: Parts, directory: RunDir, report: ProgressCallback) -> dict[str, Any]:
+    config = parts.config
     options = config.fleet.options
     names = tuple(options.get("sites") or ())
     text, clients = told_to_sites(config), config.partition.clients
-    post = FlowerPost(grid, options["absent"], names)
+    post = FlowerTransport(grid, options["absent"], names)
     report("waiting for clients", 0, 0, f"{clients}, for {options['wait']:g} s at most")
     goes_on = directory.exists and directory.manifest.is_file()
     asked = Job("describe", secrets.token_hex(8), text)
     there = post.roll_call(asked, clients, options["wait"], config.train.min_updates if goes_on else None)
     if names:
         known = manifests.read(directory.manifest) if goes_on else None
-        data = _server_data(config, {client: reply.about for client, reply in there.items()}, known)
+        dataset = _server_data(parts, {client: reply.about for client, reply in there.items()}, known)
     else:
-        data = prepare(config)
-    bench = Bench(config, data, report)
-    _check_models(there, structure(bench.initial), names)
+        dataset = parts.prepare()
+    session = Session(parts, dataset, report)
+    _check_models(there, structure(session.initial), names)
 
     made: list[RemoteFleet] = []
 
-    def make(site: Site) -> Fleet:
+    def make(site: FleetContext) -> Fleet:
         made.append(RemoteFleet(post, site.run, text, options["timeout"], site.last))
         return made[-1]
 
     def evaluate(messages: Mapping[int, State], done: int) -> Mapping[int, Mapping[str, Any]]:
         return made[-1].evaluate(messages, done)
 
-    kind = FleetKind(make, here=False, evaluate=evaluate if options["evaluate"] else None, secure=True)
-    return Runner(config, data, bench, directory, "federated", report, kind).execute()
+    backend = FleetBackend(make, local=False, secure=True, evaluate=evaluate if options["evaluate"] else None)
+    return execute("federated", session, directory, backend)
 
 
 def _check_models(there: Mapping[int, Reply], mine: str, names: tuple[str, ...]) -> None:
@@ -150,7 +158,7 @@ def main(grid: Grid, context: Context) -> None:
     """Fails as Flower expects it, by an exception, and leaves word of it where `fedmllm server` looks."""
     settings = context.run_config
     try:
-        with Progress() as report:
+        with ProgressBars() as report:
             run(grid, settings, report)
     except BaseException as error:
         if settings["outcome"]:

@@ -11,16 +11,16 @@ from collections import OrderedDict
 from pathlib import Path
 
 from fedmllm.remote.files import SiteFile
-from fedmllm.remote.keeper import Stop
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.site import Worker
+from fedmllm.remote.supervisor import Stop
 from fedmllm.remote.wire import serve
 
 KEPT = 4
 """Replies that are kept for jobs which come again."""
 
 
-class Answers:
+class ReplyCache:
     """Bytes in, bytes out. A job that comes again, because its reply was lost, is given the same reply: training it twice
     would be right for this round, but not where a later one has been trained in between."""
 
@@ -51,7 +51,7 @@ def main(site: Path, path: Path) -> None:
     def log(line: str) -> None:
         print(f"{file.name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
-    answers = Answers(Worker(file.state / "clients", file.own, log))
+    answers = ReplyCache(Worker(file.state / "clients", file.own, log))
     stop = Stop()
     log(f"worker listens on {path}")
     serve(path, answers, stop)

@@ -18,17 +18,19 @@ from typing import Any
 
 from fedmllm.algorithms import Update
 from fedmllm.algorithms.factors import fold_of
-from fedmllm.bench import Bench, gaps
-from fedmllm.config import Experiment, TaskTable, validate
+from fedmllm.config import TaskTable, validate
+from fedmllm.data.dataset import Dataset, load_split, open_source
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality, Task
+from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError, DataError, UserError
-from fedmllm.evaluation.evaluate import Examination, summarise
-from fedmllm.experiment import Data, build_algorithm, build_secure, check_parts, load_split, prepare, with_defaults
-from fedmllm.fleets.base import Site
+from fedmllm.evaluation.predictions import TestSet, summarise
+from fedmllm.experiment.parts import Parts, build
+from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.remote.protocol import Job, Reply
+from fedmllm.runs.session import Session
 from fedmllm.secure.settings import PHASES
 from fedmllm.secure.site import Parties
 from fedmllm.tensors import State, Tensors
@@ -61,16 +63,16 @@ def structure(adapter: Tensors) -> str:
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()
 
 
-def own_data(config: Experiment, own: Own) -> Data:
+def own_data(parts: Parts, own: Own) -> Dataset:
     """The site's samples as those of its client. Raises ConfigError where the federation does not name the site."""
+    config = parts.config
     sites = list(config.fleet.options.get("sites") or [])
     if own.name not in sites:
         raise ConfigError(f"the federation has no site {own.name!r}; its sites are {', '.join(sites) or 'not named'}.")
-    check_parts(config)
-    task, samples, skipped = load_split(config.task, "train")
+    task, samples, skipped = load_split(parts.source, "train")
     client = sites.index(own.name)
     held = (Holding(s.id, client, s.modalities & own.modalities) for s in samples)
-    return Data(task, samples, [], skipped, Manifest.of((h for h in held if h.visible), config.partition.clients))
+    return Dataset(task, samples, [], skipped, Manifest.of((h for h in held if h.visible), config.partition.clients))
 
 
 class _Experiment:
@@ -88,47 +90,48 @@ class _Experiment:
                     "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
                     "does not allow it."
                 )
-        self.config = with_defaults(validate(raw, "the server's experiment"))
-        self.algorithm = build_algorithm(self.config)
-        settings = build_secure(self.config)
-        if own is not None and own.secure and settings is None:
+        parts = build(validate(raw, "the server's experiment"))
+        self.config, self.algorithm = parts.config, parts.algorithm
+        if own is not None and own.secure and parts.secure is None:
             raise ConfigError('secure.name: this site\'s file demands that updates are hidden, and the experiment says "none".')
-        self.parties = Parties(settings, self.algorithm) if settings else None
-        data = prepare(self.config) if own is None else own_data(self.config, own)
-        self.bench = Bench(self.config, replace(data, test=[]))  # the server tests
+        self.parties = Parties(parts.secure, self.algorithm) if parts.secure else None
+        dataset = parts.prepare() if own is None else own_data(parts, own)
+        self.session = Session(parts, replace(dataset, test=[]))  # the server tests
         self.cohort = 1
-        self._examination: tuple[Task, Examination] | None = None
+        self._test_set: tuple[Task, TestSet] | None = None
 
     @cached_property
     def gaps(self) -> dict[int, float]:
-        return dict(enumerate(gaps(self.bench.clients.manifest)))
+        return dict(enumerate(gaps(self.session.clients.manifest)))
 
-    def examination(self, own: Own | None) -> tuple[Task, Examination]:
+    def test_set(self, own: Own | None) -> tuple[Task, TestSet]:
         """The questions of the site's own test data. Raises ConfigError where it has none."""
         if own is None or not own.tests:
             raise ConfigError("this site has no test data; name some in its file (jsonl_test), or set fleet.evaluate = false.")
-        if self._examination is None:
-            task, samples, _ = load_split(own.task, "test")
+        if self._test_set is None:
+            task, samples, _ = load_split(open_source(own.task), "test")
             limited = [
                 replace(
                     s, image=s.image if "image" in own.modalities else None, text=s.text if "text" in own.modalities else None
                 )
                 for s in samples
             ]
-            seen, config, bench = [s for s in limited if s.modalities], self.config, self.bench
-            strategy, longest = bench.strategy, config.train.max_length
-            made = Examination(bench.model, task, seen, config.eval.patterns, strategy, longest)
-            bench.model.prepare_features()
-            self._examination = task, made
-        return self._examination
+            seen, config, session = [s for s in limited if s.modalities], self.config, self.session
+            strategy, longest = session.parts.strategy, config.train.max_length
+            made = TestSet(session.model, task, seen, config.eval.patterns, strategy, longest)
+            session.model.prepare_features()
+            self._test_set = task, made
+        return self._test_set
 
-    def site(self, memory: Path, clients: Sequence[int]) -> Site:
-        bench, train = self.bench, self.config.train
-        bench.prepare(bench.clients, clients)
+    def site(self, memory: Path, clients: Sequence[int]) -> FleetContext:
+        session, train = self.session, self.config.train
+        session.prepare(session.clients, clients)
         if len(clients) > self.cohort:
-            held = (one for client in clients for one in bench.clients[client])
-            self.cohort = cohort_size(bench.model, held, train, len(clients))
-        return Site(bench.model, self.algorithm, bench.clients, train, bench.initial, self.gaps, memory, self.cohort)
+            held = (one for client in clients for one in session.clients[client])
+            self.cohort = cohort_size(session.model, held, train, len(clients))
+        return FleetContext(
+            session.model, self.algorithm, session.clients, train, session.initial, self.gaps, memory, self.cohort
+        )
 
 
 def _reply(update: Update) -> Reply:
@@ -193,11 +196,16 @@ class Worker:
         client = job.client
         if self._own is not None:
             client = experiment.config.fleet.options["sites"].index(self._own.name)
-        samples, image, text = experiment.bench.clients.manifest.counts()[client].tolist()
+        samples, image, text = experiment.session.clients.manifest.counts()[client].tolist()
         if experiment.parties is not None:  # counts are hidden as the updates are; what there is, is not
             samples, image, text = (min(count, 1) for count in (samples, image, text))
-        about: dict[str, Any] = {"samples": samples, "image": image, "text": text, "skipped": experiment.bench.data.skipped}
-        about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.bench.initial)}
+        about: dict[str, Any] = {
+            "samples": samples,
+            "image": image,
+            "text": text,
+            "skipped": experiment.session.dataset.skipped,
+        }
+        about |= {"fedmllm": version("fedmllm"), "adapter": structure(experiment.session.initial)}
         return Reply(client, about=about)
 
     def _secure(self, experiment: _Experiment, parties: Parties, jobs: Sequence[Job]) -> list[Reply]:
@@ -220,18 +228,18 @@ class Worker:
         first, config, folder = jobs[0], experiment.config, self._folder / jobs[0].run
         info = first.info(config.train.rounds, config.partition.clients, config.seed)
         fleet = InProcessFleet(experiment.site(folder, list(messages)))
-        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.bench.model.info), messages, first.lr)}
+        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.session.model.info), messages)}
 
     def _personal(self, experiment: _Experiment, job: Job) -> Reply:
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
         return Reply(job.client, {"adapter": fleet.personal(job.client, job.state, job.round)})
 
     def _evaluate(self, experiment: _Experiment, job: Job) -> Reply:
-        task, examination = experiment.examination(self._own)
+        task, test_set = experiment.test_set(self._own)
         fleet = InProcessFleet(experiment.site(self._folder / job.run, [job.client]))
         adapter = fleet.personal(job.client, job.state, job.round)
-        experiment.bench.model.adapter.set_fold(fold_of(job.state))
-        (predictions,) = examination.take_each(experiment.config.eval, [adapter])
+        experiment.session.model.adapter.set_fold(fold_of(job.state))
+        (predictions,) = test_set.predict_each(experiment.config.eval, [adapter])
         found = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
         return Reply(job.client, about={"metrics": found})
 

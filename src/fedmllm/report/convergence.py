@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.report.grids import spread
-from fedmllm.store import RunDir
+from fedmllm.storage.run_dir import RunDir
 
 STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 """The rounds after which a curve is told: ever further apart, as curves get flatter."""

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from fedmllm.errors import RunError
-from fedmllm.store import RunDir
+from fedmllm.storage.run_dir import RunDir
 
 _PUBLISHED = Path(__file__).parent / "published.toml"
 

@@ -16,13 +16,13 @@ import numpy as np
 from rich.table import Table
 
 from fedmllm.errors import RunError, suggest
-from fedmllm.evaluation.comparing import Answered, holm, paired, sign_flip
 from fedmllm.report.grids import place_of
-from fedmllm.store import RunDir
+from fedmllm.report.paired_tests import Answered, holm, paired, sign_flip
+from fedmllm.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Taken:
+class RunAnswers:
     """What one run answered under one pattern: the models it tested, each on the samples `ids` with answers `truth`."""
 
     metric: str
@@ -37,7 +37,7 @@ class Taken:
         return self.metric, self.ids, self.truth
 
 
-def read_taken(run: RunDir, pattern: str) -> Taken:
+def read_taken(run: RunDir, pattern: str) -> RunAnswers:
     """Raises RunError where the run is not complete or kept no predictions of the pattern, or not what AUC needs."""
     result = run.result()
     lines = [line for line in run.predictions() if line["pattern"] == pattern]
@@ -57,15 +57,19 @@ def read_taken(run: RunDir, pattern: str) -> Taken:
         for found in models.values()
     )
     metric = result["primary_metric"]
-    return Taken(metric, result.get("positive"), tuple(x["id"] for x in first), tuple(x["answer"] for x in first), answered)
+    return RunAnswers(
+        metric, result.get("positive"), tuple(x["id"] for x in first), tuple(x["answer"] for x in first), answered
+    )
 
 
-def difference(ours: Sequence[Taken], theirs: Sequence[Taken], names: tuple[str, str]) -> dict[str, Any]:
+def difference(ours: Sequence[RunAnswers], theirs: Sequence[RunAnswers], names: tuple[str, str]) -> dict[str, Any]:
     """{"difference", "ci", "p"} of two methods' runs, a seed each. Raises RunError where they answered different samples."""
     return mean_difference([(ours, theirs)], names)
 
 
-def mean_difference(places: Sequence[tuple[Sequence[Taken], Sequence[Taken]]], names: tuple[str, str]) -> dict[str, Any]:
+def mean_difference(
+    places: Sequence[tuple[Sequence[RunAnswers], Sequence[RunAnswers]]], names: tuple[str, str]
+) -> dict[str, Any]:
     """`difference` of the means over several places, each with as many runs as the others, on the same test samples."""
     head = places[0][0][0]
     if any(one.test != head.test for place in places for side in place for one in side):
@@ -77,7 +81,7 @@ def mean_difference(places: Sequence[tuple[Sequence[Taken], Sequence[Taken]]], n
     return {"difference": found.difference, "ci": [found.low, found.high], "p": found.p}
 
 
-def _models(side: Sequence[Taken]) -> list[Answered]:
+def _models(side: Sequence[RunAnswers]) -> list[Answered]:
     return [model for one in side for model in one.models]
 
 
@@ -88,14 +92,14 @@ def _pairs(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[tuple[A
     return [(a, b) for a in ours for b in theirs]
 
 
-class Takings:
+class AnswerCache:
     """What the runs of a sweep answered, each read once however often it is compared."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[str, Taken] = {}
+        self._known: dict[str, RunAnswers] = {}
 
-    def __call__(self, row: Mapping[str, Any]) -> list[Taken]:
+    def __call__(self, row: Mapping[str, Any]) -> list[RunAnswers]:
         """Of the complete runs of a row of `read_grid`."""
         for name in row["ids"]:
             if name not in self._known:
@@ -103,7 +107,7 @@ class Takings:
         return [self._known[name] for name in row["ids"]]
 
 
-def against(folder: Path, grid: Mapping[str, Any], baseline: str, taken: Takings | None = None) -> dict[str, Any]:
+def against(folder: Path, grid: Mapping[str, Any], baseline: str, taken: AnswerCache | None = None) -> dict[str, Any]:
     """{"baseline", "axis", "comparisons", "overall"} of a grid that `read_grid` read; `taken` where its runs were read before.
 
     `comparisons` has a row a cell but the baseline's: difference, ci, p, `p_holm` over all of them. `overall` has a row a
@@ -117,7 +121,7 @@ def against(folder: Path, grid: Mapping[str, Any], baseline: str, taken: Takings
     places: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for row in grid["rows"]:
         places.setdefault(place_of(row, axis), {})[row["axes"][axis]] = row
-    taken = taken or Takings(folder)
+    taken = taken or AnswerCache(folder)
     found = []
     for cells in places.values():
         base = cells.get(baseline)

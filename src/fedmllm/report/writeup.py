@@ -11,11 +11,11 @@ from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.report.convergence import speeds
+from fedmllm.report.gap_closed import BASELINES, scenario_ways, ways
 from fedmllm.report.grids import place_of, read_grid
 from fedmllm.report.radar import radar
-from fedmllm.report.significance import Takings, against, signed
+from fedmllm.report.significance import AnswerCache, against, signed
 from fedmllm.report.verdicts import verdicts
-from fedmllm.report.way import BASELINES, scenario_ways, ways
 
 HEAD = """# Results
 
@@ -119,7 +119,7 @@ def _chapter(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | 
         picture = f"figures/{grid['name']}.svg"
         made.pictures[picture] = radar(f"{grid['name']}: {first['metric']}, %", columns, lines)
         made.lines += ["", f"![{grid['name']}: an axis a setting, a line a method]({picture})"]
-    taken = Takings(folder)
+    taken = AnswerCache(folder)
     _way(made, ways(taken, grid), scenario_ways(taken, grid))
     tested = _significance(made, folder, grid, baseline, taken)
     _patterns(made, methods, columns, downs)
@@ -188,7 +188,9 @@ def _points(one: Mapping[str, Any] | None) -> str:
     return f"{100 * one['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _significance(made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None, taken: Takings) -> dict[str, Any]:
+def _significance(
+    made: Page, folder: Path, grid: Mapping[str, Any], baseline: str | None, taken: AnswerCache
+) -> dict[str, Any]:
     found = against(folder, grid, choose_baseline(grid, baseline), taken)
     if not found["comparisons"]:
         return found

@@ -11,32 +11,32 @@ from collections.abc import Mapping, Sequence
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.federation import Fleet, TooFewUpdates
-from fedmllm.fleets.base import Carrier
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
-from fedmllm.secure.gathering import Gathering, TooFew
+from fedmllm.secure.secure_round import SecureRound, TooFew
 from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.secure.site import Parties
+from fedmllm.secure.transport import SecureTransport
 from fedmllm.tensors import State, Tensors
 
 
-class LocalCarrier:
+class LocalTransport:
     """For clients in this process: `fleet` trains them, and what passes between its two sides is what would travel."""
 
     def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, run: str) -> None:
         self._parties, self._fleet, self._run = Parties(settings, algorithm), fleet, run
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
-        return self._parties.answer(phase, self._run, info, messages, lambda plain: self._fleet.train(info, plain, lr))
+    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        return self._parties.answer(phase, self._run, info, messages, lambda plain: self._fleet.train(info, plain))
 
 
 class SecureFleet:
     """`fleet` is who forgets, commits and knows personal adapters; `carrier` puts the questions, and may be the same object.
     `run` names the run for good, here and at the clients."""
 
-    def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, carrier: Carrier, run: str) -> None:
+    def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, carrier: SecureTransport, run: str) -> None:
         self._settings, self._algorithm, self._fleet, self._carrier, self._run = settings, algorithm, fleet, carrier, run
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         """An update for every client: copies of the mean for those in the sum, a problem for the others.
 
         Raises TooFewUpdates where the sum cannot be unmasked.
@@ -46,8 +46,8 @@ class SecureFleet:
         # What goes up is shaped like what goes down, so the message says it as well as the server's state.
         shapes = self._algorithm.uploads(sent, info.sampled[0], info)
         fixed = FixedPoint.of(self._settings, len(info.sampled), self._algorithm.averages)
-        gathering = Gathering(
-            self._settings, self._run, info, fixed, lambda phase, asked: self._carrier.ask(phase, info, asked, lr)
+        gathering = SecureRound(
+            self._settings, self._run, info, fixed, lambda phase, asked: self._carrier.ask(phase, info, asked)
         )
         try:
             total, here = gathering.run(messages, shapes)
@@ -64,7 +64,7 @@ class SecureFleet:
         return self._copies(info, gathering, _received(mean, sent, shapes), here, told)
 
     def _copies(
-        self, info: RoundInfo, gathering: Gathering, groups: State, here: Sequence[int], told: Mapping[str, float]
+        self, info: RoundInfo, gathering: SecureRound, groups: State, here: Sequence[int], told: Mapping[str, float]
     ) -> list[Update]:
         metrics = {name: value for name, value in told.items() if name not in COUNTS}
         examples, steps = (_dealt(int(told[name]), len(here)) for name in ("examples", "steps"))
@@ -105,4 +105,4 @@ def _received(mean: State, sent: State, shapes: State) -> State:
     return made
 
 
-__all__ = ["LocalCarrier", "SecureFleet"]
+__all__ = ["LocalTransport", "SecureFleet"]

@@ -28,7 +28,7 @@ class Refusal(ValueError):  # noqa: N818 (it says what happened)
 
 
 @dataclass(frozen=True)
-class Circle:
+class MaskGroup:
     """What all know of a round beforehand: its name (run, round, attempt), who shares masks with whom, and how many shares make
     a secret."""
 
@@ -37,7 +37,7 @@ class Circle:
     settings: Pairwise
 
     @classmethod
-    def of(cls, settings: Pairwise, run: str, info: RoundInfo, attempt: bytes) -> Circle:
+    def of(cls, settings: Pairwise, run: str, info: RoundInfo, attempt: bytes) -> MaskGroup:
         return cls((run, info.round, attempt.hex()), settings.peers(info.sampled, info.seed, info.round), settings)
 
     def holders(self, client: int) -> list[int]:
@@ -79,8 +79,8 @@ def unboxed(tensors: Tensors, name: str, length: int) -> bytes:
 class Party:
     """One client in one round. Raises Refusal for a question out of its turn, and for an answer that must not be given."""
 
-    def __init__(self, circle: Circle, client: int) -> None:
-        self._circle, self._client = circle, client
+    def __init__(self, group: MaskGroup, client: int) -> None:
+        self._group, self._client = group, client
         self._next: list[Phase] = list(PHASES)
         self._own_seed, self._mask_seed = crypto.fresh(), crypto.fresh()
         self._seal, self._mask = crypto.KeyPair.of(crypto.fresh()), crypto.KeyPair.of(self._mask_seed)
@@ -95,11 +95,11 @@ class Party:
 
     @property
     def _enough(self) -> int:
-        return self._circle.enough(self._client)
+        return self._group.enough(self._client)
 
     def keys(self) -> State:
         self._turn("keys")
-        check = self._circle.check(self._own_seed, self._client)
+        check = self._group.check(self._own_seed, self._client)
         return {"keys": {"seal": boxed(self._seal.public), "mask": boxed(self._mask.public), "check": boxed(check)}}
 
     def shares(self, asked: State) -> State:
@@ -107,7 +107,7 @@ class Party:
         self._turn("shares")
         keys: dict[int, bytes] = {}
         for name in asked.get("keys", {}):
-            if not name.isdecimal() or int(name) not in self._circle.peers[self._client]:
+            if not name.isdecimal() or int(name) not in self._group.peers[self._client]:
                 raise Refusal("secure aggregation: was sent the key of a client that is no peer")
             keys[int(name)] = unboxed(asked["keys"], name, 2 * crypto.KEY)
         self._keys = {peer: (both[: crypto.KEY], both[crypto.KEY :]) for peer, both in keys.items()}
@@ -115,14 +115,14 @@ class Party:
         if len(mine.union(*self._keys.values())) != 2 + 2 * len(self._keys):
             raise Refusal("secure aggregation: two clients have one key")
         self._demand(len(self._keys) + 1)
-        holders, sealed = self._circle.holders(self._client), dict[str, torch.Tensor]()
+        holders, sealed = self._group.holders(self._client), dict[str, torch.Tensor]()
         own = crypto.split(self._own_seed, self._enough, len(holders))
         mask = crypto.split(self._mask_seed, self._enough, len(holders))
         for peer, own_share, mask_share in zip(holders, own, mask, strict=True):
             if peer == self._client:
                 self._shares[peer] = own_share, mask_share
             elif peer in self._keys:
-                key = self._circle.sealing(self._seal.agree(self._keys[peer][0]), self._client, peer)
+                key = self._group.sealing(self._seal.agree(self._keys[peer][0]), self._client, peer)
                 sealed[str(peer)] = boxed(crypto.seal(key, own_share + mask_share))
         return {"shares": sealed}
 
@@ -133,7 +133,7 @@ class Party:
             if not name.isdecimal() or int(name) not in self._keys:
                 raise Refusal("secure aggregation: was sent the share of a client that gave no key")
             peer = int(name)
-            key = self._circle.sealing(self._seal.agree(self._keys[peer][0]), peer, self._client)
+            key = self._group.sealing(self._seal.agree(self._keys[peer][0]), peer, self._client)
             try:
                 both = crypto.unseal(key, unboxed({name: tensor}, name, SEALED))
             except ValueError:
@@ -143,9 +143,9 @@ class Party:
 
     def masked(self, vector: Vector, fixed: FixedPoint) -> State:
         """The vector under all its masks; changed in place."""
-        fixed.add_mask(vector, self._circle.own_mask(self._own_seed, self._client), 1)
+        fixed.add_mask(vector, self._group.own_mask(self._own_seed, self._client), 1)
         for peer in self._shares.keys() - {self._client}:
-            mask = self._circle.pair_mask(self._mask.agree(self._keys[peer][1]), self._client, peer)
+            mask = self._group.pair_mask(self._mask.agree(self._keys[peer][1]), self._client, peer)
             fixed.add_mask(vector, mask, sign_of(self._client, peer))
         return {"masked": {"vector": boxed(vector)}}
 
@@ -178,4 +178,4 @@ def sign_of(client: int, peer: int) -> int:
     return 1 if client < peer else -1
 
 
-__all__ = ["SEALED", "Circle", "Party", "Refusal", "boxed", "sign_of", "unboxed"]
+__all__ = ["SEALED", "MaskGroup", "Party", "Refusal", "boxed", "sign_of", "unboxed"]

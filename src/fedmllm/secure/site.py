@@ -8,7 +8,7 @@ from functools import partial
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.fixed import FixedPoint
-from fedmllm.secure.party import Circle, Party, Refusal, unboxed
+from fedmllm.secure.party import MaskGroup, Party, Refusal, unboxed
 from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.tensors import State, digest, flatten
 
@@ -25,7 +25,7 @@ class Parties:
 
     def __init__(self, settings: Pairwise, algorithm: Algorithm) -> None:
         self._settings, self._algorithm = settings, algorithm
-        self._known: dict[int, tuple[Circle, Party]] = {}
+        self._known: dict[int, tuple[MaskGroup, Party]] = {}
         self._answered: dict[int, dict[Phase, tuple[str, Update]]] = {}
 
     def answer(self, phase: Phase, run: str, info: RoundInfo, messages: Mapping[int, State], train: Train) -> Sequence[Update]:
@@ -53,8 +53,8 @@ class Parties:
     def _step(self, phase: Phase, client: int, run: str, info: RoundInfo, state: State) -> State:
         if phase == "keys":
             attempt = unboxed(state.get("keys", {}), "attempt", crypto.SECRET)
-            circle = Circle.of(self._settings, run, info, attempt)
-            self._known[client] = circle, Party(circle, client)
+            group = MaskGroup.of(self._settings, run, info, attempt)
+            self._known[client] = group, Party(group, client)
             return self._party(client, run, info).keys()
         party = self._party(client, run, info)
         return party.shares(state) if phase == "shares" else party.unmask(state)

@@ -12,14 +12,14 @@ _WINDOW = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochBatches:
     """`steps[i]` is one optimizer step: micro-batches of indices. `padding` is the share of token slots that are padding."""
 
     steps: list[list[list[int]]]
     padding: float
 
 
-def plan(lengths: Sequence[int], batch_size: int, accumulate: int, rng: np.random.Generator) -> Plan:
+def batch_epoch(lengths: Sequence[int], batch_size: int, accumulate: int, rng: np.random.Generator) -> EpochBatches:
     """One epoch over `len(lengths)` samples.
 
     The samples of a step depend on batch_size × accumulate alone, so 8 × 1 and 1 × 8 take the same steps.
@@ -34,4 +34,4 @@ def plan(lengths: Sequence[int], batch_size: int, accumulate: int, rng: np.rando
     shuffled = [steps[int(i)] for i in rng.permutation(len(steps))]
     cut = [[step[i : i + batch_size] for i in range(0, len(step), batch_size)] for step in shuffled]
     slots = sum(len(batch) * max(lengths[i] for i in batch) for step in cut for batch in step)
-    return Plan(cut, 1.0 - sum(lengths) / slots if slots else 0.0)
+    return EpochBatches(cut, 1.0 - sum(lengths) / slots if slots else 0.0)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedmllm.config import TrainTable
 from fedmllm.errors import ConfigError
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens in one pass beyond which a larger one is no faster. That of the CPU is measured (docs/performance.md), that of a

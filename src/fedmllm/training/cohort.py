@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedmllm.algorithms import LocalResult
-from fedmllm.models.mllm import MLLM, Encoded
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Extent, Stack
 from fedmllm.training.local import LocalSettings, Step, Work
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import TrainTable
-from fedmllm.models.mllm import Encoded
+from fedmllm.models.encoded import Encoded
 from fedmllm.tensors import Tensors
 
 Step = Sequence[Sequence[Encoded]]

@@ -47,7 +47,7 @@ from fedmllm.models.pocket import architecture as parts
 from fedmllm.models.pocket.batches import Batch, Batches, Recipe
 from fedmllm.models.pocket.scenes import ALPHABET, COLORS, NAMES, SLOTS
 from fedmllm.rng import seed_for
-from fedmllm.tensors import write_atomically
+from fedmllm.storage.atomic import write_atomically
 
 
 class CellHeads(torch.nn.Module):

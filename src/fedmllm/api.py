@@ -1,0 +1,140 @@
+"""The Python API: load an experiment, run it, read the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmllm import config as files
+from fedmllm.config import Experiment, RunKind
+from fedmllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmllm.experiment.parts import Parts
+    from fedmllm.fleets.base import FleetBackend
+    from fedmllm.runs.progress import ProgressCallback
+    from fedmllm.storage.run_dir import RunDir
+
+QUICKSTART = "quickstart"
+"""The name of the experiment that ships with the package."""
+_FLOWER = (
+    'fleet.name = "flower" has no clients in this process; start it with `fedmllm server`, or with `flwr run` on the app in '
+    "examples/flower, or add --set fleet.name=in-process."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: `path` is its directory, `json` the content of its `result.json` (docs/runs.md)."""
+
+    path: Path
+    json: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        """{pattern: {metric: value}}; metrics are shares of 1, each with its 95 % interval under `…_ci`."""
+        metrics: Mapping[str, Mapping[str, Any]] = self.json["metrics"]
+        return metrics
+
+
+def experiment_file(file: str | Path) -> Path:
+    """The path of an experiment file; "quickstart", unless there is a file of that name, is the one in this package."""
+    path = Path(file)
+    return Path(__file__).parent / "quickstart.toml" if str(file) == QUICKSTART and not path.exists() else path
+
+
+def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[files.Setting]:
+    for key, value in overrides.items():
+        path = (*prefix, *key.split("."))
+        if isinstance(value, Mapping):
+            yield from _settings(value, path)
+        else:
+            yield list(path), value
+
+
+def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
+    """Read an experiment file, with all defaults filled in.
+
+    `file` is a path, or "quickstart" for the experiment that ships with the package. Overrides are nested tables or dotted
+    keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
+    override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
+    """
+    from fedmllm.experiment.parts import options_of, with_defaults
+
+    path = experiment_file(file)
+    raw, _ = files.apply_settings(files.read(path), list(_settings(overrides)), options_of)
+    return with_defaults(files.validate(raw, str(path)))
+
+
+def run(
+    experiment: Experiment,
+    kind: RunKind = "federated",
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Result:
+    """Run an experiment, or its baseline of the given kind, and return its result.
+
+    `out` is the run's directory, by default a new one in runs/; with `resume`, a run that was interrupted continues and a
+    complete one is read. `progress(stage, done, total, note)` is called as the run proceeds. Raises UserError (ConfigError,
+    DataError, RunError) for what the caller can mend, TooFewUpdates if a round fails.
+    """
+    from fedmllm.experiment.parts import build
+    from fedmllm.runs.directory import choose_directory
+
+    parts = build(experiment)
+    if kind == "federated":
+        check_fleet(parts)
+    directory = choose_directory(parts.config, kind, Path(out) if out is not None else None, resume)
+    result = directory.result() if directory.complete else _execute(parts, kind, directory, progress)
+    return Result(directory.path, result)
+
+
+def _execute(parts: Parts, kind: RunKind, directory: RunDir, progress: ProgressCallback | None) -> dict[str, Any]:
+    from fedmllm.fleets.inprocess import IN_PROCESS
+    from fedmllm.runs.kinds import execute
+    from fedmllm.runs.progress import no_progress
+    from fedmllm.runs.session import Session
+
+    dataset = parts.prepare()
+    if kind != "federated":
+        return execute(kind, Session(parts, dataset, progress or no_progress), directory, IN_PROCESS)
+    with fleet_backend(parts) as backend:
+        return execute(kind, Session(parts, dataset, progress or no_progress), directory, backend)
+
+
+def check_fleet(parts: Parts) -> None:
+    """Raises ConfigError if this process cannot open the fleet that the experiment names."""
+    from fedmllm.fleets.options import FlowerOptions, RayOptions
+
+    if isinstance(parts.fleet, FlowerOptions):
+        raise ConfigError(_FLOWER)
+    if isinstance(parts.fleet, RayOptions):
+        need("ray", "ray")
+
+
+@contextmanager
+def fleet_backend(parts: Parts) -> Iterator[FleetBackend]:
+    """Where the experiment's clients train, started and ended with the context. Raises ConfigError."""
+    from fedmllm.fleets.inprocess import IN_PROCESS
+    from fedmllm.fleets.options import RayOptions
+
+    check_fleet(parts)
+    if isinstance(parts.fleet, RayOptions):
+        from fedmllm.remote.actors import on_ray
+
+        with on_ray(parts.fleet) as backend:
+            yield backend
+    else:
+        yield IN_PROCESS
+
+
+def need(module: str, extra: str) -> None:
+    """Raises ConfigError if an optional dependency is missing."""
+    if find_spec(module) is None:
+        raise ConfigError(f'{module} is not installed; run pip install "fedmllm[{extra}]".')

@@ -1,0 +1,87 @@
+"""What the commands share: arguments, the experiment file, errors as exit statuses, and `--plugin`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from fedmllm import config
+from fedmllm.api import experiment_file
+from fedmllm.config import Experiment
+from fedmllm.errors import UserError
+from fedmllm.registry import load_plugin
+
+P = ParamSpec("P")
+
+File = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT.toml", help='The experiment file, or "quickstart".', show_default=False)
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue this experiment's latest run that is not complete.")]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE.py", help="A file that registers parts of your own; repeatable."),
+]
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Give a command `--plugin`, and turn its errors into exit statuses and messages for people."""
+
+    @wraps(command)
+    def run_guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            plugins = kwargs.pop("plugin", None)
+            assert isinstance(plugins, list | None)
+            for path in plugins or []:
+                load_plugin(path)
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command with --resume continues after the last finished round", err=True)
+            raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
+        except Exception as error:  # the boundary: any other error is a failed run, reported in one line
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})", err=True)
+            if os.environ.get("FEDMLLM_DEBUG"):
+                traceback.print_exc()
+            raise typer.Exit(1) from None
+
+    signature = inspect.signature(command)
+    plugin = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins)
+    run_guarded.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads the options from it
+        parameters=[*signature.parameters.values(), plugin]
+    )
+    run_guarded.__annotations__ = {**command.__annotations__, "plugin": Plugins}
+    return run_guarded
+
+
+def load_experiment(file: Path, overrides: list[str] | None) -> Experiment:
+    """The experiment of a file, with overrides and all defaults. Raises ConfigError."""
+    from fedmllm.experiment.parts import options_of, with_defaults
+
+    path = experiment_file(file)
+    raw, notes = config.apply_overrides(config.read(path), overrides or [], options_of)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return with_defaults(config.validate(raw, str(file)))
+
+
+def silence_libraries() -> None:
+    """transformers and its hub client have progress bars and advice of their own; those of the commands are enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,166 @@
+"""The commands for one experiment: `run`, `baseline`, `check`, `partition`, `eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedmllm import config
+from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
+from fedmllm.cli.output import Json, print_json, print_result, print_table
+from fedmllm.config import BaselineKind, RunKind
+from fedmllm.errors import RunError, UserError
+from fedmllm.storage.run_dir import RunDir
+
+
+def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
+    from fedmllm import api
+    from fedmllm.runs.progress import ProgressBars
+
+    silence_libraries()
+    experiment = load_experiment(file, overrides)
+    with ProgressBars() as progress:
+        result = api.run(experiment, kind, out, resume=resume, progress=progress)
+    print_result(dict(result.json), result.path, as_json)
+
+
+def run(file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False) -> None:
+    """Run a federated experiment."""
+    _execute("federated", file, overrides, out, resume, as_json)
+
+
+def baseline(
+    kind: Annotated[BaselineKind, typer.Argument(show_default=False)],
+    file: File,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Run a baseline: the untrained model, each client alone, or all data pooled."""
+    _execute(kind, file, overrides, out, resume, as_json)
+
+
+def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
+    """Validate the settings, the data and the model without training anything."""
+    from fedmllm.data.summary import client_rows, described, summarise
+    from fedmllm.experiment.parts import build
+    from fedmllm.runs.progress import ProgressBars
+    from fedmllm.runs.session import Session
+
+    silence_libraries()
+    parts = build(load_experiment(file, overrides))
+    surveyed = parts.look()
+    splits = summarise([(part.split, part.loaded) for part in surveyed])
+    summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
+    if not as_json:
+        typer.echo("\n".join(described(splits)))
+    try:
+        dataset = parts.prepare(surveyed)
+    except UserError:
+        if as_json:  # the summary shows what is wrong with data that cannot be used
+            print_json(summary | {"splits": splits})
+        raise
+    with ProgressBars() as progress:
+        session = Session(parts, dataset, progress)
+        session.check_prompts()
+    down, up = session.first_messages()
+    parameters = sum(p.numel() for p in session.model.adapter.parameters.values())
+    summary |= {
+        "manifest_digest": dataset.manifest.digest(),
+        "train_samples": len(dataset.train),
+        "test_samples": len(dataset.test),
+        "skipped_samples": dataset.skipped,
+        "splits": splits,
+        "clients": client_rows(dataset.manifest),
+        "model": parts.config.model.name,
+        "adapter_parameters": parameters,
+        "adapter_bytes": 4 * parameters,
+        "bytes_down": down,
+        "bytes_up": up,
+        "caches_features": session.model.caches,
+    }
+    if as_json:
+        print_json(summary)
+        return
+    sizes = dataset.manifest.sizes()
+    received, sent = (f"{sum(groups.values()) / 1e6:.2f} MB" for groups in (down, up))
+    typer.echo(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
+    typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {dataset.skipped} samples skipped,")
+    typer.echo(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
+
+
+def partition(
+    file: File,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where the manifest is written.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.html", help="Draw it as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the manifest: which client holds which sample and which modalities it sees."""
+    from fedmllm.data.picture import draw_manifest
+    from fedmllm.data.summary import client_rows
+    from fedmllm.experiment.parts import build
+    from fedmllm.storage.atomic import write_atomically
+
+    parts = build(load_experiment(file, overrides))
+    dataset = parts.prepare()
+    manifest, path = dataset.manifest, out or Path(f"{parts.config.name}.manifest.parquet")
+    manifest.write(path)
+    if plot:
+        write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name).encode())
+    rows = client_rows(manifest)
+    if as_json:
+        print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{path}  {manifest.digest()[:12]}", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    print_table(table)
+
+
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    patterns: Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
+    from fedmllm.report.tables import metrics_table
+    from fedmllm.runs.progress import ProgressBars
+    from fedmllm.runs.reevaluate import reevaluate
+
+    silence_libraries()
+    run = RunDir(directory)
+    run.result()
+    raw = _evaluation_settings(config.read(run.config), overrides or [])
+    if patterns:
+        raw.setdefault("eval", {})["patterns"] = [pattern.strip() for pattern in patterns.split(",")]
+    with ProgressBars() as progress:
+        metrics = reevaluate(run, config.validate(raw, str(run.config)), progress)
+    if as_json:
+        print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
+    else:
+        print_table(metrics_table(metrics, str(directory)))
+
+
+def _evaluation_settings(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The run's experiment with the overrides applied. Raises RunError for a setting that only matters to training."""
+    from fedmllm.experiment.parts import options_of
+
+    settings = [config.parse_override(override) for override in overrides]
+    for path, value in settings:
+        if path[0] not in ("task", "eval", "prompt"):
+            raise RunError(f"--set {'.'.join(path)}: the run is trained; only [task], [eval] and [prompt] can be set.")
+        if path == ["task", "name"] and value != raw["task"]["name"] and raw["task"].pop("companion", None):
+            typer.echo("note: task.companion belonged to the run's own task and was dropped", err=True)
+    raw, notes = config.apply_settings(raw, settings, options_of)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return raw

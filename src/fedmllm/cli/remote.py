@@ -1,0 +1,96 @@
+"""The commands for several machines: `keys`, `client`, `server`, and `sweep --fleet ray`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedmllm.api import need
+from fedmllm.cli.common import Out, Resume, Set
+from fedmllm.cli.output import Json, print_json, print_result
+from fedmllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmllm.experiment.sweep import Sweeper
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
+    """Run what is missing of a grid on a Ray cluster; the index."""
+    need("ray", "ray")
+    from fedmllm.remote.actors import cluster
+    from fedmllm.remote.ray_sweep import RayTasks
+
+    with cluster(address):
+        tasks = RayTasks(jobs)
+        return sweeper.run(tasks.jobs, tasks)
+
+
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they go.", show_default=False)],
+    hosts: Annotated[
+        list[str] | None, typer.Option("--host", help="A name or address that sites reach the server under; repeatable.")
+    ] = None,
+    sites: Annotated[list[str] | None, typer.Option("--site", help="A site to make a key for; repeatable.")] = None,
+    days: Annotated[int, typer.Option("--days", min=1, help="How long the server's certificate is valid.")] = 825,
+    as_json: Json = False,
+) -> None:
+    """Make the authority and the certificate of a server (--host), and the keys of sites (--site)."""
+    need("cryptography", "flower")
+    from fedmllm.remote.keys import make
+
+    if not hosts and not sites:
+        raise ConfigError("say what to make: --host for a server's certificate, --site for a site's key.")
+    made = [str(path) for path in make(folder, hosts or [], sites or [], days)]
+    if as_json:
+        print_json({"made": made})
+    else:
+        typer.echo("\n".join(made))
+
+
+def client(
+    file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.", show_default=False)],
+    check: Annotated[bool, typer.Option("--check", help="Check the file, the data and the key, and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take part in a federation with this site's data, until ended with Ctrl-C or SIGTERM."""
+    need("flwr", "flower")
+    from fedmllm.remote import client as site_process
+    from fedmllm.remote.files import SiteFile
+
+    site = SiteFile(file)
+    found = site_process.check(site)
+    text = f"{found['samples']} samples, {found['image']} with image, {found['text']} with text, {found['skipped']} skipped"
+    if as_json:
+        print_json(found)
+    else:
+        _say(f"site {site.name}: {text}")
+    if not check:
+        site_process.keep(site, lambda line: _say(f"{site.name}: {line}"))
+
+
+def server(
+    file: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The federation file.", show_default=False)],
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment over the sites of a federation."""
+    need("flwr", "flower")
+    from fedmllm.experiment.parts import build
+    from fedmllm.remote.files import FederationFile
+    from fedmllm.remote.server import Server
+    from fedmllm.runs.directory import choose_directory
+
+    federation = FederationFile(file, overrides or [])
+    config = build(federation.experiment).config
+    run = choose_directory(config, "federated", out, resume)
+    result = run.result() if run.complete else Server(federation, run.path, run.exists, _say).run()
+    print_result(result, run.path, as_json)

@@ -1,0 +1,25 @@
+"""The experiment file: its tables, how it is read, and the digest that names an experiment."""
+
+from fedmllm.config.file import Setting, apply_overrides, apply_settings, parse_override, read, validate
+from fedmllm.config.schema import (
+    AdapterTable,
+    BaselineKind,
+    ClientsTable,
+    EvalTable,
+    Experiment,
+    LoraTable,
+    ModelTable,
+    Named,
+    PartitionTable,
+    Pattern,
+    RunKind,
+    Table,
+    TaskTable,
+    TrainTable,
+)
+
+__all__ = [
+    "AdapterTable", "BaselineKind", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named",
+    "PartitionTable", "Pattern", "RunKind", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
+    "parse_override", "read", "validate",
+]  # fmt: skip

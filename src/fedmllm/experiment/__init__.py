@@ -1,0 +1,1 @@
+"""From an experiment file to its parts, and grids of experiments."""

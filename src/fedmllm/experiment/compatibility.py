@@ -1,0 +1,102 @@
+"""Which settings of an experiment exclude each other. Every check raises ConfigError with the reason and a way out."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
+from fedmllm.algorithms.factors import modules
+from fedmllm.config import Experiment
+from fedmllm.errors import ConfigError
+from fedmllm.secure.fixed import FixedPoint
+from fedmllm.secure.settings import Pairwise
+from fedmllm.tensors import Tensors
+
+PLAIN_LORA = ("lora", "rslora")
+"""Kinds of adapters that consist of the factors A and B alone."""
+
+
+def check_ranks(config: Experiment, algorithm: Algorithm) -> None:
+    """The algorithm before it is wrapped must work with the kind of adapter and with the ranks of the clients."""
+    kind, name = config.model.adapter.kind, config.algorithm.name
+    if algorithm.needs_lora and kind not in PLAIN_LORA:
+        raise ConfigError(
+            f"algorithm.name: {name!r} works on LoRA's factors A and B alone, and model.adapter.kind = {kind!r} has others; "
+            'set the kind to "lora" or "rslora", or choose an algorithm for any adapter, such as "fedavg".'
+        )
+    if config.clients.rank and kind not in PLAIN_LORA:
+        raise ConfigError(f'clients.rank: model.adapter.kind = {kind!r} has no rank to vary; set it to "lora" or "rslora".')
+    ranks = {config.rank_of(client) for client in range(config.partition.clients)}
+    if ranks != {config.model.lora.rank} and not algorithm.unequal_ranks:
+        capable = [n for n in algorithms.names() if algorithms.build(n, {}).unequal_ranks]
+        raise ConfigError(
+            f"clients.rank: {name!r} cannot average adapters of ranks {sorted(ranks)} under model.lora.rank = "
+            f"{config.model.lora.rank}; give all clients that rank, or choose one of {', '.join(capable)}."
+        )
+
+
+def check_sites(config: Experiment) -> None:
+    """Every named site is one client."""
+    sites = config.fleet.options.get("sites")
+    if sites and len(sites) != config.partition.clients:
+        raise ConfigError(
+            f"partition.clients = {config.partition.clients}, but fleet.sites names {len(sites)}; every site is one client."
+        )
+
+
+def check_adapter_kind(config: Experiment, algorithm: Algorithm) -> None:
+    """A regularisation that ties layers needs an adapter whose tensors belong to layers."""
+    if algorithm.needs_layers and config.model.adapter.kind == "prompt-tuning":
+        raise ConfigError(
+            f"regularization.name: {config.regularization.name!r} ties the middle layers, and the vectors of "
+            'model.adapter.kind = "prompt-tuning" belong to no layer; use "fedprox" or "none".'
+        )
+
+
+def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, info: AdapterInfo) -> None:
+    """The tensors that `model.lora.target` selected must suit the algorithm."""
+    where = f"model.lora.target = {config.model.lora.target!r}"
+    if algorithm.needs_layers and not info.layer:
+        raise ConfigError(
+            f"regularization.name: {config.regularization.name!r} ties layers of the text model, and {where} adapts none; "
+            'let it match some, or set the regularisation to "fedprox" or "none".'
+        )
+    try:
+        if algorithm.needs_lora or config.clients.rank:
+            modules(adapter)
+    except ValueError as error:
+        raise ConfigError(
+            f"algorithm.name: {config.algorithm.name!r} cannot work with {where} ({error}); let it match linear layers only."
+        ) from None
+
+
+def check_secure(config: Experiment, algorithm: Algorithm, secure: Pairwise) -> None:
+    """Secure aggregation shows the server a mean only, and needs its libraries and enough bits."""
+    name = config.secure.name
+    if reason := _needs_single_updates(config, algorithm):
+        raise ConfigError(f"secure.name: {name!r} shows the server only the mean of the updates, and {reason}.")
+    if not all(find_spec(library) for library in ("cryptography", "Crypto")):
+        raise ConfigError(f'secure.name: {name!r} needs two more libraries; run pip install "fedmllm[secure]".')
+    assert algorithm.averages is not None
+    try:
+        FixedPoint.of(secure, config.train.clients_per_round, algorithm.averages)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+
+
+def _needs_single_updates(config: Experiment, algorithm: Algorithm) -> str:
+    """Why the experiment cannot do with the mean of the updates; empty if it can."""
+    compression, name = config.compression.name, config.algorithm.name
+    if compression != "none":
+        return f'compression.name = {compression!r} produces updates that must be unpacked one by one; set it to "none"'
+    if algorithm.personal:
+        return f"algorithm.name = {name!r} sends every client's own adapter to be tested; choose one model for all"
+    if algorithm.averages is None:
+        candidates = {n: algorithms.build(n, {}) for n in algorithms.names()}
+        capable = ", ".join(n for n, candidate in candidates.items() if candidate.averages and not candidate.personal)
+        return f"algorithm.name = {name!r} works on single updates; choose one of {capable}"
+    if config.fleet.options.get("evaluate"):
+        return "fleet.evaluate = true sends every site's own figures; set it to false"
+    if config.train.clients_per_round < 2:
+        return "the mean of one update is that update; set train.clients_per_round to at least 2"
+    return ""

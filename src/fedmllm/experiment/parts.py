@@ -1,0 +1,127 @@
+"""The parts that an experiment file names, each built once per run and checked against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
+from fedmllm.config import Experiment, Named, TaskTable
+from fedmllm.data.dataset import Dataset, Source, SurveyedSplit, look, open_source, prepare, splits_of
+from fedmllm.data.partitions import Deal, partitions
+from fedmllm.data.prompts import Strategy, prompts
+from fedmllm.data.scenarios import Scenario, scenarios
+from fedmllm.data.tasks import tasks
+from fedmllm.errors import ConfigError
+from fedmllm.evaluation.judging import Judge, judges
+from fedmllm.experiment.compatibility import check_adapter_kind, check_ranks, check_secure, check_sites
+from fedmllm.fleets.options import FleetOptions, fleets
+from fedmllm.registry import Registry
+from fedmllm.secure.settings import Pairwise, secures
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "task": tasks,
+    "partition": partitions,
+    "scenario": scenarios,
+    "prompt": prompts,
+    "algorithm": algorithms,
+    "regularization": regularizations,
+    "compression": compressions,
+    "secure": secures,
+    "judge": judges,
+    "fleet": fleets,
+}
+"""The registry behind each table of the experiment file that names a part."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that an experiment names, built. `config` has all defaults filled in; `transfer` has the tasks of
+    `eval.transfer` by name; `algorithm` is wrapped in its regularisation and compression; `secure` is None if updates travel
+    in the clear, `judge` None if there is none."""
+
+    config: Experiment
+    source: Source
+    transfer: dict[str, Source]
+    deal: Deal
+    scenario: Scenario
+    strategy: Strategy
+    algorithm: Algorithm
+    secure: Pairwise | None
+    judge: Judge | None
+    fleet: FleetOptions
+
+    def look(self) -> list[SurveyedSplit]:
+        """Read the splits that the experiment uses, with all their bad samples. Raises ConfigError or DataError."""
+        return look(self.source, splits_of(self.config))
+
+    def prepare(self, surveyed: Sequence[SurveyedSplit] | None = None) -> Dataset:
+        """The samples, dealt out to the clients; `surveyed` saves reading them again. Raises ConfigError or DataError."""
+        return prepare(self.config, self.look() if surveyed is None else surveyed, self.deal, self.scenario)
+
+    @cached_property
+    def ranks(self) -> dict[int, int]:
+        """The LoRA rank of every client if ranks differ, else empty."""
+        return {c: self.config.rank_of(c) for c in range(self.config.partition.clients)} if self.config.clients.rank else {}
+
+
+def options_of(table: str, name: str) -> Sequence[str]:
+    """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
+    return REGISTRIES[table].option_names(name) if table in REGISTRIES else []
+
+
+def _filled(table: Named, registry: Registry[Any], where: str) -> Named:
+    values = {key: getattr(table, key) for key in type(table).model_fields}
+    if isinstance(table, TaskTable) and table.companion is not None:
+        values["companion"] = _filled(table.companion, registry, f"{where}.companion")
+    options = registry.check(table.name, table.options, where)
+    return type(table).model_validate(values | {key: value for key, value in options.items() if value is not None})
+
+
+def with_defaults(config: Experiment) -> Experiment:
+    """The experiment with the defaults of all its parts filled in, so that `alpha = 1`, `alpha = 1.0` and no `alpha`, if 1 is
+    the default, are one experiment with one digest. Raises ConfigError for the first invalid option."""
+    filled: dict[str, Any] = {key: _filled(getattr(config, key), registry, key) for key, registry in REGISTRIES.items()}
+    if config.eval.transfer:
+        transfer = tuple(_filled(table, tasks, f"eval.transfer.{i}") for i, table in enumerate(config.eval.transfer))
+        filled["eval"] = config.eval.model_copy(update={"transfer": transfer})
+    return config.model_copy(update=filled)
+
+
+def build(config: Experiment) -> Parts:
+    """Build every part of the experiment; reads no data and no model. Raises ConfigError for the first part that is invalid or
+    cannot be combined with the others."""
+    config = with_defaults(config)
+    deal = partitions.build(config.partition.name, config.partition.options)
+    scenario = scenarios.build(config.scenario.name, config.scenario.options)
+    strategy = prompts.build(config.prompt.name, config.prompt.options)
+    algorithm = build_algorithm(config)
+    fleet = fleets.build(config.fleet.name, config.fleet.options)
+    secure = secures.build(config.secure.name, config.secure.options)
+    if secure is not None:
+        check_secure(config, algorithm, secure)
+    judge = judges.build(config.judge.name, config.judge.options)
+    transfer = {
+        table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
+    }
+    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, judge, fleet)
+
+
+def build_algorithm(config: Experiment) -> Algorithm:
+    """The algorithm wrapped in its regularisation and compression.
+
+    Raises ConfigError if they cannot work with each other, with the adapter's kind, or with clients of unequal rank.
+    """
+    algorithm = algorithms.build(config.algorithm.name, config.algorithm.options)
+    check_ranks(config, algorithm)
+    check_sites(config)
+    algorithm = regularizations.build(config.regularization.name, config.regularization.options)(algorithm)
+    check_adapter_kind(config, algorithm)
+    try:
+        return compressions.build(config.compression.name, config.compression.options)(algorithm)
+    except ValueError as error:
+        raise ConfigError(
+            f"compression.name: {config.compression.name!r} cannot be used with {config.algorithm.name!r}: {error}."
+        ) from None

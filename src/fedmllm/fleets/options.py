@@ -1,0 +1,70 @@
+"""The table `[fleet]` of the experiment file: one dataclass of options per fleet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmllm.registry import Registry
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """The options of some fleet."""
+
+
+fleets: Registry[FleetOptions] = Registry("fleet", __name__)
+
+
+@fleets.register("in-process")
+@dataclass(frozen=True, kw_only=True)
+class InProcessOptions(FleetOptions):
+    """All clients in this process on one resident model, `train.cohort` of them in one pass."""
+
+
+@fleets.register("ray")
+@dataclass(frozen=True, kw_only=True)
+class RayOptions(FleetOptions):
+    """Clients in Ray actors that each hold the model, one per GPU or per share of the cores, on one machine or many.
+
+    `address` is that of an existing cluster, "auto" for the cluster that this machine belongs to; without it, Ray starts on
+    this machine alone. `actors` is their number: by default one per GPU, or one per four cores without a GPU. `cpus` and
+    `gpus` are what each actor gets. `timeout` is the longest that a round may take, in seconds.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+    timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError("timeout: must be more than 0 seconds")
+        if self.actors is not None and self.actors < 1:
+            raise ValueError("actors: must be at least 1")
+        if (self.cpus is not None and self.cpus <= 0) or (self.gpus is not None and self.gpus < 0):
+            raise ValueError("cpus must be more than 0, gpus not less")
+
+
+@fleets.register("flower")
+@dataclass(frozen=True, kw_only=True)
+class FlowerOptions(FleetOptions):
+    """Clients on other machines, over Flower.
+
+    `sites` names the sites that bring data of their own, client 0 first; without it, every client reads the experiment's task
+    and trains on its part of it. `wait` is how long the server waits for clients before the first round, `timeout` how long a
+    round may take, `absent` after how long a round goes on without a client whose machine is gone, all in seconds. With
+    `evaluate`, each site also tests the final model on test data of its own and sends the figures.
+    """
+
+    sites: list[str] | None = None
+    wait: float = 600.0
+    timeout: float = 3600.0
+    absent: float = 180.0
+    evaluate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sites is not None and (not self.sites or len(set(self.sites)) != len(self.sites)):
+            raise ValueError("sites: name at least one, each once")
+        if min(self.wait, self.timeout, self.absent) <= 0:
+            raise ValueError("wait, timeout and absent: must be more than 0 seconds")

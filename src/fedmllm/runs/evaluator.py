@@ -1,0 +1,77 @@
+"""Test the models of a run: predictions, a judge's verdicts, other tasks' test sets, and the metrics of them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fedmllm.algorithms.factors import fold_of
+from fedmllm.evaluation.judging import JudgeCache
+from fedmllm.evaluation.predictions import Prediction, primary_metric, summarise
+from fedmllm.evaluation.transfer import TransferPredictions
+from fedmllm.rng import stream
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
+from fedmllm.tensors import State, Tensors
+
+
+class Evaluator:
+    """Tests any number of models of one run. `seconds` is the time spent on it."""
+
+    def __init__(self, session: Session, directory: RunDir) -> None:
+        self._session, self._directory = session, directory
+        self._config = session.config
+        self.seconds = 0.0
+
+    @property
+    def metric(self) -> str:
+        """The key of the task's metric in a summary."""
+        return primary_metric(self._session.dataset.task)
+
+    def sample_clients(self, clients: Sequence[int]) -> list[int]:
+        """The clients whose own models are tested: all of them, or a draw of `eval.clients`."""
+        count = min(self._config.eval.clients or len(clients), len(clients))
+        drawn = stream(self._config.seed, "tested clients").choice(len(clients), size=count, replace=False)
+        return sorted(clients[int(i)] for i in drawn)
+
+    @contextmanager
+    def _prepared(self, states: Sequence[State]) -> Iterator[list[Tensors]]:
+        """The adapters of several models, all with the first one's fold set. Time inside the block is evaluation time."""
+        began = time.monotonic()
+        self._session.model.adapter.set_fold(fold_of(states[0]))
+        yield [state["adapter"] for state in states]
+        self.seconds += time.monotonic() - began
+
+    def predict(self, states: Sequence[State]) -> list[list[Prediction]]:
+        """The predictions of several models on the test set."""
+        with self._prepared(states) as adapters:
+            return list(self._session.test_set.predict_each(self._config.eval, adapters))
+
+    def transfer(self, states: Sequence[State]) -> list[TransferPredictions]:
+        """The predictions of several models on the test sets of `eval.transfer`."""
+        with self._prepared(states) as adapters:
+            return self._session.transfer.predict_each(adapters)
+
+    def transfer_summary(self, models: Sequence[TransferPredictions]) -> dict[str, Any]:
+        return dict(self._session.transfer.summary(models, self._config.seed))
+
+    def summarise(self, models: Sequence[Sequence[Prediction]], judged: bool = False) -> dict[str, dict[str, Any]]:
+        """The metrics of the predictions, averaged over the models."""
+        return summarise(self._session.dataset.task, models, self._config.seed, self._config.eval.bootstrap, judged)
+
+    def score(self, metrics: dict[str, dict[str, Any]]) -> float:
+        """The task's metric under the first pattern."""
+        return float(metrics[self._config.eval.patterns[0]][self.metric])
+
+    def judge(self, models: Sequence[Sequence[Prediction]]) -> Sequence[Sequence[Prediction]]:
+        """The predictions with a judge's verdicts on the open questions, if the experiment names a judge."""
+        judge = self._session.parts.judge
+        if judge is None:
+            return models
+        self._session.progress("asking the judge", 0, 0, self._config.judge.name)
+        cache, questions = JudgeCache(judge), {sample.id: sample.question for sample in self._session.dataset.test}
+        judged = [cache.judge(predictions, questions) for predictions in models]
+        self._directory.save_judgements(cache.judgements())
+        return judged

@@ -1,0 +1,56 @@
+"""`meta.json`: the versions, the commit and the machine behind a run, and the memory it takes."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import secrets
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmllm.runs.session import Session
+
+
+def _commit() -> str | None:
+    """The git commit of the package's own checkout, if it runs from one."""
+    git = {"cwd": Path(__file__).parent, "capture_output": True, "timeout": 10}
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], text=True, **git)  # type: ignore[call-overload]
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **git)  # type: ignore[call-overload]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return str(head.stdout).strip() if head.returncode == 0 and tracked.returncode == 0 else None
+
+
+def describe(session: Session, kind: str) -> dict[str, Any]:
+    """`meta.json`: versions, commit and machine behind the run."""
+    backbone = session.model.backbone
+    return {
+        "kind": kind,
+        "run_id": secrets.token_hex(8),
+        "config_digest": session.config.digest(),
+        "manifest_digest": session.dataset.manifest.digest(),
+        "versions": {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
+        | {"python": platform.python_version()},
+        "git_commit": _commit(),
+        "hardware": {
+            "platform": platform.platform(),
+            "device": str(backbone.device),
+            "threads": torch.get_num_threads(),
+            "precision": str(backbone.dtype).removeprefix("torch."),
+        },
+        "caches_features": session.model.caches,
+    }
+
+
+def peak_memory_mb() -> int:
+    """The largest resident size of the process, or the largest allocation on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -1,0 +1,48 @@
+"""Test a finished run again, on its own task or on another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmllm.config import Experiment, Named, PartitionTable, read, validate
+from fedmllm.data import manifest as manifests
+from fedmllm.errors import RunError
+from fedmllm.evaluation.predictions import summarise
+from fedmllm.experiment.parts import build, with_defaults
+from fedmllm.runs.progress import ProgressCallback, no_progress
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
+
+
+def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_progress) -> dict[str, Any]:
+    """Test a finished run's adapter again, under `config.eval` and on `config.task`; {pattern: metrics}.
+
+    Raises RunError if the task is the run's own and its data changed since, or if the run has no adapter.
+    """
+    trained, config = with_defaults(validate(read(run.config))), with_defaults(config)
+    same_data = (config.task, config.eval.split, config.eval.validation_share) == (
+        trained.task, trained.eval.split, trained.eval.validation_share
+    )  # fmt: skip
+    if not same_data:
+        # Nobody trains on the other task, so these clients need not be able to share it.
+        single = {"partition": PartitionTable(name="iid", clients=1), "scenario": Named(name="aligned")}
+        config = config.model_copy(update=single)
+    parts = build(config)
+    dataset = parts.prepare()
+    if same_data and run.manifest.is_file() and manifests.read(run.manifest).digest() != dataset.manifest.digest():
+        raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
+    session = Session(parts, dataset, progress)
+    session.prepare(session.clients, [])
+    personal = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))
+    folders = personal or [run.adapter]
+    if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
+        raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
+    models = []
+    for folder in folders:
+        if folder.is_dir():
+            session.model.adapter.load(folder)
+            models.append(session.test_set.predict(parts.config.eval))
+    if not models:
+        with session.model.without_adapter():
+            models.append(session.test_set.predict(parts.config.eval))
+    return summarise(dataset.task, models, config.seed, config.eval.bootstrap)

@@ -1,0 +1,83 @@
+"""`result.json`: what came out of a run and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmllm.evaluation.clients import client_scores, fairness
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.transfer import TransferPredictions
+from fedmllm.federation import sum_groups
+from fedmllm.runs.provenance import peak_memory_mb
+from fedmllm.runs.rounds import Run
+from fedmllm.storage.run_dir import SCHEMA
+from fedmllm.tensors import Tensors, digest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of any kind produced: the predictions of its models on the test set and on other tasks' test sets, the records
+    of its rounds, the trained adapter (None if there is not one for all), and one row per client."""
+
+    models: Sequence[Sequence[Prediction]]
+    transferred: Sequence[TransferPredictions]
+    records: Sequence[Mapping[str, Any]]
+    adapter: Tensors | None
+    rows: list[dict[str, Any]]
+
+
+def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """`result.json`, schema 1 (docs/runs.md)."""
+    session, evaluator, records = run.session, run.evaluator, outcome.records
+    config, task, manifest = session.config, session.dataset.task, session.dataset.manifest
+    models = evaluator.judge(outcome.models)
+    companion = f"+{config.task.companion.name}" if config.task.companion else ""
+    metrics = evaluator.summarise(models, judged=config.judge.name != "none")
+    scores = client_scores(manifest, metrics, outcome.rows, evaluator.metric)
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "kind": run.kind,
+        "task": config.task.name + companion,
+        "scenario": config.scenario.name,
+        "partition": config.partition.name,
+        "algorithm": config.algorithm.name,
+        "regularization": config.regularization.name,
+        "compression": config.compression.name,
+        "secure": config.secure.name,
+        "prompt": config.prompt.name,
+        "model": config.model.name,
+        "adapter": config.model.adapter.kind,
+        "seed": config.seed,
+        "primary_metric": evaluator.metric,
+        "positive": task.positive,
+        "judge": config.judge.name,
+        "metrics": metrics,
+        "transfer": evaluator.transfer_summary(outcome.transferred),
+        "per_client": outcome.rows,
+        "clients": fairness(scores),
+        "rounds": len(records),
+        "cohort": run.cohort,
+        "bytes_up": _total(records, "bytes_up"),
+        "bytes_down": _total(records, "bytes_down"),
+        "seconds": {
+            "total": round(time.monotonic() - run.began + session.seconds, 2),
+            "train": round(sum(float(record["seconds"]) for record in records), 2),
+            "eval": round(evaluator.seconds, 2),
+            "setup": round(session.seconds + run.prepare_seconds, 2),
+        },
+        "peak_memory_mb": peak_memory_mb(),
+        "config_digest": config.digest(),
+        "manifest_digest": manifest.digest(),
+        "adapter_sha256": digest(outcome.adapter) if outcome.adapter is not None else None,
+        "skipped_samples": session.dataset.skipped,
+        "refused_updates": sum(len(record["refused"]) for record in records),
+    }
+
+
+def _total(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, int]:
+    """The bytes of all rounds, by group."""
+    return sum_groups(record[key] for record in records)

@@ -1,0 +1,165 @@
+"""The steps that all kinds of runs share: plan the rounds, open a fleet, train round by round, save each round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fedmllm.algorithms import Algorithm
+from fedmllm.config import RunKind
+from fedmllm.data.summary import gaps
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.federation import FederationPlan, Fleet, federate, participants
+from fedmllm.fleets.base import FleetBackend, FleetContext
+from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.models.encoded import Encoded
+from fedmllm.runs.evaluator import Evaluator
+from fedmllm.runs.provenance import describe
+from fedmllm.runs.session import Session
+from fedmllm.storage.run_dir import RunDir
+from fedmllm.tensors import State
+from fedmllm.training.capacity import cohort_size
+
+
+@dataclass
+class Run:
+    """One run of one kind in one directory. `cohort` is the number of clients that train in one pass; `prepare_seconds` the
+    time that encoding took."""
+
+    kind: RunKind
+    session: Session
+    directory: RunDir
+    backend: FleetBackend
+    evaluator: Evaluator
+    cohort: int = 1
+    prepare_seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+
+def federation_plan(session: Session) -> FederationPlan:
+    """The rounds of the federation over all its clients."""
+    clients = range(session.dataset.manifest.clients)
+    ranks = {client: session.config.rank_of(client) for client in clients} if session.config.clients.rank else {}
+    return FederationPlan.of(session.config.train, clients, session.config.seed, session.model.info, ranks)
+
+
+def solo_rounds(session: Session) -> int:
+    """Rounds of a client that trains alone: as many as it would take part in, on average, in the federation."""
+    train = session.config.train
+    return max(1, round(train.rounds * train.clients_per_round / session.config.partition.clients))
+
+
+def check_secure_backend(session: Session, backend: FleetBackend) -> None:
+    """Raises ConfigError if updates must be hidden and the fleet would send them in the clear."""
+    config = session.config
+    if session.parts.secure is not None and not (backend.local or backend.secure):
+        raise ConfigError(
+            f"fleet.name: {config.fleet.name!r} does not support secure.name = {config.secure.name!r} yet; "
+            'set fleet.name = "in-process" or secure.name = "none".'
+        )
+
+
+def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: FleetBackend = IN_PROCESS) -> Run:
+    """Encode what a run trains and tests on, before anything is written. Raises ConfigError or DataError.
+
+    `backend` is where the clients of a federation train; baselines always train in this process.
+    """
+    if kind == "federated":
+        check_secure_backend(session, backend)
+    run = Run(kind, session, directory, backend if kind == "federated" else IN_PROCESS, Evaluator(session, directory))
+    began = time.monotonic()
+    session.transfer  # noqa: B018 (read and encoded now)
+    if run.kind == "centralised":
+        session.prepare(session.pooled, [0])
+    elif run.kind == "zero-shot" or not run.backend.local:
+        session.prepare(session.clients, [])
+    else:
+        federated = run.kind == "federated"
+        everyone = range(session.dataset.manifest.clients)
+        clients = participants(federation_plan(session)) if federated else run.evaluator.sample_clients(everyone)
+        session.prepare(session.clients, clients)
+        most = session.config.train.clients_per_round if federated else len(clients)
+        samples = (sample for client in clients for sample in session.clients[client])
+        run.cohort = cohort_size(session.model, samples, session.config.train, most)
+    run.prepare_seconds = time.monotonic() - began
+    return run
+
+
+def begin(run: Run) -> None:
+    """Write what is known beforehand. Raises RunError if the directory holds another experiment's run."""
+    directory, config, manifest = run.directory, run.session.config, run.session.dataset.manifest
+    if directory.exists:
+        meta = directory.meta()
+        if meta.get("config_digest") != config.digest() or meta.get("kind") != run.kind:
+            raise RunError(f"{directory.path} holds another experiment's run; give another --out.")
+        if meta.get("manifest_digest") != manifest.digest():
+            raise RunError(f"{directory.path}: the data changed since this run began; start a new one with another --out.")
+        return
+    manifest.write(directory.manifest)
+    directory.begin(config.toml(), describe(run.session, run.kind))
+
+
+def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
+    """A fleet for these clients, with secure aggregation around it if a federated run asks for it."""
+    session, backend = run.session, run.backend
+    client_gaps = dict(enumerate(gaps(session.dataset.manifest)))
+    memory, train = run.directory.checkpoint / "clients", session.config.train
+    context = FleetContext(session.model, algorithm, clients, train, session.initial, client_gaps, memory, run.cohort)
+    run_id = run.directory.meta().get("run_id", session.config.digest())
+    if not backend.local:
+        context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))
+    fleet, secure = backend.open(context), session.parts.secure
+    if secure is None or run.kind != "federated":
+        return fleet
+    # Imported here because its libraries are optional.
+    from fedmllm.secure.fleet import LocalTransport, SecureFleet
+    from fedmllm.secure.transport import SecureTransport
+
+    transport = LocalTransport(secure, algorithm, fleet, run_id) if backend.local else fleet
+    assert isinstance(transport, SecureTransport), "FleetBackend.secure promises it"
+    return SecureFleet(secure, algorithm, fleet, transport, run_id)
+
+
+def _last_rounds(directory: RunDir) -> dict[int, int]:
+    """client -> the last round before the checkpoint in which its update was used."""
+    checkpoint = directory.load_checkpoint()
+    last: dict[int, int] = {}
+    for record in directory.rounds()[: checkpoint[0] if checkpoint else 0]:
+        refused = {refusal["client"] for refusal in record["refused"]}
+        last |= {client: record["round"] for client in record["sampled"] if client not in refused}
+    return last
+
+
+def train_rounds(
+    run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: FederationPlan, stage: str
+) -> tuple[State, list[dict[str, Any]]]:
+    """The server's final state and the records of all rounds, resumed from the checkpoint if there is one."""
+    session, directory, evaluator = run.session, run.directory, run.evaluator
+    checkpoint = directory.load_checkpoint()
+    state = checkpoint[1] if checkpoint else {"adapter": session.initial}
+    if checkpoint:
+        session.progress(stage, checkpoint[0], plan.rounds, "resumed")
+    every, fleet = session.config.eval.every, open_fleet(run, algorithm, clients)
+    for record, state in federate(algorithm, fleet, plan, session.initial, checkpoint):
+        done, note = record.round + 1, f"loss {record.loss:.3f}"
+        if every and done % every == 0 and done < plan.rounds:
+            models = personal_models(run, algorithm, state, plan, fleet, done) if algorithm.personal else {0: state}
+            metrics = evaluator.summarise(evaluator.predict(list(models.values())))
+            record = replace(record, metrics=metrics)
+            note += f"  {evaluator.metric} {100 * evaluator.score(metrics):.1f} %"
+        directory.save_round(asdict(record), state, session.config.digest())
+        if record.refused:
+            note += f"  {len(record.refused)} updates refused"
+        session.progress(stage, done, plan.rounds, note)
+    return state, directory.rounds()
+
+
+def personal_models(
+    run: Run, algorithm: Algorithm, state: State, plan: FederationPlan, fleet: Fleet, done: int
+) -> dict[int, State]:
+    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`."""
+    clients = run.evaluator.sample_clients(plan.clients)
+    info = plan.info(done, clients)
+    return {c: {"adapter": fleet.personal(c, algorithm.message(state, c, info), done)} for c in clients}

@@ -1,0 +1,125 @@
+"""A session: a loaded model and its encoded data, ready for any number of runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+
+from fedmllm.algorithms import RoundInfo
+from fedmllm.data.dataset import Dataset, load_split
+from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.data.prompts import render
+from fedmllm.evaluation.predictions import TestSet
+from fedmllm.evaluation.transfer import Transfer
+from fedmllm.experiment.compatibility import check_adapter
+from fedmllm.experiment.parts import Parts
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
+from fedmllm.runs.progress import ProgressCallback, no_progress
+from fedmllm.secure.fixed import FixedPoint, size
+from fedmllm.tensors import nbytes
+
+
+class ClientData(Mapping[int, list[Encoded]]):
+    """client -> its encoded samples. A client is encoded on first access, so the cost of a run depends on the clients that
+    take part in it, not on the number of clients. Iterating over the values encodes everything."""
+
+    def __init__(self, manifest: Manifest, encode: Callable[[Sequence[Holding]], list[Encoded]]) -> None:
+        self.manifest = manifest
+        self._encode = encode
+        self._encoded: dict[int, list[Encoded]] = {}
+
+    def __getitem__(self, client: int) -> list[Encoded]:
+        if client not in self:
+            raise KeyError(client)
+        if client not in self._encoded:
+            self._encoded[client] = self._encode(self.manifest.of_client(client))
+        return self._encoded[client]
+
+    def __contains__(self, client: object) -> bool:
+        return isinstance(client, int) and 0 <= client < self.manifest.clients
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.manifest.clients))
+
+    def __len__(self) -> int:
+        return self.manifest.clients
+
+
+class Session:
+    """A loaded model, its test questions, and the clients' samples as far as runs have asked for them."""
+
+    def __init__(self, parts: Parts, dataset: Dataset, progress: ProgressCallback = no_progress) -> None:
+        """Raises ConfigError if the model cannot be loaded or its adapter does not suit the algorithm."""
+        began = time.monotonic()
+        self.parts, self.config, self.dataset, self.progress = parts, parts.config, dataset, progress
+        progress("loading the model", 0, 0, self.config.model.name)
+        self.model = MLLM.load(self.config.model, self.config.seed)
+        self.initial = self.model.adapter.get()
+        check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
+        self._samples = {sample.id: sample for sample in dataset.train}
+        self.clients = ClientData(dataset.manifest, self.encode)
+        progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on")
+        patterns, longest = self.config.eval.patterns, self.config.train.max_length
+        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, longest)
+        self.seconds = time.monotonic() - began
+
+    @cached_property
+    def pooled(self) -> ClientData:
+        """One client that holds everything: the data of centralised training."""
+        return ClientData(self.dataset.manifest.pooled(self.dataset.train), self.encode)
+
+    @cached_property
+    def transfer(self) -> Transfer:
+        """The test sets of `eval.transfer`. Raises ConfigError or DataError if they cannot be read."""
+        test_sets = {name: load_split(source, "test")[:2] for name, source in self.parts.transfer.items()}
+        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train.max_length)
+
+    def encode(self, holdings: Sequence[Holding]) -> list[Encoded]:
+        """Samples as their clients see them; `prepare` encodes new pictures. Raises DataError if a prompt is too long."""
+        samples = [self._samples[holding.sample_id] for holding in holdings]
+        conversations = [
+            render(sample, holding.visible, self.parts.strategy) for sample, holding in zip(samples, holdings, strict=True)
+        ]
+        return self.model.encode(conversations, [sample.image for sample in samples], self.config.train.max_length)
+
+    def prepare(self, clients: ClientData, participants: Collection[int]) -> int:
+        """Encode the participants' samples and every picture seen so far; the number of pictures encoded.
+
+        Called before a run starts, so that a prompt that is too long interrupts nothing. Raises DataError.
+        """
+        manifest = clients.manifest
+        count = int(manifest.counts()[list(participants), 0].sum())
+        if participants:
+            self.progress("encoding samples", 0, 0, f"{count}, of {len(participants)} of {manifest.clients} clients")
+        for client in participants:
+            clients[client]
+        # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
+        # clients and then finds the features on disk.
+        if 2 * count >= len(manifest):
+            shown = (self._samples[holding.sample_id].image for holding in manifest if "image" in holding.visible)
+            self.model.meet(image for image in shown if image is not None)
+        self.progress("encoding pictures", 0, 0, "once, then kept")
+        return self.model.prepare_features()
+
+    def check_prompts(self) -> None:
+        """Encode every sample of every client and keep none. Raises DataError if a prompt is too long."""
+        number = len(self.clients)
+        for client in self.clients:
+            if client % max(1, number // 10) == 0:
+                self.progress("checking prompts", client, number, "")
+            self.encode(self.dataset.manifest.of_client(client))
+
+    def first_messages(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by group that client 0 receives and sends in the first round."""
+        config, algorithm, secure = self.config, self.parts.algorithm, self.parts.secure
+        state = algorithm.init(self.initial)
+        ranks = {0: config.rank_of(0)}
+        info = RoundInfo(0, config.train.rounds, config.partition.clients, (0,), config.seed, self.model.info, ranks)
+        down, up = algorithm.message(state, 0, info), algorithm.uploads(state, 0, info)
+        bytes_down = {group: nbytes(tensors) for group, tensors in down.items()}
+        if secure is not None and algorithm.averages is not None:
+            fixed = FixedPoint.of(secure, config.train.clients_per_round, algorithm.averages)
+            return bytes_down, {"masked": fixed.nbytes(size(up))}
+        return bytes_down, {group: nbytes(tensors) for group, tensors in up.items()}
