@@ -59,12 +59,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 traceback.print_exc()
             raise typer.Exit(1) from None
 
-    signature = inspect.signature(command)
+    # typer reads a command's options from these two, and cannot evaluate annotations of another module.
+    signature = inspect.signature(command, eval_str=True)
     plugin = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins)
-    run_guarded.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads the options from it
-        parameters=[*signature.parameters.values(), plugin]
-    )
-    run_guarded.__annotations__ = {**command.__annotations__, "plugin": Plugins}
+    parameters = {**signature.parameters, "plugin": plugin}
+    run_guarded.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    run_guarded.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return run_guarded
 
 
