@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,18 @@ def settings(task: str) -> list[str]:
     return PAPER if task != "qa" else PAPER[:3] + PAPER[6:]
 
 
+@cache
+def cells_of(file: Path) -> list[Planned]:
+    return plan(file)[1]
+
+
 def method_of(cell: Planned) -> tuple[str, str, str]:
     return cell.experiment.task.name, cell.kind, cell.experiment.algorithm.name
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
-    _, planned = plan(OFFLINE / f"{task}.sweep.toml")
+    planned = cells_of(OFFLINE / f"{task}.sweep.toml")
     cells = Counter(
         (setting_of(p.experiment.resolved()), p.experiment.algorithm.name) for p in planned if p.kind == "federated"
     )
@@ -41,7 +47,7 @@ def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
-    _, planned = plan(OFFLINE / f"{task}.ablation.sweep.toml")
+    planned = cells_of(OFFLINE / f"{task}.ablation.sweep.toml")
     strategies = {(p.experiment.prompt.name, p.experiment.regularization.name) for p in planned}
     assert len(strategies) == (4 if task != "qa" else 2)
     cells = Counter((setting_of(p.experiment.resolved()), p.axes["strategy"]) for p in planned)
@@ -49,8 +55,8 @@ def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
 
 
 def test_every_method_of_the_grids_has_nine_trials_per_task_on_held_out_data() -> None:
-    grids = [p for task in TASKS for kind in ("sweep", "others.sweep") for p in plan(OFFLINE / f"{task}.{kind}.toml")[1]]
-    searched = [p for file in SEARCHES for p in plan(file)[1]]
+    grids = [p for task in TASKS for kind in ("sweep", "others.sweep") for p in cells_of(OFFLINE / f"{task}.{kind}.toml")]
+    searched = [p for file in SEARCHES for p in cells_of(file)]
     assert {p.experiment.eval.split for p in searched} == {"validation"}
     trials = Counter(method_of(p) for p in searched)
     assert len({p.id for p in searched}) == len(searched), "every trial is a run of its own"
