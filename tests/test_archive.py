@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -56,16 +57,22 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "scratch"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return grid(tmp_path / "runs" / "a folder")
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sweep `runs/a folder` and its archive `grid.tar.xz`, of which each test gets a copy."""
+    made = tmp_path_factory.mktemp("original")
+    pack(grid(made / "runs" / "a folder"), made / "grid.tar.xz")
+    return made
 
 
 @pytest.fixture
-def packed(folder: Path, tmp_path: Path) -> Path:
-    file = tmp_path / "grid.tar.xz"
-    pack(folder, file)
-    return file
+def folder(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original / "runs" / "a folder", tmp_path / "runs" / "a folder")
+
+
+@pytest.fixture
+def packed(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(original / "grid.tar.xz", tmp_path))
 
 
 def members(file: Path) -> list[tarfile.TarInfo]:

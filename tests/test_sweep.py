@@ -17,11 +17,13 @@ import pytest
 import layouts
 from commands import call, run
 from fedmllm.config import Experiment, apply_overrides, read, validate
-from fedmllm.experiment.parts import build, options_of, sweep
+from fedmllm.experiment import sweep
+from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
 from fedmllm.report.grids import published, setting_of
 from fedmllm.storage.lock import alone
 from fedmllm.storage.run_dir import RunDir
+from made_runs import make_sweep
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,12 @@ cells = [
     { name = "zero-shot", kind = "zero-shot" },
     { name = "FedYogi", set = { "algorithm.name" = "fedyogi" } },
 ]
+"""
+
+METHOD = """
+[[axes]]
+name = "method"
+cells = [{ name = "FedYogi", set = { "algorithm.name" = "fedyogi" } }]
 """
 
 
@@ -97,13 +105,14 @@ def test_ids_follow_the_meaning_not_the_file(write_sweep: Write) -> None:
 
 
 def test_a_grid_is_run_once_and_compared(write_sweep: Write) -> None:
-    file = write_sweep(head="seeds = [0, 1]")
+    aligned = next(line for line in GRID.splitlines() if "α = 0.5" in line)
+    file = write_sweep(GRID.replace(aligned, ""), head="seeds = [0, 1]")
     done = run("sweep", file, "--jobs", 2)
-    assert [row["state"] for row in done["cells"]] == ["complete"] * 8
+    assert [row["state"] for row in done["cells"]] == ["complete"] * 4
     folder = Path(done["out"])
     assert folder == Path("runs/grid")
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")}
-    assert len(stamps) == 5
+    assert len(stamps) == 3
     again = call("sweep", file)
     assert again.exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/result.json")} == stamps, "what was complete ran again"
@@ -123,14 +132,15 @@ def test_a_grid_is_run_once_and_compared(write_sweep: Write) -> None:
 
 
 def test_a_failed_cell_is_reported_at_the_end_and_the_others_run(write_sweep: Write) -> None:
-    broken = GRID.replace('"algorithm.name" = "fedyogi"', '"algorithm.name" = "fedyogi", "train.max_length" = 3')
-    done = call("sweep", write_sweep(broken), "--json")
+    failing = '{ name = "FedYogi", set = { "algorithm.name" = "fedyogi", "train.max_length" = 3 } }'
+    cells = f'cells = [{failing}, {{ name = "zero-shot", kind = "zero-shot" }}]'
+    done = call("sweep", write_sweep(f'[[axes]]\nname = "method"\n{cells}'), "--json")
     assert done.exit_code == 1
     rows = json.loads(done.stdout)["cells"]
-    assert [row["state"] for row in rows] == ["complete", "failed", "complete", "failed"]
-    assert "exit status 2" in rows[1]["error"]
-    assert "train.max_length = 3" in rows[1]["error"]
-    assert done.stderr.count("failed: ") == 2
+    assert [row["state"] for row in rows] == ["failed", "complete"]
+    assert "exit status 2" in rows[0]["error"]
+    assert "train.max_length = 3" in rows[0]["error"]
+    assert done.stderr.count("failed: ") == 1
     assert "Traceback" not in done.output
     index = json.loads(Path("runs/grid/sweep.json").read_text())
     assert [row["state"] for row in index["cells"]] == [row["state"] for row in rows]
@@ -141,24 +151,21 @@ def test_a_failed_cell_is_reported_at_the_end_and_the_others_run(write_sweep: Wr
 
 def test_a_cell_that_was_cut_short_goes_on(write_sweep: Write) -> None:
     """Its first rounds are those of the run that was killed: they are not done again."""
-    file = write_sweep(rounds=3)
-    row = run("sweep", file, "--dry-run")["cells"][1]
-    folder = RunDir(Path("runs/grid") / row["id"])
-    whole = run("sweep", file, "--out", "whole")
-    expected = RunDir(Path("whole") / row["id"]).result()
-    Path("runs/grid").mkdir(parents=True)
-    (Path("whole") / row["id"]).rename(folder.path)
-    (folder.path / "result.json").unlink()
-    rounds = (folder.path / "rounds.jsonl").read_text()
-    assert run("sweep", file, "--dry-run")["cells"][1]["state"] == "cut short"
-    assert run("sweep", file)["cells"][1]["state"] == "complete"
-    assert (folder.path / "rounds.jsonl").read_text() == rounds
-    assert folder.result()["adapter_sha256"] == expected["adapter_sha256"]
-    assert whole["cells"][1]["id"] == row["id"]
+    file = write_sweep(METHOD, rounds=3)
+    [[cell], folder] = sweep.plan(file)[1], Path("runs/grid")
+    Path("cell.toml").write_text(cell.experiment.toml())
+    expected = run("run", "cell.toml", "--out", folder / cell.id)
+    (folder / cell.id / "result.json").unlink()
+    rounds = (folder / cell.id / "rounds.jsonl").read_text()
+    assert ids(run("sweep", file, "--dry-run")["cells"]) == [cell.id]
+    assert run("sweep", file, "--dry-run")["cells"][0]["state"] == "cut short"
+    assert run("sweep", file)["cells"][0]["state"] == "complete"
+    assert (folder / cell.id / "rounds.jsonl").read_text() == rounds
+    assert RunDir(folder / cell.id).result()["adapter_sha256"] == expected["adapter_sha256"]
 
 
 def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
-    file = write_sweep(rounds=500)
+    file = write_sweep(METHOD, rounds=500)
     process = subprocess.Popen(
         [sys.executable, "-m", "fedmllm", "sweep", str(file)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -307,11 +314,19 @@ def test_published_figures_are_the_papers() -> None:
     } == {12}
 
 
-def test_published_figures_stand_beside_ours_and_are_marked(write_sweep: Write) -> None:
-    file = write_sweep()
-    folder = Path(run("sweep", file)["out"])
-    for config in folder.glob("*/config.toml"):  # as if the runs had been made on that task
-        config.write_text(config.read_text().replace('name = "jsonl"', 'name = "hateful-memes"'))
+def test_published_figures_stand_beside_ours_and_are_marked() -> None:
+    planned = sweep.plan(ROOT / "experiments" / "paper" / "hateful-memes.sweep.toml")[1]
+    configs = {p.axes["heterogeneity"]: p.experiment.resolved() for p in planned if p.axes["method"] == "FedYogi"}
+    axes = {"heterogeneity": ["α = 0.5", "β = 0.3"], "method": ["zero-shot", "FedYogi"]}
+    folder = make_sweep(
+        Path("runs/grid"),
+        axes,
+        lambda cell, seed, pattern: 0.5,
+        kinds={"zero-shot": "zero-shot"},
+        config=lambda cell: configs[cell["heterogeneity"]],
+    )
+    for file in folder.glob("*/result.json"):
+        file.write_text(file.read_text().replace('"fedavg"', '"fedyogi"'))
     grid = run("compare", folder)
     figures = {p["heterogeneity"]: (p["algorithm"], p["percent"], p["metric"]) for p in grid["published"]}
     assert figures == {"α = 0.5": ("fedyogi", 74.32, "auc"), "β = 0.3": ("fedyogi", 76.58, "auc")}
