@@ -1,10 +1,10 @@
-"""Three hospitals of different modalities and a server, on this machine, as they would be on four.
+"""Run three hospitals with different modalities and a server on this machine, set up as they would be on four machines.
 
     python examples/hospitals/run.py [--out DIR] [--rounds 4] [--prepare]
 
-`DIR/server`, `DIR/north`, `DIR/south` and `DIR/east` stand for four machines: nothing is read across them but through the
-network, and what is copied between them is what would be sent by mail: public keys one way, the authority's certificate the
-other. `--prepare` writes the folders and starts nothing.
+`DIR/server`, `DIR/north`, `DIR/south` and `DIR/east` stand for four machines: no process reads another one's folder, and only
+public keys (to the server) and the authority's certificate (to the sites) are copied between them. `--prepare` only writes
+the folders.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fedmllm.data.tasks import tasks
 
 HERE = Path(__file__).parent
 SITES = {"north": ["image"], "south": ["text"], "east": ["image", "text"]}
-"""name -> the modalities it has. In this order they are clients 0, 1, 2."""
+"""name -> modalities of the site. In this order the sites are clients 0, 1 and 2."""
 PICTURES, TEXTS, TEST = 300, 150, 100
-"""Samples of each kind that a site has, and that the server tests on."""
+"""Numbers of samples: questions about pictures and about texts per site, and of each kind in the server's test set."""
 FEDMLLM = [sys.executable, "-m", "fedmllm"]
 
 
 def write_data(folder: Path, split: str, samples: Sequence[Sample]) -> None:
-    """Samples as the `jsonl` task reads them, pictures beside the file."""
+    """Write samples in the format of the `jsonl` task, with the pictures in a folder beside the file."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     with (folder / f"{split}.jsonl").open("w") as file:
         for sample in samples:
@@ -50,7 +50,7 @@ def write_data(folder: Path, split: str, samples: Sequence[Sample]) -> None:
 
 
 def deal(split: str) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """(questions about pictures, questions about texts), site after site, no sample twice."""
+    """Yield (questions about pictures, questions about texts) for one site after another, without repeating a sample."""
     pictures, texts = (
         [s for s in tasks.build(name, {}).load(split) if isinstance(s, Sample)]  # type: ignore[arg-type]
         for name in ("easy-vqa", "shapes-qa")
@@ -71,11 +71,11 @@ def fedmllm(*arguments: object) -> None:
 
 
 def prepare(out: Path, rounds: int) -> None:
-    """What each of the four would do on its own machine, in the order of docs/deploy.md."""
-    server, port, dealt = out / "server", free_port(), deal("train")
+    """Do what each party would do on its own machine, in the order of docs/deploy.md."""
+    server, port, shares = out / "server", free_port(), deal("train")
     fedmllm("keys", server / "keys", "--host", "127.0.0.1")
     for name, modalities in SITES.items():
-        site, (pictures, texts) = out / name, next(dealt)
+        site, (pictures, texts) = out / name, next(shares)
         write_data(site, "train", (pictures if "image" in modalities else []) + (texts if "text" in modalities else []))
         fedmllm("keys", site, "--site", name)
         shutil.copy(site / f"{name}.pub", server / "keys")
@@ -94,7 +94,7 @@ def prepare(out: Path, rounds: int) -> None:
 
 
 def start(out: Path) -> int:
-    """Start the sites and the server, wait for the server, and end the sites. The server's exit status."""
+    """Start the sites and the server, wait for the server, stop the sites, and return the server's exit status."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # three models share this machine
     sites = []
     try:
@@ -105,7 +105,7 @@ def start(out: Path) -> int:
                 )
         with (out / "server.log").open("w") as log:
             command = [*FEDMLLM, "server", "federation.toml", "--out", "run"]
-            print(f"three sites and a server are at work; what they say is in {out}/*.log", flush=True)
+            print(f"three sites and a server are running; their output is in {out}/*.log", flush=True)
             return subprocess.run(command, cwd=out / "server", stderr=log, env=os.environ | threads).returncode
     finally:
         for site in sites:
@@ -118,16 +118,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/hospitals"))
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prepare", action="store_true", help="write the folders and start nothing")
+    parser.add_argument("--prepare", action="store_true", help="only write the folders")
     arguments = parser.parse_args()
     if arguments.out.exists():
-        print(f"{arguments.out} is there already; remove it, or give another --out", file=sys.stderr)
+        print(f"{arguments.out} exists already; remove it, or choose another --out", file=sys.stderr)
         return 2
     prepare(arguments.out, arguments.rounds)
     return 0 if arguments.prepare else start(arguments.out)
 
 
 if __name__ == "__main__":
-    # Ended by a signal, it ends what it started.
+    # Turn SIGTERM into SystemExit, so that the sites are stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
