@@ -8,7 +8,7 @@ WORKERS ?= 0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint format bench docs results pocket clean
+.PHONY: demo test test-all lint format bench tables docs results pocket clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,7 +51,10 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"
 	touch $@
 
-docs: $(VENV)/installed-docs
+tables: $(VENV)/installed  ## the tables of parts in docs/ again, from the registries
+	$(BIN)/python docs/tables.py
+
+docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet
 
 RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))

@@ -1,0 +1,167 @@
+"""Generate the tables of parts in the documentation from the registries.
+
+    make tables        # the same as `python docs/tables.py`; `make docs` runs it first
+
+In each page of this folder, the text between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table NAME: one of
+`parts`, `models` and the names of the registries, such as `tasks` and `algorithms`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DOCS = Path(__file__).parent
+PAGES = {
+    "tasks": "data.md",
+    "partitions": "experiments.md",
+    "scenarios": "experiments.md",
+    "prompts": "experiments.md",
+    "models": "models.md",
+    "algorithms": "algorithms.md",
+    "regularizations": "algorithms.md",
+    "compressions": "algorithms.md",
+    "secure": "experiments.md",
+    "judges": "experiments.md",
+    "fleets": "experiments.md",
+}
+"""table of parts -> the page that describes these parts."""
+_BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_PROPERTIES = {
+    "averages": "averages",
+    "unequal_ranks": "unequal ranks",
+    "personal": "personal",
+    "needs_lora": "needs LoRA",
+    "refactors": "new factors",
+}
+"""Field of `Algorithm` -> the name of the property in the table."""
+
+
+class Sources(NamedTuple):
+    """What the tables are generated from: every registry by its table's name, the model families, and the tensors that travel
+    under an algorithm as {"down": groups, "up": groups}."""
+
+    registries: Mapping[str, Any]
+    families: Any
+    traffic_of: Callable[[Any], Mapping[str, Sequence[str]]]
+
+
+def load_sources() -> Sources:
+    """The only place that imports fedmllm."""
+    from fedmllm.algorithms.travel import travels
+    from fedmllm.data.partition import partitions
+
+    from fedmllm.algorithms import algorithms, compressions, regularizations
+    from fedmllm.data.prompts import prompts
+    from fedmllm.data.scenarios import scenarios
+    from fedmllm.data.tasks import tasks
+    from fedmllm.evaluation.judging import judges
+    from fedmllm.fleets import fleets
+    from fedmllm.models.families import families
+    from fedmllm.secure.settings import secures
+
+    registries = {
+        "tasks": tasks, "partitions": partitions, "scenarios": scenarios, "prompts": prompts, "algorithms": algorithms,
+        "regularizations": regularizations, "compressions": compressions, "secure": secures, "judges": judges, "fleets": fleets,
+    }  # fmt: skip
+    return Sources(registries, families, travels)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. An empty cell is a dash."""
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') or '–' for cell in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _options(registry: Any, name: str) -> str:
+    """ "`data_dir` (required), `language = "en"`, `positive`": the last is unset by default."""
+    defaults = registry.defaults(name)
+
+    def shown(option: str) -> str:
+        if option not in defaults:
+            return f"`{option}` (required)"
+        value = defaults[option]
+        return f"`{option}`" if value is None else f"`{option} = {json.dumps(value, ensure_ascii=False)}`"
+
+    required_first = sorted(registry.option_names(name), key=lambda option: (option in defaults, option))
+    return ", ".join(map(shown, required_first))
+
+
+def _row(registry: Any, name: str) -> list[str]:
+    return [f"`{name}`", registry.describe(name).removesuffix("."), _options(registry, name)]
+
+
+def _parts(sources: Sources) -> str:
+    """The inventory: every table of the experiment file that names a part, with the names."""
+    rows = []
+    for kind, page in PAGES.items():
+        if kind == "models":
+            names = ["`pocket`, or a Hugging Face id or folder of any image-text-to-text model"]
+            rows.append(["`model`", *names, f"[{page}]({page})"])
+        else:
+            registry = sources.registries[kind]
+            names = [f"`{name}`" for name in registry.names()]
+            rows.append([f"`{registry.kind}`", ", ".join(names), f"[{page}]({page})"])
+    return table(["table", "names", "described in"], rows)
+
+
+def _models(sources: Sources) -> str:
+    def row(name: str) -> list[str]:
+        family = sources.families.build(name, {})
+        first = family.first_position
+        positions = "the model's own" if first is None else f"counted by fedmllm, from {first}"
+        return [*_row(sources.families, name)[:2], "yes" if family.cache else "no", positions]
+
+    return table(["model type", "description", "features cached", "position ids"], map(row, sources.families.names()))
+
+
+def _algorithms(sources: Sources) -> str:
+    registry = sources.registries["algorithms"]
+
+    def row(name: str) -> list[str]:
+        algorithm = registry.build(name, {})
+        traffic = sources.traffic_of(algorithm)
+        properties = [shown for field, shown in _PROPERTIES.items() if getattr(algorithm, field)]
+        return [*_row(registry, name), *(", ".join(traffic[way]) for way in ("down", "up")), ", ".join(properties)]
+
+    return table(["name", "description", "options", "down", "up", "properties"], map(row, registry.names()))
+
+
+def generate(name: str, sources: Sources) -> str:
+    """The table called `name`. Raises ValueError if there is none."""
+    special = {"parts": _parts, "models": _models, "algorithms": _algorithms}
+    if name in special:
+        return special[name](sources)
+    if name not in sources.registries:
+        raise ValueError(f"there is no table {name!r}; choose one of {', '.join(sorted({*special, *sources.registries}))}")
+    registry = sources.registries[name]
+    return table(["name", "description", "options"], (_row(registry, part) for part in registry.names()))
+
+
+def refreshed(page: Path, sources: Sources) -> str:
+    """The page's text with its tables generated anew. Raises ValueError if a marker names no table or is not closed."""
+    text = page.read_text(encoding="utf-8")
+    if text.count("\n<!-- table: ") != len(_BLOCK.findall(text)):
+        raise ValueError(f"{page.name}: close each <!-- table: NAME --> with <!-- end -->")
+    return _BLOCK.sub(lambda block: f"<!-- table: {block[1]} -->\n\n{generate(block[1], sources)}\n\n<!-- end -->", text)
+
+
+def pages() -> list[Path]:
+    return sorted(DOCS.glob("*.md"))
+
+
+def main() -> None:
+    sources = load_sources()
+    for page in pages():
+        before, after = page.read_text(encoding="utf-8"), refreshed(page, sources)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"{page.name}: tables refreshed")
+
+
+if __name__ == "__main__":
+    main()
