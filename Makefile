@@ -59,7 +59,7 @@ results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ 
 	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
 
 pocket: $(VENV)/installed  ## make the shipped model again from nothing; an hour to an hour and a half on two cores
-	$(BIN)/python -m fedmllm.models.pocket.pretrain --out build/pocket
+	$(BIN)/python -m recipes.pocket.pretrain --out build/pocket
 
 clean:
 	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

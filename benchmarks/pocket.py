@@ -28,9 +28,9 @@ from fedmllm.data.tasks import tasks
 from fedmllm.evaluation.intervals import mean_interval, resamples
 from fedmllm.evaluation.metrics import normalise
 from fedmllm.models.mllm import MLLM
-from fedmllm.models.pocket import questions, scenes, texts
-from fedmllm.models.pocket.wording import Pair, lettered
 from fedmllm.rng import stream
+from recipes.pocket import questions, scenes, texts
+from recipes.pocket.wording import Pair, lettered
 
 ONE = scenes.Mix(single=1.0, word=0.0, objects=0.0)
 OBJECT = replace(ONE, objects=1.0)

@@ -16,15 +16,15 @@ from fedmllm.data.prompts import Conversation, prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.models.backbone import POCKET
 from fedmllm.models.mllm import MLLM
-from fedmllm.models.pocket import architecture as parts
-from fedmllm.models.pocket import batches, pretrain
-from fedmllm.models.pocket.objects import OBJECTS
-from fedmllm.models.pocket.questions import EVENLY, MOSTLY_PRESENCE, agreement, ask_scene
-from fedmllm.models.pocket.scenes import ALPHABET, COLORS, NAMES, SHAPES, Mix, Scene, Thing, cells, draw_scene, letter_cells
-from fedmllm.models.pocket.texts import ask_texts, lettered_words
-from fedmllm.models.pocket.wording import LETTERS, lettered
-from fedmllm.models.pocket.words import BEFORE, KINDS, READABLE
 from fedmllm.rng import stream
+from recipes.pocket import architecture as parts
+from recipes.pocket import batches, pretrain
+from recipes.pocket.objects import OBJECTS
+from recipes.pocket.questions import EVENLY, MOSTLY_PRESENCE, agreement, ask_scene
+from recipes.pocket.scenes import ALPHABET, COLORS, NAMES, SHAPES, Mix, Scene, Thing, cells, draw_scene, letter_cells
+from recipes.pocket.texts import ask_texts, lettered_words
+from recipes.pocket.wording import LETTERS, lettered
+from recipes.pocket.words import BEFORE, KINDS, READABLE
 
 SMALL = batches.Recipe(
     vision_steps=2,

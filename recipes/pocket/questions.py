@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedmllm.models.pocket.objects import OBJECTS
-from fedmllm.models.pocket.scenes import COLORS, NAMES, SHAPES, Scene, Thing
-from fedmllm.models.pocket.wording import NUMBERS, Pair, article, lettered, other, pick, plain
-from fedmllm.models.pocket.words import KINDS, READABLE
+from recipes.pocket.objects import OBJECTS
+from recipes.pocket.scenes import COLORS, NAMES, SHAPES, Scene, Thing
+from recipes.pocket.wording import NUMBERS, Pair, article, lettered, other, pick, plain
+from recipes.pocket.words import KINDS, READABLE
 
 YES_NO = ("yes", "no")
 KIND_OF = {

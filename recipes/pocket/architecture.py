@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from fedmllm.models.pocket import questions, scenes, texts
-from fedmllm.models.pocket.words import KINDS, READABLE
 from fedmllm.rng import stream
+from recipes.pocket import questions, scenes, texts
+from recipes.pocket.words import KINDS, READABLE
 
 PAD, BEGIN, END = "<pad>", "<begin>", "<end_of_utterance>"
 IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"

@@ -1,4 +1,4 @@
-"""Make the pocket model from nothing: `python -m fedmllm.models.pocket.pretrain --out DIR`.
+"""Make the pocket model from nothing: `python -m recipes.pocket.pretrain --out DIR`.
 
 Seeded and restartable: the batch of step `i` is a function of the seed and `i`, and a checkpoint holds weights, optimizer
 and step, so a run that was killed goes on where it was and ends with the same weights. An hour to an hour and a half on two
@@ -43,11 +43,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from fedmllm.models.pocket import architecture as parts
-from fedmllm.models.pocket.batches import Batch, Batches, Recipe
-from fedmllm.models.pocket.scenes import ALPHABET, COLORS, NAMES, SLOTS
 from fedmllm.rng import seed_for
 from fedmllm.tensors import write_atomically
+from recipes.pocket import architecture as parts
+from recipes.pocket.batches import Batch, Batches, Recipe
+from recipes.pocket.scenes import ALPHABET, COLORS, NAMES, SLOTS
 
 
 class CellHeads(torch.nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmllm.models.pocket.scenes import COLORS, NAMES, SHAPES
-from fedmllm.models.pocket.wording import LETTERS, NUMBERS, Pair, article, lettered, other, pick, plain, some
-from fedmllm.models.pocket.words import BEFORE, KINDS, READABLE
+from recipes.pocket.scenes import COLORS, NAMES, SHAPES
+from recipes.pocket.wording import LETTERS, NUMBERS, Pair, article, lettered, other, pick, plain, some
+from recipes.pocket.words import BEFORE, KINDS, READABLE
 
 PEOPLE = ("Ann", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo")
 LINKS = ("next to", "far from", "beside", "near", "under", "over", "left of", "right of", "behind", "in")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fedmllm.models.pocket.objects import OBJECTS, draw_object
-from fedmllm.models.pocket.words import READABLE
+from recipes.pocket.objects import OBJECTS, draw_object
+from recipes.pocket.words import READABLE
 
 SIZE = 64
 """Pixels along each edge of a picture."""

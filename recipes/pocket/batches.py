@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fedmllm.models.pocket import architecture as parts
-from fedmllm.models.pocket.questions import EVENLY, MOSTLY_PRESENCE, ask_scene
-from fedmllm.models.pocket.scenes import COLORS, NAMES, SLOTS, Mix, Scene, cells, draw_scene, letter_cells
-from fedmllm.models.pocket.texts import ask_same, ask_texts, lettered_words
-from fedmllm.models.pocket.wording import LETTERS, Pair
 from fedmllm.rng import stream
+from recipes.pocket import architecture as parts
+from recipes.pocket.questions import EVENLY, MOSTLY_PRESENCE, ask_scene
+from recipes.pocket.scenes import COLORS, NAMES, SLOTS, Mix, Scene, cells, draw_scene, letter_cells
+from recipes.pocket.texts import ask_same, ask_texts, lettered_words
+from recipes.pocket.wording import LETTERS, Pair
 
 
 @dataclass(frozen=True)

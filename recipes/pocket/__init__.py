@@ -1,0 +1,1 @@
+"""The recipe that produced the pocket model, the small multimodal model that ships with fedmllm."""
