@@ -58,7 +58,7 @@ RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,mai
 results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ alone
 	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
 
-pocket: $(VENV)/installed  ## make the shipped model again from nothing; an hour to an hour and a half on two cores
+pocket: $(VENV)/installed  ## train the shipped model from scratch again; 60 to 90 minutes on two cores
 	$(BIN)/python -m recipes.pocket.pretrain --out build/pocket
 
 clean:

@@ -1,1 +1,1 @@
-"""The recipe that produced the pocket model, the small multimodal model that ships with fedmllm."""
+"""The recipe for the pocket model, the small multimodal model that ships with fedmllm. `pretrain` describes its stages."""

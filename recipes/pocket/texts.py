@@ -1,4 +1,4 @@
-"""Questions that a text alone answers: facts to look up, what kind of thing a noun names, and the lettered form itself."""
+"""Questions without pictures: facts to look up in a text, the kinds of nouns, and options that repeat a text."""
 
 from __future__ import annotations
 
@@ -7,66 +7,58 @@ from collections.abc import Sequence
 import numpy as np
 
 from recipes.pocket.scenes import COLORS, NAMES, SHAPES
-from recipes.pocket.wording import LETTERS, NUMBERS, Pair, article, lettered, other, pick, plain, some
-from recipes.pocket.words import BEFORE, KINDS, READABLE
+from recipes.pocket.wording import LETTERS, NUMBERS, Pair, lettered, pick, pick_except, pick_several, plain, with_article
+from recipes.pocket.words import DETERMINERS, KINDS, READABLE
 
 PEOPLE = ("Ann", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo")
 LINKS = ("next to", "far from", "beside", "near", "under", "over", "left of", "right of", "behind", "in")
 
 
 class Facts:
-    """Up to four coloured things, no colour and no shape twice, put into words in one of several ways."""
+    """Up to four coloured things, with no colour or shape used twice, described in one of several ways."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        number = int(rng.integers(1, 5))
-        self.shapes = some(rng, SHAPES if rng.random() < 0.5 else NAMES, number)
-        self.colors = some(rng, list(COLORS), number)
+        count = int(rng.integers(1, 5))
+        self.shapes = pick_several(rng, SHAPES if rng.random() < 0.5 else NAMES, count)
+        self.colors = pick_several(rng, list(COLORS), count)
         self.names = [f"{c} {s}" for c, s in zip(self.colors, self.shapes, strict=True)]
         self.owners: list[str] = []
         self.links: list[str] = []
         style = int(rng.integers(5))
         if style == 0:
-            self.text = "There is " + " and ".join(map(article, self.names)) + "."
+            self.text = "There is " + " and ".join(map(with_article, self.names)) + "."
         elif style == 1:
             self.text = " ".join(f"The {s} is {c}." for c, s in zip(self.colors, self.shapes, strict=True))
         elif style == 2:
-            self.text = "One sees " + ", ".join(map(article, self.names)) + "."
+            self.text = "One sees " + ", ".join(map(with_article, self.names)) + "."
         elif style == 3:
-            self.owners = some(rng, PEOPLE, number)
-            self.text = " ".join(f"{p} has {article(n)}." for p, n in zip(self.owners, self.names, strict=True))
+            self.owners = pick_several(rng, PEOPLE, count)
+            self.text = " ".join(f"{p} has {with_article(n)}." for p, n in zip(self.owners, self.names, strict=True))
         else:
-            self.links = [pick(rng, LINKS) for _ in range(number - 1)]
-            said = f"{article(self.names[0])} is here".capitalize() if number == 1 else ""
-            for i, link in enumerate(self.links):
-                said += (
-                    f"{' and ' if i else ''}{article(self.names[i]) if i else article(self.names[0]).capitalize()} is {link} "
-                )
-                said += article(self.names[i + 1])
-            self.text = said + "."
+            self.links = [pick(rng, LINKS) for _ in range(count - 1)]
+            self.text = self._linked_text()
+
+    def _linked_text(self) -> str:
+        """For example "A red star is under a blue cup and a blue cup is near a pink bell."."""
+        names = [with_article(name) for name in self.names]
+        if not self.links:
+            return f"{names[0]} is here".capitalize() + "."
+        names_before = [names[0].capitalize(), *names[1:]]
+        clauses = zip(names_before, self.links, names[1:], strict=False)
+        return " and ".join(f"{before} is {link} {after}" for before, link, after in clauses) + "."
 
     def ask(self, rng: np.random.Generator) -> tuple[Pair, Sequence[str]]:
-        """One question with its answer, and the wrong options it may be given."""
+        """A question with its answer, and options for a lettered form of it; the answer may be among them."""
         i = int(rng.integers(len(self.names)))
-        kind = int(rng.integers(6 if self.owners or self.links[:1] else 5))
+        kind = int(rng.integers(6 if self.owners or self.links else 5))
         if kind == 0:
-            ask = pick(rng, ("Name the color of the {}.", "Which color has the {}?", "The {} is of which color?"))
-            return (ask.format(self.shapes[i]), self.colors[i]), list(COLORS)
+            template = pick(rng, ("Name the color of the {}.", "Which color has the {}?", "The {} is of which color?"))
+            return (template.format(self.shapes[i]), self.colors[i]), list(COLORS)
         if kind == 1:
-            ask = pick(rng, ("Name the shape of the {} object.", "Which thing is {}?", "Name the {} thing."))
-            return (ask.format(self.colors[i]), self.shapes[i]), SHAPES if self.shapes[i] in SHAPES else NAMES
+            template = pick(rng, ("Name the shape of the {} object.", "Which thing is {}?", "Name the {} thing."))
+            return (template.format(self.colors[i]), self.shapes[i]), self._similar(i)
         if kind in (2, 3):
-            exists = rng.random() < 0.5
-            said = self._statement(i, exists, rng)
-            asks = ("Does the text name {a}?", "Is {a} mentioned?", "Is {a} named here?")
-            negated = (
-                "Is it true that {a} is not named?",
-                "Is {a} left out?",
-                "Does the text not name {a}?",
-                "Is no {n} mentioned?",
-            )
-            negates = rng.random() < 0.5
-            ask = pick(rng, negated if negates else asks).format(a=article(said), n=said)
-            return (ask, "yes" if exists != negates else "no"), ("yes", "no")
+            return self._ask_presence(i, rng), ("yes", "no")
         if kind == 4:
             return ("How many objects are named?", NUMBERS[len(self.names)]), NUMBERS
         if self.owners:
@@ -74,72 +66,92 @@ class Facts:
                 return (f"Who has the {self.shapes[i]}?", self.owners[i]), PEOPLE
             return (f"What has {self.owners[i]} got?", self.names[i]), self.names + [f"{c} {self.shapes[i]}" for c in COLORS]
         i = int(rng.integers(len(self.links)))
-        return (f"What is the {self.shapes[i]} {self.links[i]}?", self.names[i + 1]), [
-            f"{c} {pick(rng, NAMES)}" for c in COLORS
-        ]
+        distractors = [f"{c} {pick(rng, NAMES)}" for c in COLORS]
+        return (f"What is the {self.shapes[i]} {self.links[i]}?", self.names[i + 1]), distractors
 
-    def _statement(self, i: int, true: bool, rng: np.random.Generator) -> str:
-        kind, what = int(rng.integers(3)), pick(rng, ("object", "thing", "shape"))
+    def _ask_presence(self, i: int, rng: np.random.Generator) -> Pair:
+        """Whether the text names such a thing, asked directly or negated."""
+        exists = rng.random() < 0.5
+        description = self._description(i, exists, rng)
+        direct = ("Does the text name {a}?", "Is {a} mentioned?", "Is {a} named here?")
+        negated = (
+            "Is it true that {a} is not named?",
+            "Is {a} left out?",
+            "Does the text not name {a}?",
+            "Is no {n} mentioned?",
+        )
+        negates = rng.random() < 0.5
+        question = pick(rng, negated if negates else direct).format(a=with_article(description), n=description)
+        return question, "yes" if exists != negates else "no"
+
+    def _description(self, i: int, true: bool, rng: np.random.Generator) -> str:
+        """A shape, a colour, or both: of thing `i` if `true`, else of none of the things."""
+        kind, noun = int(rng.integers(3)), pick(rng, ("object", "thing", "shape"))
         if kind == 0:
-            return self.shapes[i] if true else other(rng, SHAPES if self.shapes[i] in SHAPES else NAMES, set(self.shapes))
+            return self.shapes[i] if true else pick_except(rng, self._similar(i), set(self.shapes))
         if kind == 1:
-            return f"{self.colors[i] if true else other(rng, list(COLORS), set(self.colors))} {what}"
-        near = [f"{self.colors[i]} {s}" for s in self.shapes] + [f"{c} {self.shapes[i]}" for c in COLORS]
-        return self.names[i] if true else other(rng, near, set(self.names))
+            return f"{self.colors[i] if true else pick_except(rng, list(COLORS), set(self.colors))} {noun}"
+        similar = [f"{self.colors[i]} {s}" for s in self.shapes] + [f"{c} {self.shapes[i]}" for c in COLORS]
+        return self.names[i] if true else pick_except(rng, similar, set(self.names))
+
+    def _similar(self, i: int) -> tuple[str, ...]:
+        """The plain shapes if thing `i` is one of them, else the names of everything that can be drawn."""
+        return SHAPES if self.shapes[i] in SHAPES else NAMES
 
 
 NOUNS = tuple((noun, kind) for kind, nouns in KINDS.items() for noun in nouns)
-TWICE = {noun for noun, kind in NOUNS if any(noun == n and kind != k for n, k in NOUNS)}
+AMBIGUOUS = {noun for noun, kind in NOUNS if any(noun == n and kind != k for n, k in NOUNS)}
+"""Nouns of more than one kind."""
 
 
 def ask_noun(rng: np.random.Generator) -> Pair:
-    """What kind of thing a noun names: as multiple choice of kinds or of nouns, openly, or as yes or no."""
+    """Ask what kind of thing a noun names: with kinds or nouns as options, as an open question, or as a yes/no question."""
     noun, kind = NOUNS[int(rng.integers(len(NOUNS)))]
-    said, wrong = f"{pick(rng, BEFORE)} {noun}", [k for k in KINDS if noun not in KINDS[k]]
+    phrase, wrong = f"{pick(rng, DETERMINERS)} {noun}", [k for k in KINDS if noun not in KINDS[k]]
     form = int(rng.integers(6))
     if form < 3:
-        ask = pick(rng, ("which kind of thing is named?", "to which kind does this belong?", "which option is right?"))
-        return lettered((ask, kind), wrong, rng, seen=("text",), text=said)
-    if form == 3 and noun not in TWICE:
-        return f"Which kind of thing is {said}?", kind
+        question = pick(rng, ("which kind of thing is named?", "to which kind does this belong?", "which option is right?"))
+        return lettered((question, kind), wrong, rng, seen=("text",), text=phrase)
+    if form == 3 and noun not in AMBIGUOUS:
+        return f"Which kind of thing is {phrase}?", kind
     if form == 4:
-        others = [f"{pick(rng, BEFORE)} {pick(rng, KINDS[k])}" for k in some(rng, wrong, 8)]
+        others = [f"{pick(rng, DETERMINERS)} {pick(rng, KINDS[k])}" for k in pick_several(rng, wrong, 8)]
         others = [o for o in others if o.split(" ", 1)[1] not in KINDS[kind]]
-        return lettered((f"which option belongs to {kind}?", said), others, rng)
+        return lettered((f"which option belongs to {kind}?", phrase), others, rng)
     true = rng.random() < 0.5
-    return plain((f"Does {said} belong to {kind if true else pick(rng, wrong)}?", "yes" if true else "no"), rng)
+    return plain((f"Does {phrase} belong to {kind if true else pick(rng, wrong)}?", "yes" if true else "no"), rng)
 
 
-def ask_same(rng: np.random.Generator) -> Pair:
-    """The lettered form with nothing to know: which option repeats the text; or how a word is spelled."""
+def ask_repetition(rng: np.random.Generator) -> Pair:
+    """Ask for something that the prompt contains: the option that repeats the text, or the letters of a word."""
     if rng.random() < 0.3:
         word = pick(rng, READABLE)
         return f"Spell {word}.", " ".join(word)
-    every = [f"{c} {pick(rng, NAMES)}" for c in COLORS] if rng.random() < 0.5 else some(rng, READABLE, 9)
-    ask = pick(rng, ("which option says the same?", "which option repeats the text?", "which option is right?"))
-    said = pick(rng, every)
+    options = [f"{c} {pick(rng, NAMES)}" for c in COLORS] if rng.random() < 0.5 else pick_several(rng, READABLE, 9)
+    question = pick(rng, ("which option says the same?", "which option repeats the text?", "which option is right?"))
+    answer = pick(rng, options)
     if rng.random() < 0.3:
-        return lettered((f"which option is {said}?", said), every, rng)
-    return lettered((ask, said), every, rng, seen=("text",), text=said)
+        return lettered((f"which option is {answer}?", answer), options, rng)
+    return lettered((question, answer), options, rng, seen=("text",), text=answer)
 
 
-EVERY_WORD = tuple(sorted({noun for noun, _ in NOUNS} | set(READABLE)))
+ALL_WORDS = tuple(sorted({noun for noun, _ in NOUNS} | set(READABLE)))
 
 
-def lettered_words(rng: np.random.Generator, hardest: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """2 to `hardest` words with letters, and the same twice over, each time in an order of its own."""
-    words = some(rng, EVERY_WORD, int(rng.integers(2, hardest + 1)))
+def lettered_words(rng: np.random.Generator, most: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """2 to `most` words with letters, and the same pairs twice more, each time in a new random order."""
+    words = pick_several(rng, ALL_WORDS, int(rng.integers(2, most + 1)))
     options = list(zip(LETTERS, words, strict=False))
     return options, [options[int(i)] for _ in range(2) for i in rng.permutation(len(options))]
 
 
-def ask_texts(rng: np.random.Generator, how_many: int) -> tuple[str, list[Pair]]:
-    """A text that all questions share, "" where each brings its own, and the questions with their answers."""
-    what = rng.random()
-    if what >= 0.6:
-        return "", [ask_noun(rng) if what >= 0.75 else ask_same(rng) for _ in range(how_many)]
+def ask_texts(rng: np.random.Generator, count: int) -> tuple[str, list[Pair]]:
+    """`count` questions with answers, and the text that they share ("" if each question stands alone)."""
+    draw = rng.random()
+    if draw >= 0.6:
+        return "", [ask_noun(rng) if draw >= 0.75 else ask_repetition(rng) for _ in range(count)]
     facts, as_options, pairs = Facts(rng), rng.random() < 0.3, []
-    for _ in range(how_many):
+    for _ in range(count):
         pair, distractors = facts.ask(rng)
         pairs.append(lettered(pair, distractors, rng, seen=("text",)) if as_options else plain(pair, rng))
     return f"Text: {facts.text}" if as_options else facts.text, pairs
@@ -152,4 +164,4 @@ PROMPT_WORDS = (
     "smileys emotion people body animals nature food drink travel places activities objects symbols flags emoji group face "
     "with flag"
 )
-"""Words of the benchmark's prompts, so that the tokenizer does not break them into bytes."""
+"""Words of the benchmark's prompts, so that the tokenizer does not split them into bytes."""
