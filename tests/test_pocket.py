@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import fedmllm
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models.backbone import POCKET
@@ -96,3 +98,9 @@ def test_the_processor_and_the_recipe_see_the_same_pixels() -> None:
     processor = AutoProcessor.from_pretrained(POCKET)
     pixels = processor(text=["<image>"], images=[[image]], return_tensors="pt")["pixel_values"][0]
     np.testing.assert_allclose(pixels.numpy(), architecture.pixels([image]), atol=1e-5)
+
+
+def test_the_package_does_not_import_the_recipe() -> None:
+    """The recipe is not installed with the package."""
+    sources = {str(path): path.read_text() for path in Path(fedmllm.__file__).parent.rglob("*.py")}
+    assert [name for name, source in sources.items() if re.search(r"^\s*(from|import) recipes\b", source, re.MULTILINE)] == []
