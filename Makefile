@@ -61,8 +61,8 @@ RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,mai
 results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ alone
 	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
 
-pocket: $(VENV)/installed  ## make the shipped model again from nothing; an hour to an hour and a half on two cores
-	$(BIN)/python -m fedmllm.models.pocket.pretrain --out build/pocket
+pocket: $(VENV)/installed  ## train the shipped model from scratch again; 60 to 90 minutes on two cores
+	$(BIN)/python -m recipes.pocket.pretrain --out build/pocket
 
 clean:
 	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
-"""What a pocket model can do before any fine-tuning, capability by capability, with 95 % intervals.
+"""The accuracy of a pocket model before any fine-tuning, per capability, with 95 % intervals.
 
-    python benchmarks/pocket.py [MODEL …] [--items 300] [--json FILE]
+    python -m benchmarks.pocket [MODEL …] [--items 300] [--json FILE]
 
-MODEL is "pocket" (shipped) or a folder; several are asked the same items, which no step of the recipe drew. Open questions
-count when the whole greedy answer is right, yes/no and lettered ones when the right option is the likeliest. Beside them
-the test questions of easy-VQA and shapes-qa.
+Run it in the root of the repository. MODEL is "pocket" (the shipped model) or a folder. All models get the same items, none of
+which the recipe drew for training. An open question counts as right if the whole greedy answer is right; a yes/no or lettered
+question, if the right option has the highest likelihood. The test questions of easy-VQA and shapes-qa follow.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from fedmllm.data.tasks import tasks
 from fedmllm.evaluation.intervals import mean_interval, resamples
 from fedmllm.evaluation.metrics import normalise
 from fedmllm.models.mllm import MLLM
-from fedmllm.models.pocket import questions, scenes, texts
-from fedmllm.models.pocket.wording import Pair, lettered
 from fedmllm.rng import stream
+from recipes.pocket import questions, scenes, texts
+from recipes.pocket.wording import Pair, lettered
+from recipes.pocket.words import READABLE
 
 ONE = scenes.Mix(single=1.0, word=0.0, objects=0.0)
 OBJECT = replace(ONE, objects=1.0)
@@ -47,7 +48,7 @@ class Capability(NamedTuple):
 
 
 def conversation(pair: Pair, pictured: bool) -> Conversation:
-    """Yes/no and lettered questions are closed; the options of a lettered one are read back from its lines."""
+    """Yes/no and lettered questions are closed. The options of a lettered question are parsed from its lines."""
     question, answer = pair
     options: tuple[str, ...] = ("yes", "no") if answer in ("yes", "no") else ()
     if answer.startswith("("):
@@ -55,14 +56,14 @@ def conversation(pair: Pair, pictured: bool) -> Conversation:
     return Conversation(question, answer, pictured, options)
 
 
-def about(mix: scenes.Mix, ask: questions.Ask, distractors: Sequence[str] = ()) -> Make:
-    """Questions by `ask`, as options if `distractors`; about two or three things where `mix` has no single ones."""
+def about(mix: scenes.Mix, asker: questions.Asker, distractors: Sequence[str] = ()) -> Make:
+    """Questions about pictures, lettered if there are `distractors`. If `mix.single` is 0, each has at least two things."""
 
     def make(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
         scene = scenes.draw_scene(rng, mix)
         if mix.single == 0.0 and len(scene.things) < 2:
             return None, None
-        pair = ask(scene, rng)
+        pair = asker(scene, rng)
         if pair is not None and distractors:
             pair = lettered(pair, distractors, rng, seen=("image",))
         return pair, scene.image
@@ -71,6 +72,8 @@ def about(mix: scenes.Mix, ask: questions.Ask, distractors: Sequence[str] = ()) 
 
 
 def looked_up(as_options: bool, closed: bool) -> Make:
+    """Questions about facts in a text; `closed` selects the yes/no questions."""
+
     def make(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
         facts = texts.Facts(rng)
         (question, answer), distractors = facts.ask(rng)
@@ -83,10 +86,10 @@ def looked_up(as_options: bool, closed: bool) -> Make:
     return make
 
 
-def without_picture(ask: Callable[[np.random.Generator], Pair], wanted: Callable[[Pair], bool]) -> Make:
+def without_picture(ask: Callable[[np.random.Generator], Pair], accepted: Callable[[Pair], bool]) -> Make:
     def make(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
         pair = ask(rng)
-        return (pair if wanted(pair) else None), None
+        return (pair if accepted(pair) else None), None
 
     return make
 
@@ -105,7 +108,7 @@ CAPABILITIES: dict[str, Make] = {
     "one object: name (42)": about(OBJECT, lambda s, _: ("What does one see?", s.things[0].shape)),
     "one object: its kind (lettered, 2-9)": about(OBJECT, questions.kind_of),
     "word: read (219)": about(WORD, questions.reading),
-    "word: lettered, 2-9": about(WORD, questions.reading, questions.READABLE),
+    "word: lettered, 2-9": about(WORD, questions.reading, READABLE),
     "word: is it written? (yes/no)": about(WORD, questions.written),
     "random letters: spell": about(replace(WORD, letters=1.0), questions.spelling),
     "one shape: color, lettered, 2-9": about(ONE, questions.color_of, list(scenes.COLORS)),
@@ -114,24 +117,24 @@ CAPABILITIES: dict[str, Make] = {
     "text: look-up (yes/no)": looked_up(False, True),
     "text: look-up, lettered, 2-9": looked_up(True, False),
     "text: kind of a noun, lettered, 2-9": without_picture(texts.ask_noun, lambda p: p[0].startswith("Text:")),
-    "text: option that repeats it, 2-9": without_picture(texts.ask_same, lambda p: p[1].startswith("(")),
+    "text: option that repeats it, 2-9": without_picture(texts.ask_repetition, lambda p: p[1].startswith("(")),
 }
 
 
 def generated(items: int) -> Iterator[Capability]:
     for name, make in CAPABILITIES.items():
-        made: list[Item] = []
+        drawn: list[Item] = []
         tries = 0
-        while len(made) < items:
+        while len(drawn) < items:
             pair, picture = make(stream(20261123, "exam", name, tries))
             tries += 1
             if pair is not None:
-                made.append((conversation(pair, picture is not None), picture))
-        yield Capability(name, made)
+                drawn.append((conversation(pair, picture is not None), picture))
+        yield Capability(name, drawn)
 
 
 def published() -> Iterator[Capability]:
-    """The test questions of the embedded tasks, 1,000 of each where there are more."""
+    """Test questions of the embedded tasks, at most 1,000 per task and form (open or yes/no)."""
     strategy = prompts.build("modality-agnostic", {})
     for name in ("easy-vqa", "shapes-qa"):
         samples = [s for s in tasks.build(name, {}).load("test") if isinstance(s, Sample)]
@@ -155,17 +158,17 @@ def right(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarray:
     encoded = model.encode([talk for talk, _ in items], pictures, 500)
     model.prepare_features()
     for closed in (False, True):
-        which = sorted(
+        order = sorted(
             (i for i, (talk, _) in enumerate(items) if bool(talk.options) == closed), key=lambda i: encoded[i].length
         )
-        for start in range(0, len(which), batch):
-            chosen = which[start : start + batch]
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
             if closed:
-                likely = model.option_scores([encoded[i] for i in chosen])
-                said = [items[i][0].options[int(np.argmax(one))] for i, one in zip(chosen, likely, strict=True)]
+                scores_of_options = model.option_scores([encoded[i] for i in chosen])
+                answers = [items[i][0].options[int(np.argmax(s))] for i, s in zip(chosen, scores_of_options, strict=True)]
             else:
-                said = model.generate([encoded[i] for i in chosen], 14)
-            for i, answer in zip(chosen, said, strict=True):
+                answers = model.generate([encoded[i] for i in chosen], 14)
+            for i, answer in zip(chosen, answers, strict=True):
                 scores[i] = normalise(answer) == normalise(items[i][0].answer)
     return scores
 
@@ -177,17 +180,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models = [MLLM.load(ModelTable(name=name, cache_features=False), seed=0) for name in options.models]
-    found: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     for name, items in [*generated(options.items), *published()]:
-        found[name] = {}
+        results[name] = {}
         draws = resamples(len(items), 1000, 0)
         for path, model in zip(options.models, models, strict=True):
             scores = 100 * right(model, items)
-            found[name][path] = [float(scores.mean()), *mean_interval(scores, draws), len(items)]
-        cells = " | ".join(f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high, _ in found[name].values())
+            results[name][path] = [float(scores.mean()), *mean_interval(scores, draws), len(items)]
+        cells = " | ".join(f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high, _ in results[name].values())
         print(f"| {name} | {cells} |", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

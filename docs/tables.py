@@ -51,23 +51,12 @@ class Sources(NamedTuple):
 
 def load_sources() -> Sources:
     """The only place that imports fedmllm."""
-    from fedmllm.algorithms.travel import travels
-    from fedmllm.data.partition import partitions
-
-    from fedmllm.algorithms import algorithms, compressions, regularizations
-    from fedmllm.data.prompts import prompts
-    from fedmllm.data.scenarios import scenarios
-    from fedmllm.data.tasks import tasks
-    from fedmllm.evaluation.judging import judges
-    from fedmllm.fleets import fleets
+    from fedmllm.algorithms.traffic import traffic_of
+    from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
-    from fedmllm.secure.settings import secures
 
-    registries = {
-        "tasks": tasks, "partitions": partitions, "scenarios": scenarios, "prompts": prompts, "algorithms": algorithms,
-        "regularizations": regularizations, "compressions": compressions, "secure": secures, "judges": judges, "fleets": fleets,
-    }  # fmt: skip
-    return Sources(registries, families, travels)
+    registries = {kind if kind == "secure" else f"{kind}s": registry for kind, registry in REGISTRIES.items()}
+    return Sources(registries, families, traffic_of)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.models.mllm import MLLM
-from fedmllm.models.pocket import architecture as parts
+from recipes.pocket import architecture as parts
 
 logging.disable_progress_bar()
 # The tiny model gains nothing from a second thread, and loses much where another process wants the core.

@@ -318,7 +318,7 @@ def test_a_failure_on_the_way_leaves_the_file_as_it_was(folder: Path, packed: Pa
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("fedmllm.archive.os.fsync", fail)
+    monkeypatch.setattr("fedmllm.storage.archive.os.fsync", fail)
     assert call("pack", folder, "--to", packed).exit_code == 1
     assert packed.read_bytes() == before
     assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []

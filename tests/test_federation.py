@@ -80,10 +80,10 @@ def test_a_fleet_is_told_the_round_the_clients_the_state_and_the_rate() -> None:
     results = run(fleet)
     assert [record.round for record, _ in results] == [0, 1, 2, 3]
     states = [{"adapter": ADAPTER}, *(state for _, state in results)]
-    for number, (info, messages, lr) in enumerate(fleet.seen):
+    for number, (info, messages) in enumerate(fleet.seen):
         assert (info.round, info.rounds, info.clients, info.seed) == (number, 4, 8, 0)
         assert info.sampled == sample_clients(PLAN, number) == tuple(results[number][0].sampled)
-        assert lr == results[number][0].lr == learning_rate(PLAN, number)
+        assert info.lr == results[number][0].lr == learning_rate(PLAN, number)
         assert messages.keys() == set(info.sampled)
         assert all(same(message, states[number]) for message in messages.values())
     assert fleet.committed == [0, 1, 2]
@@ -229,7 +229,7 @@ def test_each_client_is_sent_its_own_rank_and_bytes_are_what_was_sent() -> None:
         # A row of A and a column of B: 3 + 4 numbers of 4 bytes, in 6 modules.
         one = 6 * (3 + 4) * 4
         assert record.bytes_down == record.bytes_up == {"adapter": (1 + 2 + 1) * one}
-    info, messages, _ = fleet.seen[0]
+    info, messages = fleet.seen[0]
     assert info.ranks == plan.ranks
     assert [messages[c]["adapter"][A_NAME].shape for c in range(3)] == [(1, 3), (2, 3), (1, 3)]
 
@@ -248,7 +248,7 @@ def test_clients_side_by_side_are_as_many_federations_of_one() -> None:
     starts = {client: {n: t + client for n, t in ADAPTER.items()} for client in (2, 5, 7)}
     fleet = FakeFleet(fedavg())
     together = list(each_alone(fedavg(), fleet, PLAN, starts))
-    assert [info.sampled for info, _, _ in fleet.seen] == [(2, 5, 7)] * 4
+    assert [info.sampled for info, _ in fleet.seen] == [(2, 5, 7)] * 4
     for client, start in starts.items():
         alone = federate(fedavg(), FakeFleet(fedavg()), replace(PLAN, clients=(client,), per_round=1), start)
         for made, (record, state) in zip(together, alone, strict=True):

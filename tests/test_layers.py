@@ -136,7 +136,7 @@ def test_no_two_parts_may_import_each_other() -> None:
         ("fedmllm.algorithms.new", "import peft", ["imports peft"]),
         ("fedmllm.data.tasks.new", "def load():\n    import torch.nn", ["imports torch"]),
         ("fedmllm.data.tasks.new", "from torch import nn", ["imports torch"]),
-        ("fedmllm.data.tasks.new", "from fedmllm.tensors import write_atomically", []),
+        ("fedmllm.data.tasks.new", "from fedmllm.storage.atomic import write_atomically", []),
         ("fedmllm.evaluation.metrics", "import fedmllm.models.mllm", ["imports fedmllm.models.mllm"]),
         ("fedmllm.evaluation.metrics", "from fedmllm.evaluation.evaluate import x", ["imports fedmllm.evaluation.evaluate.x"]),
         ("fedmllm.evaluation.evaluate", "from fedmllm.evaluation import metrics", []),

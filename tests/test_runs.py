@@ -79,7 +79,8 @@ def test_twice_the_same_and_a_new_directory_each_time(write_experiment: Write) -
 KILLER = """
 import os, signal, sys
 import torch
-from fedmllm import store, cli
+from fedmllm.cli import app as cli
+from fedmllm.storage import run_dir as store
 torch.set_num_threads(1)
 save, after, when = store.RunDir.save_round, int(sys.argv[1]), sys.argv[2]
 def die(*_):

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm import tensors as t
+from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.state_file import load_state, save_state
 from fedmllm.tensors import State, Tensors
 from helpers import quick, same, tensors
 
@@ -134,8 +136,8 @@ def test_a_saved_state_comes_back(tmp_path: Path) -> None:
         "adapter": {"a/b": torch.arange(6.0).reshape(2, 3).t(), "scalar": torch.tensor(2.0)},
         "m": {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.zeros(0, 2)},
     }
-    t.save_state(tmp_path / "deep" / "s.safetensors", state, {"round": "3"})
-    loaded, metadata = t.load_state(tmp_path / "deep" / "s.safetensors")
+    save_state(tmp_path / "deep" / "s.safetensors", state, {"round": "3"})
+    loaded, metadata = load_state(tmp_path / "deep" / "s.safetensors")
     assert same(loaded, state)
     assert metadata == {"round": "3"}
 
@@ -143,31 +145,31 @@ def test_a_saved_state_comes_back(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> None:
     stacked = torch.arange(4.0).reshape(2, 2)
     state = {"adapter": {"x": stacked[0]}, "reference": {"x": stacked[0], "all": stacked}}
-    t.save_state(tmp_path / "s", state)
-    assert same(t.load_state(tmp_path / "s")[0], state)
+    save_state(tmp_path / "s", state)
+    assert same(load_state(tmp_path / "s")[0], state)
 
 
 def test_an_empty_state_can_be_saved(tmp_path: Path) -> None:
-    t.save_state(tmp_path / "s", {})
-    assert t.load_state(tmp_path / "s") == ({}, {})
+    save_state(tmp_path / "s", {})
+    assert load_state(tmp_path / "s") == ({}, {})
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    t.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        t.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
 def test_a_write_leaves_no_other_file(tmp_path: Path) -> None:
-    t.write_atomically(tmp_path / "file", b"old")
-    t.write_atomically(tmp_path / "file", b"new")
+    write_atomically(tmp_path / "file", b"old")
+    write_atomically(tmp_path / "file", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"new")]
 
 

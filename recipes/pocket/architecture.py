@@ -1,6 +1,7 @@
-"""The pocket model's parts, all of stock transformers classes: Idefics3 with a Llama text model, its tokenizer and processor.
+"""The pocket model, its tokenizer and its processor, built from stock transformers classes: Idefics3 with a Llama text model.
 
-64 × 64 pictures, patches of 8 and a pixel shuffle of 2 make 16 image tokens a picture. About 2.9 million parameters.
+Pictures of 64 × 64 pixels, patches of 8 pixels and a pixel shuffle of 2 give 16 image tokens per picture. The model has
+about 2.9 million parameters.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from fedmllm.models.pocket import questions, scenes, texts
-from fedmllm.models.pocket.words import KINDS, READABLE
 from fedmllm.rng import stream
+from recipes.pocket import questions, scenes, texts
+from recipes.pocket.words import KINDS, READABLE
 
 PAD, BEGIN, END = "<pad>", "<begin>", "<end_of_utterance>"
 IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-# The processor of this family looks these up for pictures cut in tiles, which 64 × 64 pictures never are.
+# The processor of this family needs these for pictures that it splits into tiles; it never splits 64 × 64 pictures.
 TILES = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 SPECIAL = [PAD, BEGIN, END, IMAGE, AROUND, GLOBAL, *TILES]
 PATCH, SHUFFLE = 8, 2
@@ -38,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus(seed: int, documents: int) -> Iterable[str]:
-    """Texts to train the tokenizer on: generated questions and answers, and the words of the benchmark's prompts."""
+    """Texts for training the tokenizer: generated questions and answers, and the words of the benchmark's prompts."""
     for i in range(documents):
         rng = stream(seed, "tokenizer", i)
         shared, about_text = texts.ask_texts(rng, 3)
@@ -47,14 +48,14 @@ def corpus(seed: int, documents: int) -> Iterable[str]:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     nouns = " ".join(" ".join(group) for group in KINDS.values()).split()
     words = [*texts.PROMPT_WORDS.split(), *READABLE, *nouns, *alphabet, *alphabet.upper(), *"0123456789"]
-    # Each word as it stands inside a line and at the start of one; a prompt's words with a capital too.
+    # Each word occurs both inside a line and at the start of one; words of prompts are also capitalised.
     forms = " ".join(words + [word.capitalize() for word in texts.PROMPT_WORDS.split()])
     for _ in range(max(1, documents // 20)):
         yield forms + "\n" + forms.replace(" ", "\n")
 
 
 def build_tokenizer(seed: int = 0, documents: int = 2000, vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be written, the generated texts in about one token a word."""
+    """A byte-level BPE tokenizer: it encodes any text, and the generated texts with about one token per word."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -82,7 +83,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Idefics3Config:
-    """The shipped sizes; `text` overrides entries of the text model's config (tests build smaller ones)."""
+    """The config of the shipped model. `text` overrides entries of the text model's config (tests build smaller models)."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("pad", PAD), ("bos", BEGIN), ("eos", END))}
     text_config = {
         "model_type": "llama",
@@ -95,7 +96,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Idefics3Con
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
-        "initializer_range": 0.06,  # near 1/√width; the usual 0.02 suits models ten times as wide and starts this one asleep
+        "initializer_range": 0.06,  # near 1/√width; with 0.02, made for far wider models, learning starts late
         **{f"{name}_token_id": i for name, i in ids.items()},
         **text,
     }
@@ -127,6 +128,6 @@ def build_model(config: Idefics3Config) -> Idefics3ForConditionalGeneration:
 
 
 def pixels(images: Iterable[Any]) -> np.ndarray:
-    """(n, 3, SIZE, SIZE) float32 in [-1, 1]: what the processor above gives for pictures already of the right size."""
+    """(n, 3, SIZE, SIZE) float32 in [-1, 1]: the processor's output for pictures that already have the right size."""
     stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     return stacked.transpose(0, 3, 1, 2) / 127.5 - 1.0

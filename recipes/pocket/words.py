@@ -1,7 +1,7 @@
-"""Everyday English words for pre-training, written by hand for this package: what kind of thing each noun names, words to read.
+"""Everyday English words for pre-training, written by hand for this recipe: nouns with their kinds, and words to read.
 
-The kinds are our own and none of them is a group of a benchmark task. A noun is always asked about with a small word
-before it ("the dog"), so that no item of the emoji list, name and group, stands here word for word; a test holds that.
+No kind is a class of a benchmark task. In a question, a noun always follows a determiner ("the dog"), so that no entry
+of the emoji list (name and group) occurs literally. A test checks both.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ KINDS: dict[str, tuple[str, ...]] = {
         "medicine": ("pill syringe bandage stethoscope blood vaccine thermometer"),
     }.items()
 }
-"""Kind → nouns. "turkey" is a bird and a country, as in life; questions never offer both."""
+"""Kind → nouns. "turkey" is both a bird and a country; no question offers both kinds."""
 
-BEFORE = ("the", "my", "our", "your", "that", "this")
-"""What stands before a noun that is asked about."""
+DETERMINERS = ("the", "my", "our", "your", "that", "this")
+"""One of these precedes each noun in a question."""
 
 READABLE = (
     "stop go left right open shut hot cold north south east west day night rain snow fire water help exit push pull up down "
@@ -134,4 +134,4 @@ READABLE = (
     "flower leaf sun moon cloud apple key book clock lamp gift hat shirt bell flag arrow heart ring gear rocket train star "
     "circle cross"
 ).split()
-"""Words that stand in generated pictures, of two to seven letters."""
+"""Words written in generated pictures, of two to seven letters."""

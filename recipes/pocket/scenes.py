@@ -1,7 +1,7 @@
 """Generated pictures for pre-training: a few coloured shapes and simple objects, sometimes a short word, on a plain background.
 
-A scene is drawn from a generator alone, so picture `i` of a run is the same on every machine. Nothing here comes
-from a data set; the benchmark's own pictures are never seen.
+A scene depends on its random generator alone, so picture `i` of a run is the same on every machine. Nothing comes from a
+data set, and no picture of the benchmark is used.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fedmllm.models.pocket.objects import OBJECTS, draw_object
-from fedmllm.models.pocket.words import READABLE
+from recipes.pocket.objects import OBJECTS
+from recipes.pocket.strokes import RGB, Point, draw_strokes
+from recipes.pocket.words import READABLE
 
 SIZE = 64
-"""Pixels along each edge of a picture."""
+"""Width and height of a picture, in pixels."""
 
-COLORS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, RGB] = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
@@ -33,17 +34,17 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross", "diamond")
 NAMES = (*SHAPES, *OBJECTS)
-"""All that is drawn."""
+"""Names of everything that can be drawn."""
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 SLOTS = 3
-"""Letters told apart within one cell."""
+"""Number of letters per cell that are labelled."""
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape or object: `x`, `y` its centre and `half` half its extent, all in pixels."""
+    """One shape or object. `x` and `y` are its centre and `half` is half its extent, all in pixels."""
 
     shape: str
     color: str
@@ -53,7 +54,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where it is on a 3 × 3 grid, in words: "top left", "center", "bottom"."""
+        """Its position on a 3 × 3 grid, in words: "top left", "center", "bottom"."""
         row = ROWS[min(int(self.y * 3 / SIZE), 2)]
         column = COLUMNS[min(int(self.x * 3 / SIZE), 2)]
         words = [word for word in (row, column) if word not in ("middle", "center")]
@@ -62,7 +63,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`letters` says where each letter of `word` is: (letter, x, y of its centre), left to right."""
+    """A picture and what it shows. `letters`: (letter, x and y of its centre) for each letter of `word`, left to right."""
 
     things: tuple[Thing, ...]
     word: str | None
@@ -71,9 +72,10 @@ class Scene:
 
 
 def cells(scene: Scene, grid: int) -> tuple[list[int], list[int]]:
-    """For each of `grid` × `grid` cells, row by row: the number of the colour and of the shape whose centre is in it.
+    """The colour and shape labels of `grid` × `grid` cells, row by row.
 
-    0 is an empty cell, −100 one that a thing only reaches into: neither empty nor its place.
+    A label is the number of the colour or shape whose centre is in the cell, counted from 1. It is 0 for an empty cell and
+    −100 (ignored) for a cell that a thing overlaps without having its centre there.
     """
     edge = SIZE / grid
     colors, shapes = [0] * grid**2, [0] * grid**2
@@ -89,17 +91,17 @@ def cells(scene: Scene, grid: int) -> tuple[list[int], list[int]]:
 
 
 def letter_cells(scene: Scene, grid: int) -> list[list[int]]:
-    """For each cell the numbers of the first `SLOTS` letters whose centres are in it, left to right; 0 where there is none."""
+    """The numbers of the first `SLOTS` letters whose centres are in each cell, left to right, padded with 0."""
     edge = SIZE / grid
-    found: list[list[int]] = [[] for _ in range(grid**2)]
+    numbers: list[list[int]] = [[] for _ in range(grid**2)]
     for letter, x, y in scene.letters:
         index = min(int(y / edge), grid - 1) * grid + min(int(x / edge), grid - 1)
-        found[index].append(ALPHABET.index(letter) + 1)
-    return [(letters + [0] * SLOTS)[:SLOTS] for letters in found]
+        numbers[index].append(ALPHABET.index(letter) + 1)
+    return [(in_cell + [0] * SLOTS)[:SLOTS] for in_cell in numbers]
 
 
-def _polygon(thing: Thing, scale: int) -> list[tuple[float, float]]:
-    outlines: dict[str, list[tuple[float, float]]] = {
+def _outline(thing: Thing, scale: int) -> list[Point]:
+    outlines: dict[str, list[Point]] = {
         "triangle": [(0, -1), (1, 1), (-1, 1)],
         "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
         "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35)]
@@ -113,14 +115,15 @@ def _polygon(thing: Thing, scale: int) -> list[tuple[float, float]]:
     return [((thing.x + dx * thing.half) * scale, (thing.y + dy * thing.half) * scale) for dx, dy in points]
 
 
-def _jitter(color: tuple[int, int, int], rng: np.random.Generator, amount: int) -> tuple[int, int, int]:
+def _jitter(color: RGB, rng: np.random.Generator, amount: int) -> RGB:
     shifted = np.clip(np.array(color) + rng.integers(-amount, amount + 1, size=3), 0, 255)
     return int(shifted[0]), int(shifted[1]), int(shifted[2])
 
 
-def _background(rng: np.random.Generator, taken: set[str]) -> tuple[int, int, int]:
-    if "white" in taken or rng.random() < 0.15:  # a white shape needs something darker behind it
-        level = rng.integers(70, 110) if "gray" not in taken else rng.integers(30, 60)
+def _background(rng: np.random.Generator, colors: set[str]) -> RGB:
+    """A colour on which things of `colors` can be seen."""
+    if "white" in colors or rng.random() < 0.15:  # a white shape needs a darker background
+        level = rng.integers(70, 110) if "gray" not in colors else rng.integers(30, 60)
         return _jitter((int(level),) * 3, rng, 12)
     light = rng.integers(225, 256, size=3) if rng.random() < 0.7 else np.full(3, 255)
     return int(light[0]), int(light[1]), int(light[2])
@@ -128,14 +131,20 @@ def _background(rng: np.random.Generator, taken: set[str]) -> tuple[int, int, in
 
 @dataclass(frozen=True)
 class Mix:
-    """What pictures hold: shares of pictures with one thing, with a word, with a word alone, and of words that are none."""
+    """The probabilities with which scenes are drawn."""
 
     single: float = 0.45
+    """That a picture with things has exactly one."""
     word: float = 0.3
+    """That a picture has a word."""
     word_alone: float = 0.4
+    """That a picture with a word has nothing else."""
     letters: float = 0.0
+    """That a word is a sequence of random letters."""
     objects: float = 0.45
+    """That a thing is an object, not a shape."""
     most_things: int = 3
+    """Largest number of things per picture."""
 
 
 def _word(rng: np.random.Generator, mix: Mix) -> str:
@@ -144,17 +153,17 @@ def _word(rng: np.random.Generator, mix: Mix) -> str:
     return "".join(ALPHABET[int(i)] for i in rng.integers(len(ALPHABET), size=int(rng.integers(2, 7))))
 
 
-def _place_things(rng: np.random.Generator, mix: Mix, wanted: int, top: float, floor: float) -> list[Thing]:
-    """Things that do not overlap, between the heights `top` and `floor`."""
+def _place_things(rng: np.random.Generator, mix: Mix, count: int, top: float, bottom: float) -> list[Thing]:
+    """Up to `count` things that do not overlap, between the heights `top` and `bottom`."""
     things: list[Thing] = []
-    large = min(24.0, (floor - top) / 2 - 1)
-    for _ in range(wanted * 8):
-        if len(things) == wanted:
+    largest = min(24.0, (bottom - top) / 2 - 1)
+    for _ in range(count * 8):
+        if len(things) == count:
             break
         is_object = rng.random() < mix.objects
-        low = 8.0 if is_object else 5.0
-        half = float(rng.uniform(low, large if wanted == 1 else max(low + 1, 15 - 2 * wanted)))
-        x, y = float(rng.uniform(half, SIZE - half)), float(rng.uniform(top + half, floor - half))
+        smallest = 8.0 if is_object else 5.0
+        half = float(rng.uniform(smallest, largest if count == 1 else max(smallest + 1, 15 - 2 * count)))
+        x, y = float(rng.uniform(half, SIZE - half)), float(rng.uniform(top + half, bottom - half))
         if any(abs(t.x - x) < t.half + half + 1 and abs(t.y - y) < t.half + half + 1 for t in things):
             continue
         if is_object:
@@ -165,22 +174,28 @@ def _place_things(rng: np.random.Generator, mix: Mix, wanted: int, top: float, f
     return things
 
 
+def _draw_object(
+    pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: RGB, outlined: bool, rng: np.random.Generator
+) -> None:
+    """Draw an object slightly squeezed and slanted, mirrored half the time."""
+    stretch, slant = rng.uniform(0.8, 1.0, size=2), float(rng.uniform(-0.12, 0.12))
+    flip = -1.0 if rng.random() < 0.5 and thing.shape != "arrow" else 1.0
+
+    def to_pixels(point: Point) -> Point:
+        dx, dy = flip * point[0] * stretch[0] + slant * point[1], point[1] * stretch[1]
+        return float((thing.x + dx * thing.half) * scale), float((thing.y + dy * thing.half) * scale)
+
+    draw_strokes(pen, OBJECTS[thing.shape], to_pixels, thing.half * scale, fill, outlined)
+
+
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, rng: np.random.Generator) -> None:
     fill = _jitter(COLORS[thing.color], rng, 10)
     outlined = rng.random() < 0.3
     edge, width = ((10, 10, 10) if outlined else None), max(1, round(thing.half * scale * 0.1))
     if thing.shape in OBJECTS:
-        # A little taller or wider, leaning, and as often facing left as right.
-        stretch, lean = rng.uniform(0.8, 1.0, size=2), float(rng.uniform(-0.12, 0.12))
-        flip = -1.0 if rng.random() < 0.5 and thing.shape != "arrow" else 1.0
-
-        def place(point: tuple[float, float]) -> tuple[float, float]:
-            dx, dy = flip * point[0] * stretch[0] + lean * point[1], point[1] * stretch[1]
-            return float((thing.x + dx * thing.half) * scale), float((thing.y + dy * thing.half) * scale)
-
-        draw_object(pen, thing.shape, place, thing.half * scale, fill, outlined)
+        _draw_object(pen, thing, scale, fill, outlined, rng)
     elif thing.shape in ("circle", "rectangle"):
-        # A rectangle need not be square: one side keeps the extent, the other shrinks.
+        # A rectangle need not be square: one side keeps the extent, and the other shrinks.
         sides = np.ones(2)
         if thing.shape == "rectangle":
             sides = rng.permutation(np.array([1.0, rng.uniform(0.45, 1.0)]))
@@ -189,27 +204,30 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, rng: np.rand
         box += [(thing.x + thing.half * sx) * scale, (thing.y + thing.half * sy) * scale]
         (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=fill, outline=edge, width=width)
     else:
-        pen.polygon(_polygon(thing, scale), fill=fill, outline=edge, width=width)
+        pen.polygon(_outline(thing, scale), fill=fill, outline=edge, width=width)
 
 
 FONTS = {size: ImageFont.load_default(size=size) for size in range(33, 67)}
-"""Pillow's own font (Aileron), so that words look alike on every machine; sizes in the pixels of the large drawing."""
+"""Pillow's own font (Aileron), so that words look the same on every machine. Sizes are in pixels of the enlarged drawing."""
 
 
 def _write(
     pen: ImageDraw.ImageDraw, word: str, strip: tuple[float, float], scale: int, dark: bool, rng: np.random.Generator
 ) -> tuple[tuple[str, float, float], ...]:
-    """Write `word` in one line within the heights of `strip`, in light ink if `dark`; where its letters' centres are."""
-    top, floor = strip
+    """Write `word` on one line between the two heights of `strip`, in light ink if the background is `dark`.
+
+    Return the letters with the coordinates of their centres, as in `Scene.letters`.
+    """
+    top, bottom = strip
     shown = word.upper() if rng.random() < 0.3 else word
     bold = int(rng.random() < 0.4)
-    most = min(66, int((floor - top) * scale))
-    sizes = [s for s in FONTS if s <= most and FONTS[s].getlength(shown) + 2 * bold <= (SIZE - 3) * scale]
+    largest = min(66, int((bottom - top) * scale))
+    sizes = [s for s in FONTS if s <= largest and FONTS[s].getlength(shown) + 2 * bold <= (SIZE - 3) * scale]
     height = sizes[int(rng.integers(len(sizes)))] if sizes else min(FONTS)
     font = FONTS[height]
     width, size = font.getlength(shown) / scale, height / scale
     left = float(rng.uniform(1, max(1.01, SIZE - 2 - width)))
-    y = float(rng.uniform(top, max(top + 0.01, floor - size))) + size / 2
+    y = float(rng.uniform(top, max(top + 0.01, bottom - size))) + size / 2
     ink: list[int] = [int(v) for v in rng.integers(0, 90, size=3)]
     if dark:
         ink = [255 - v for v in ink]
@@ -220,19 +238,19 @@ def _write(
 
 
 def draw_scene(rng: np.random.Generator, mix: Mix = Mix()) -> Scene:
-    """One picture: things that do not overlap, a word, or both, the word in a strip of its own at the top or the bottom."""
+    """Draw things that do not overlap, a word, or both; then the word has its own strip at the top or the bottom."""
     word = _word(rng, mix) if rng.random() < mix.word else None
     alone = word is not None and rng.random() < mix.word_alone
-    wanted = 0 if alone else 1 if rng.random() < mix.single else int(rng.integers(1, mix.most_things + 1))
+    count = 0 if alone else 1 if rng.random() < mix.single else int(rng.integers(1, mix.most_things + 1))
     above = rng.random() < 0.5
     strip = (0.0, SIZE) if alone else (1.0, 20.0) if above else (SIZE - 20.0, SIZE - 1.0)
     room = (0.0, float(SIZE)) if word is None else (20.0, float(SIZE)) if above else (0.0, SIZE - 20.0)
-    things = _place_things(rng, mix, wanted, *room)
-    scale = 3  # drawn large and reduced: smooth edges at any position
-    back = _background(rng, {t.color for t in things})
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), back)
+    things = _place_things(rng, mix, count, *room)
+    scale = 3  # drawn enlarged and then reduced, for smooth edges at any position
+    background = _background(rng, {t.color for t in things})
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
     pen = ImageDraw.Draw(image)
     for thing in things:
         _draw_thing(pen, thing, scale, rng)
-    letters = _write(pen, word, strip, scale, sum(back) < 380, rng) if word else ()
+    letters = _write(pen, word, strip, scale, sum(background) < 380, rng) if word else ()
     return Scene(tuple(things), word, image.resize((SIZE, SIZE), Image.Resampling.BOX), letters)

@@ -1,0 +1,132 @@
+"""Train the pocket model from scratch: `python -m recipes.pocket.pretrain --out DIR`, in the root of the repository.
+
+Training is seeded and can be resumed: the batch of step `i` depends only on the seed and `i`, and a checkpoint holds weights,
+optimizer states and the step, so a run that was killed continues from its checkpoint and ends with the same weights. It
+takes 60 to 90 minutes on two cores.
+
+There are four stages (`recipe.Recipe`). Each teaches what the next one needs and would teach slowly or not at all: a model
+first learns what can be guessed without looking, and stays there for a long time (docs/log.md has the figures).
+
+1. Vision: linear heads, discarded afterwards, predict from each image token the colour and the shape of the thing whose centre
+   is in its cell, and the letters in the cell. Many pictures, no text. These losses continue in the answer stage with a weight
+   that falls to zero.
+2. Matching: lettered options, then each option again, followed by its letter, in texts only. Some such rows stay in every
+   later batch, because the model forgets the skill without them.
+3. Answers to questions about pictures and texts.
+4. Presence: mostly yes/no questions. Comparing a description with a picture is the last skill that the model learns, and it
+   takes practice.
+
+From the second stage on, one layer and four attention heads of the text model are supervised directly (`TokensBefore`,
+`look_back_loss`, `look_at_picture_loss`): a model of this size does not discover such attention by itself in the time
+available.
+
+Matrices are trained with Muon and all other parameters with AdamW, in bfloat16 autocast with eager attention. This was the
+fastest in wall-clock time on a CPU with bfloat16 units. Without such units the recipe is the same, but slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fedmllm.rng import seed_for
+from recipes.pocket import architecture
+from recipes.pocket.batches import Batches
+from recipes.pocket.checkpoints import export, load_checkpoint, save_checkpoint
+from recipes.pocket.losses import Heads, step_loss
+from recipes.pocket.recipe import Recipe, learning_rates, stage_of
+
+
+def _optimizers(trained: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers (Jordan 2024, with the step size of 2502.16982), AdamW for all other parameters."""
+    named = list(trained.named_parameters())
+    groups: list[list[dict[str, Any]]] = [[], []]
+    for is_vision in (True, False):
+        own = [(n, p) for n, p in named if (".vision_model." in n or ".connector." in n) == is_vision]
+        matrices = [p for n, p in own if p.ndim == 2 and (".layers." in n or ".connector." in n)]
+        rest = [p for _, p in own if not any(p is m for m in matrices)]
+        groups[0].append({"params": matrices, "weight_decay": recipe.weight_decay, "vision": is_vision})
+        for decay, parameters in (
+            (recipe.weight_decay, [p for p in rest if p.ndim >= 2]),
+            (0.0, [p for p in rest if p.ndim < 2]),
+        ):
+            groups[1].append({"params": parameters, "weight_decay": decay, "vision": is_vision})
+    return [
+        torch.optim.Muon(groups[0], momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups[1], betas=(0.9, 0.98)),
+    ]
+
+
+def _set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], recipe: Recipe, step: int) -> None:
+    for optimizer, rate in zip(optimizers, learning_rates(recipe, step), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (recipe.vision_share if group["vision"] and step >= recipe.vision_steps else 1.0)
+
+
+def pretrain(recipe: Recipe, out: Path, workers: int = 0, *, compiled: bool = False) -> None:
+    """Train in the folder `out`, or resume if it has a checkpoint.
+
+    `workers = 1` produces the batches in a second process, with the same result. `compiled` fuses the operations between
+    the matrix products: three times as fast, and the same numbers up to rounding. It needs a C++ compiler, and about a
+    minute for each new text length.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed_for(recipe.seed, "pocket-init"))
+    tokenizer = architecture.build_tokenizer(recipe.seed)
+    model = architecture.build_model(architecture.build_config(tokenizer))
+    model.set_attn_implementation("eager")
+    heads = Heads(model.config.text_config.hidden_size)
+    trained = torch.nn.ModuleDict({"model": model, "heads": heads})
+    optimizers = _optimizers(trained, recipe)
+    checkpoint = out / "checkpoint.safetensors"
+    start = load_checkpoint(checkpoint, trained, optimizers, recipe) if checkpoint.exists() else 0
+    if compiled:
+        model.model.text_model.compile(dynamic=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"pocket model: {parameters / 1e6:.2f} M parameters, steps {start} to {recipe.steps}", file=sys.stderr)
+    start_time = time.monotonic()
+    losses: list[tuple[float, float]] = []
+    batches = DataLoader(Batches(tokenizer, recipe, start), batch_size=None, num_workers=workers)
+    for step, batch in enumerate(batches, start):
+        if step == recipe.vision_steps:
+            optimizers = _optimizers(trained, recipe)
+        _set_learning_rates(optimizers, recipe, step)
+        loss, answer_loss, cell_loss = step_loss(model, heads, batch, recipe, step)
+        trained.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append((float(answer_loss.detach()), float(cell_loss.detach())))
+        if (step + 1) % 20 == 0:
+            (answers, cells), seconds = np.mean(losses[-20:], axis=0), (time.monotonic() - start_time) / len(losses)
+            line = f"step {step + 1:5d}  answers {answers:.4f}  cells {cells:.4f}  {seconds:.2f} s per step"
+            print(line, file=sys.stderr, flush=True)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == stage_of(recipe, step)[1]:
+            save_checkpoint(checkpoint, trained, optimizers, step + 1, recipe)
+            export(model, tokenizer, out / "pocket")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and, in pocket/, the finished model")
+    defaults = Recipe()
+    parser.add_argument("--answer-steps", type=int, default=defaults.answer_steps)
+    parser.add_argument("--rows", type=int, default=defaults.rows)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    arguments = parser.parse_args()
+    recipe = Recipe(answer_steps=arguments.answer_steps, rows=arguments.rows, seed=arguments.seed)
+    pretrain(recipe, arguments.out, workers=1, compiled=shutil.which("g++") is not None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The small multimodal model that ships with the package, and the recipe that made it."""
