@@ -229,7 +229,7 @@ def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
     assert run("eval", "a", *other) == found
     assert "task.companion belonged to the run's own task" in call("eval", "a", *other).stderr
     for wrong, sentence in [
-        ("train.lr=1", "only [task], [eval] and [prompt] matter to a run that is trained"),
+        ("train.lr=1", "the run is trained; only [task], [eval] and [prompt] can be set"),
         ("task.name=shape-qa", "did you mean 'shapes-qa'?"),
     ]:
         done = call("eval", "a", "--set", wrong)

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -65,7 +66,7 @@ def load_plugin(path: Path) -> None:
 class Registry(Generic[T]):
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
-        self.plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+        self.plural = re.sub(r"([^aeiou])y$", r"\1ie", kind) + "s"  # a family, families; a toy, toys
         self._package = package
         self._factories: dict[str, Callable[..., T]] = {}
         self._options: dict[str, type[BaseModel]] = {}
