@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmllm import config as files
-from fedmllm.config import Experiment, RunKind
 from fedmllm.errors import ConfigError
+from fedmllm.kinds import RunKind
 
 if TYPE_CHECKING:
+    from fedmllm.config import Experiment, Setting
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
     from fedmllm.runs.progress import ProgressCallback
@@ -47,7 +47,7 @@ def experiment_file(file: str | Path) -> Path:
     return Path(__file__).parent / "quickstart.toml" if str(file) == QUICKSTART and not path.exists() else path
 
 
-def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[files.Setting]:
+def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
     for key, value in overrides.items():
         path = (*prefix, *key.split("."))
         if isinstance(value, Mapping):
@@ -63,11 +63,12 @@ def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
     override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
     """
+    from fedmllm import config
     from fedmllm.experiment.parts import options_of, with_defaults
 
     path = experiment_file(file)
-    raw, _ = files.apply_settings(files.read(path), list(_settings(overrides)), options_of)
-    return with_defaults(files.validate(raw, str(path)))
+    raw, _ = config.apply_settings(config.read(path), list(_settings(overrides)), options_of)
+    return with_defaults(config.validate(raw, str(path)))
 
 
 def run(

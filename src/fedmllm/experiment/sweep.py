@@ -18,10 +18,11 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import Experiment, Named, PartitionTable, RunKind, Table, TrainTable
+from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
+from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import write_atomically

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmllm.config import Experiment, RunKind
+from fedmllm.config import Experiment
 from fedmllm.errors import RunError
+from fedmllm.kinds import RunKind
 from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 
 

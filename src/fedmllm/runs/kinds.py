@@ -14,13 +14,13 @@ from typing import Any
 from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
-from fedmllm.config import RunKind
 from fedmllm.data.summary import client_rows
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.federation import FederationPlan, each_alone
 from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.kinds import RunKind
 from fedmllm.runs.result import Outcome, result_of
 from fedmllm.runs.rounds import (
     Run,

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedmllm.algorithms import Algorithm
-from fedmllm.config import RunKind
 from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.kinds import RunKind
 from fedmllm.models.encoded import Encoded
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.provenance import describe
