@@ -245,7 +245,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a path out": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/../../x": b""}), "leads out"),
     "an absolute path": (
         lambda packed, file: write(file, {"made/sweep.json": index(), "/tmp/x": b""}),
-        "is no sweep's archive",
+        "is not a sweep's archive",
     ),
     "a link": (lambda packed, file: write(file, {"made/sweep.json": index()}, link="made/x"), "'made/x' is a link"),
     "two folders": (lambda packed, file: write(file, {"a/sweep.json": index(), "b/sweep.json": index()}), "one folder with"),
@@ -285,16 +285,16 @@ def test_a_folder_may_have_such_a_name(packed: Path, folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("case", "to", "sentence"),
     [
-        ("run", "x.tar.xz", "is no sweep's folder"),
-        ("nowhere", "x.tar.xz", "is no sweep's folder"),
-        ("archive", "x.tar.xz", "is no sweep's folder"),
+        ("run", "x.tar.xz", "is not a sweep's folder"),
+        ("nowhere", "x.tar.xz", "is not a sweep's folder"),
+        ("archive", "x.tar.xz", "is not a sweep's folder"),
         ("empty", "x.tar.xz", "has no complete run"),
         ("damaged", "x.tar.xz", "sweep.json cannot be read"),
         ("out", "x.tar.xz", "'../run' cannot be the name of a folder"),
         ("name", "x.tar.xz", "'a/b' cannot be the name of a folder"),
-        ("good", "x.tar.gz", "give a file's name that ends in .tar.xz"),
-        ("good", "x.xz", "give a file's name that ends in .tar.xz"),
-        ("good", "taken.tar.xz", "give a file's name that ends in .tar.xz"),
+        ("good", "x.tar.gz", "give a file name that ends in .tar.xz"),
+        ("good", "x.xz", "give a file name that ends in .tar.xz"),
+        ("good", "taken.tar.xz", "give a file name that ends in .tar.xz"),
     ],
 )
 def test_what_is_not_packed(case: str, to: str, sentence: str, packed: Path, folder: Path, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_failure_on_the_way_leaves_the_file_as_it_was(folder: Path, packed: Pa
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("fedmllm.storage.archive.os.fsync", fail)
+    monkeypatch.setattr("fedmllm.storage.atomic.os.fsync", fail)
     assert call("pack", folder, "--to", packed).exit_code == 1
     assert packed.read_bytes() == before
     assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []

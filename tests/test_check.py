@@ -79,7 +79,7 @@ def test_medalpaca_alone_has_nothing_to_test_on(experiment: Write) -> None:
     refused = call("check", experiment("medalpaca"))
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "error: task.name: 'medalpaca' has no test split; make it the task.companion of another, or set eval.split = "
+        "error: task.name: 'medalpaca' has no test split; use it as the task.companion of another task, or set eval.split = "
         '"validation".\n'
     )
     assert run("check", experiment("medalpaca", split="validation"))["test_samples"] == 1
@@ -129,7 +129,7 @@ def test_check_counts_all_that_is_wrong_before_it_refuses(experiment: Write, tmp
     ]
     assert refused.stderr.startswith(
         "error: 3 bad samples, the first: data/hateful-memes/train.jsonl, line 1, id 'hateful-memes/40001': the picture "
-        "data/hateful-memes/img/40001.png is missing; mend it"
+        "data/hateful-memes/img/40001.png is missing; fix it"
     )
     as_json = call("check", file, "--json")
     assert as_json.exit_code == 2

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmllm.data.files import Entry, EntryError, find, inside, json_lines, json_list, tab_separated
+from fedmllm.data.files import Entry, EntryError, find_file, json_lines, json_list, path_inside, tab_separated
 from fedmllm.data.samples import Problem
 from fedmllm.errors import DataError
 from helpers import quick
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["in.png", "sub/in.png", "./in.png", "sub/../in.png", "within.png", "nowhere.png", "…é東.png"])
 def test_paths_that_stay_inside_are_themselves(world: Path, name: str) -> None:
-    assert inside(world / "data", name) == world / "data" / name
+    assert path_inside(world / "data", name) == world / "data" / name
 
 
 LEAVING = [
@@ -48,36 +48,36 @@ LEAVING = [
 @pytest.mark.parametrize("name", LEAVING)
 def test_paths_that_leave_are_refused_however_they_do(world: Path, name: str) -> None:
     with pytest.raises(EntryError, match=r"leads out of .*; put the file inside") as refused:
-        inside(world / "data", name)
+        path_inside(world / "data", name)
     assert refused.value.kind == "path outside the folder"
 
 
 def test_absolute_paths_are_refused_even_where_they_lead_inside(world: Path) -> None:
     for name in (str(world / "secret.png"), str(world / "data" / "in.png"), "C:\\secret.png", "C:secret.png"):
         with pytest.raises(EntryError, match="is absolute; write it relative to"):
-            inside(world / "data", name)
-    assert inside(world / "data", str(world / "data" / "in.png"), absolute=True) == world / "data" / "in.png"
+            path_inside(world / "data", name)
+    assert path_inside(world / "data", str(world / "data" / "in.png"), absolute=True) == world / "data" / "in.png"
     with pytest.raises(EntryError, match="leads out of"):
-        inside(world / "data", str(world / "secret.png"), absolute=True)
+        path_inside(world / "data", str(world / "secret.png"), absolute=True)
 
 
 def test_a_second_name_may_not_leave_or_be_absolute_either(world: Path) -> None:
-    assert inside(world / "data", "sub", "in.png") == world / "data" / "sub" / "in.png"
+    assert path_inside(world / "data", "sub", "in.png") == world / "data" / "sub" / "in.png"
     for name in ("../../secret.png", "/etc/hostname"):
         with pytest.raises(EntryError):
-            inside(world / "data", "sub", name)
+            path_inside(world / "data", "sub", name)
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png", "circle", "x" * 5000])
 def test_names_that_no_file_can_have_are_no_crash(world: Path, name: str) -> None:
     with pytest.raises(EntryError, match="cannot be used") as refused:
-        inside(world / "data", name)
+        path_inside(world / "data", name)
     assert refused.value.kind == "missing picture"
 
 
 def test_a_folder_that_is_itself_a_link_is_fine(world: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(world / "data")
-    assert inside(tmp_path / "link", "in.png").is_file()
+    assert path_inside(tmp_path / "link", "in.png").is_file()
 
 
 PIECES = st.sampled_from(["..", ".", "sub", "out", "in.png", "secret.png", "", "/", "~", "out.png", "within.png", "\\", "C:"])
@@ -89,7 +89,7 @@ def test_no_crafted_path_escapes(world: Path, pieces: list[str], absolute: bool)
     """Whatever is accepted is, after all links, under the folder: asked of the operating system."""
     folder = world / "data"
     try:
-        found = inside(folder, "/".join(pieces), absolute=absolute)
+        found = path_inside(folder, "/".join(pieces), absolute=absolute)
     except EntryError:
         return
     real = os.path.realpath(found)
@@ -101,18 +101,22 @@ def test_a_folder_a_level_off_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "download" / "memes" / "img").mkdir()
     (tmp_path / "download" / "memes" / "train.jsonl").write_text("")
     right = tmp_path / "download" / "memes"
-    assert find("t", right, "train.jsonl") == right / "train.jsonl"
+    assert find_file("t", right, "train.jsonl") == right / "train.jsonl"
     for wrong in (right / "img", tmp_path / "download"):
         with pytest.raises(DataError) as refused:
-            find("t", wrong, "train.jsonl")
+            find_file("t", wrong, "train.jsonl")
         assert str(refused.value) == (
             f"task 't': there is no file {wrong / 'train.jsonl'}; did you mean data_dir = {str(right)!r}?"
         )
-    with pytest.raises(DataError, match=r"there is no file .*dev\.jsonl; data_dir must be the folder that holds 'dev\.jsonl'"):
-        find("t", right, "dev.jsonl")
+    with pytest.raises(
+        DataError, match=r"there is no file .*dev\.jsonl; data_dir must be the folder that contains 'dev\.jsonl'"
+    ):
+        find_file("t", right, "dev.jsonl")
     for nowhere in (tmp_path / "nowhere", right / "train.jsonl", tmp_path / ("x" * 5000)):
-        with pytest.raises(DataError, match=r"is no folder that can be read \(.*\); give the one that holds 'train\.jsonl'\.$"):
-            find("t", nowhere, "train.jsonl")
+        with pytest.raises(
+            DataError, match=r"is not a readable folder \(.*\); give the folder that contains 'train\.jsonl'\.$"
+        ):
+            find_file("t", nowhere, "train.jsonl")
 
 
 def test_lines_end_as_they_like_and_empty_ones_count(tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_rows_that_do_not_fit_the_header_are_named(tmp_path: Path) -> None:
 def test_a_table_without_its_columns_is_another_file(tmp_path: Path) -> None:
     for content in ("", "a,b\n1,2\n"):
         (tmp_path / "a.tsv").write_text(content)
-        with pytest.raises(DataError, match=r"a\.tsv, line 1: there is no column 'a' among .*; is it another file\?$"):
+        with pytest.raises(DataError, match=r"a\.tsv, line 1: there is no column 'a' among .*; is it a different file\?$"):
             list(tab_separated(tmp_path / "a.tsv", ("a",)))
 
 

@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 
 from commands import run
-from fedmllm.data.samples import Loaded, Split, Stored, collect, decode, image_key, survey, upright_size
+from fedmllm.data.images import StoredPicture, decode, image_key, upright_size
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Loaded, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from helpers import png
+from helpers import load_samples, png
 
 FEATURES = datasets.Features(
     {
@@ -76,7 +78,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 def load(path: Path, split: Split = "train", on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build("hub", {"dataset": str(path), **options}), split, on_bad_sample)
+    return load_samples(tasks.build("hub", {"dataset": str(path), **options}), split, on_bad_sample)
 
 
 def test_columns_become_parts_of_a_sample(folder: Callable[..., Path]) -> None:
@@ -85,7 +87,7 @@ def test_columns_become_parts_of_a_sample(folder: Callable[..., Path]) -> None:
     assert [s.id for s in found] == [str(i) for i in range(9)]
     one = found[1]
     assert (one.question, one.text) == ("what is no. 1?", "caption 1")
-    assert isinstance(one.image, Stored)
+    assert isinstance(one.image, StoredPicture)
     assert one.image.read() == png((1, 0, 0))
     assert (one.answer, one.choices, one.lettered) == ("dog", ("cat", "dog", "bird"), True)
     assert (one.label, one.source, one.where) == ("south", "south", f"{path}, split 'train', row 1")
@@ -103,7 +105,7 @@ def test_pictures_stay_on_disk_and_equal_ones_are_one(folder: Callable[..., Path
     tracemalloc.stop()
     assert held < len(picture.getvalue())
     first, second = found[0].image, found[1].image
-    assert isinstance(first, Stored)
+    assert isinstance(first, StoredPicture)
     assert first == second
     assert image_key(first) == image_key(picture.getvalue())
     assert decode(first).tobytes() == decode(picture.getvalue()).tobytes()
@@ -156,12 +158,12 @@ def test_an_image_folder_is_read_by_its_paths(tmp_path: Path) -> None:
         ({}, {"image": "options"}, "the picture is of type list, neither bytes nor a path", "wrong value"),
         ({"reply": None}, {}, "'answer' is missing", "wrong value"),
         ({"reply": -1}, {}, "'answer' is missing", "wrong value"),
-        ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "no index of 3", "wrong value"),
-        ({"options": ["one"]}, {"choices": "options"}, "the choices are no list of at least two texts", "wrong value"),
-        ({"options": ["one", "one"]}, {"choices": "options"}, "hold the same text twice", "wrong value"),
+        ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "not an index into", "wrong value"),
+        ({"options": ["one"]}, {"choices": "options"}, "the choices must be a list of at least two texts", "wrong value"),
+        ({"options": ["one", "one"]}, {"choices": "options"}, "must not contain the same text twice", "wrong value"),
         ({"options": ["one", "two"]}, {"choices": "options"}, "is not among the choices", "answer not among the choices"),
         ({"key": 7}, {"id": "key"}, "the id '7' is used twice", "duplicate id"),
-        ({}, {"answer": "caption"}, "nothing is asked: set task.question to a column", "wrong value"),
+        ({}, {"answer": "caption"}, "there is no question: set task.question to a column", "wrong value"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_bad_samples(
@@ -172,8 +174,8 @@ def test_bad_rows_are_bad_samples(
         load(path, **{"answer": "reply", **options})
     assert f"{path}, split 'train', row {1 if 'key' in changes else 0}" in str(refused.value)
     assert message in str(refused.value)
-    found = survey(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
-    assert {p.kind for p in found.skipped} == {kind}
+    found = read_split(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
+    assert {p.kind for p in found.problems} == {kind}
 
 
 def test_a_column_that_is_not_there_is_named_with_the_nearest(folder: Callable[..., Path]) -> None:
@@ -226,5 +228,5 @@ def test_a_run_on_a_folder_of_the_hub(
 def test_pictures_are_not_decoded_by_the_library(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
     (first, *_) = load(folder(), **MAP).samples
-    assert isinstance(first.image, Stored)
+    assert isinstance(first.image, StoredPicture)
     assert first.image.read() == png((0, 0, 0))

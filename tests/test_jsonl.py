@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.samples import Loaded, Sample, collect
+from fedmllm.data.samples import Loaded, Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from helpers import png
+from helpers import load_samples, png
 
 GOOD = {"id": "good", "text": "a text", "question": "what?", "answer": "yes"}
 
@@ -21,7 +21,7 @@ def write(folder: Path, *lines: dict[str, Any] | bytes) -> Path:
 
 
 def load(path: Path, on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build("jsonl", {"train": str(path), "test": str(path), **options}), "train", on_bad_sample)
+    return load_samples(tasks.build("jsonl", {"train": str(path), "test": str(path), **options}), "train", on_bad_sample)
 
 
 def only(folder: Path, line: dict[str, Any], **options: Any) -> Sample:
@@ -95,7 +95,7 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("text is a number", {**GOOD, "id": "x", "text": 3}, ", id 'x': the key 'text' must be text"),
     ("no question", {"id": "x", "answer": "y"}, ", id 'x': a sample needs a 'question'"),
     ("one choice", {**GOOD, "id": "x", "choices": ["yes"]}, ", id 'x': the key 'choices' must be a list of at least two"),
-    ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' holds the same"),
+    ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' must not"),
     ("answer no choice", {**GOOD, "id": "x", "choices": ["a", "b"]}, ", id 'x': the answer 'yes' is not among the choices"),
     ("too many choices", {**GOOD, "id": "x", "choices": ["yes", *map(str, range(26))]}, ", id 'x': 27 choices are more than"),
     ("duplicate id", GOOD, ", id 'good': the id 'good' is used twice"),
@@ -115,7 +115,7 @@ def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
     message = str(refused.value)
     assert message.startswith(f"{path}, line 2")
     assert what in message
-    assert message.endswith('; mend it, or set task.on_bad_sample = "skip" to go on without.')
+    assert message.endswith('; fix it, or set task.on_bad_sample = "skip" to continue without it.')
     assert "\n" not in message
 
 
@@ -123,8 +123,8 @@ def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
 def test_a_bad_line_is_skipped_and_counted(tmp_path: Path, line: dict[str, Any] | bytes, what: str) -> None:
     loaded = load(write(tmp_path, GOOD, line, {**GOOD, "id": "other"}), "skip")
     assert [s.id for s in loaded.samples] == ["good", "other"]
-    assert len(loaded.skipped) == 1
-    assert what in str(loaded.skipped[0])
+    assert len(loaded.problems) == 1
+    assert what in str(loaded.problems[0])
 
 
 def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_samples_go_to_clients_that_can_see_something_of_them() -> None:
 
 
 def test_a_scenario_that_needs_more_clients_is_a_data_error() -> None:
-    with pytest.raises(DataError, match=r"^scenario: image_clients = 5 is more than the 4 clients there are; change it or"):
+    with pytest.raises(DataError, match=r"^scenario: image_clients = 5 is more than the number of clients, 4; change it or"):
         drawn(mixed(20), scenario="cross", image_clients=5)
 
 
@@ -184,7 +184,7 @@ def test_more_clients_than_samples_is_a_data_error() -> None:
 
 def test_samples_that_nobody_can_see_are_a_data_error() -> None:
     texts = [sample(f"{i}", "text") for i in range(20)]
-    with pytest.raises(DataError, match="20 samples have only text and no client has that"):
+    with pytest.raises(DataError, match="20 samples have only text, which no client has"):
         drawn(texts, scenario="cross", image_clients=4)
     with pytest.raises(DataError, match=r"client \d cannot be given min_samples = 1 samples that it may hold"):
         drawn(texts, scenario="cross", image_clients=1)

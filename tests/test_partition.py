@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmllm.data.minimum import ensure_minimum
+from fedmllm.data.min_samples import ensure_minimum
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.errors import ConfigError, DataError

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from commands import call, run
 from fedmllm.config import validate
-from fedmllm.data.samples import Sample, Split, collect, decode
+from fedmllm.data.images import decode
+from fedmllm.data.samples import Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.pocket_memes import CHOICES, COLORS, Meme, ceiling, draw_meme
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.rng import stream
-from helpers import quick
+from helpers import load_samples, quick
 
 shares = st.floats(0, 1)
 noises = st.floats(0, 0.5)
@@ -93,7 +94,7 @@ def test_the_generator_draws_what_the_enumeration_counts(p_image: float, p_text:
 
 
 def samples(split: Split = "train", **options: float) -> list[Sample]:
-    return collect(tasks.build("pocket-memes", {"n": 300, "test": 300, **options}), split, "error").samples
+    return load_samples(tasks.build("pocket-memes", {"n": 300, "test": 300, **options}), split, "error").samples
 
 
 def dominant(image: object) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.samples import Loaded, Sample, Split, collect, survey
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Loaded, Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.crisismmd import CHOICES, without_urls
 from fedmllm.errors import ConfigError, DataError
+from helpers import load_samples
 from layouts import (
     LAYOUTS,
     TSV_COLUMNS,
@@ -40,7 +42,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def load(name: str, data_dir: Path, split: Split = "train", on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build(name, {"data_dir": str(data_dir), **options}), split, on_bad_sample)
+    return load_samples(tasks.build(name, {"data_dir": str(data_dir), **options}), split, on_bad_sample)
 
 
 def by_id(loaded: Loaded) -> dict[str, Sample]:
@@ -223,15 +225,15 @@ BAD: list[tuple[str, str, Any, Any, str, str]] = [
     ("hateful-memes", MEMES, MEME, {"img": "/x.png"}, "id 1: the path '/x.png' is absolute", "path outside the folder"),
     ("hateful-memes", MEMES, MEME, {"img": "train.jsonl"}, "train.jsonl cannot be decoded", "undecodable picture"),
     ("hateful-memes", MEMES, MEME, {"id": 40002}, "'hateful-memes/40002' is used twice", "duplicate id"),
-    ("crisismmd", TWEETS, ROW, {"label_image": "flood"}, "'label_image' is 'flood', which is none of", "wrong value"),
+    ("crisismmd", TWEETS, ROW, {"label_image": "flood"}, "'label_image' is 'flood', which is not one of", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"label_image": "", "label": ""}, "'label' is empty", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"image": "../../x.jpg"}, "the path '../../x.jpg' leads out of", "path outside the folder"),
     ("crisismmd", TWEETS, ROW, {"image": "data_image/no.jpg"}, "data_image/no.jpg is missing", "missing picture"),
     ("crisismmd", TWEETS, ROW, {"image_id": " "}, "'image_id' is empty", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"tweet_text": "a\tb"}, "the line has 10 fields, not 9", "unreadable entry"),
     ("vqa-rad", RAD, ENTRY, {"answer_type": "YES"}, "id 1: 'answer_type' is 'YES', neither OPEN nor CLOSED", "wrong value"),
-    ("vqa-rad", RAD, ENTRY, {"phrase_type": "poem"}, "id 1: 'phrase_type' is 'poem', which is none of", "wrong value"),
-    ("vqa-rad", RAD, ENTRY, {"phrase_type": 4}, "id 1: 'phrase_type' is '4', which is none of", "wrong value"),
+    ("vqa-rad", RAD, ENTRY, {"phrase_type": "poem"}, "id 1: 'phrase_type' is 'poem', which is not one of", "wrong value"),
+    ("vqa-rad", RAD, ENTRY, {"phrase_type": 4}, "id 1: 'phrase_type' is '4', which is not one of", "wrong value"),
     ("vqa-rad", RAD, ENTRY, {"question": ["what?"]}, "id 1: 'question' is missing or is neither", "wrong value"),
     ("vqa-rad", RAD, ENTRY, {"answer": "  "}, "id 'vqa-rad/1': the answer is empty", "empty answer"),
     ("vqa-rad", RAD, ENTRY, {"answer": False}, "id 1: 'answer' is missing or is neither", "wrong value"),
@@ -263,15 +265,15 @@ def test_each_damage_is_one_bad_sample(
     assert str(refused.value).startswith(where)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-    skipped = load(name, data, on_bad_sample="skip")
-    assert len(skipped.samples) == 1
-    assert [p.kind for p in skipped.skipped] == [kind]
+    loaded = load(name, data, on_bad_sample="skip")
+    assert len(loaded.samples) == 1
+    assert [p.kind for p in loaded.problems] == [kind]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_that_is_not_there_or_a_level_off(folder: Folder, name: str) -> None:
     data = folder(name)
-    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is no folder that can be read"):
+    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is not a readable folder"):
         load(name, data / "nowhere", on_bad_sample="skip")
     for wrong in (data.parent, next(p for p in sorted(data.iterdir()) if p.is_dir()) if name != "medalpaca" else data.parent):
         with pytest.raises(DataError, match=f"^task '{name}': there is no file .*; did you mean data_dir = '{data}'"):
@@ -296,7 +298,7 @@ def test_a_bad_entry_of_a_file_with_both_splits_counts_once(folder: Folder) -> N
     data = folder("vqa-rad")
     write_json(data / RAD, [rad_entry(0), rad_entry(1, "test_para"), 7, rad_entry(2, "poem")])
     task = tasks.build("vqa-rad", {"data_dir": str(data)})
-    assert [len(survey(task, split).skipped) for split in ("train", "test")] == [2, 0]
+    assert [len(read_split(task, split).problems) for split in ("train", "test")] == [2, 0]
 
 
 @pytest.mark.parametrize("name", ["hateful-memes", "crisismmd", "vqa-rad", "slake"])
@@ -314,5 +316,5 @@ def test_a_picture_linked_from_elsewhere_is_a_bad_sample(folder: Folder) -> None
     picture(data.parent / "secret.png")
     (data / "img" / "40001.png").unlink()
     (data / "img" / "40001.png").symlink_to(data.parent / "secret.png")
-    (bad,) = load("hateful-memes", data, on_bad_sample="skip").skipped
+    (bad,) = load("hateful-memes", data, on_bad_sample="skip").problems
     assert bad.kind == "path outside the folder"

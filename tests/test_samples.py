@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fedmllm.data.samples import Problem, Sample, collect, decode, image_key, survey, upright_size
+from fedmllm.data.images import decode, image_key, upright_size
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Problem, Sample
 from fedmllm.errors import DataError
-from helpers import png, sample, task
+from helpers import load_samples, png, sample, task
 
 TEXT = sample("t", "text")
 
@@ -28,9 +30,9 @@ def test_modalities_are_what_the_sample_has(kind: str, names: set[str]) -> None:
 
 
 def test_samples_come_in_the_order_of_their_ids() -> None:
-    loaded = collect(task(*(sample(i, "text") for i in ("b", "c", "a"))), "train", "error")
+    loaded = load_samples(task(*(sample(i, "text") for i in ("b", "c", "a"))), "train", "error")
     assert [s.id for s in loaded.samples] == ["a", "b", "c"]
-    assert loaded.skipped == []
+    assert loaded.problems == []
 
 
 BAD = [
@@ -49,41 +51,41 @@ BAD = [
 @pytest.mark.parametrize(("bad", "message"), BAD)
 def test_a_bad_sample_is_an_error_in_one_sentence(bad: Sample | Problem, message: str) -> None:
     with pytest.raises(DataError) as refused:
-        collect(task(TEXT, bad), "train", "error")
+        load_samples(task(TEXT, bad), "train", "error")
     prefix = "" if isinstance(bad, Problem) else "fake, "
     assert str(refused.value).startswith(prefix + message)
-    assert str(refused.value).endswith('; mend it, or set task.on_bad_sample = "skip" to go on without.')
+    assert str(refused.value).endswith('; fix it, or set task.on_bad_sample = "skip" to continue without it.')
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD)
 def test_a_bad_sample_is_skipped_and_counted(bad: Sample | Problem, message: str) -> None:
-    loaded = collect(task(TEXT, bad, sample("u", "text")), "train", "skip")
+    loaded = load_samples(task(TEXT, bad, sample("u", "text")), "train", "skip")
     assert [s.id for s in loaded.samples] == ["t", "u"]
-    assert len(loaded.skipped) == 1
-    assert message in str(loaded.skipped[0])
+    assert len(loaded.problems) == 1
+    assert message in str(loaded.problems[0])
 
 
 def test_many_bad_samples_are_counted_and_the_first_one_is_named() -> None:
     odd = sample("x", "text", answer="", where="data.jsonl, line 2")
     with pytest.raises(DataError, match=r"^3 bad samples, the first: data\.jsonl, line 2, id 'x': the answer is empty"):
-        collect(task(TEXT, odd, Problem("data.jsonl, line 3", "it is odd"), TEXT), "train", "error")
+        load_samples(task(TEXT, odd, Problem("data.jsonl, line 3", "it is odd"), TEXT), "train", "error")
 
 
 def test_nothing_usable_is_an_error_even_when_skipping() -> None:
     with pytest.raises(
         DataError, match=r"^task 'fake' has no usable sample in its test split; the first problem: line 1: odd\.$"
     ):
-        collect(task(Problem("line 1", "odd")), "test", "skip")
+        load_samples(task(Problem("line 1", "odd")), "test", "skip")
     with pytest.raises(DataError, match=r"^task 'fake' has no usable sample in its train split\.$"):
-        collect(task(), "train", "error")
+        load_samples(task(), "train", "error")
 
 
 def test_a_picture_that_many_samples_share_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, looked = tmp_path / "p.png", []
     path.write_bytes(png())
-    monkeypatch.setattr("fedmllm.data.samples.decode", looked.append)
-    collect(task(*(sample(str(i), image=path) for i in range(5))), "train", "error")
+    monkeypatch.setattr("fedmllm.data.loading.decode", looked.append)
+    load_samples(task(*(sample(str(i), image=path) for i in range(5))), "train", "error")
     assert looked == [path]
 
 
@@ -95,7 +97,7 @@ def test_only_the_pictures_of_chosen_samples_are_decoded() -> None:
         seen.append([s.id for s in samples])
         return samples[:1]
 
-    assert collect(task(broken, fine), "train", "error", choose).samples == [fine]
+    assert load_samples(task(broken, fine), "train", "error", choose).samples == [fine]
     assert seen == [["a", "b"]], "the choice is made from the samples in the order of their ids"
 
 
@@ -203,7 +205,7 @@ def test_damaged_exif_data_do_not_hide_a_whole_picture(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, "JPEG", exif=exif)
         picture = sample("a", image=buffer.getvalue())
-        assert collect(task(picture), "train", "error").samples == [picture]
+        assert load_samples(task(picture), "train", "error").samples == [picture]
 
 
 def test_transparent_parts_are_white() -> None:
@@ -244,7 +246,7 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, p
     # Pillow warns of more than its limit and refuses more than twice as many; neither is a crash, or a picture.
     bomb = sample("x", image=encoded(Image.new("RGB", (10, 10))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
-    (bad,) = collect(task(TEXT, bomb), "train", "skip").skipped
+    (bad,) = load_samples(task(TEXT, bomb), "train", "skip").problems
     assert bad.kind == "picture too large"
     assert str(bad).endswith(
         f"the picture (in memory) has more than {pixels} pixels, Pillow's limit against decompression bombs; make it smaller"
@@ -253,7 +255,7 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, p
 
 def test_a_large_picture_below_the_limit_is_fine() -> None:
     large = sample("x", image=encoded(Image.new("1", (6000, 5000))))
-    assert collect(task(large), "train", "error").samples == [large]
+    assert load_samples(task(large), "train", "error").samples == [large]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
@@ -265,11 +267,11 @@ def test_damaged_pictures_are_bad_samples_wherever_they_are_damaged(format: str)
         damaged = bytearray(whole)
         damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
         pictures.append(bytes(damaged))
-    found = survey(task(*(sample(str(i), image=data) for i, data in enumerate(pictures))), "train")
-    assert len(found.samples) + len(found.skipped) == len(pictures)
-    assert {p.kind for p in found.skipped} <= {"undecodable picture", "picture too large"}
-    assert found.skipped
-    assert not any("\n" in str(p) for p in found.skipped)
+    found = read_split(task(*(sample(str(i), image=data) for i, data in enumerate(pictures))), "train")
+    assert len(found.samples) + len(found.problems) == len(pictures)
+    assert {p.kind for p in found.problems} <= {"undecodable picture", "picture too large"}
+    assert found.problems
+    assert not any("\n" in str(p) for p in found.problems)
 
 
 def test_closed_is_what_the_data_says_or_what_has_choices() -> None:
@@ -290,7 +292,7 @@ def test_sixteen_bits_of_grey_keep_their_range(format: str) -> None:
 def test_pixels_of_unknown_range_are_no_black_picture(mode: str) -> None:
     picture = encoded(Image.new(mode, (2, 2), 1), "TIFF")
     with pytest.raises(DataError, match=f"cannot be decoded .*mode {mode}"):
-        collect(task(sample("x", image=picture)), "train", "error")
+        load_samples(task(sample("x", image=picture)), "train", "error")
 
 
 def test_the_same_picture_has_one_key_wherever_it_lies(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ kinds = st.sampled_from(["both", "image", "text", "none"])
 
 
 def visible(name: str, kind: str = "both", seed: int = 0, **options: object) -> frozenset[str]:
-    return scenarios.build(name, options).visible(sample("s", kind), stream(seed, "test"))
+    return scenarios.build(name, options).visible(sample("s", kind), 0, stream(seed, "test"))
 
 
 def clients_of(name: str, number: int, seed: int = 0, **options: object) -> list[frozenset[str]]:
@@ -95,7 +95,7 @@ def test_cross_draws_which_clients_from_the_seed() -> None:
 
 
 def test_cross_with_more_image_clients_than_clients_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_clients = 11 is more than the 10 clients there are"):
+    with pytest.raises(ValueError, match="image_clients = 11 is more than the number of clients, 10"):
         clients_of("cross", 10, image_clients=11)
 
 

@@ -183,10 +183,10 @@ def test_results_that_are_not_there_say_why(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run directory"):
         RunDir(tmp_path).result()
     run = begun(tmp_path)
-    with pytest.raises(RunError, match=r"is not complete; go on with `fedmllm run … --resume`"):
+    with pytest.raises(RunError, match=r"is not complete; continue it with `fedmllm run … --resume`"):
         run.result()
     (tmp_path / "result.json").write_text('{"cut')
-    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be made again"):
+    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be repeated"):
         run.result()
 
 
@@ -215,7 +215,7 @@ def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     with run.claimed():
         found = unfinished(tmp_path, "exp", "d")
         assert found is not None
-        with pytest.raises(RunError, match="another process is at work on this run"), found.claimed():
+        with pytest.raises(RunError, match="another process is working on this run"), found.claimed():
             pass
     with pytest.raises(OSError, match="full"), run.claimed():
         raise OSError("full")

@@ -9,9 +9,10 @@ from typing import Any
 import easy_vqa
 import pytest
 
-from fedmllm.data.samples import Problem, Sample, Split, collect
+from fedmllm.data.samples import Problem, Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
+from helpers import load_samples
 
 # Two phrases, "a red circle" and "a blue square", of a shapes-qa text.
 THING = re.compile(r"[Aa] (\w+) (circle|rectangle|triangle)\b")
@@ -60,7 +61,7 @@ def test_a_picture_that_the_package_lacks_is_reported(monkeypatch: pytest.Monkey
     monkeypatch.setattr(easy_vqa, "get_test_image_paths", dict)
     monkeypatch.setattr(easy_vqa, "get_test_questions", lambda: (["what?"], ["red"], [7]))
     with pytest.raises(DataError, match=r"^easy-vqa test question 0, id 'easy-vqa/test/00000': the picture 7\.png is missing"):
-        collect(tasks.build("easy-vqa", {}), "test", "error")
+        load_samples(tasks.build("easy-vqa", {}), "test", "error")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -101,6 +102,6 @@ def test_shapes_qa_needs_samples(option: str) -> None:
 
 @pytest.mark.parametrize("name", ["easy-vqa", "shapes-qa"])
 def test_the_embedded_tasks_hold_no_bad_sample(name: str) -> None:
-    loaded = collect(tasks.build(name, {}), "test", "error")
+    loaded = load_samples(tasks.build(name, {}), "test", "error")
     assert loaded.samples == sorted(loaded.samples, key=lambda s: s.id)
     assert not any(isinstance(entry, Problem) for entry in tasks.build(name, {}).load("train"))
