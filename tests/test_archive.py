@@ -163,7 +163,7 @@ def test_messages_name_the_archive(packed: Path, folder: Path, tmp_path: Path) -
     for arguments, sentence in [
         ((packed, "--baseline", "FedAvgg"), f"--baseline FedAvgg: {packed} has no cell of that name"),
         ((tmp_path / "less.tar.xz", "--baseline", "zero-shot"), f"error: {tmp_path}/less.tar.xz/zero-shot/predictions.jsonl"),
-        ((packed, folder), f"error: {packed} is not a run directory"),
+        ((packed, folder), f"note: {packed} is a sweep's folder, compare it alone; skipped"),
     ]:
         done = call("compare", *arguments)
         assert done.exit_code == 2

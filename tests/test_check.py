@@ -101,7 +101,7 @@ def test_check_counts_classes_and_modalities(experiment: Write) -> None:
         "  classes (4): affected individuals 2, not humanitarian 2, other relevant information 2, vehicle damage 2"
     )
     assert lines[2] == "test: 4 samples, 4 with image and text"
-    assert lines[4].startswith(f"{file} is good: 8 samples to train on and 4 to test on")
+    assert lines[4].startswith(f"{file} is valid: 8 training samples, 4 test samples,")
 
 
 def damage(data: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_folder_of_save_to_disk_is_read_too(tmp_path: Path) -> None:
     datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     assert len(load(tmp_path / "saved", **MAP).samples) == 3
     made["train"].save_to_disk(tmp_path / "alone")
-    with pytest.raises(DataError, match="is one split alone; save a DatasetDict"):
+    with pytest.raises(DataError, match="is a single split; save a DatasetDict"):
         load(tmp_path / "alone", **MAP)
 
 

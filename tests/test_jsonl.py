@@ -90,7 +90,7 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("boolean answer", {**GOOD, "id": "x", "answer": False}, ", id 'x': the key 'answer' is missing or is neither"),
     ("answer is a list", {**GOOD, "id": "x", "answer": ["y"]}, ", id 'x': the key 'answer' is missing or is neither"),
     ("label is a list", {**GOOD, "id": "x", "label": ["y"]}, ", id 'x': the key 'label' is neither text nor a whole number"),
-    ("unknown key", {**GOOD, "id": "x", "zz": 1}, ", id 'x': unknown key 'zz'; known are answer, choices, id, image, label, "),
+    ("unknown key", {**GOOD, "id": "x", "zz": 1}, ", id 'x': unknown key 'zz'; choose one of answer, choices, id, "),
     ("misspelt key", {**GOOD, "id": "x", "imagee": ""}, ", id 'x': unknown key 'imagee'; did you mean 'image'?"),
     ("text is a number", {**GOOD, "id": "x", "text": 3}, ", id 'x': the key 'text' must be text"),
     ("no question", {"id": "x", "answer": "y"}, ", id 'x': a sample needs a 'question'"),

@@ -5,6 +5,7 @@ import random
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Holding, Manifest, draw
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
-from fedmllm.data.scenarios import BOTH, scenarios
+from fedmllm.data.scenarios import BOTH, Modalities, Scenario, scenarios
 from fedmllm.errors import DataError
 from helpers import mixed, quick, sample
 
@@ -168,6 +169,23 @@ def test_samples_go_to_clients_that_can_see_something_of_them() -> None:
     assert sorted(map(sorted, has)) == [["image"], ["image"], ["text"], ["text"]]
     by_id = {s.id: s for s in samples}
     assert all(h.visible == by_id[h.sample_id].modalities & has[h.client] for h in made)
+
+
+IMAGE_LOSS = (0.0, 0.5, 1.0)
+
+
+def lose_images(sample: Sample, client: int, rng: np.random.Generator) -> Modalities:
+    lost = rng.random() < IMAGE_LOSS[client]
+    return sample.modalities - {"image"} if lost else sample.modalities
+
+
+def test_a_scenario_can_have_a_rate_per_client() -> None:
+    scenario = Scenario(clients=lambda number, rng: [BOTH] * number, visible=lose_images)
+    manifest = draw([sample(f"{i:03d}") for i in range(900)], partitions.build("iid", {}), scenario, 3, 1, 0)
+    held, images, texts = manifest.counts().T.tolist()
+    assert held == texts == [300, 300, 300]
+    assert (images[0], images[2]) == (300, 0)
+    assert images[1] / 300 == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_scenario_that_needs_more_clients_is_a_data_error() -> None:

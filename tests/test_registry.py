@@ -77,9 +77,9 @@ def test_parts_are_found_through_entry_points(toys: Registry[Any], monkeypatch: 
     ("name", "options", "message"),
     [
         ("sqare", {}, "toy.name: there is no toy 'sqare'; did you mean 'square'?"),
-        ("zzz", {}, "toy.name: there is no toy 'zzz'; known are ball, square."),
+        ("zzz", {}, "toy.name: there is no toy 'zzz'; choose one of ball, square."),
         ("square", {"size": 1.0, "colour": "red"}, "toy.colour: unknown key for toy 'square'; did you mean 'color'?"),
-        ("ball", {"size": 1.0}, "toy.size: unknown key for toy 'ball'; none are known."),
+        ("ball", {"size": 1.0}, "toy.size: unknown key for toy 'ball'; none exist."),
         ("square", {}, "toy.size: this key is required by toy 'square'."),
         ("square", {"size": "big"}, "toy.size: input should be a valid number, got 'big'."),
         ("square", {"size": float("nan")}, "toy.size: input should be a finite number, got nan."),
@@ -126,5 +126,5 @@ def test_every_part_of_the_package_keeps_the_contract(part: Registry[Any], name:
 
 def test_suggest_names_the_nearest_else_all_else_none() -> None:
     assert suggest("hybird", ["hybrid", "cross"]) == "did you mean 'hybrid'?"
-    assert suggest("zzz", ["b", "a"]) == "known are a, b."
-    assert suggest("zzz", []) == "none are known."
+    assert suggest("zzz", ["b", "a"]) == "choose one of a, b."
+    assert suggest("zzz", []) == "none exist."
