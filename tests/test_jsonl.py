@@ -48,9 +48,9 @@ def test_a_full_line_becomes_a_sample(tmp_path: Path) -> None:
 
 
 def test_a_short_line_becomes_a_sample(tmp_path: Path) -> None:
-    found = only(tmp_path, {"id": "a", "question": "how many?", "answer": 3, "text": None, "image": "", "label": None})
-    assert (found.answer, found.label, found.source) == ("3", "3", "")
-    assert (found.text, found.image, found.choices, found.lettered) == (None, None, None, False)
+    sample = only(tmp_path, {"id": "a", "question": "how many?", "answer": 3, "text": None, "image": "", "label": None})
+    assert (sample.answer, sample.label, sample.source) == ("3", "3", "")
+    assert (sample.text, sample.image, sample.choices, sample.lettered) == (None, None, None, False)
 
 
 @pytest.mark.parametrize("label", [0, "0"])
@@ -58,7 +58,7 @@ def test_a_label_of_zero_is_a_label(tmp_path: Path, label: Any) -> None:
     assert only(tmp_path, {**GOOD, "label": label}).label == "0"
 
 
-def test_choices_need_no_question_unless_they_are_not_shown(tmp_path: Path) -> None:
+def test_lettered_choices_need_no_question(tmp_path: Path) -> None:
     line = {"id": "a", "choices": ["no", "yes"], "answer": "yes"}
     assert only(tmp_path, line).lettered
     with pytest.raises(DataError, match="a sample needs a 'question', or lettered 'choices'"):
@@ -110,9 +110,9 @@ def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
     tmp_path: Path, line: dict[str, Any] | bytes, what: str
 ) -> None:
     path = write(tmp_path, GOOD, line)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load(path)
-    message = str(refused.value)
+    message = str(caught.value)
     assert message.startswith(f"{path}, line 2")
     assert what in message
     assert message.endswith('; fix it, or set task.on_bad_sample = "skip" to continue without it.')
@@ -127,7 +127,7 @@ def test_a_bad_line_is_skipped_and_counted(tmp_path: Path, line: dict[str, Any] 
     assert what in str(loaded.problems[0])
 
 
-def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:
+def test_unusable_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.png is missing;"):
         load(write(tmp_path, {**GOOD, "image": "no.png"}))
     with pytest.raises(DataError, match=r"data\.jsonl cannot be decoded \("):
@@ -136,9 +136,9 @@ def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        with pytest.raises(DataError) as refused:
+        with pytest.raises(DataError) as caught:
             load(path, "skip")
-        assert str(refused.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
+        assert str(caught.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
 
 
 def test_an_empty_file_has_no_usable_sample(tmp_path: Path) -> None:

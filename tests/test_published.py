@@ -1,4 +1,4 @@
-"""Each published layout becomes the right samples, and each damage to it one bad sample."""
+"""Each published layout gives the right samples, and each damaged entry gives one bad sample."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """A function that makes the folder of a layout."""
+    """A function that creates the folder of a layout."""
 
     def make(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -51,9 +51,9 @@ def by_id(loaded: Loaded) -> dict[str, Sample]:
 
 def test_hateful_memes(folder: Folder) -> None:
     data = folder("hateful-memes")
-    found = load("hateful-memes", data).samples
-    assert [s.id for s in found] == [f"hateful-memes/{40000 + i}" for i in range(1, 9)]
-    assert found[0] == Sample(
+    samples = load("hateful-memes", data).samples
+    assert [s.id for s in samples] == [f"hateful-memes/{40000 + i}" for i in range(1, 9)]
+    assert samples[0] == Sample(
         id="hateful-memes/40001",
         question="is this meme hateful?",
         answer="hateful",
@@ -65,7 +65,7 @@ def test_hateful_memes(folder: Folder) -> None:
         source="hateful-memes",
         where=f"{data / 'train.jsonl'}, line 1",
     )
-    assert found[1].answer == "not hateful"
+    assert samples[1].answer == "not hateful"
     assert len(load("hateful-memes", data, "test").samples) == 4
     assert len(load("hateful-memes", data, "test", test_set="dev_seen").samples) == 3
     task = tasks.build("hateful-memes", {"data_dir": str(data)})
@@ -74,12 +74,12 @@ def test_hateful_memes(folder: Folder) -> None:
 
 def test_crisismmd(folder: Folder) -> None:
     data = folder("crisismmd")
-    found = load("crisismmd", data).samples
+    samples = load("crisismmd", data).samples
     name = "crisismmd_datasplit_all/task_humanitarian_text_img_train.tsv"
-    assert found[0] == Sample(
+    assert samples[0] == Sample(
         id="crisismmd/917791044158185473_0",
         question="which kind of humanitarian information is this?",
-        answer="affected individuals",  # by the picture; the tweet's own label is another
+        answer="affected individuals",  # the label of the image; that of the tweet differs
         image=data / "data_image" / "hurricane_irma" / "6_9_2017" / "0_0.jpg",
         text='RT @someone: "Water everywhere, no. 0',
         choices=CHOICES,
@@ -88,16 +88,16 @@ def test_crisismmd(folder: Folder) -> None:
         source="hurricane_irma",
         where=f"{data / name}, line 2",
     )
-    assert len(found) == 8
+    assert len(samples) == 8
     assert len(CHOICES) == 8
-    assert {s.source for s in found} == {"hurricane_irma", "mexico_earthquake"}
+    assert {s.source for s in samples} == {"hurricane_irma", "mexico_earthquake"}
     assert len(load("crisismmd", data, "test").samples) == 4
     assert len(load("crisismmd", data, "test", test_set="dev").samples) == 2
     agreed = load("crisismmd", data, split_set="agreed").samples
     assert [s.image.name for s in agreed if isinstance(s.image, Path)] == [f"{100 + i}_0.jpg" for i in range(8)]
 
 
-def test_a_tweet_without_a_label_of_its_picture_has_its_own(folder: Folder) -> None:
+def test_without_an_image_label_the_label_of_the_tweet_is_used(folder: Folder) -> None:
     data = folder("crisismmd")
     path = data / "crisismmd_datasplit_all" / "task_humanitarian_text_img_train.tsv"
     write_table(path, [{**tweet(0), "label_image": ""}, tweet(4)])
@@ -118,7 +118,7 @@ def test_a_tweet_without_a_label_of_its_picture_has_its_own(folder: Folder) -> N
         ("https://t.co/x", ""),
     ],
 )
-def test_urls_are_taken_out_of_tweets(tweet: str, text: str) -> None:
+def test_urls_are_removed_from_tweets(tweet: str, text: str) -> None:
     assert without_urls(tweet) == text
 
 
@@ -162,7 +162,7 @@ def test_vqa_rad(folder: Folder) -> None:
         ("OPEN", 5.6, ("5.6", None, False)),
     ],
 )
-def test_closed_and_open_as_published(folder: Folder, kind: str, answer: Any, expected: tuple[Any, ...]) -> None:
+def test_closed_and_open_are_as_published(folder: Folder, kind: str, answer: Any, expected: tuple[Any, ...]) -> None:
     data = folder("vqa-rad")
     write_json(data / "VQA_RAD Dataset Public.json", [rad_entry(0, answer_type=kind, answer=answer)])
     (only,) = load("vqa-rad", data).samples
@@ -192,10 +192,10 @@ def test_slake_reads_one_language(folder: Folder) -> None:
 
 def test_medalpaca(folder: Folder) -> None:
     data = folder("medalpaca")
-    found = load("medalpaca", data).samples
-    assert [s.id for s in found] == [f"medalpaca/{i:05d}" for i in range(6)]
-    assert (found[1].question, found[1].text) == ("Answer this question truthfully", "What is sign no. 1?")
-    assert (found[1].answer, found[1].choices, found[1].is_closed) == ("A sign of 1.", None, False)
+    samples = load("medalpaca", data).samples
+    assert [s.id for s in samples] == [f"medalpaca/{i:05d}" for i in range(6)]
+    assert (samples[1].question, samples[1].text) == ("Answer this question truthfully", "What is sign no. 1?")
+    assert (samples[1].answer, samples[1].choices, samples[1].is_closed) == ("A sign of 1.", None, False)
     task = tasks.build("medalpaca", {"data_dir": str(data)})
     assert list(task.load("test")) == []
     assert task.splits == ("train",)
@@ -248,7 +248,7 @@ BAD: list[tuple[str, str, Any, Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "file", "good", "change", "message", "kind"), BAD)
-def test_each_damage_is_one_bad_sample(
+def test_each_damaged_entry_is_one_bad_sample(
     folder: Folder, name: str, file: str, good: dict[str, Any], change: dict[str, Any], message: str, kind: str
 ) -> None:
     data = folder(name)
@@ -260,18 +260,18 @@ def test_each_damage_is_one_bad_sample(
     else:
         (write_lines if file.endswith(".jsonl") else write_json)(data / file, entries)
     where = f"{data / file}, {'index 1' if file.endswith('.json') else 'line 3' if file.endswith('.tsv') else 'line 2'}"
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load(name, data)
-    assert str(refused.value).startswith(where)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(caught.value).startswith(where)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     loaded = load(name, data, on_bad_sample="skip")
     assert len(loaded.samples) == 1
     assert [p.kind for p in loaded.problems] == [kind]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_folder_that_is_not_there_or_a_level_off(folder: Folder, name: str) -> None:
+def test_a_folder_that_is_missing_or_one_level_off(folder: Folder, name: str) -> None:
     data = folder(name)
     with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is not a readable folder"):
         load(name, data / "nowhere", on_bad_sample="skip")
@@ -287,7 +287,7 @@ def test_the_folder_must_be_given(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "file"), [("vqa-rad", RAD), ("slake", SLAKE), ("medalpaca", CARDS)])
-def test_a_broken_download_says_so(folder: Folder, name: str, file: str) -> None:
+def test_an_incomplete_download_is_reported(folder: Folder, name: str, file: str) -> None:
     path = folder(name) / file
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"not valid JSON, perhaps cut off \(.*\); download it again\.$"):

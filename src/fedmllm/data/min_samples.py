@@ -2,8 +2,8 @@
 
 The result is defined by the two rules in `ensure_minimum`, which the tests check against a plain implementation. The running
 time grows with the number of samples and moves, not with samples × clients. To that end, samples that the same clients may
-hold form one kind (there are few kinds), and every search in the rules is a look at the head of a queue. Queue entries that
-are out of date are discarded when they reach the head.
+hold form one kind (there are few kinds), and every search in the rules reads the head of a queue. Outdated entries of a queue
+are discarded when they reach its head.
 """
 
 from __future__ import annotations
