@@ -23,6 +23,16 @@ def begun(path: Path, digest: str = "d", **meta: Any) -> RunDir:
     return run
 
 
+def cut_off_in_round_1(path: Path) -> RunDir:
+    """A run whose process was killed while it wrote the record of round 1."""
+    run = begun(path)
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
+    run.rounds()
+    with (path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 1, "lo')
+    return run
+
+
 def test_the_constructor_does_not_touch_the_disk(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert not run.exists
@@ -150,11 +160,7 @@ def test_rounds_are_written_in_the_background_and_failures_are_raised(tmp_path: 
 
 def test_new_rounds_are_appended(tmp_path: Path) -> None:
     """A file cut off by a kill is repaired first; after that, lines are appended."""
-    run = begun(tmp_path)
-    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
-    run.rounds()
-    with (tmp_path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 1, "lo')
+    cut_off_in_round_1(tmp_path)
     again = RunDir(tmp_path)
     for number in (1, 2, 3):
         again.save_round({"round": number}, {"adapter": tensors(x=0)}, "d")
@@ -163,11 +169,7 @@ def test_new_rounds_are_appended(tmp_path: Path) -> None:
 
 
 def test_a_record_cut_by_a_kill_is_not_counted(tmp_path: Path) -> None:
-    run = begun(tmp_path)
-    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
-    run.rounds()
-    with (tmp_path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 1, "lo')
+    run = cut_off_in_round_1(tmp_path)
     assert run.rounds() == [{"round": 0}]
 
 
