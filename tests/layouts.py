@@ -1,4 +1,4 @@
-"""Small folders in the layouts in which the data sets are published, with their quirks; made by hand, not excerpts."""
+"""Small folders in the layouts of the published data sets, with their peculiarities; written by hand, not excerpts."""
 
 from __future__ import annotations
 

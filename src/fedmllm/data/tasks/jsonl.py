@@ -23,25 +23,24 @@ def _is_text_or_number(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
-def _flaw(line: Mapping[str, Any]) -> str | None:
+def _check_values(line: Mapping[str, Any]) -> None:
+    """Raises EntryError for a missing key, an unknown key or a wrong type, except in `choices`."""
     for key in ("id", "answer"):
         if not _is_text_or_number(line.get(key)):
-            return f"the key {key!r} is missing or is neither text nor a whole number"
+            raise EntryError(f"the key {key!r} is missing or is neither text nor a whole number")
     if line.get("label") not in (None, "") and not _is_text_or_number(line["label"]):
-        return "the key 'label' is neither text nor a whole number"
+        raise EntryError("the key 'label' is neither text nor a whole number")
     for key in line:
         if key not in KEYS:
-            return f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip(".")
+            raise EntryError(f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip("."))
     for key in ("image", "text", "question", "source"):
         if line.get(key) is not None and not isinstance(line[key], str):
-            return f"the key {key!r} must be text"
-    return None
+            raise EntryError(f"the key {key!r} must be text")
 
 
 def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
     line = entry.values
-    if flaw := _flaw(line):
-        raise EntryError(flaw)
+    _check_values(line)
     choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
     if not line.get("question") and not (lettered and choices):
         raise EntryError("a sample needs a 'question', or lettered 'choices'")
