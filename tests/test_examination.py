@@ -12,7 +12,8 @@ import torch
 from fedmllm.config import AdapterTable, EvalTable, LoraTable, ModelTable
 from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import Sample
-from fedmllm.evaluation.predictions import Prediction, TestSet
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.test_set import TestSet
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors
 from helpers import task
@@ -51,7 +52,7 @@ def alone(model: MLLM, asked: TestSet, settings: EvalTable, adapters: Sequence[T
     found = []
     for adapter in adapters:
         model.adapter.set(adapter)
-        found.append(asked.take(settings))
+        found.append(asked.predict(settings))
     return found
 
 

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from commands import call, run
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.evaluation.judging import Judge, JudgeCache, judges, read_verdict
-from fedmllm.evaluation.predictions import Prediction, summarise
+from fedmllm.evaluation.judges import Judge, judges
+from fedmllm.evaluation.judging import JudgeCache, read_verdict
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.summary import summarise
 from helpers import task
 
 Write = Callable[..., Path]

@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from fedmllm.evaluation.judges import judges
+
+
+@judges.register("none")
+def none() -> None:
+    """No judge: open answers are compared with the reference word by word."""
