@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +25,7 @@ def token_f1(predicted: str, truth: str) -> float:
     return 2 * shared / (len(a) + len(b)) if shared else float(a == b)
 
 
-def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
+def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
     """The unweighted mean F1 over the classes that occur in the truth. Any other answer is wrong but adds no class."""
     t, p = np.asarray(truth), np.asarray(predicted)
     scores = []

@@ -14,6 +14,7 @@ from fedmllm.evaluation.metrics import normalise
 from fedmllm.evaluation.predictions import PATTERNS, Prediction
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import Tensors
 
 
@@ -103,7 +104,7 @@ class TestSet:
         answers: list[AnsweredQuestions] = [{} for _ in range(adapters)]
         for batch in _chunks(closed, settings.batch_size):
             encoded = [self._questions[i].encoded for i in batch] * adapters
-            scores = iter(self._model.option_scores(encoded, adapters))
+            scores = iter(option_scores(self._model, encoded, adapters))
             for answered in answers:
                 answered |= {i: self._choose(i, of_options) for i, of_options in zip(batch, scores, strict=False)}
         for batch in _chunks(open_ended, settings.batch_size):

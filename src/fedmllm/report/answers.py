@@ -51,9 +51,7 @@ def read_answers(run: RunDir, pattern: str) -> RunAnswers:
         )
         for of_model in models.values()
     )
-    return RunAnswers(
-        metric, positive, tuple(line["id"] for line in first), tuple(line["answer"] for line in first), answered
-    )
+    return RunAnswers(metric, positive, tuple(line["id"] for line in first), tuple(line["answer"] for line in first), answered)
 
 
 class AnswerCache:

@@ -67,9 +67,7 @@ def reached(points: Sequence[Point], target: float) -> Point | None:
 
 def speeds(folder: Path, rows: Sequence[GridRow]) -> Speeds | None:
     """The speeds of a grid's federated cells; None if no run was evaluated before its end."""
-    curves = [
-        (row, [curve(RunDir(folder / name)) for name in row.ids]) for row in rows if row.kind == "federated" and row.ids
-    ]
+    curves = [(row, [curve(RunDir(folder / name)) for name in row.ids]) for row in rows if row.kind == "federated" and row.ids]
     scores = [point.score for _, of_row in curves for points in of_row for point in points]
     if not any(len(points) > 1 for _, of_row in curves for points in of_row):
         return None
@@ -81,6 +79,6 @@ def _speed(row: GridRow, curves: Sequence[Sequence[Point]], target: float) -> Sp
     hits = [point for point in (reached(points, target) for points in curves) if point]
     by_round = [{point.rounds: point.score for point in points} for points in curves]
     common = [stop for stop in STOPS if all(stop in scores for scores in by_round)]
-    after = {stop: Spread.of_known([scores[stop] for scores in by_round]) for stop in common}
+    after = {stop: Spread.of([scores[stop] for scores in by_round]) for stop in common}
     rounds, transferred = mean([point.rounds for point in hits]), mean([point.bytes for point in hits])
     return Speed(row.axes, len(curves), len(hits), rounds, transferred, after)

@@ -73,11 +73,11 @@ def gaps_by_scenario(grid: Grid, answers: AnswerCache) -> list[GapClosed]:
 
 
 def _places(grid: Grid) -> Cells:
-    """place -> method -> row with complete runs; empty if no axis holds the methods."""
+    """place -> method -> row with a known score; empty if no axis holds the methods."""
     axis = method_axis(grid)
     places = grid.places(axis) if axis is not None else {}
-    complete = {place: {name: row for name, row in rows.items() if row.ids} for place, rows in places.items()}
-    return {place: rows for place, rows in complete.items() if rows}
+    known = {place: {n: row for n, row in rows.items() if row.spread.mean is not None} for place, rows in places.items()}
+    return {place: rows for place, rows in known.items() if rows}
 
 
 def _gap_closed(label: str, places: Sequence[Mapping[str, GridRow]], answers: AnswerCache) -> GapClosed | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.report.published import PublishedScore, published, setting_of
-from fedmllm.report.scores import UNKNOWN, Spread, mean, score
+from fedmllm.report.scores import NO_SPREAD, UNKNOWN, Spread, mean, score
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
 
@@ -48,10 +48,10 @@ class GridRow:
     algorithm: str = ""
     scenario: str = ""
     ceiling: Mapping[str, float] = field(default_factory=dict)
-    spread: Spread = Spread()
+    spread: Spread = NO_SPREAD
     patterns: Mapping[str, Spread] = field(default_factory=dict)
     transfer: Mapping[str, TransferScore] = field(default_factory=dict)
-    worst_decile: Spread = Spread()
+    worst_decile: Spread = NO_SPREAD
 
     def to_json(self) -> dict[str, Any]:
         plain = ("axes", "kind", "ids", "scores", "missing", "seconds", "bytes")
@@ -124,8 +124,8 @@ def read_grid(folder: Path) -> Grid:
     entries: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for entry in index["cells"]:
         entries.setdefault(tuple(entry["axes"].values()), []).append(entry)
-    known, first = published(), index["axes"][0] if index["axes"] else None
-    rows, scores = [], dict[tuple[str, str], PublishedScore]()
+    known, first = published(), index["axes"][0] if index["axes"] else ""
+    rows, figures = [], dict[tuple[str, str], PublishedScore]()
     for of_cell in entries.values():
         row, configs = _read_row(folder, of_cell)
         rows.append(row)
@@ -134,8 +134,8 @@ def read_grid(folder: Path) -> Grid:
             percent = task.get(row.algorithm, {}).get(setting_of(config))
             if percent is not None:
                 figure = PublishedScore(row.algorithm, first, row.axes[first], percent, task["metric"])
-                scores.setdefault((figure.algorithm, figure.cell), figure)
-    return Grid(index["name"], index["axes"], rows, list(scores.values()), known["source"])
+                figures.setdefault((figure.algorithm, figure.cell), figure)
+    return Grid(index["name"], index["axes"], rows, list(figures.values()), known["source"])
 
 
 def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridRow, list[dict[str, Any]]]:
@@ -180,12 +180,12 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "algorithm": results[-1]["algorithm"],
         "ceiling": {name: v["ceiling"] for name, of_runs in metrics.items() for v in of_runs if "ceiling" in v},
         "spread": Spread.of(scores),
-        "patterns": {name: Spread.of_known([v.get(metric) for v in of_runs]) for name, of_runs in metrics.items()},
+        "patterns": {name: Spread.of([v.get(metric) for v in of_runs]) for name, of_runs in metrics.items()},
         "transfer": {task: _transfer_score(of_runs, pattern) for task, of_runs in transfer.items()},
-        "worst_decile": Spread.of_known(worst),
+        "worst_decile": Spread.of(worst),
     }
 
 
 def _transfer_score(of_runs: Sequence[Mapping[str, Any]], pattern: str) -> TransferScore:
     metric = of_runs[0]["primary_metric"]
-    return TransferScore(metric, Spread.of_known([values["metrics"][pattern][metric] for values in of_runs]))
+    return TransferScore(metric, Spread.of([values["metrics"][pattern][metric] for values in of_runs]))

@@ -150,7 +150,7 @@ def _delong(positive: NDArray[np.bool_], pairs: Sequence[tuple[Answered, Answere
 
 
 def sign_flip(differences: Sequence[float], seed: int) -> float:
-    """The two-sided p value under mean 0 (Fisher's randomisation test): a unit's difference is equally likely to have either sign.
+    """The two-sided p value under mean 0 (Fisher's randomisation test): each difference is equally likely to have either sign.
 
     Exact up to 14 units, with a least value of 2/2ⁿ; estimated from 10,000 draws above that. NaN without units.
     """

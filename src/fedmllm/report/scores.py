@@ -12,23 +12,24 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean and sample standard deviation over seeds. The mean is None without values, the s.d. with fewer than two."""
+    """The mean and sample standard deviation over seeds, None if they are unknown."""
 
     mean: float | None = None
     sd: float | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    @classmethod
-    def of_known(cls, values: Sequence[float | None]) -> Spread:
-        """The spread of `values`, unknown if any of them is None or NaN."""
+    def of(cls, values: Sequence[float | None]) -> Spread:
+        """Unknown if a value is None or NaN, or if there is none; the s.d. is also unknown for a single value."""
         known = [value for value in values if value is not None and not math.isnan(value)]
-        return cls.of(known) if len(known) == len(values) else cls()
+        if not known or len(known) < len(values):
+            return cls()
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
     def to_json(self) -> dict[str, float | None]:
         return {"mean": self.mean, "sd": self.sd}
+
+
+NO_SPREAD = Spread()
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -166,9 +166,7 @@ def add_transfer(page: Page, chapter: Chapter) -> None:
 
 def add_cost(page: Page, chapter: Chapter) -> None:
     """Bytes and seconds per method, or per cell if they depend on the column, as with a rank."""
-    page.heading(
-        "### Cost", "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it."
-    )
+    page.heading("### Cost", "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.")
     methods, downs = chapter.methods, chapter.downs
     transferred = [[row.bytes for row in rows.values() if row.bytes is not None] for rows in methods.values()]
     if any(known and max(known) > 1.01 * min(known) for known in transferred):

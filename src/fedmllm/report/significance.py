@@ -97,9 +97,7 @@ def _corrected(comparisons: Sequence[Tested]) -> list[Tested]:
     return [replace(comparison, p_holm=p) for comparison, p in zip(comparisons, corrected, strict=True)]
 
 
-def mean_difference(
-    places: Sequence[tuple[Sequence[RunAnswers], Sequence[RunAnswers]]], names: tuple[str, str]
-) -> Difference:
+def mean_difference(places: Sequence[tuple[Sequence[RunAnswers], Sequence[RunAnswers]]], names: tuple[str, str]) -> Difference:
     """The mean difference between two methods over places; each side of a place has one run per seed.
 
     Raises RunError if the runs were not tested on the same samples by the same metric.
@@ -125,7 +123,10 @@ def _pairs(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[tuple[A
 
 
 def against(folder: Path, grid: Grid, baseline: str, answers: AnswerCache | None = None) -> Significance:
-    """Compare a grid with one of its cells; `answers` saves reading the runs again. Raises RunError if there is no such cell."""
+    """Compare a grid's cells with one of them. Raises RunError if there is no such cell.
+
+    `answers` saves reading the runs again.
+    """
     axis = next((a for a in grid.axes if any(row.axes[a] == baseline for row in grid.rows)), None)
     if axis is None:
         names = {row.axes[a] for row in grid.rows for a in grid.axes}

@@ -80,7 +80,9 @@ def verdicts(grid: Grid, tests: Significance) -> list[str]:
     if bounded:
         mean, best = max(bounded, key=lambda pair: pair[0])
         gap = best.ceiling[best.pattern] - mean
-        sentences.append(f"The best cell ({' · '.join(best.axes.values())}) is {100 * gap:.1f} points under what can be reached.")
+        sentences.append(
+            f"The best cell ({' · '.join(best.axes.values())}) is {100 * gap:.1f} points under what can be reached."
+        )
     if incomplete := [row for row in rows if row.missing]:
         names = "; ".join(" · ".join(row.axes.values()) for row in incomplete[:5])
         sentences.append(f"{len(incomplete)} cells lack runs: {names}{'; …' if len(incomplete) > 5 else ''}.")

@@ -1,3 +1,5 @@
+"""The absence of a judge, which is the default."""
+
 from __future__ import annotations
 
 from fedmllm.evaluation.judges import judges
