@@ -54,10 +54,11 @@ class GridRow:
     worst_decile: Spread = NO_SPREAD
 
     def to_json(self) -> dict[str, Any]:
-        plain = ("axes", "kind", "ids", "scores", "missing", "seconds", "bytes")
-        of_runs = ("metric", "pattern", "algorithm", "scenario") if self.ids else ()
+        names = ["axes", "kind", "ids", "scores", "missing", "seconds", "bytes"]
+        names += ["metric", "pattern", "algorithm", "scenario"] if self.ids else []
+        names += ["ceiling"] if self.ceiling else []
         return {
-            **{name: getattr(self, name) for name in (*plain, *of_runs, *(("ceiling",) if self.ceiling else ()))},
+            **{name: getattr(self, name) for name in names},
             **self.spread.to_json(),
             "patterns": {name: spread.to_json() for name, spread in self.patterns.items()},
             "transfer": {task: transferred.to_json() for task, transferred in self.transfer.items()},
