@@ -1,4 +1,4 @@
-"""Hand-made run folders: what a sweep would have left, with answers that a test chooses."""
+"""Hand-made run folders, as a sweep would leave them, with predictions chosen by a test."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ TRUTH = "ab" * 20
 """The answers of forty test samples."""
 
 Hits = Callable[[Mapping[str, str], int, str], float]
-"""(cell of each axis, seed, pattern) -> the share of the samples that is answered rightly."""
+"""(cell of each axis, seed, pattern) -> the share of samples answered correctly."""
 
 
 def make_run(folder: Path, hits: Mapping[str, float], *, kind: str = "federated", config: Mapping[str, Any] | None = None,
              cost: int = 1000, seed: int = 0) -> None:  # fmt: skip
-    """A complete run that answers the first `hits[pattern]` of the samples of a pattern rightly."""
+    """Write a complete run that answers the first `hits[pattern]` of the samples under each pattern correctly."""
     folder.mkdir(parents=True)
     metrics, lines = {}, []
     for pattern, share in hits.items():
-        right = round(share * len(TRUTH))
+        correct = round(share * len(TRUTH))
         for i, answer in enumerate(TRUTH):
-            said = answer if i < right else "b" if answer == "a" else "a"
-            line = {"pattern": pattern, "id": f"s{i:02d}", "answer": answer, "predicted": said, "correct": i < right}
+            predicted = answer if i < correct else "b" if answer == "a" else "a"
+            line = {"pattern": pattern, "id": f"s{i:02d}", "answer": answer, "predicted": predicted, "correct": i < correct}
             lines.append(json.dumps(line | {"closed": True, "failed": False, "score": None, "judged": None}))
-        score = right / len(TRUTH)
+        score = correct / len(TRUTH)
         metrics[pattern] = {"accuracy": score, "accuracy_ci": [score, score], "n": len(TRUTH), "parse_failures": 0}
     result = {
         "schema": 1, "name": "made", "kind": kind, "task": "jsonl", "algorithm": "fedavg", "regularization": "none",
-        "seed": seed,
-        "compression": "none", "primary_metric": "accuracy", "positive": None, "metrics": metrics, "rounds": 2,
-        "per_client": [],
-        "clients": {"n": 10, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4},
+        "seed": seed, "compression": "none", "primary_metric": "accuracy", "positive": None, "metrics": metrics, "rounds": 2,
+        "per_client": [], "clients": {"n": 10, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4},
         "bytes_up": {"adapter": cost}, "bytes_down": {"adapter": cost}, "seconds": {"total": 12.0, "train": 10.0},
     }  # fmt: skip
     plain = {"task": {"name": "jsonl"}, "scenario": {"name": "aligned"}, "partition": {"name": "iid", "clients": 10}}
@@ -48,7 +46,7 @@ def make_sweep(
     kinds: Mapping[str, str] = {},
     config: Callable[[Mapping[str, str]], Mapping[str, Any]] = lambda cell: {}, cost: int = 1000, missing: str = "",
 ) -> Path:  # fmt: skip
-    """A sweep's folder over two axes. Zero-shot cells share one run; cells whose id begins with `missing` have none."""
+    """Write a sweep's folder over two axes. Zero-shot cells share one run; cells of the method `missing` have no runs."""
     first, second = axes
     rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True)
@@ -58,12 +56,11 @@ def make_sweep(
             kind = kinds.get(b, "federated")
             for seed in seeds:
                 name = "zero-shot" if kind == "zero-shot" else f"{kind}-{len(rows)}"
-                absent = bool(missing) and b == missing
-                state = "new" if absent else "complete"
+                state = "new" if missing and b == missing else "complete"
                 rows.append({"axes": cell, "seed": seed, "kind": kind, "id": name, "state": state})
-                if not absent and not (folder / name).exists():
-                    found = {pattern: hits(cell, seed, pattern) for pattern in ("both", "image", "text")}
-                    make_run(folder / name, found, kind=kind, config=config(cell), cost=cost if kind == "federated" else 0)
+                if state == "complete" and not (folder / name).exists():
+                    shares = {pattern: hits(cell, seed, pattern) for pattern in ("both", "image", "text")}
+                    make_run(folder / name, shares, kind=kind, config=config(cell), cost=cost if kind == "federated" else 0)
     index = {"schema": 1, "name": "made", "axes": list(axes), "cells": rows}
     (folder / "sweep.json").write_text(json.dumps(index))
     return folder

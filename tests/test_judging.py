@@ -1,4 +1,4 @@
-"""The judge of open answers, against a local server that answers well, badly, late or not at all."""
+"""Judges of open answers, tested against a local server that replies well, badly, late or not at all."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from commands import call, run
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.evaluation.judging import Judge, JudgeCache, judges, read_verdict
-from fedmllm.evaluation.predictions import Prediction, summarise
+from fedmllm.evaluation.judges import Judge, judges
+from fedmllm.evaluation.judging import JudgeCache, read_verdict
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.summary import summarise
 from helpers import task
 
 Write = Callable[..., Path]
 
 
 class Server:
-    """A chat-completions endpoint on a free port; `behave` makes (status, body) of the prompt."""
+    """A chat-completions endpoint on a free port; `behave(prompt)` returns (status, body)."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.behave: Callable[[str], tuple[int, bytes]] = lambda prompt: (200, self.says("yes"))
+        self.behave: Callable[[str], tuple[int, bytes]] = lambda prompt: (200, self.reply("yes"))
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append({"path": self.path, **body})
+                outer.requests.append({"path": self.path, **body})
                 outer.headers.append(dict(self.headers))
                 status, content = outer.behave(body["messages"][0]["content"])
                 try:
@@ -43,7 +45,7 @@ class Server:
                     self.end_headers()
                     self.wfile.write(content)
                 except BrokenPipeError:
-                    pass  # whoever asked did not wait
+                    pass  # the client timed out
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -54,7 +56,7 @@ class Server:
         self._thread.start()
 
     @staticmethod
-    def says(text: str) -> bytes:
+    def reply(text: str) -> bytes:
         return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
     def close(self) -> None:
@@ -65,9 +67,9 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    found = Server()
-    yield found
-    found.close()
+    server = Server()
+    yield server
+    server.close()
 
 
 def build(server: Server, **options: Any) -> Judge:
@@ -88,17 +90,17 @@ def test_only_yes_and_no_are_verdicts(reply: str, verdict: bool | None) -> None:
     assert read_verdict(reply) is verdict
 
 
-def test_it_asks_as_the_interface_wants_and_sends_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_follow_the_interface_and_carry_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
     assert build(server, key_variable="JUDGE_KEY")("how?") == "yes"
-    (seen,) = server.seen
-    assert seen["path"] == "/v1/chat/completions"
-    assert (seen["model"], seen["temperature"], seen["messages"]) == ("m", 0, [{"role": "user", "content": "how?"}])
+    (request,) = server.requests
+    assert request["path"] == "/v1/chat/completions"
+    assert (request["model"], request["temperature"], request["messages"]) == ("m", 0, [{"role": "user", "content": "how?"}])
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
 @pytest.mark.parametrize(
-    ("status", "content", "asked"),
+    ("status", "content", "requests"),
     [
         (200, b"not json", 3),
         (200, b"[]", 3),
@@ -110,24 +112,24 @@ def test_it_asks_as_the_interface_wants_and_sends_the_key(server: Server, monkey
         (404, b"", 1),
     ],
 )
-def test_rubbish_and_errors_are_retried_where_that_helps_and_then_said(
-    server: Server, status: int, content: bytes, asked: int
+def test_bad_replies_are_retried_if_that_can_help_and_then_reported(
+    server: Server, status: int, content: bytes, requests: int
 ) -> None:
     server.behave = lambda prompt: (status, content)
     with pytest.raises(RunError, match="gave no usable answer"):
         build(server)("how?")
-    assert len(server.seen) == asked
+    assert len(server.requests) == requests
 
 
-def test_a_server_that_recovers_is_heard(server: Server) -> None:
-    server.behave = lambda prompt: (200, Server.says("no")) if len(server.seen) > 2 else (503, b"")
+def test_a_retry_reaches_a_server_that_recovers(server: Server) -> None:
+    server.behave = lambda prompt: (200, Server.reply("no")) if len(server.requests) > 2 else (503, b"")
     assert build(server)("how?") == "no"
 
 
-def test_a_server_that_does_not_answer_in_time(server: Server) -> None:
+def test_a_server_that_does_not_reply_in_time(server: Server) -> None:
     def slow(prompt: str) -> tuple[int, bytes]:
         time.sleep(1.0)
-        return 200, Server.says("yes")
+        return 200, Server.reply("yes")
 
     server.behave = slow
     began = time.monotonic()
@@ -136,7 +138,7 @@ def test_a_server_that_does_not_answer_in_time(server: Server) -> None:
     assert time.monotonic() - began < 0.9
 
 
-def test_no_server_at_all() -> None:
+def test_an_unreachable_server() -> None:
     judge = judges.build("openai", {"endpoint": "http://127.0.0.1:9", "model": "m", "retries": 0})
     assert judge is not None
     with pytest.raises(RunError, match=r"127\.0\.0\.1:9/chat/completions gave no usable answer"):
@@ -144,7 +146,7 @@ def test_no_server_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"endpoint": "localhost", "model": "m"}, "must begin with http"),
         ({"endpoint": "http://x", "model": "m", "retries": -1}, "not negative"),
@@ -152,39 +154,39 @@ def test_no_server_at_all() -> None:
         ({"model": "m"}, "judge.endpoint: this key is required"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+def test_options_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         judges.build("openai", options)
 
 
-# The panel
+# The cache
 
 
-def test_open_answers_are_judged_once_each_and_closed_ones_not(server: Server) -> None:
-    server.behave = lambda prompt: (200, Server.says("yes" if "Given answer: the heart" in prompt else "no"))
+def test_each_open_answer_is_judged_once_and_closed_answers_are_not(server: Server) -> None:
+    server.behave = lambda prompt: (200, Server.reply("yes" if "Given answer: the heart" in prompt else "no"))
     predictions = [prediction("heart", "the heart"), prediction("heart", "the heart"), prediction("lung", "liver")]
     predictions.append(prediction("yes", "no", closed=True))
-    panel = JudgeCache(build(server))
-    found = panel.judge(predictions, {p.id: "which organ?" for p in predictions})
-    assert [p.judged for p in found] == [True, True, False, None]
-    assert len(server.seen) == 2
-    stored = panel.judgements()
+    cache = JudgeCache(build(server))
+    judged = cache.judge(predictions, {p.id: "which organ?" for p in predictions})
+    assert [p.judged for p in judged] == [True, True, False, None]
+    assert len(server.requests) == 2
+    stored = cache.judgements()
     assert [(j["reply"], j["verdict"]) for j in stored] == [("yes", True), ("no", False)]
     assert "Question: which organ?\nReference answer: heart\nGiven answer: the heart" in stored[0]["prompt"]
 
 
-def test_after_three_failures_in_a_row_it_is_not_asked_again(server: Server) -> None:
+def test_a_judge_is_not_asked_again_after_three_failures_in_a_row(server: Server) -> None:
     server.behave = lambda prompt: (401, b"")
     predictions = [prediction(str(i), "x") for i in range(10)]
-    panel = JudgeCache(build(server))
-    found = panel.judge(predictions, {p.id: "?" for p in predictions})
-    assert [p.judged for p in found] == [None] * 10
-    assert len(server.seen) == 3
-    assert panel.judgements()[-1]["reply"] == "not asked: the judge failed 3 times in a row"
+    cache = JudgeCache(build(server))
+    judged = cache.judge(predictions, {p.id: "?" for p in predictions})
+    assert [p.judged for p in judged] == [None] * 10
+    assert len(server.requests) == 3
+    assert cache.judgements()[-1]["reply"] == "not asked: the judge failed 3 times in a row"
 
 
 def test_the_summary_counts_verdicts_and_failures() -> None:
-    """Closed right, closed wrong, open judged right (though not matched), judged wrong, not judged."""
+    """A correct and a wrong closed answer; three open answers judged correct (though not matching), wrong, and not at all."""
     from dataclasses import replace
 
     rows = [prediction("yes", "yes", True), prediction("no", "yes", True)]
@@ -217,12 +219,12 @@ def test_a_run_stores_prompts_replies_and_verdicts(write_experiment: Write, serv
     stored = [json.loads(line) for line in Path("a/judgements.jsonl").read_text().splitlines()]
     assert stored
     assert all(j["verdict"] is True and j["reply"] == "yes" and "Reference answer" in j["prompt"] for j in stored)
-    assert len(server.seen) == len(stored)
+    assert len(server.requests) == len(stored)
     assert not Path("b/judgements.jsonl").exists()
 
 
 @pytest.mark.usefixtures("in_its_own_folder")
-def test_a_judge_that_is_not_there_does_not_cost_the_run(write_experiment: Write) -> None:
+def test_a_run_completes_without_its_judge(write_experiment: Write) -> None:
     file = write_experiment('[judge]\nname = "openai"\nendpoint = "http://127.0.0.1:9"\nmodel = "m"\nretries = 0\n', rounds=1)
     both = run("run", file)["metrics"]["both"]
     assert both["judged_accuracy_open"] == 0.0
@@ -248,7 +250,7 @@ def causal(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "causal"
 
 
-def test_a_local_model_says_what_it_finds_more_probable(causal: Path) -> None:
+def test_a_local_model_gives_the_more_probable_verdict(causal: Path) -> None:
     judge = judges.build("local", {"model": str(causal)})
     assert judge is not None
     tokenizer, model = AutoTokenizer.from_pretrained(causal), LlamaForCausalLM.from_pretrained(causal).eval()
@@ -260,7 +262,7 @@ def test_a_local_model_says_what_it_finds_more_probable(causal: Path) -> None:
         assert judge(prompt) == ("yes" if yes > no else "no")
 
 
-def test_a_local_model_that_is_not_there() -> None:
+def test_a_local_model_that_does_not_exist() -> None:
     judge = judges.build("local", {"model": "nowhere"})
     assert judge is not None
     with pytest.raises(RunError, match=r"judge.model = 'nowhere' cannot be loaded as a causal language model"):

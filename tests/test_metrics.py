@@ -26,15 +26,15 @@ def auc_by_definition(positive: list[bool], scores: list[float]) -> float:
 
 @quick
 @given(pairs)
-def test_auc_is_how_often_a_positive_scores_above_a_negative(found: list[tuple[bool, int]]) -> None:
-    positive, scores = [p for p, _ in found], [float(s) for _, s in found]
+def test_auc_is_how_often_a_positive_scores_above_a_negative(rows: list[tuple[bool, int]]) -> None:
+    positive, scores = [p for p, _ in rows], [float(s) for _, s in rows]
     assert auc(positive, scores) == pytest.approx(auc_by_definition(positive, scores), nan_ok=True)
 
 
 @quick
 @given(pairs)
-def test_auc_turns_over_with_the_scores_and_depends_on_their_order_only(found: list[tuple[bool, int]]) -> None:
-    positive, scores = [p for p, _ in found], np.array([float(s) for _, s in found])
+def test_auc_is_reversed_with_the_scores_and_depends_only_on_their_order(rows: list[tuple[bool, int]]) -> None:
+    positive, scores = [p for p, _ in rows], np.array([float(s) for _, s in rows])
     assert auc(positive, -scores) == pytest.approx(1 - auc(positive, scores), nan_ok=True)
     assert auc(positive, np.exp(scores)) == pytest.approx(auc(positive, scores), nan_ok=True)
 
@@ -46,26 +46,26 @@ def test_auc_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("positive", "scores"), [([1, 1], [0, 1]), ([0], [1]), ([], []), ([1, 0, 0], [0.5, math.nan, 0.1])])
-def test_auc_is_nan_where_it_means_nothing(positive: list[int], scores: list[float]) -> None:
+def test_auc_is_nan_if_it_is_undefined(positive: list[int], scores: list[float]) -> None:
     assert math.isnan(auc(positive, scores))
 
 
 @quick
 @given(labels)
-def test_macro_f1_is_the_mean_of_each_classs_f1(found: list[tuple[str, str]]) -> None:
+def test_macro_f1_is_the_mean_of_each_classs_f1(rows: list[tuple[str, str]]) -> None:
     scores = []
-    for label in {truth for truth, _ in found}:
-        hits = sum(t == p == label for t, p in found)
-        said, true = sum(p == label for _, p in found), sum(t == label for t, _ in found)
-        precision, recall = hits / said if said else 0.0, hits / true if true else 0.0
+    for label in {truth for truth, _ in rows}:
+        hits = sum(t == p == label for t, p in rows)
+        predicted, true = sum(p == label for _, p in rows), sum(t == label for t, _ in rows)
+        precision, recall = hits / predicted if predicted else 0.0, hits / true if true else 0.0
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
-    assert macro_f1([t for t, _ in found], [p for _, p in found]) == pytest.approx(sum(scores) / len(scores))
+    assert macro_f1([t for t, _ in rows], [p for _, p in rows]) == pytest.approx(sum(scores) / len(scores))
 
 
 def test_macro_f1_by_hand() -> None:
-    # a: 1 hit of 2 said and 1 true, F1 = 2/3; b: 1 of 1 and 2, F1 = 2/3.
+    # a: 1 hit, predicted 2 times and true 1 time, F1 = 2/3; b: 1 hit, predicted 1 time and true 2 times, F1 = 2/3.
     assert macro_f1(["a", "b", "b"], ["a", "a", "b"]) == pytest.approx(2 / 3)
-    # A class is what the truth names: an answer outside of them, or none, is wrong like any other.
+    # Only labels in the truth are classes: any other answer, or none, is simply wrong.
     for other in ("?", "", "c"):
         assert macro_f1(["a", "b"], ["a", other]) == pytest.approx((1 + 0) / 2)
     assert math.isnan(macro_f1([], []))
@@ -96,7 +96,7 @@ def test_normalise(text: str, expected: str) -> None:
         ("red circle", "red square", 0.5),
         ("red red red", "red", 0.5),  # 2·1 / (3 + 1)
         ("", "red", 0.0),
-        ("the", "a", 1.0),  # nothing is left of either
+        ("the", "a", 1.0),  # both normalise to nothing
     ],
 )
 def test_token_f1(predicted: str, truth: str, expected: float) -> None:
@@ -115,7 +115,7 @@ def test_resamples_are_the_same_for_every_metric_and_model() -> None:
     assert not np.array_equal(draws, resamples(7, 50, seed=4))
 
 
-def test_percentiles_by_hand() -> None:
+def test_percentile_intervals_by_hand() -> None:
     values = np.arange(101.0)
     assert percentile_interval(values) == pytest.approx([2.5, 97.5])
     assert percentile_interval(values, level=0.5) == pytest.approx([25, 75])
@@ -126,12 +126,12 @@ def test_draws_without_a_value_are_left_out() -> None:
     assert all(map(math.isnan, percentile_interval(np.array([math.nan]))))
 
 
-def test_the_interval_of_a_mean_is_the_general_one() -> None:
+def test_the_interval_of_a_mean_agrees_with_the_general_one() -> None:
     values, draws = np.random.default_rng(0).random(40), resamples(40, 300, seed=0)
     assert mean_interval(values, draws) == pytest.approx(interval(lambda draw: float(values[draw].mean()), draws))
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_in_95_percent_of_cases() -> None:
     rng, draws = np.random.default_rng(0), resamples(60, 400, seed=0)
     samples = (rng.random(60) < 0.4 for _ in range(300))
     covered = [low <= 0.4 <= high for low, high in (mean_interval(s.astype(float), draws) for s in samples)]

@@ -11,7 +11,7 @@ import pytest
 from fedmllm.config import apply_overrides, read, validate
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.sweep import PlannedRun, plan_sweep
-from fedmllm.report.grids import published, setting_of
+from fedmllm.report.published import published, setting_of
 
 OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
 TASKS = ("openmoji", "pocket-memes", "qa")

@@ -1,4 +1,4 @@
-"""`fedmllm report` on hand-made folders: what it says, that it says it the same way twice, and what it refuses."""
+"""`fedmllm report` on hand-made sweep folders: its tables and sentences, its determinism, and the folders it rejects."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from commands import call
-from fedmllm.report.convergence import curve, reached, speeds
+from fedmllm.report.convergence import Speeds, curve, reached, speeds
 from fedmllm.report.grids import read_grid
 from fedmllm.report.radar import radar, scale
+from fedmllm.report.scores import Spread
 from fedmllm.report.significance import against
 from fedmllm.report.verdicts import verdicts
 from fedmllm.report.writeup import choose_baseline, page
@@ -37,29 +39,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
-    """The table that follows a heading, as cells."""
-    found = text.partition(heading)[2].splitlines()
-    start = next(i for i, line in enumerate(found) if line.startswith("|"))
+    """The cells of the first table after a heading."""
+    following = text.partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(following) if line.startswith("|"))
     lines = []
-    for line in found[start:]:
+    for line in following[start:]:
         if not line.startswith("|"):
             break
         lines.append([cell.strip() for cell in line.strip("|").split("|")])
     return [lines[0], *lines[2:]]
 
 
-def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
+def test_the_page_shows_the_results_of_the_runs(folder: Path, tmp_path: Path) -> None:
     done = call("report", folder, "--out", tmp_path / "docs" / "results.md")
     assert done.exit_code == 0, done.output
     text = (tmp_path / "docs" / "results.md").read_text()
     head, *rows = rows_of(text, "## made")
     assert head == ["method", *AXES["setting"], "mean"]
     assert [row[0] for row in rows] == AXES["method"]
-    # FedAvg answers 36 and 38 of 40: 90 and 95, mean 92.5, s.d. 3.54; zero-shot is one run and has no s.d.
+    # FedAvg answers 36 and 38 of 40 correctly: 90 and 95, mean 92.5, s.d. 3.54. Zero-shot is one run and has no s.d.
     assert rows[2][1:] == ["92.5 ± 3.5"] * 4 + ["92.5"]
     assert rows[0][1:] == ["50.0"] * 5
     tests = {row[0]: row[1:] for row in rows_of(text, "### Against zero-shot")[1:]}
-    # The least that 10,000 exchanges can give is 1/10,001, times 12 comparisons after Holm.
+    # The least p of 10,000 exchanges is 1/10,001, times 12 comparisons after Holm.
     assert tests["FedAvg"][0] == "+42.5 (p 0.001)"
     assert tests["FedAvg"][-1] == "4 of 4"
     assert tests["Broken"][-1] == "0 of 4"
@@ -67,7 +69,7 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
     assert ["FedAvg", "p < 1", "92.5 ± 3.5", "82.5 ± 3.5", "82.5 ± 3.5", "40.0"] in [
         [*r[:5], r[5].split(" ")[0]] for r in patterns
     ]
-    # Untrained the model is one and the same whatever the clients hold, and has one row.
+    # The untrained model is the same whatever the clients hold, so it has one row.
     assert [row[1] for row in patterns if row[0] == "zero-shot"] == ["any"]
     assert ["FedAvg", "0.00", "12.00"] in rows_of(text, "### Cost")
     assert "Broken is below zero-shot in 4 of 4 places (significantly in 0), worst at α = 5 by 17.5 points." in text
@@ -75,7 +77,7 @@ def test_the_page_has_what_the_runs_say(folder: Path, tmp_path: Path) -> None:
     assert "figures/made.svg" in text
 
 
-def test_cost_that_depends_on_the_setting_is_told_for_each(folder: Path) -> None:
+def test_costs_that_depend_on_the_setting_are_listed_per_setting(folder: Path) -> None:
     for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
         if cell["axes"] == {"setting": "β = 0.3", "method": "FedAvg"}:
             file = folder / cell["id"] / "result.json"
@@ -85,7 +87,7 @@ def test_cost_that_depends_on_the_setting_is_told_for_each(folder: Path) -> None
     assert rows[2] == ["FedAvg", "0.00 MB, 12.00 s", "3.00 MB, 12.00 s", "0.00 MB, 12.00 s", "0.00 MB, 12.00 s"]
 
 
-def test_a_page_of_several_sweeps_begins_with_where_each_is(folder: Path, tmp_path: Path) -> None:
+def test_a_page_of_several_sweeps_begins_with_links_to_them(folder: Path, tmp_path: Path) -> None:
     other = make_sweep(tmp_path / "other", AXES, hits, kinds=KINDS)
     index = other / "sweep.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"name": "My study, no. 2"}))
@@ -106,8 +108,8 @@ def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None
         return 0.825 if better else shares[cell["method"]]
 
     kinds = {name: name for name in ("zero-shot", "local", "centralised")}
-    made = page([make_sweep(tmp_path / "grid", axes, answered, kinds=kinds)])
-    head, *rows = rows_of("\n".join(made.lines), "### Between the baselines")
+    lines = page([make_sweep(tmp_path / "grid", axes, answered, kinds=kinds)]).lines
+    head, *rows = rows_of("\n".join(lines), "### Between the baselines")
     assert head[0] == "place"
     assert [row[:6] for row in rows] == [
         ["aligned", "50.0", "60.0", "90.0", "FedAvg", "80.0"],
@@ -118,18 +120,18 @@ def test_the_best_federated_method_between_the_baselines(tmp_path: Path) -> None
     assert above == 30.0
     assert 10 < low < 30 < high < 50
     assert rows[0][7].startswith("+20.0 [")
-    assert "The whole interval is above local in 2 of 2 places." in made.lines
+    assert "The whole interval is above local in 2 of 2 places." in lines
 
 
 def test_the_best_over_the_settings_of_a_scenario(tmp_path: Path) -> None:
-    """Best by the mean over a scenario's settings is not the best of any setting here, and another scenario stands apart."""
+    """The best method by the mean over a scenario's settings is here not the best at any single setting."""
     axes = {"setting": ["β = 0.3", "β = 0.5", "p = 0.7"], "method": ["zero-shot", "local", "centralised", "One", "Two", "Even"]}
     shares = {"One": (0.8, 0.5, 0.6), "Two": (0.5, 0.8, 0.6), "Even": (0.75, 0.75, 0.6)}
     plain = {"zero-shot": 0.5, "local": 0.6, "centralised": 0.9}
 
     def answered(cell: Mapping[str, str], seed: int, pattern: str) -> float:
-        at = axes["setting"].index(cell["setting"])
-        return shares[cell["method"]][at] if cell["method"] in shares else plain[cell["method"]]
+        setting = axes["setting"].index(cell["setting"])
+        return shares[cell["method"]][setting] if cell["method"] in shares else plain[cell["method"]]
 
     def config(cell: Mapping[str, str]) -> dict[str, dict[str, str]]:
         trained = cell["method"] not in ("zero-shot", "centralised")
@@ -148,10 +150,10 @@ def test_the_best_over_the_settings_of_a_scenario(tmp_path: Path) -> None:
     assert "The whole interval is above local in 1 of 2 scenarios." in text
 
 
-def test_scores_on_other_tasks_have_a_table(tmp_path: Path) -> None:
+def test_scores_on_other_tasks_are_shown_in_a_table(tmp_path: Path) -> None:
     axes = {"task": ["pairs", "questions"], "method": ["Broken", "FedAvg"]}
     folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: SHARES[cell["method"]])
-    for number in range(8):  # two seeds of each cell, one after the other
+    for number in range(8):  # two consecutive runs per cell, one per seed
         path = folder / f"federated-{number}" / "result.json"
         result = json.loads(path.read_text())
         if number % 4 > 1:  # FedAvg
@@ -166,11 +168,11 @@ def test_scores_on_other_tasks_have_a_table(tmp_path: Path) -> None:
     assert rows == [["Broken", "pairs", "–"], ["Broken", "questions", "–"],
                     ["FedAvg", "pairs", "55.0 ± 7.1"], ["FedAvg", "questions", "55.0 ± 7.1"]]  # fmt: skip
     assert "accuracy or macro_f1 under the pattern" in text
-    assert rows_of(text, "## made")[2][-1] == "–", "no mean over two metrics"
-    json.dumps(read_grid(folder))
+    assert rows_of(text, "## made")[2][-1] == "–", "two metrics have no common mean"
+    json.dumps(read_grid(folder).to_json())
 
 
-def test_places_that_are_tested_on_different_samples_have_no_mean(tmp_path: Path) -> None:
+def test_places_with_different_test_samples_have_no_common_mean(tmp_path: Path) -> None:
     axes = {"task": ["pairs", "questions"], "method": ["local", "FedAvg"]}
     folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: SHARES[cell["method"]], kinds=KINDS)
     for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
@@ -182,20 +184,20 @@ def test_places_that_are_tested_on_different_samples_have_no_mean(tmp_path: Path
     assert not any("over the places of a scenario" in line for line in lines)
 
 
-def test_grids_of_one_kind_have_no_baselines_to_be_between(tmp_path: Path) -> None:
-    made = page([make_sweep(tmp_path / "grid", {"setting": ["a", "b"], "method": ["x", "y"]}, lambda *cell: 0.5)])
-    assert not any("Between" in line for line in made.lines)
+def test_a_grid_without_baselines_has_no_section_about_them(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "grid", {"setting": ["a", "b"], "method": ["x", "y"]}, lambda *cell: 0.5)
+    assert not any("Between" in line for line in page([folder]).lines)
 
 
-def test_the_same_folders_give_the_same_bytes(folder: Path) -> None:
+def test_the_page_is_deterministic_and_writes_nothing_to_the_runs(folder: Path) -> None:
     first, again = page([folder]), page([folder])
     assert (first.lines, first.pictures) == (again.lines, again.pictures)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     page([folder])
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before, "the runs are read, never written"
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_a_sweep_that_is_not_whole_says_so(tmp_path: Path) -> None:
+def test_cells_without_runs_are_reported(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "grid", AXES, hits, kinds=KINDS, missing="Broken")
     text = "\n".join(page([folder]).lines)
     assert "12 of 16 cells complete" in text
@@ -203,33 +205,47 @@ def test_a_sweep_that_is_not_whole_says_so(tmp_path: Path) -> None:
     assert rows_of(text, "## made")[4][1:] == ["–"] * 5
 
 
+def test_an_undefined_score_is_unknown_and_the_other_cells_are_compared(tmp_path: Path) -> None:
+    """A NaN, such as the AUC of a test set with one class, is stored as null."""
+    folder = make_sweep(tmp_path / "grid", AXES, hits, kinds=KINDS)
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    cell = next(c for c in cells if c["axes"] == {"setting": "β = 0.3", "method": "FedAvg"})
+    file = folder / cell["id"] / "result.json"
+    result = json.loads(file.read_text())
+    result["metrics"]["both"]["accuracy"] = None
+    file.write_text(json.dumps(result))
+    text = "\n".join(page([folder]).lines)
+    assert rows_of(text, "## made")[3] == ["FedAvg", "92.5 ± 3.5", "–", "92.5 ± 3.5", "92.5 ± 3.5", "–"]
+    best = {row[0]: row[4] for row in rows_of(text, "### Between the baselines")[1:]}
+    assert best == {"α = 5": "FedAvg", "β = 0.3": "Broken", "I:T = 3:7": "FedAvg", "p < 1": "FedAvg"}
+
+
 def test_verdicts_by_hand(folder: Path) -> None:
     grid = read_grid(folder)
-    told = verdicts(grid, against(folder, grid, "zero-shot"))
-    assert "Broken is below local in 4 of 4 places, worst at α = 5 by 27.5 points." in told
+    tests = against(folder, grid, "zero-shot")
+    sentences = verdicts(grid, tests)
+    assert "Broken is below local in 4 of 4 places, worst at α = 5 by 27.5 points." in sentences
     # Four places: 2/2⁴ = 0.125.
-    assert any(line.startswith("Over 4 places together nothing can be significant (p is at least 0.125,") for line in told)
-    assert not any(" over all places: " in line for line in told)
-    assert any(line.startswith("Seeds disagree by 3.5 points") for line in told)
-    grid["rows"][0]["ceiling"] = {"both": 0.98}
-    for row in grid["rows"]:
-        row["ceiling"] = {"both": 0.98}
-    best = [line for line in verdicts(grid, against(folder, grid, "zero-shot")) if "what can be reached" in line]
+    assert any(s.startswith("Over 4 places together nothing can be significant (p is at least 0.125,") for s in sentences)
+    assert not any(" over all places: " in s for s in sentences)
+    assert any(s.startswith("Seeds disagree by 3.5 points") for s in sentences)
+    bounded = replace(grid, rows=[replace(row, ceiling={"both": 0.98}) for row in grid.rows])
+    best = [s for s in verdicts(bounded, tests) if "what can be reached" in s]
     assert best == ["The best cell (α = 5 · FedAvg) is 5.5 points under what can be reached."]
 
 
 def test_verdicts_over_enough_places(tmp_path: Path) -> None:
-    def by_turns(cell: Mapping[str, str], seed: int, pattern: str) -> float:
+    def alternating(cell: Mapping[str, str], seed: int, pattern: str) -> float:
         return 0.5 + (0.1 if int(cell["setting"]) % 2 else -0.1) if cell["method"] == "FedAvg" else hits(cell, seed, pattern)
 
     axes = AXES | {"setting": [f"{i}" for i in range(8)]}
-    made = make_sweep(tmp_path / "grid", axes, by_turns, kinds=KINDS)
-    grid = read_grid(made)
-    told = verdicts(grid, against(made, grid, "zero-shot"))
+    folder = make_sweep(tmp_path / "grid", axes, alternating, kinds=KINDS)
+    grid = read_grid(folder)
+    sentences = verdicts(grid, against(folder, grid, "zero-shot"))
     # All eight places agree: 2/2⁸, times 3 methods after Holm.
-    assert "Broken is significantly worse than zero-shot: -17.5 points, p = 0.0234." in told
-    assert any(line.startswith("FedAvg is not significantly different from zero-shot over all places: ") for line in told)
-    assert not any("nothing can be significant" in line for line in told)
+    assert "Broken is significantly worse than zero-shot: -17.5 points, p = 0.0234." in sentences
+    assert any(s.startswith("FedAvg is not significantly different from zero-shot over all places: ") for s in sentences)
+    assert not any("nothing can be significant" in s for s in sentences)
 
 
 def test_the_baseline_is_zero_shot_else_the_first_cell(folder: Path, tmp_path: Path) -> None:
@@ -243,28 +259,28 @@ def test_the_baseline_is_zero_shot_else_the_first_cell(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["file", "empty", "run", "twice", "html"])
-def test_what_it_refuses(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_folders_and_names_that_are_rejected(folder: Path, tmp_path: Path, kind: str) -> None:
     make_run(tmp_path / "run", {"both": 0.5})
     empty = (
         make_sweep(tmp_path / "empty", {"setting": ["a"], "method": ["x"]}, hits, missing="x") if kind == "empty" else tmp_path
     )
-    arguments, sentence = {
-        "file": ([tmp_path / "nowhere"], "is no sweep's folder"),
-        "run": ([tmp_path / "run"], "is no sweep's folder"),
-        "empty": ([empty], "has no complete run on an axis"),
-        "twice": ([folder, folder], "another folder is a sweep named 'made' too"),
+    arguments, message = {
+        "file": ([tmp_path / "nowhere"], "is not a sweep's folder"),
+        "run": ([tmp_path / "run"], "is not a sweep's folder"),
+        "empty": ([empty], "has no axis, or no complete run"),
+        "twice": ([folder, folder], "another of the folders is also a sweep named 'made'"),
         "html": ([folder], "give a name that ends in .md"),
     }[kind]
     done = call("report", *arguments, "--out", tmp_path / ("page.html" if kind == "html" else "page.md"))
     assert done.exit_code == 2
-    assert sentence in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "page.md").exists()
 
 
-# The picture
+# The radar chart
 
 
-def test_a_radar_by_hand() -> None:
+def test_a_radar_chart_by_hand() -> None:
     svg = radar("a & b", ["north", "east", "south", "west"], {"one": [62, 80, 62, 71], "two": [None, 62, 65, 62]})
     root = ElementTree.fromstring(svg)
     assert root.findtext("{*}title") == "a & b"
@@ -274,33 +290,33 @@ def test_a_radar_by_hand() -> None:
     # 60 is the centre and 80 the outer ring, 190 pixels away: 62 is 19 from the centre, 71 is 104.5.
     x, y = 190 * 1.1 + 16 + 5 * 7.5, 270
     assert shapes == [f"{x:.1f},{y - 19:.1f} {x + 190:.1f},{y:.1f} {x:.1f},{y + 19:.1f} {x - 104.5:.1f},{y:.1f}"]
-    assert len(root.findall("{*}polyline")) == 2, "two stretches of the line with a gap"
+    assert len(root.findall("{*}polyline")) == 2, "two segments remain of the line with a gap"
 
 
-def test_the_scale_holds_every_score() -> None:
+def test_the_scale_covers_every_score() -> None:
     assert scale([42, 69]) == (40, 70)
     assert scale([52, 52]) == (50, 60)
-    assert scale([41, 70]) == (30, 70), "a score so near to the centre would be a dot"
+    assert scale([41, 70]) == (30, 70), "a score so close to the centre would be a dot"
     assert scale([0, 3]) == (0, 10)
-    assert scale([35, 98]) == (20, 100), "an outer ring for steps of 20"
+    assert scale([35, 98]) == (20, 100), "a whole number of steps of 20"
     assert scale([5, 68]) == (0, 80)
     assert scale([100, 100]) == (90, 100)
 
 
-def test_long_names_and_many_lines_are_inside_of_the_picture() -> None:
+def test_long_names_and_many_lines_fit_in_the_picture() -> None:
     names = {f"a method with a name of some length, no. {i}": [50.0, 60.0, 70.0] for i in range(40)}
     root = ElementTree.fromstring(radar("t", ["label-dependent, β = 0.5", "b", "c"], names))
     _, _, width, height = map(float, root.get("viewBox", "").split())
     for text in root.findall("{*}text"):
-        left, reach = float(text.get("x", "")), 7.0 * len(text.text or "")
-        start = {"end": left - reach, "middle": left - reach / 2}.get(text.get("text-anchor", ""), left)
-        assert start >= 0
-        assert start + reach <= width
+        x, length = float(text.get("x", "")), 7.0 * len(text.text or "")
+        left = {"end": x - length, "middle": x - length / 2}.get(text.get("text-anchor", ""), x)
+        assert left >= 0
+        assert left + length <= width
         assert 0 < float(text.get("y", "")) < height
 
 
 @pytest.mark.parametrize(("axes", "line"), [(["a", "b"], [1, 2]), (["a", "b", "c"], [None, None, None])])
-def test_nothing_to_draw(axes: list[str], line: list[float | None]) -> None:
+def test_a_radar_chart_needs_three_axes_and_a_score(axes: list[str], line: list[float | None]) -> None:
     with pytest.raises(ValueError, match="three axes and a score"):
         radar("", axes, {"x": line})
 
@@ -309,11 +325,11 @@ def test_nothing_to_draw(axes: list[str], line: list[float | None]) -> None:
 
 
 def write_rounds(run: Path, scores: Mapping[int, float], rounds: int = 4) -> None:
-    """`scores`: round -> what a test after it gave; 100 bytes each way a round."""
+    """`scores`: rounds completed -> the score of an evaluation at that point; 100 bytes each way per round."""
     lines = []
     for number in range(rounds):
-        tested = {"both": {"accuracy": scores[number + 1]}} if number + 1 in scores else None
-        lines.append(json.dumps({"round": number, "bytes_up": {"a": 100}, "bytes_down": {"a": 100}, "metrics": tested}))
+        metrics = {"both": {"accuracy": scores[number + 1]}} if number + 1 in scores else None
+        lines.append(json.dumps({"round": number, "bytes_up": {"a": 100}, "bytes_down": {"a": 100}, "metrics": metrics}))
     (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -321,31 +337,32 @@ def test_rounds_and_bytes_to_a_score(tmp_path: Path) -> None:
     make_run(tmp_path / "run", {"both": 0.8})
     write_rounds(tmp_path / "run", {1: 0.2, 2: 0.75})
     points = curve(RunDir(tmp_path / "run"))
-    assert points == [(1, 200, 0.2), (2, 400, 0.75), (4, 800, 0.8)], "the end of the run counts as a test"
-    assert reached(points, 0.75) == (2, 400)
+    assert points == [(1, 200, 0.2), (2, 400, 0.75), (4, 800, 0.8)], "the end of the run is a point"
+    assert reached(points, 0.75) == (2, 400, 0.75)
     assert reached(points, 0.9) is None
 
 
-def test_the_target_is_one_that_a_run_reached(tmp_path: Path) -> None:
+def test_the_target_is_a_score_that_a_run_reached(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "grid", {"setting": ["s"], "method": ["fast", "slow"]}, lambda c, s, p: 0.8, seeds=[0])
     for name, scores in (("federated-0", {1: 0.7, 2: 0.8}), ("federated-1", {1: 0.3, 2: 0.4, 4: 0.5})):
         write_rounds(folder / name, scores)
     result = folder / "federated-1" / "result.json"
     result.write_text(re.sub(r'("both": \{"accuracy": )0.8', r"\g<1>0.5", result.read_text()))
-    found = speeds(folder, read_grid(folder)["rows"])
-    assert found["target"] == pytest.approx(0.3 + 0.9 * 0.5)
-    fast, slow = found["rows"]
-    assert (fast["reached"], fast["rounds"], fast["bytes"]) == (1, 2, 400)
-    assert (slow["reached"], slow["rounds"]) == (0, None)
-    assert slow["after"] == {1: {"mean": 0.3, "sd": None}, 2: {"mean": 0.4, "sd": None}}, "4 is no stop"
+    found = speeds(folder, read_grid(folder).rows)
+    assert isinstance(found, Speeds)
+    assert found.target == pytest.approx(0.3 + 0.9 * 0.5)
+    fast, slow = found.rows
+    assert (fast.reached, fast.rounds, fast.bytes) == (1, 2, 400)
+    assert (slow.reached, slow.rounds) == (0, None)
+    assert slow.after == {1: Spread(0.3), 2: Spread(0.4)}, "4 is not one of the stops"
     text = "\n".join(page([folder]).lines)
     assert "### Rounds and bytes to 75.0" in text
     assert rows_of(text, "After so many rounds:") == [
         ["setting", "method", "1", "2"], ["s", "fast", "70.0", "80.0"], ["s", "slow", "30.0", "40.0"],
     ]  # fmt: skip
-    assert rows_of(text, "## made")[0] == ["method", "s"], "of one place there is no mean"
+    assert rows_of(text, "## made")[0] == ["method", "s"], "a single place has no mean column"
     assert [len(row) for row in rows_of(text, "### Against fast")] == [2, 2]
 
 
-def test_runs_that_were_tested_at_the_end_alone_have_no_speed(folder: Path) -> None:
-    assert speeds(folder, read_grid(folder)["rows"]) == {}
+def test_runs_that_were_evaluated_only_at_the_end_have_no_speed(folder: Path) -> None:
+    assert speeds(folder, read_grid(folder).rows) is None

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from fedmllm.data.samples import Task
-from fedmllm.evaluation.predictions import Prediction, summarise
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.summary import summarise
 from fedmllm.report.tables import percent
 
 AUC = Task("made", "auc", lambda split: [], positive="yes")

@@ -20,7 +20,7 @@ from fedmllm.config import Experiment, apply_overrides, read, validate
 from fedmllm.experiment import sweep
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
-from fedmllm.report.grids import published, setting_of
+from fedmllm.report.published import published, setting_of
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 from made_runs import make_sweep

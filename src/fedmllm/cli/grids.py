@@ -38,17 +38,17 @@ def compare(
 
 def _compare_grid(folder: Path, baseline: str | None, by_pattern: bool, as_json: bool) -> None:
     from fedmllm.report import significance
-    from fedmllm.report.grids import grid_table, pattern_table, read_grid
+    from fedmllm.report.grid_tables import grid_table, pattern_table
+    from fedmllm.report.grids import read_grid
 
     grid = read_grid(folder)
-    if baseline:
-        grid["significance"] = significance.against(folder, grid, baseline)
+    tests = significance.against(folder, grid, baseline) if baseline else None
     if as_json:
-        print_json(grid)
+        print_json(grid.to_json() | ({"significance": tests.to_json()} if tests else {}))
         return
     print_table(pattern_table(grid) if by_pattern else grid_table(grid))
-    if baseline:
-        print_table(significance.significance_table(grid["significance"], grid["axes"][0]))
+    if tests:
+        print_table(significance.significance_table(tests, grid.axes[0]))
 
 
 def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
@@ -80,7 +80,7 @@ def _compare_runs(directories: list[Path], names: list[Path], baseline: str | No
         if baseline:
             print_table(significance.runs_table(tests, Path(baseline)))
         return
-    tested = {test["run"]: {"against": baseline, **test} for test in tests}
+    tested = {test.axes["run"]: {"against": baseline, **test.figures()} for test in tests}
     print_json([{"run": str(d), **result} | tested.get(str(d), {}) for d, result in zip(runs, results, strict=True)])
 
 
@@ -132,7 +132,7 @@ def sweep(
     """Run a grid of experiments, skipping complete runs and resuming interrupted ones."""
     from fedmllm.cli.remote import sweep_over_ray
     from fedmllm.experiment.sweep import Sweeper, plan_sweep
-    from fedmllm.report.grids import cells_table
+    from fedmllm.report.grid_tables import cells_table
 
     silence_libraries()
     plan, runs = plan_sweep(file, overrides or [])

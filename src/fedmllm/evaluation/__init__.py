@@ -1,1 +1,1 @@
-"""Deterministic evaluation: option log-probabilities, greedy answers, metrics and their intervals."""
+"""Deterministic evaluation: predictions under each modality pattern, judges, metrics and their bootstrap intervals."""

@@ -1,4 +1,4 @@
-"""What each client can expect of a model, given the modalities that its own samples have."""
+"""The score that each client can expect of a model, given the modalities of its own samples."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ COLUMNS = ("both", "image", "text")
 def client_scores(
     manifest: Manifest, metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dict[str, Any]], metric: str
 ) -> list[float]:
-    """One score a client that holds something, and the same as `score` in its row.
+    """One score per client that holds samples; each is also written to `score` in the client's row.
 
-    It is the mean of the metric over the test patterns, each weighted by how many of the client's samples look like it: a
-    client of 30 paired samples and 10 pictures has 0.75 · both + 0.25 · image. Where a client has a model of its own, that
-    model's `metrics` in its row count, and clients without are left out. Nothing where a pattern was not tested that a client
-    needs, or has no value.
+    A score is the mean of the metric over the test patterns, weighted by the number of the client's samples that show each
+    pattern: a client with 30 paired samples and 10 pictures has 0.75 · both + 0.25 · image. If any row has the `metrics` of a
+    personal model, these are used, and clients without a personal model are left out. Returns an empty list if a pattern that
+    a client needs was not tested or has no value.
     """
     counts = manifest.patterns()
-    own = any("metrics" in row for row in rows)
-    of = {row["client"]: row["metrics"] for row in rows if "metrics" in row}
-    clients = [c for c in np.flatnonzero(counts.sum(axis=1)).tolist() if not own or c in of]
+    personal = {row["client"]: row["metrics"] for row in rows if "metrics" in row}
     scores: dict[int, float] = {}
-    for client in clients:
-        found = [of.get(client, metrics).get(pattern, {}).get(metric, math.nan) for pattern in COLUMNS]
-        needed = [(int(n), value) for n, value in zip(counts[client], found, strict=True) if n]
-        scores[client] = sum(n * value for n, value in needed) / sum(n for n, _ in needed)
+    for client in np.flatnonzero(counts.sum(axis=1)).tolist():
+        if personal and client not in personal:
+            continue
+        by_pattern = personal.get(client, metrics)
+        values = [by_pattern.get(pattern, {}).get(metric, math.nan) for pattern in COLUMNS]
+        weighted = [(int(n), value) for n, value in zip(counts[client], values, strict=True) if n]
+        scores[client] = sum(n * value for n, value in weighted) / sum(n for n, _ in weighted)
     if any(math.isnan(score) for score in scores.values()):
         return []
-    if len(rows) == manifest.clients:  # centralised training has one row, for the pool
+    if len(rows) == manifest.clients:  # centralised training has a single row, for the pooled data
         for row in rows:
             if row["client"] in scores:
                 row["score"] = round(scores[row["client"]], 6)
@@ -43,7 +44,8 @@ def client_scores(
 
 
 def fairness(scores: Sequence[float]) -> dict[str, Any]:
-    """{"n", "mean", "sd", "worst_decile"} over clients, the last over the lowest tenth, rounded up; empty without any."""
+    """{"n", "mean", "sd", "worst_decile"} over clients; the last is the mean of the lowest tenth, rounded up. Empty without
+    scores."""
     if not scores:
         return {}
     low = sorted(scores)[: math.ceil(len(scores) / 10)]

@@ -1,11 +1,10 @@
-"""The benchmark's metrics over plain arrays. Nothing here knows a model."""
+"""The benchmark's metrics, as functions of answers and scores. Independent of any model."""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,19 +14,19 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra space (the normalisation of SQuAD, 1606.05250)."""
+    """Lower-case the text and remove punctuation, articles and extra space (the normalisation of SQuAD, 1606.05250)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def token_f1(predicted: str, truth: str) -> float:
-    """The F1 of the words that both normalised answers share."""
+    """The F1 of the words shared by the two normalised answers."""
     a, b = normalise(predicted).split(), normalise(truth).split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 2 * shared / (len(a) + len(b)) if shared else float(a == b)
 
 
-def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
-    """The unweighted mean of the F1 of each class that occurs in the truth. Any other answer is wrong, and no class."""
+def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """The unweighted mean F1 over the classes that occur in the truth. Any other answer is wrong but adds no class."""
     t, p = np.asarray(truth), np.asarray(predicted)
     scores = []
     for label in np.unique(t):
@@ -37,9 +36,9 @@ def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def auc(positive: ArrayLike, scores: ArrayLike) -> float:
-    """The area under the ROC curve: how often a positive scores above a negative, ties counting half.
+    """The area under the ROC curve: how often a positive scores above a negative, with ties counting half.
 
-    From ranks (Mann and Whitney 1947), O(n log n); NaN where a class is absent or a score is NaN.
+    Computed from ranks (Mann and Whitney 1947), O(n log n). NaN if a class is absent or a score is NaN.
     """
     is_positive, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
     count = int(is_positive.sum())
@@ -47,5 +46,5 @@ def auc(positive: ArrayLike, scores: ArrayLike) -> float:
         return float("nan")
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]  # the mean rank of each tie
+    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]  # tied values share their mean rank
     return float((ranks[is_positive].sum() - count * (count + 1) / 2) / (count * (len(values) - count)))

@@ -1,4 +1,4 @@
-"""The final model put to other tasks' test sets, which nobody trained on: does what is learnt on one task carry to another?"""
+"""Evaluation on the test sets of other tasks, which no client trained on: does training on one task carry over to another?"""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 from fedmllm.config import EvalTable
 from fedmllm.data.prompts import Strategy
 from fedmllm.data.samples import Sample, Task
-from fedmllm.evaluation.predictions import Prediction, TestSet, primary_metric, summarise
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.summary import primary_metric, summarise
+from fedmllm.evaluation.test_set import TestSet
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors
 
 TransferPredictions = dict[str, list[Prediction]]
-"""task -> one model's predictions on its test set."""
+"""task -> one model's predictions on that task's test set."""
 
 
 class Transfer:
-    """Other tasks' test sets, encoded once; without any it asks nothing."""
+    """The test sets of any number of other tasks, encoded once."""
 
     def __init__(
         self,
@@ -27,21 +29,22 @@ class Transfer:
         strategy: Strategy,
         max_length: int,
     ) -> None:
-        """Raises DataError for a prompt that is too long. Pictures wait for `prepare_features`."""
+        """Raises DataError for a prompt that is too long. The pictures are encoded later, by `prepare_features`."""
         self._settings = settings
-        self._tasks: dict[str, tuple[Task, TestSet]] = {}
-        for name, (task, samples) in sets.items():
-            self._tasks[name] = (task, TestSet(model, task, samples, settings.patterns, strategy, max_length))
+        self._tasks = {
+            name: (task, TestSet(model, task, samples, settings.patterns, strategy, max_length))
+            for name, (task, samples) in sets.items()
+        }
 
     def predict_each(self, adapters: Sequence[Tensors]) -> list[TransferPredictions]:
-        """What each adapter answers, under the fold that is set now; of one, it is set afterwards."""
-        found = {name: list(e.predict_each(self._settings, adapters)) for name, (_, e) in self._tasks.items()}
-        return [{name: models[i] for name, models in found.items()} for i in range(len(adapters))]
+        """The predictions of each adapter, under the current fold. A single adapter is still set afterwards."""
+        by_task = {name: list(tests.predict_each(self._settings, adapters)) for name, (_, tests) in self._tasks.items()}
+        return [{name: models[i] for name, models in by_task.items()} for i in range(len(adapters))]
 
     def summary(self, models: Sequence[TransferPredictions], seed: int) -> dict[str, Mapping[str, Any]]:
         """{task: {"primary_metric", "metrics": as in result.json}}."""
-        found: dict[str, Mapping[str, Any]] = {}
+        summaries: dict[str, Mapping[str, Any]] = {}
         for name, (task, _) in self._tasks.items():
-            metrics = summarise(task, [answers[name] for answers in models], seed, self._settings.bootstrap)
-            found[name] = {"primary_metric": primary_metric(task), "metrics": metrics}
-        return found
+            metrics = summarise(task, [predictions[name] for predictions in models], seed, self._settings.bootstrap)
+            summaries[name] = {"primary_metric": primary_metric(task), "metrics": metrics}
+        return summaries

@@ -15,7 +15,7 @@ from fedmllm.data.prompts import Strategy, prompts
 from fedmllm.data.scenarios import Scenario, scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError
-from fedmllm.evaluation.judging import Judge, judges
+from fedmllm.evaluation.judges import Judge, judges
 from fedmllm.experiment.compatibility import check_adapter_kind, check_ranks, check_secure, check_sites
 from fedmllm.fleets.options import FleetOptions, fleets
 from fedmllm.registry import Registry

@@ -24,7 +24,8 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality, Task
 from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError, DataError, UserError
-from fedmllm.evaluation.predictions import TestSet, summarise
+from fedmllm.evaluation.summary import summarise
+from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import Parts, build
 from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet

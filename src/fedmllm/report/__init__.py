@@ -1,1 +1,1 @@
-"""What is shown of finished runs. Reads run directories only."""
+"""Tables and pages about finished runs, made from run directories alone."""

@@ -1,72 +1,84 @@
-"""How fast a method gets there: rounds and bytes until a score is reached, from runs that were tested on the way."""
+"""Convergence: rounds and bytes until a score is reached, from runs that were evaluated during training."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from fedmllm.report.grids import spread
+from fedmllm.report.grids import GridRow
+from fedmllm.report.scores import Spread, mean
 from fedmllm.storage.run_dir import RunDir
 
 STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-"""The rounds after which a curve is told: ever further apart, as curves get flatter."""
+"""The rounds at which curves are reported. The steps grow because curves flatten."""
 
 
-def curve(run: RunDir) -> list[tuple[int, int, float]]:
-    """(rounds done, bytes moved so far, score) after each round that was tested, the end of the run included."""
-    result = run.result()
-    metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
-    moved, found = 0, []
-    records = run.rounds()
-    for record in records:
-        moved += sum(record["bytes_up"].values()) + sum(record["bytes_down"].values())
-        if record.get("metrics"):
-            found.append((record["round"] + 1, moved, float(record["metrics"][pattern][metric])))
-    if records and (not found or found[-1][0] < len(records)):
-        found.append((len(records), moved, float(result["metrics"][pattern][metric])))
-    return found
+class Point(NamedTuple):
+    """One evaluation of a run: rounds completed, bytes transferred so far, score."""
+
+    rounds: int
+    bytes: int
+    score: float
 
 
-def reached(points: Sequence[tuple[int, int, float]], target: float) -> tuple[int, int] | None:
-    """(rounds, bytes) at the first test that scored `target` or more."""
-    return next(((rounds, moved) for rounds, moved, score in points if score >= target), None)
+@dataclass(frozen=True)
+class Speed:
+    """How fast one federated cell reached the target: `reached` of its `runs` did, after `rounds` and `bytes` on average.
 
-
-def speeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{"target", "rows": [{axes, "runs", "reached", "rounds", "bytes", "after"}]} of a grid's federated cells.
-
-    The target is 90 % of the way from the lowest to the best score that any of the runs has: no method is asked for more than
-    one of them gave. Rounds and bytes are the mean over the seeds that reach it. `after` is round -> {"mean", "sd"} at those of
-    `STOPS` where every seed was tested. Empty where nothing was tested on the way.
+    `after` has the score at those of `STOPS` at which every run was evaluated.
     """
-    curves = {
-        tuple(row["axes"].items()): [curve(RunDir(folder / name)) for name in row["ids"]]
-        for row in rows
-        if row["kind"] == "federated" and row["ids"]
-    }
-    scores = [score for found in curves.values() for points in found for _, _, score in points]
-    if not any(len(points) > 1 for found in curves.values() for points in found):
-        return {}
+
+    axes: Mapping[str, str]
+    runs: int
+    reached: int
+    rounds: float | None
+    bytes: float | None
+    after: Mapping[int, Spread]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """`target` is 90 % of the way from the lowest to the best score of any run, so at least one run reached it."""
+
+    target: float
+    rows: Sequence[Speed]
+
+
+def curve(run: RunDir) -> list[Point]:
+    """One point per round that was evaluated, and one for the end of the run."""
+    result, records = run.result(), run.rounds()
+    metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
+    transferred, points = 0, []
+    for record in records:
+        transferred += sum(record["bytes_up"].values()) + sum(record["bytes_down"].values())
+        if record.get("metrics"):
+            points.append(Point(record["round"] + 1, transferred, float(record["metrics"][pattern][metric])))
+    if records and (not points or points[-1].rounds < len(records)):
+        points.append(Point(len(records), transferred, float(result["metrics"][pattern][metric])))
+    return points
+
+
+def reached(points: Sequence[Point], target: float) -> Point | None:
+    """The first point with a score of `target` or more."""
+    return next((point for point in points if point.score >= target), None)
+
+
+def speeds(folder: Path, rows: Sequence[GridRow]) -> Speeds | None:
+    """The speeds of a grid's federated cells; None if no run was evaluated before its end."""
+    curves = [(row, [curve(RunDir(folder / name)) for name in row.ids]) for row in rows if row.kind == "federated" and row.ids]
+    scores = [point.score for _, of_row in curves for points in of_row for point in points]
+    if not any(len(points) > 1 for _, of_row in curves for points in of_row):
+        return None
     target = min(scores) + 0.9 * (max(scores) - min(scores))
-    told = []
-    for axes, found in curves.items():
-        there = [one for one in (reached(points, target) for points in found) if one]
-        told.append(
-            {
-                "axes": dict(axes),
-                "runs": len(found),
-                "reached": len(there),
-                "rounds": statistics.fmean(r for r, _ in there) if there else None,
-                "bytes": statistics.fmean(b for _, b in there) if there else None,
-                "after": _after(found),
-            }
-        )
-    return {"target": target, "rows": told}
+    return Speeds(target, [_speed(row, of_row, target) for row, of_row in curves])
 
 
-def _after(curves: Sequence[Sequence[tuple[int, int, float]]]) -> dict[int, dict[str, float | None]]:
-    by_round = [{rounds: score for rounds, _, score in points} for points in curves]
+def _speed(row: GridRow, curves: Sequence[Sequence[Point]], target: float) -> Speed:
+    hits = [point for point in (reached(points, target) for points in curves) if point]
+    by_round = [{point.rounds: point.score for point in points} for points in curves]
     common = [stop for stop in STOPS if all(stop in scores for scores in by_round)]
-    return {stop: spread([scores[stop] for scores in by_round]) for stop in common}
+    after = {stop: Spread.of([scores[stop] for scores in by_round]) for stop in common}
+    rounds, transferred = mean([point.rounds for point in hits]), mean([point.bytes for point in hits])
+    return Speed(row.axes, len(curves), len(hits), rounds, transferred, after)

@@ -1,98 +1,101 @@
-"""How far federating goes: at each place of a grid, and over each scenario, the best federated method between the baselines."""
+"""How much of the gap between the baselines federated training closes, at each place of a grid and over each scenario."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from statistics import fmean
 
-from fedmllm.report.grids import place_of
-from fedmllm.report.significance import AnswerCache, mean_difference
+from fedmllm.report.answers import AnswerCache
+from fedmllm.report.grids import Cells, Grid, GridRow
+from fedmllm.report.paired_tests import Difference
+from fedmllm.report.significance import mean_difference
 
 BASELINES = ("zero-shot", "local", "centralised")
+COMPARED = BASELINES[:2]
+"""The baselines that the best method is tested against."""
 
 
-def method_axis(grid: Mapping[str, Any]) -> str | None:
-    """The axis whose cells say the kind of a run; None where all are of one kind."""
-    kinds: dict[str, dict[str, set[str]]] = {axis: {} for axis in grid["axes"]}
-    for row in grid["rows"]:
-        for axis in grid["axes"]:
-            kinds[axis].setdefault(row["axes"][axis], set()).add(row["kind"])
-    fitting = [
-        axis
-        for axis, cells in kinds.items()
-        if all(len(found) == 1 for found in cells.values()) and len(set.union(*cells.values())) > 1
-    ]
-    return fitting[0] if fitting else None
+@dataclass(frozen=True)
+class GapClosed:
+    """The best federated method between the baselines, at one place or on average over the places of a scenario.
 
-
-Row = Mapping[str, Any]
-"""Of `read_grid`."""
-
-
-def ways(taken: AnswerCache, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"place", "best", "score", kind: score, "above": {kind: {"difference", "ci"}}, "share"} of each place that has a
-    federated method and a baseline.
-
-    `best` is the federated method with the highest mean at that place: chosen by what is then told of it, so its lead is
-    flattered. `above` has zero-shot and local with paired 95 % intervals over the test samples; `share` is (best − zero-shot) /
-    (centralised − zero-shot), None where centralised is not above zero-shot.
+    `best` has the highest mean `score`; it is selected on the reported score, which is therefore biased upward. `baselines`
+    has the score of each kind that the grid has, `above` the paired difference from zero-shot and local over the test
+    samples. `share` is (best − zero-shot) / (centralised − zero-shot), None unless centralised is above zero-shot.
     """
-    places = _places(grid)
-    found = [({"place": place}, _told(taken, [rows])) for place, rows in places.items()]
-    return [{**head, **told} for head, told in found if told]
+
+    label: str
+    best: str
+    score: float
+    baselines: Mapping[str, float]
+    above: Mapping[str, Difference]
+    share: float | None
 
 
-def scenario_ways(taken: AnswerCache, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The same over all places of a scenario, with "scenario" and the number of "places" in place of "place": each figure is
-    the mean over the places, and `best` is best by it. Empty where no scenario has two places that are complete; without a
-    scenario whose places are tested on different samples, of other tasks for example: their scores have no mean."""
-    places = _places(grid)
-    scenarios: dict[str, list[dict[str, Row]]] = {}
-    for rows in places.values():
-        # Of a run that depends on no scenario the result says "aligned".
-        names = {row["scenario"] for row in rows.values() if row["kind"] == "federated"}
+def method_axis(grid: Grid) -> str | None:
+    """The axis whose cells determine the kind of a run, or None if all runs are of one kind."""
+    for axis in grid.axes:
+        kinds: dict[str, set[str]] = {}
+        for row in grid.rows:
+            kinds.setdefault(row.axes[axis], set()).add(row.kind)
+        if all(len(of_cell) == 1 for of_cell in kinds.values()) and len(set().union(*kinds.values())) > 1:
+            return axis
+    return None
+
+
+def gaps_by_place(grid: Grid, answers: AnswerCache) -> list[GapClosed]:
+    """One entry per place that has a federated method and a baseline."""
+    gaps = [_gap_closed(" · ".join(place), [rows], answers) for place, rows in _places(grid).items()]
+    return [gap for gap in gaps if gap]
+
+
+def gaps_by_scenario(grid: Grid, answers: AnswerCache) -> list[GapClosed]:
+    """One entry per scenario: every score is the mean over its places, and `best` is the best by that mean.
+
+    Empty if no scenario has two places. Scenarios whose places have different test samples, such as those of different tasks,
+    are left out, because their scores have no common mean.
+    """
+    scenarios: dict[str, list[dict[str, GridRow]]] = {}
+    for rows in _places(grid).values():
+        # Runs that do not depend on the scenario are stored under "aligned".
+        names = {row.scenario for row in rows.values() if row.kind == "federated"}
         if len(names) == 1:
             scenarios.setdefault(names.pop(), []).append(rows)
-    if all(len(members) == 1 for members in scenarios.values()):
+    if all(len(places) == 1 for places in scenarios.values()):
         return []
-    found = [({"scenario": s, "places": len(m)}, _told(taken, m)) for s, m in scenarios.items() if _one_test(taken, m)]
-    return [{**head, **told} for head, told in found if told]
+    gaps = [
+        _gap_closed(f"{scenario} ({len(places)})", places, answers)
+        for scenario, places in scenarios.items()
+        if len({run.test for rows in places for row in rows.values() for run in answers(row)}) == 1
+    ]
+    return [gap for gap in gaps if gap]
 
 
-def _one_test(taken: AnswerCache, places: Sequence[Mapping[str, Row]]) -> bool:
-    return len({run.test for rows in places for row in rows.values() for run in taken(row)}) == 1
-
-
-def _places(grid: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """place -> method -> row; nothing where no axis says the method."""
+def _places(grid: Grid) -> Cells:
+    """place -> method -> row with a known score; empty if no axis holds the methods."""
     axis = method_axis(grid)
-    places: dict[tuple[str, ...], dict[str, Row]] = {}
-    if axis is not None:
-        for row in grid["rows"]:
-            if row["ids"]:
-                places.setdefault(place_of(row, axis), {})[row["axes"][axis]] = row
-    return places
+    places = grid.places(axis) if axis is not None else {}
+    known = {place: {n: row for n, row in rows.items() if row.spread.mean is not None} for place, rows in places.items()}
+    return {place: rows for place, rows in known.items() if rows}
 
 
-def _told(taken: AnswerCache, places: Sequence[Mapping[str, Row]]) -> dict[str, Any]:
-    """Of the methods that all the places have, with as many runs in each; {} without a baseline or a federated one."""
-    common = [n for n in places[0] if len({len(place[n]["ids"]) if n in place else 0 for place in places}) == 1]
+def _gap_closed(label: str, places: Sequence[Mapping[str, GridRow]], answers: AnswerCache) -> GapClosed | None:
+    """Over the methods that have the same number of runs at every place; None without a baseline or a federated method."""
+    common = [n for n in places[0] if len({len(place[n].ids) if n in place else 0 for place in places}) == 1]
     rows = {name: [place[name] for place in places] for name in common}
-    means = {name: statistics.fmean(row["mean"] for row in mine) for name, mine in rows.items()}
-    kinds = {name: mine[0]["kind"] for name, mine in rows.items()}
-    base = {kind: name for name, kind in kinds.items() if kind in BASELINES}
-    federated = [name for name, kind in kinds.items() if kind == "federated"]
-    if not base or not federated:
-        return {}
-    best = max(federated, key=lambda name: means[name])
-    told: dict[str, Any] = {"best": best, "score": means[best], "above": {}, "share": None}
-    told |= {kind: means[base[kind]] if kind in base else None for kind in BASELINES}
-    for kind in BASELINES[:2]:
-        if kind in base:
-            pairs = [(taken(a), taken(b)) for a, b in zip(rows[best], rows[base[kind]], strict=True)]
-            told["above"][kind] = mean_difference(pairs, (best, kind))
-    start, end = told["zero-shot"], told["centralised"]
-    if start is not None and end is not None and end > start:
-        told["share"] = (told["score"] - start) / (end - start)
-    return told
+    scores = {name: fmean(fmean(row.scores) for row in of_method) for name, of_method in rows.items()}
+    baselines = {row[0].kind: name for name, row in rows.items() if row[0].kind in BASELINES}
+    federated = [name for name, row in rows.items() if row[0].kind == "federated"]
+    if not baselines or not federated:
+        return None
+    best = max(federated, key=lambda name: scores[name])
+    above = {}
+    for kind in COMPARED:
+        if kind in baselines:
+            pairs = [(answers(a), answers(b)) for a, b in zip(rows[best], rows[baselines[kind]], strict=True)]
+            above[kind] = mean_difference(pairs, (best, kind))
+    by_kind = {kind: scores[name] for kind, name in baselines.items()}
+    start, end = by_kind.get("zero-shot"), by_kind.get("centralised")
+    share = (scores[best] - start) / (end - start) if start is not None and end is not None and end > start else None
+    return GapClosed(label, best, scores[best], by_kind, above, share)

@@ -1,193 +1,192 @@
-"""A sweep's folder as a table in the manner of the paper: methods down, heterogeneity across, published figures beside ours."""
+"""A sweep's folder as a grid: one row per cell, with its scores over seeds and the published scores for comparison."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fedmllm.errors import RunError
+from fedmllm.report.published import PublishedScore, published, setting_of
+from fedmllm.report.scores import NO_SPREAD, UNKNOWN, Spread, mean, score
+from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
 
-_PUBLISHED = Path(__file__).parent / "published.toml"
+
+@dataclass(frozen=True)
+class TransferScore:
+    """The score on another task's test set, by that task's own metric."""
+
+    metric: str
+    spread: Spread
+
+    def to_json(self) -> dict[str, Any]:
+        return {"metric": self.metric, **self.spread.to_json()}
 
 
-def setting_of(config: Mapping[str, Any]) -> str:
-    """The heterogeneity of an experiment in the paper's notation, such as "β 0.3"; "" for one that the paper does not have."""
-    scenario, partition = config["scenario"], config["partition"]
-    if scenario["name"] == "aligned" and partition["name"] == "dirichlet":
-        return f"α {float(partition.get('alpha', 0.5))}"
-    if scenario["name"] == "missing":
-        return f"β {float(scenario.get('rate', 0.3))}"
-    if scenario["name"] == "hybrid":
-        return f"p {float(scenario.get('presence', 0.7))}"
-    if scenario["name"] == "cross":
-        image, clients = scenario.get("image_clients", 0.5), partition["clients"]
-        count = image if isinstance(image, int) else round(image * clients)
-        return f"I:T {count}:{clients - count}"
-    return ""
+@dataclass(frozen=True)
+class GridRow:
+    """One cell of a grid and its complete runs, one per seed; `missing` counts the runs that are not complete.
+
+    `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under each
+    pattern and `ceiling` its best possible score, if known. `seconds` and `bytes` are means per run. `metric`, `pattern`,
+    `algorithm` and `scenario` are empty without a complete run.
+    """
+
+    axes: Mapping[str, str]
+    kind: str
+    ids: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    missing: int = 0
+    seconds: float | None = None
+    bytes: float | None = None
+    metric: str = ""
+    pattern: str = ""
+    algorithm: str = ""
+    scenario: str = ""
+    ceiling: Mapping[str, float] = field(default_factory=dict)
+    spread: Spread = NO_SPREAD
+    patterns: Mapping[str, Spread] = field(default_factory=dict)
+    transfer: Mapping[str, TransferScore] = field(default_factory=dict)
+    worst_decile: Spread = NO_SPREAD
+
+    def to_json(self) -> dict[str, Any]:
+        names = ["axes", "kind", "ids", "scores", "missing", "seconds", "bytes"]
+        names += ["metric", "pattern", "algorithm", "scenario"] if self.ids else []
+        names += ["ceiling"] if self.ceiling else []
+        return {
+            **{name: getattr(self, name) for name in names},
+            **self.spread.to_json(),
+            "patterns": {name: spread.to_json() for name, spread in self.patterns.items()},
+            "transfer": {task: transferred.to_json() for task, transferred in self.transfer.items()},
+            "worst_decile": self.worst_decile.to_json(),
+        }
 
 
-def place_of(row: Mapping[str, Any], axis: str) -> tuple[str, ...]:
-    """Where a cell lies on all axes but one."""
-    return tuple(value for name, value in row["axes"].items() if name != axis)
+Cells = dict[tuple[str, ...], dict[str, GridRow]]
+"""Rows by their values on some axes, then by their value on another."""
 
 
-def published() -> dict[str, Any]:
-    """{"source": …, task: {"metric": …, algorithm: {setting: percent}}}"""
-    raw = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
-    settings = raw.pop("settings")
-    for table in raw.values():
-        if isinstance(table, dict):
-            for algorithm, figures in table.items():
-                if isinstance(figures, list):
-                    table[algorithm] = dict(zip(settings, figures, strict=True))
-    return raw
+@dataclass(frozen=True)
+class Grid:
+    """A sweep's cells in the order of its axes, the published scores that belong to them, and the source of those."""
+
+    name: str
+    axes: Sequence[str]
+    rows: Sequence[GridRow]
+    published: Sequence[PublishedScore]
+    source: str
+
+    def cells(self, downs: Sequence[str], across: str) -> Cells:
+        """The rows by their values on the axes `downs`, then by their value on `across` ("" if there is no such axis)."""
+        cells: Cells = {}
+        for row in self.rows:
+            cells.setdefault(tuple(row.axes[axis] for axis in downs), {})[row.axes.get(across, "")] = row
+        return cells
+
+    def places(self, axis: str) -> Cells:
+        """The rows by their place on all axes but `axis`, then by their value on `axis`."""
+        return self.cells([name for name in self.axes if name != axis], axis)
+
+    @property
+    def mixed_metrics(self) -> bool:
+        """Whether the cells have different metrics, so that their scores have no common mean."""
+        return len({row.metric for row in self.rows if row.ids}) > 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "axes": self.axes,
+            "rows": [row.to_json() for row in self.rows],
+            "published": [figure.to_json() for figure in self.published],
+            "source": self.source,
+        }
 
 
-def read_grid(folder: Path) -> dict[str, Any]:
-    """{"name", "axes", "rows": […], "published": […]}: a row a cell of the grid, its metric's mean and s.d. over the seeds that
-    are complete. Raises RunError where the folder is no sweep's."""
+def place_of(axes: Mapping[str, str], axis: str) -> tuple[str, ...]:
+    """A cell's place: its values on all axes but one."""
+    return tuple(value for name, value in axes.items() if name != axis)
+
+
+def row_score(row: GridRow | None) -> str:
+    """The printed score of a row, or a dash if the grid has no such cell."""
+    return score(row.spread, row.missing) if row else UNKNOWN
+
+
+def read_grid(folder: Path) -> Grid:
+    """Raises RunError if the folder is not a sweep's."""
     try:
-        index = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder / 'sweep.json'} cannot be read ({error}); run the sweep again.") from None
-    cells: dict[tuple[str, ...], dict[str, Any]] = {}
-    beside: dict[tuple[str, str], dict[str, Any]] = {}
-    known = published()
-    first = index["axes"][0] if index["axes"] else None
-    for row in index["cells"]:
-        cell = cells.setdefault(
-            tuple(row["axes"].values()),
-            {"axes": row["axes"], "kind": row["kind"], "ids": [], "scores": [], "missing": 0}
-            | {"by_pattern": {}, "worst": [], "seconds": [], "bytes": [], "elsewhere": {}},
-        )
-        if row["id"] in cell["ids"]:  # seeds that share one run are one run
+        raise RunError(f"{folder / INDEX} cannot be read ({error}); run the sweep again.") from None
+    entries: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entry in index["cells"]:
+        entries.setdefault(tuple(entry["axes"].values()), []).append(entry)
+    known, first = published(), index["axes"][0] if index["axes"] else ""
+    rows, figures = [], dict[tuple[str, str], PublishedScore]()
+    for of_cell in entries.values():
+        row, configs = _read_row(folder, of_cell)
+        rows.append(row)
+        for config in configs if row.kind == "federated" and first else ():
+            task = known.get(config["task"]["name"], {})
+            percent = task.get(row.algorithm, {}).get(setting_of(config))
+            if percent is not None:
+                figure = PublishedScore(row.algorithm, first, row.axes[first], percent, task["metric"])
+                figures.setdefault((figure.algorithm, figure.cell), figure)
+    return Grid(index["name"], index["axes"], rows, list(figures.values()), known["source"])
+
+
+def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridRow, list[dict[str, Any]]]:
+    """The row of a cell and the configuration of each of its complete runs; `entries` are the cell's lines of the index."""
+    results: dict[str, dict[str, Any]] = {}
+    configs, missing = [], 0
+    for entry in entries:
+        if entry["id"] in results:  # seeds that share one run count once
             continue
-        run = RunDir(folder / row["id"])
-        if not run.complete:
-            cell["missing"] += 1
-            continue
-        result, config = run.result(), tomllib.loads(run.config.read_text(encoding="utf-8"))
-        metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
-        cell |= {"metric": metric, "pattern": pattern, "algorithm": result["algorithm"], "scenario": config["scenario"]["name"]}
-        cell["ids"].append(row["id"])
-        cell["scores"].append(result["metrics"][pattern][metric])
+        run = RunDir(folder / entry["id"])
+        if run.complete:
+            results[entry["id"]] = run.result()
+            configs.append(tomllib.loads(run.config.read_text(encoding="utf-8")))
+        else:
+            missing += 1
+    row = GridRow(entries[0]["axes"], entries[0]["kind"], missing=missing)
+    if results:
+        scores = _scores_of(list(results.values()), row.kind)
+        row = replace(row, ids=list(results), scenario=configs[-1]["scenario"]["name"], **scores)
+    return row, configs
+
+
+def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """The fields of a row that come from the results of its runs."""
+    metric, pattern = results[-1]["primary_metric"], next(iter(results[-1]["metrics"]))
+    metrics: dict[str, list[Mapping[str, Any]]] = {}
+    transfer: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
         for name, values in result["metrics"].items():
-            cell["by_pattern"].setdefault(name, []).append(values.get(metric))
-            if "ceiling" in values:
-                cell.setdefault("ceiling", {})[name] = values["ceiling"]
-        for name, found in result.get("transfer", {}).items():
-            scored = cell["elsewhere"].setdefault(name, {"metric": found["primary_metric"], "scores": []})
-            scored["scores"].append(found["metrics"][pattern][found["primary_metric"]])
-        if row["kind"] in ("federated", "local"):  # the others share a run, whose clients are not this cell's
-            cell["worst"].append(result.get("clients", {}).get("worst_decile"))
-        cell["seconds"].append(result["seconds"]["total"])
-        cell["bytes"].append(sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()))
-        task = known.get(config["task"]["name"], {})
-        figure = task.get(result["algorithm"], {}).get(setting_of(config)) if row["kind"] == "federated" else None
-        if figure is not None and first:
-            beside.setdefault(
-                (result["algorithm"], row["axes"][first]),
-                {"algorithm": result["algorithm"], first: row["axes"][first], "percent": figure, "metric": task["metric"]},
-            )
-    for cell in cells.values():
-        scores = cell["scores"]
-        cell["mean"] = statistics.fmean(scores) if scores else None
-        cell["sd"] = statistics.stdev(scores) if len(scores) > 1 else None
-        cell["patterns"] = {name: spread(values) for name, values in cell.pop("by_pattern").items()}
-        elsewhere = cell.pop("elsewhere").items()
-        cell["transfer"] = {name: {"metric": one["metric"], **spread(one["scores"])} for name, one in elsewhere}
-        cell["worst_decile"] = spread(cell.pop("worst"))
-        for key in ("seconds", "bytes"):
-            cell[key] = statistics.fmean(cell[key]) if cell[key] else None
+            metrics.setdefault(name, []).append(values)
+        for task, values in result.get("transfer", {}).items():
+            transfer.setdefault(task, []).append(values)
+    scores = [values[metric] for values in metrics[pattern]]
+    # Cells of the other kinds share runs, so the clients of those runs are not this cell's.
+    worst = [result.get("clients", {}).get("worst_decile") for result in results] if kind in ("federated", "local") else []
     return {
-        "name": index["name"],
-        "axes": index["axes"],
-        "rows": list(cells.values()),
-        "published": list(beside.values()),
-        "source": known["source"],
+        "scores": scores,
+        "seconds": mean([result["seconds"]["total"] for result in results]),
+        "bytes": mean([sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()) for result in results]),
+        "metric": metric,
+        "pattern": pattern,
+        "algorithm": results[-1]["algorithm"],
+        "ceiling": {name: v["ceiling"] for name, of_runs in metrics.items() for v in of_runs if "ceiling" in v},
+        "spread": Spread.of(scores),
+        "patterns": {name: Spread.of([v.get(metric) for v in of_runs]) for name, of_runs in metrics.items()},
+        "transfer": {task: _transfer_score(of_runs, pattern) for task, of_runs in transfer.items()},
+        "worst_decile": Spread.of(worst),
     }
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and s.d. over seeds; None where a seed has no value, or is the only one."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    if not known or len(known) < len(values):
-        return {"mean": None, "sd": None}
-    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
-
-
-def _figure(cell: Mapping[str, Any] | None) -> str:
-    if cell is None or cell["mean"] is None:
-        return "–"
-    spread = f" ± {100 * cell['sd']:.1f}" if cell["sd"] is not None else ""
-    return f"{100 * cell['mean']:.1f}{spread}" + ("*" if cell["missing"] else "")
-
-
-def grid_table(grid: Mapping[str, Any]) -> Table:
-    """The first axis across, the others down; what is published below each algorithm's first row."""
-    rows: Sequence[Mapping[str, Any]] = grid["rows"]
-    across = grid["axes"][0] if grid["axes"] else "run"
-    columns = list(dict.fromkeys(row["axes"].get(across, grid["name"]) for row in rows))
-    metric = next((row["metric"] for row in rows if "metric" in row), "no run is complete")
-    title = f"{grid['name']}: {metric}, %, mean ± s.d. over seeds; * not all seeds are complete"
-    table = Table(title=title, title_justify="left", caption=grid["source"] if grid["published"] else None)
-    for axis in grid["axes"][1:] or [""]:
-        table.add_column(axis)
-    for column in columns:
-        table.add_column(column, justify="right")
-    lines: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        down = tuple(row["axes"][axis] for axis in grid["axes"][1:])
-        lines.setdefault(down, {})[row["axes"].get(across, grid["name"])] = row
-    figures = {(p["algorithm"], p[across]): p for p in grid["published"]}
-    told: set[str] = set()
-    for down, found in lines.items():
-        table.add_row(*(down or ("",)), *(_figure(found.get(column)) for column in columns))
-        algorithm = next(
-            (row["algorithm"] for row in found.values() if row["kind"] == "federated" and "algorithm" in row), None
-        )
-        theirs = [figures.get((algorithm, column)) for column in columns] if algorithm and algorithm not in told else []
-        if any(theirs):
-            told.add(algorithm or "")
-            label = f"  {algorithm}, published ({next(t['metric'] for t in theirs if t)})"
-            blank = [""] * (max(len(down), 1) - 1)
-            table.add_row(label, *blank, *(f"{t['percent']:.1f}" if t else "–" for t in theirs), style="dim italic")
-    return table
-
-
-def pattern_table(grid: Mapping[str, Any]) -> Table:
-    """What was trained in down, what is tested with across: the first axis's cells under each test pattern, and the clients'
-    worst tenth."""
-    rows: Sequence[Mapping[str, Any]] = grid["rows"]
-    patterns = list(dict.fromkeys(name for row in rows for name in row["patterns"]))
-    table = Table(title=f"{grid['name']}: trained in × tested with, %, mean ± s.d. over seeds", title_justify="left")
-    for axis in (*grid["axes"][1:], *grid["axes"][:1]):
-        table.add_column(axis)
-    for name in (*patterns, "worst tenth of clients"):
-        table.add_column(name, justify="right")
-    order = [list(dict.fromkeys(row["axes"][axis] for row in rows)) for axis in grid["axes"]]
-    by_method = [*range(1, len(grid["axes"])), *range(min(1, len(grid["axes"])))]
-    for row in sorted(rows, key=lambda row: [order[i].index(row["axes"][grid["axes"][i]]) for i in by_method]):
-        cells = [row["axes"][axis] for axis in (*grid["axes"][1:], *grid["axes"][:1])]
-        figures = [_figure({"missing": row["missing"], **row["patterns"].get(name, spread([]))}) for name in patterns]
-        table.add_row(*cells, *figures, _figure({"missing": row["missing"], **row["worst_decile"]}))
-    return table
-
-
-def cells_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What `sweep --dry-run` prints: every cell, its run and how far that is."""
-    runs = {row["id"] for row in rows}
-    table = Table(title=f"{len(rows)} cells, {len(runs)} distinct runs", title_justify="left")
-    for column in (*(rows[0]["axes"] if rows else ()), "seed", "run", "state"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row["axes"].values(), str(row["seed"]), row["id"], row["state"])
-    return table
+def _transfer_score(of_runs: Sequence[Mapping[str, Any]], pattern: str) -> TransferScore:
+    metric = of_runs[0]["primary_metric"]
+    return TransferScore(metric, Spread.of([values["metrics"][pattern][metric] for values in of_runs]))

@@ -1,8 +1,8 @@
-"""Is one method better than another? Paired tests on the same test samples, and a correction for asking many times.
+"""Is one method better than another? Paired tests on the same test samples, and a correction for multiple tests.
 
-Where a method was run with several seeds, its score is the mean over them, and a test sample counts once. The tests of
-`paired` are about the test samples: would the difference hold on others of their kind, for these trained models? The test
-of `sign_flip` is about the settings: would it hold in others?
+If a method was run with several seeds, its score is the mean over them, and each test sample counts once. `paired` tests
+whether the difference would hold on other test samples for these trained models; `sign_flip` tests whether it would hold in
+other settings.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedmllm.rng import stream
 Floats = NDArray[np.float64]
 PERMUTATIONS = 10_000
 EXACT = 14
-"""Up to so many units, all 2ⁿ assignments of signs are gone through."""
+"""Up to this many units, all 2ⁿ assignments of signs are enumerated."""
 _CHUNK = 1000
-"""Permutations at a time: the memory stays at this times the test samples."""
+"""Permutations per batch; memory is proportional to this times the number of test samples."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What one model answered, sample by sample: `predicted` (n,), and for AUC `score` (n,), the probability of yes, NaN where
-    yes is no choice."""
+    """One model's answers: `predicted` (n,), and for AUC `score` (n,), the probability of the positive answer, NaN for samples
+    that do not have it among their choices."""
 
     predicted: NDArray[np.str_]
     score: Floats
@@ -36,7 +36,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs in shares of 1, its 95 % interval, and the two-sided p value of there being none."""
+    """Ours minus theirs in shares of 1, its 95 % interval, and the two-sided p value under no difference."""
 
     difference: float
     low: float
@@ -63,7 +63,7 @@ def paired(
     rng, as_far = stream(seed, "permutations", n), 0
     for start in range(0, PERMUTATIONS, _CHUNK):
         masks = rng.integers(0, 2, size=(min(_CHUNK, PERMUTATIONS - start), n)).astype(np.float64)
-        # A tolerance, so that equal differences count as equal whatever the order of their sums.
+        # The tolerance makes equal differences count as equal whatever the order of summation.
         as_far += int(np.sum(np.abs(measure.exchanged(masks)) >= abs(observed) - 1e-12))
     draws = resamples(n, 1000, seed)
     weights = np.stack([np.bincount(draw, minlength=n) for draw in draws]).astype(np.float64)
@@ -77,16 +77,16 @@ class _Accuracy:
         self._gap: Floats = np.mean(gaps, axis=0)
 
     def exchanged(self, masks: Floats) -> Floats:
-        """(k,) differences where mask (k, n) is 1 for samples whose answers change sides."""
+        """(k,) differences after exchanging the two sides' answers to the samples where mask (k, n) is 1."""
         return (1 - 2 * masks) @ self._gap / len(self._gap)
 
     def weighted(self, weights: Floats) -> Floats:
-        """(k,) differences where sample i counts weights[k, i] times."""
+        """(k,) differences if sample i counts weights[k, i] times."""
         return weights @ self._gap / len(self._gap)
 
 
 class _MacroF1:
-    """Hits and predictions a class are sums over samples, so any exchange or weighting is a matrix product."""
+    """Hits and predictions per class are sums over samples, so any exchange or weighting is a matrix product."""
 
     def __init__(self, truth: NDArray[np.str_], pairs: Sequence[tuple[Answered, Answered]]) -> None:
         labels = np.unique(truth)
@@ -115,7 +115,7 @@ class _MacroF1:
 
 
 def _f1(true: Floats, said: Floats, hits: Floats) -> Floats:
-    """The mean F1 over the classes that occur in the truth, of counts (k, classes)."""
+    """The mean F1 over the classes that occur in the truth, from counts (k, classes)."""
     occurs = true > 0
     scores = np.divide(2 * hits, true + said, out=np.zeros(np.broadcast_shapes(true.shape, said.shape)), where=occurs)
     return np.asarray(scores.sum(axis=-1) / occurs.sum(axis=-1))
@@ -142,17 +142,17 @@ def _delong(positive: NDArray[np.bool_], pairs: Sequence[tuple[Answered, Answere
     yes, no = np.mean(of_yes, axis=0), np.mean(of_no, axis=0)
     difference = float(yes.mean())
     deviation = math.sqrt(yes.var(ddof=1) / len(yes) + no.var(ddof=1) / len(no))
-    least = 1 / (1 + PERMUTATIONS)  # no test of this file claims more, least of all one from a normal approximation
-    if deviation < 1e-12:  # the sides differ for every sample alike, or not at all
+    least = 1 / (1 + PERMUTATIONS)  # the least p of the other tests; a normal approximation should not claim more
+    if deviation < 1e-12:  # the sides differ by the same amount for every sample, or not at all
         return Difference(difference, difference, difference, 1.0 if abs(difference) < 1e-12 else least)
     reach, p = 1.959963984540054 * deviation, math.erfc(abs(difference) / deviation / math.sqrt(2))
     return Difference(difference, difference - reach, difference + reach, max(least, p))
 
 
 def sign_flip(differences: Sequence[float], seed: int) -> float:
-    """The two-sided p value of the mean being 0 (Fisher's randomisation test): a unit's difference has either sign alike.
+    """The two-sided p value under mean 0 (Fisher's randomisation test): each difference is equally likely to have either sign.
 
-    Exact up to 14 units, where the smallest that can come out is 2/2ⁿ; by 10,000 draws above. NaN without units.
+    Exact up to 14 units, with a least value of 2/2ⁿ; estimated from 10,000 draws above that. NaN without units.
     """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)

@@ -1,4 +1,4 @@
-"""The picture of a grid in the manner of the paper's first figure: an axis a setting, a line a method. Plain SVG."""
+"""A radar chart of a grid like the paper's first figure, in plain SVG: one axis per setting, one line per method."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99")
-"""Okabe and Ito's colours, which people with any colour vision can tell apart, and a few of Tol's."""
+"""Colours by Okabe and Ito, distinguishable with any colour vision, and a few by Tol."""
 DASHES = ("", "7 3", "2 3")
-"""A second round through the palette is dashed."""
+"""Dash patterns: the colours are reused with the next one when the palette is used up."""
 RADIUS, MARGIN = 190, 16
 LETTER = 7.5
-"""The width of a letter of 13 pixels, generously: nobody can be asked how wide a text will be."""
+"""An upper estimate of the width of a letter at 13 pixels, since the width of a text is unknown before it is rendered."""
 _LOW = 2.0
-"""Points that the worst score is at least away from the centre: a line must not be a dot."""
+"""The least distance of the worst score from the centre, in points, so that no line shrinks to a dot."""
 
 
 def scale(values: Sequence[float]) -> tuple[float, float]:
-    """The centre and the outer ring, in percent: a number of steps of 10 around `values`, or of 20 where they are more than 50
-    apart. No score but one near 0 is in the centre."""
+    """The percentages at the centre and at the outer ring: multiples of 10 around `values`, or a whole number of steps of 20
+    apart if the range exceeds 50. Only scores near 0 lie in the centre."""
     low, high = max(0, math.floor((min(values) - _LOW) / 10) * 10), math.ceil(max(values) / 10) * 10
     high = max(high, low + 10)
     if high - low > 50 and (high - low) % 20:
@@ -28,24 +28,24 @@ def scale(values: Sequence[float]) -> tuple[float, float]:
 
 
 def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> str:
-    """An SVG of `lines`: method -> a score in percent for each axis, None where there is none.
+    """An SVG of `lines`: method -> its score in percent on each axis, None if unknown.
 
-    A line has a gap beside a missing score. The centre is the lowest ring, not 0: the scale is written along the first axis.
-    Raises ValueError with fewer than three axes, or no score at all.
+    A line has a gap at an unknown score. The centre is the lowest ring, not 0; the scale is written along the first axis.
+    Raises ValueError for fewer than three axes, or without any score.
     """
     known = [value for line in lines.values() for value in line if value is not None]
     if len(axes) < 3 or not known:
-        raise ValueError("a radar needs three axes and a score")
+        raise ValueError("a radar chart needs three axes and a score")
     low, high = scale(known)
-    beside = MARGIN + LETTER * max(map(len, axes))
-    centre_x, centre_y = RADIUS * 1.1 + beside, RADIUS + 80.0
-    legend = centre_x + RADIUS * 1.1 + beside
+    label_width = MARGIN + LETTER * max(map(len, axes))
+    centre_x, centre_y = RADIUS * 1.1 + label_width, RADIUS + 80.0
+    legend = centre_x + RADIUS * 1.1 + label_width
     width = max(legend + 32 + LETTER * max(map(len, lines)), MARGIN + LETTER * len(title)) + MARGIN
     height = max(centre_y + RADIUS + 56, 72 + 22 * len(lines))
 
-    def point(index: int, reach: float) -> tuple[float, float]:
+    def point(index: int, radius: float) -> tuple[float, float]:
         angle = 2 * math.pi * index / len(axes)
-        return centre_x + RADIUS * reach * math.sin(angle), centre_y - RADIUS * reach * math.cos(angle)
+        return centre_x + RADIUS * radius * math.sin(angle), centre_y - RADIUS * radius * math.cos(angle)
 
     def path(points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -75,15 +75,15 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
         if all(spots):
             parts.append(f'<polygon points="{path([s for s in spots if s])}" {style}/>')
         else:
-            for here, there in zip(spots, spots[1:] + spots[:1], strict=True):
-                if here and there:
-                    parts.append(f'<polyline points="{path([here, there])}" {style}/>')
+            for start, end in zip(spots, spots[1:] + spots[:1], strict=True):
+                if start and end:
+                    parts.append(f'<polyline points="{path([start, end])}" {style}/>')
         parts += [f'<circle cx="{s[0]:.1f}" cy="{s[1]:.1f}" r="2.5" fill="{color}"/>' for s in spots if s]
         y = 62 + 22 * number
         parts.append(f'<line x1="{legend:.1f}" y1="{y}" x2="{legend + 26:.1f}" y2="{y}" {style}/>')
         parts.append(f'<text x="{legend + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
     halo = 'fill="#555" stroke="white" stroke-width="3" paint-order="stroke"'
-    for ring in rings:  # after the lines, so that they can be read
+    for ring in rings:  # drawn after the lines, so that the labels stay readable
         x, y = point(0, (ring - low) / (high - low))
         parts.append(f'<text x="{x + 5:.1f}" y="{y + 4:.1f}" font-size="11" {halo}>{ring}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,4 +1,4 @@
-"""Finished runs side by side."""
+"""Tables of finished runs in the terminal."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 from rich.table import Table
 
+from fedmllm.report.scores import UNKNOWN
+
 
 def percent(metrics: Mapping[str, Any], name: str) -> str:
-    """ "71.3 [67.8, 74.9]", with " of 90" where it is of fewer samples than were asked, or a dash where it is absent."""
+    """ "71.3 [67.8, 74.9]", with " of 90" if the metric covers fewer samples than `n`, or a dash if it is absent."""
     if name not in metrics:
-        return "–"
+        return UNKNOWN
     low, high = metrics[f"{name}_ci"]
     of = f" of {metrics[f'{name}_n']}" if f"{name}_n" in metrics else ""
     return f"{100 * metrics[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]{of}"
 
 
-def megabytes(groups: Mapping[str, int]) -> str:
+def _megabytes(groups: Mapping[str, int]) -> str:
     return f"{sum(groups.values()) / 1e6:.1f}"
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run: the primary metric under each pattern with its 95 % interval, and what it cost."""
-    patterns = list(dict.fromkeys(p for r in results for p in r["metrics"]))
-    metric = " / ".join(dict.fromkeys(r["primary_metric"] for r in results))
+    """One row per run: the task's metric under each pattern with its 95 % interval, and the cost of the run."""
+    patterns = list(dict.fromkeys(pattern for result in results for pattern in result["metrics"]))
+    metric = " / ".join(dict.fromkeys(result["primary_metric"] for result in results))
     table = Table(title=f"{metric}, % [95 % interval]", title_justify="left")
     table.add_column("run")
     for pattern in patterns:
@@ -32,10 +34,10 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("rounds", "MB up", "MB down", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
-        kind = result["kind"] if result["kind"] != "federated" else _method(result)
-        cells = [percent(result["metrics"].get(p, {}), result["primary_metric"]) for p in patterns]
-        cost = [str(result["rounds"]), megabytes(result["bytes_up"]), megabytes(result["bytes_down"])]
-        table.add_row(f"{result['name']} · {kind}", *cells, *cost, f"{result['seconds']['total']:.0f}")
+        method = result["kind"] if result["kind"] != "federated" else _method(result)
+        scores = [percent(result["metrics"].get(pattern, {}), result["primary_metric"]) for pattern in patterns]
+        cost = [str(result["rounds"]), _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
+        table.add_row(f"{result['name']} · {method}", *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
 
 
@@ -45,21 +47,21 @@ def _method(result: Mapping[str, Any]) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    """One row a pattern, one column a metric."""
-    names = list(dict.fromkeys(k for m in metrics.values() for k in m if f"{k}_ci" in m))
+    """One row per pattern, one column per metric."""
+    names = list(dict.fromkeys(key for values in metrics.values() for key in values if f"{key}_ci" in values))
     table = Table(title=title, title_justify="left")
     table.add_column("pattern")
     for name in names:
         table.add_column(f"{name}, %", justify="right")
-    lows = list(dict.fromkeys(k for m in metrics.values() for k in m if k.endswith("_worst_decile")))
-    for name in lows:
+    deciles = list(dict.fromkeys(key for values in metrics.values() for key in values if key.endswith("_worst_decile")))
+    for name in deciles:
         table.add_column(f"{name.removesuffix('_worst_decile')} of the worst tenth of clients, %", justify="right")
-    known = any("ceiling" in values for values in metrics.values())
-    for name in (*(["best possible, %"] if known else []), "n", "parse_failures"):
+    bounded = any("ceiling" in values for values in metrics.values())
+    for name in (*(["best possible, %"] if bounded else []), "n", "parse_failures"):
         table.add_column(name, justify="right")
     for pattern, values in metrics.items():
-        low = (f"{100 * values[name]:.1f}" for name in lows)
-        best = [f"{100 * values['ceiling']:.1f}" if "ceiling" in values else "–"] if known else []
+        worst = (f"{100 * values[name]:.1f}" for name in deciles)
+        best = [f"{100 * values['ceiling']:.1f}" if "ceiling" in values else UNKNOWN] if bounded else []
         counts = (str(values["n"]), str(values["parse_failures"]))
-        table.add_row(pattern, *(percent(values, n) for n in names), *low, *best, *counts)
+        table.add_row(pattern, *(percent(values, name) for name in names), *worst, *best, *counts)
     return table

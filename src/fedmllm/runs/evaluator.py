@@ -9,7 +9,8 @@ from typing import Any
 
 from fedmllm.algorithms.factors import fold_of
 from fedmllm.evaluation.judging import JudgeCache
-from fedmllm.evaluation.predictions import Prediction, primary_metric, summarise
+from fedmllm.evaluation.predictions import Prediction
+from fedmllm.evaluation.summary import primary_metric, summarise
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.rng import stream
 from fedmllm.runs.session import Session

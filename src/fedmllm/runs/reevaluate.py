@@ -7,7 +7,7 @@ from typing import Any
 from fedmllm.config import Experiment, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
 from fedmllm.errors import RunError
-from fedmllm.evaluation.predictions import summarise
+from fedmllm.evaluation.summary import summarise
 from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.runs.session import Session

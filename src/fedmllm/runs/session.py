@@ -10,7 +10,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.data.dataset import Dataset, load_split
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
-from fedmllm.evaluation.predictions import TestSet
+from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts

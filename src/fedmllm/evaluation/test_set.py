@@ -1,0 +1,134 @@
+"""A test set that is encoded once and can then be answered by any number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmllm.config import EvalTable
+from fedmllm.data.prompts import Strategy, render
+from fedmllm.data.samples import Modality, Sample, Task
+from fedmllm.evaluation.metrics import normalise
+from fedmllm.evaluation.predictions import PATTERNS, Prediction
+from fedmllm.kinds import Pattern
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
+from fedmllm.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test sample, encoded with the modalities that one pattern shows."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+AnsweredQuestions = dict[int, tuple[str, float | None]]
+"""question index -> (answer, probability of the positive answer)."""
+
+
+class TestSet:
+    """A fixed set of questions about `samples`, under each of `patterns`.
+
+    Under "image" and "text", samples without that modality are left out.
+    """
+
+    def __init__(
+        self,
+        model: MLLM,
+        task: Task,
+        samples: Sequence[Sample],
+        patterns: Sequence[Pattern],
+        strategy: Strategy,
+        max_length: int,
+    ) -> None:
+        self._model, self._task = model, task
+        self._rows: dict[Pattern, list[int]] = {pattern: [] for pattern in patterns}
+        indices: dict[tuple[str, frozenset[Modality]], int] = {}
+        shown: list[tuple[Sample, frozenset[Modality]]] = []
+        for pattern, row in self._rows.items():
+            for sample in samples:
+                visible = sample.modalities & PATTERNS[pattern]
+                if pattern != "both" and not visible:
+                    continue
+                # A sample without text looks the same under "both" and "image", so both patterns share one question.
+                if (sample.id, visible) not in indices:
+                    indices[sample.id, visible] = len(shown)
+                    shown.append((sample, visible))
+                row.append(indices[sample.id, visible])
+        conversations = [render(sample, visible, strategy) for sample, visible in shown]
+        encoded = model.encode(conversations, [sample.image for sample, _ in shown], max_length)
+        self._questions = [Question(sample, prompt) for (sample, _), prompt in zip(shown, encoded, strict=True)]
+
+    @property
+    def size(self) -> int:
+        """The number of distinct questions."""
+        return len(self._questions)
+
+    def predict(self, settings: EvalTable) -> list[Prediction]:
+        """The predictions of the current adapter, grouped by pattern."""
+        return self._predictions(self._answer(settings, 1)[0])
+
+    def predict_each(self, settings: EvalTable, adapters: Sequence[Tensors]) -> Iterator[list[Prediction]]:
+        """The predictions of each adapter.
+
+        If one adapter's questions do not fill a batch, several adapters are evaluated in one pass.
+        """
+        per_pass = settings.batch_size // max(1, self.size) if self._model.adapter.stacks else 1
+        for start in range(0, len(adapters), max(1, per_pass)):
+            group = adapters[start : start + max(1, per_pass)]
+            if len(group) == 1:
+                self._model.adapter.set(group[0])
+                if not self._model.lean:
+                    yield self.predict(settings)
+                    continue
+            with self._model.stacked(group):
+                answers = self._answer(settings, len(group))
+            yield from map(self._predictions, answers)
+
+    def _predictions(self, answers: AnsweredQuestions) -> list[Prediction]:
+        return [
+            self._prediction(pattern, self._questions[index], *answers[index])
+            for pattern, indices in self._rows.items()
+            for index in indices
+        ]
+
+    def _answer(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
+        """The answers of each stacked adapter, or of the current adapter if `adapters` is 1."""
+        by_length = sorted(range(len(self._questions)), key=lambda i: len(self._questions[i].encoded.prompt))
+        closed = [i for i in by_length if self._questions[i].encoded.options]
+        open_ended = [i for i in by_length if not self._questions[i].encoded.options]
+        answers: list[AnsweredQuestions] = [{} for _ in range(adapters)]
+        for batch in _chunks(closed, settings.batch_size):
+            encoded = [self._questions[i].encoded for i in batch] * adapters
+            scores = iter(option_scores(self._model, encoded, adapters))
+            for answered in answers:
+                answered |= {i: self._choose(i, of_options) for i, of_options in zip(batch, scores, strict=False)}
+        for batch in _chunks(open_ended, settings.batch_size):
+            encoded = [self._questions[i].encoded for i in batch] * adapters
+            texts = iter(self._model.generate(encoded, settings.max_new_tokens))
+            for answered in answers:
+                answered |= {i: (text, None) for i, text in zip(batch, texts, strict=False)}
+        return answers
+
+    def _choose(self, index: int, scores: Sequence[float]) -> tuple[str, float | None]:
+        """The most probable choice of a closed question and the probability of the positive one; `scores` are in logs."""
+        choices = self._questions[index].sample.choices or ()
+        positive = choices.index(self._task.positive) if self._task.positive in choices else None
+        return choices[int(np.argmax(scores))], float(np.exp(scores[positive])) if positive is not None else None
+
+    def _prediction(self, pattern: str, question: Question, predicted: str, score: float | None) -> Prediction:
+        sample = question.sample
+        normalised = normalise(predicted)
+        # An answer that normalises to nothing ("a", "the") is compared as it stands.
+        correct = normalised == normalise(sample.answer) if normalised else predicted.strip() == sample.answer
+        failed = not predicted.strip()
+        return Prediction(pattern, sample.id, sample.answer, predicted, correct, sample.is_closed, failed, score)
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
