@@ -14,12 +14,12 @@ from federations import SITES, adapter, close, in_one_process, named, write_fede
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote.files import FederationFile, SiteFile
-from fedmllm.remote.fleet import _figures
+from fedmllm.remote.fleet import valid_metrics
 from fedmllm.remote.protocol import Job, parts_of
 from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.serverapp import run
-from fedmllm.remote.service import Answers
-from fedmllm.remote.site import Worker
+from fedmllm.remote.service import ReplyCache
+from fedmllm.remote.worker import Worker
 from fedmllm.runs.progress import no_progress
 from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid
@@ -43,7 +43,7 @@ class Sites:
         self.jobs: list[Job] = []
         root = federation.parents[1]
         files = [SiteFile(root / name / "site.toml") for name in SITES]
-        self.answers = {f.name: Answers(Worker(f.state / "clients", f.own, self.log.append)) for f in files}
+        self.answers = {f.name: ReplyCache(Worker(f.state / "clients", f.own, self.log.append)) for f in files}
 
     def __call__(self, message: Message, context: Context) -> Message:
         content = pack(message.content)
@@ -73,7 +73,7 @@ def test_each_site_trains_on_its_own_data_under_its_own_limits(federation: Path,
         assert "test.jsonl" not in job.config, "where the server's data is, is no site's affair"
 
 
-def test_sites_test_the_model_on_data_of_their_own_and_send_figures(federation: Path, tmp_path: Path) -> None:
+def test_sites_test_the_model_on_data_of_their_own_and_sendvalid_metrics(federation: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("north", "east")):
         write_samples(tmp_path / name, "own", 9 + number)
         file = tmp_path / name / "site.toml"
@@ -109,7 +109,7 @@ GOOD = {"both": {"accuracy": 0.5, "n": 3, "accuracy_ci": [0.1, 0.9]}}
     ],
 )  # fmt: skip
 def test_of_what_a_site_says_only_figures_are_kept(told: Any, kept: Any) -> None:
-    assert _figures(told) == kept
+    assert valid_metrics(told) == kept
 
 
 def test_asking_for_figures_needs_sites(federation: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_site_runs_code_of_a_model_only_where_its_file_says_so(federation: Pat
 def test_a_site_with_another_model_is_refused_by_name(federation: Path, tmp_path: Path) -> None:
     sites = Sites(federation)
     root = federation.parents[1]
-    sites.answers["south"] = Answers(Worker(root / "x", SiteFile(root / "south" / "site.toml").own))
+    sites.answers["south"] = ReplyCache(Worker(root / "x", SiteFile(root / "south" / "site.toml").own))
     honest = sites.answers["south"]
     sites.answers["south"] = lambda content: honest(content.replace(b"rank = 2", b"rank = 3"))  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="client 'south' adapts other tensors than the server"):

@@ -24,7 +24,7 @@ def _say(line: str) -> None:
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
     """Run what is missing of a grid on a Ray cluster; the index."""
     need("ray", "ray")
-    from fedmllm.remote.actors import cluster
+    from fedmllm.remote.cluster import cluster
     from fedmllm.remote.ray_sweep import RayTasks
 
     with cluster(address):
@@ -72,7 +72,7 @@ def client(
     else:
         _say(f"site {site.name}: {text}")
     if not check:
-        site_process.keep(site, lambda line: _say(f"{site.name}: {line}"))
+        site_process.serve(site, lambda line: _say(f"{site.name}: {line}"))
 
 
 def server(
