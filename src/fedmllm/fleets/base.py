@@ -43,8 +43,8 @@ class FleetBackend:
     """Opens the fleets of a run.
 
     `local` means that clients train in this process, which encodes their data. `secure` means that the fleet is also a
-    `SecureTransport`; a backend that is neither cannot run experiments with secure aggregation. `evaluate(messages, done)` is set
-    if clients test on data of their own: it returns one row of metrics per client for its message after `done` rounds.
+    `SecureTransport`; a backend that is neither cannot run experiments with secure aggregation. `evaluate(messages, done)` is
+    set if clients test on data of their own: it returns one row of metrics per client for its message after `done` rounds.
     """
 
     open: Callable[[FleetContext], Fleet]

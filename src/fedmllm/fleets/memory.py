@@ -1,7 +1,7 @@
 """The state that clients keep between rounds, on disk. One folder per client, created on its first saved state.
 
-Finding a client's files does not involve those of other clients, so the cost of a round does not depend on how many clients have
-taken part. Each file carries its round in its name and replaces no earlier file until the server's state of that round is
+Finding a client's files does not involve those of other clients, so the cost of a round does not depend on how many clients
+have taken part. Each file carries its round in its name and replaces no earlier file until the server's state of that round is
 safe: a run that is killed in between finds the earlier state.
 """
 

@@ -1,8 +1,8 @@
 """Ray: actors that each keep one model loaded and answer the jobs of one cohort at a time. An actor that dies is replaced.
 
-Jobs and replies are the bytes that also travel over Flower. An actor keeps no state of a client: it receives the client's memory
-with the job and returns it with the reply, and the memory is stored in the run directory, as in a single-process run. Therefore
-any actor can train any client, on any machine, and nothing is lost with one that dies.
+Jobs and replies are the bytes that also travel over Flower. An actor keeps no state of a client: it receives the client's
+memory with the job and returns it with the reply, and the memory is stored in the run directory, as in a single-process run.
+Therefore any actor can train any client, on any machine, and nothing is lost with one that dies.
 """
 
 from __future__ import annotations

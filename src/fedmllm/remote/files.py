@@ -24,8 +24,8 @@ PATHS = ("data_dir", "train", "test")
 class SiteTable(Table):
     """A site: its name in the federation, its data, the modalities that may be used, and whom it trusts.
 
-    `superlink` is the server's host:port, `ca` the certificate of the authority that signed the server's certificate, `key` this
-    site's private key.
+    `superlink` is the server's host:port, `ca` the certificate of the authority that signed the server's certificate, `key`
+    this site's private key.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -163,8 +163,8 @@ class FederationFile:
         names = options.get("sites", list(self.sites))
         if sorted(names) != sorted(self.sites):
             raise ConfigError(
-                f"{file}: fleet.sites is {names}, but {self.path.name} names {list(self.sites)}; remove fleet.sites, or name the "
-                "same sites."
+                f"{file}: fleet.sites is {names}, but {self.path.name} names {list(self.sites)}; remove fleet.sites, or "
+                "name the same sites."
             )
         raw["fleet"] = {**options, "name": "flower", "sites": names}
         raw["partition"] = {"name": "iid", **raw.get("partition", {}), "clients": len(names)}

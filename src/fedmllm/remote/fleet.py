@@ -15,7 +15,8 @@ from fedmllm.tensors import State, Tensors
 
 
 class RemoteFleet:
-    """`run` and `config` are the run's name and its experiment as TOML; `timeout` is the longest duration of a round in seconds.
+    """`run` and `config` are the run's name and its experiment as TOML; `timeout` is the longest duration of a round in
+    seconds.
 
     `last` maps each client of a resumed run to the last round that used its update. Every job carries this number, so that
     clients discard the state of rounds that did not count, whichever messages were lost.

@@ -1,7 +1,7 @@
 """The keys of a federation: a certificate authority, the server's certificate, and each site's key.
 
-The authority and the server's certificate are for TLS and use ECDSA on P-256. A site's key is for node authentication: an OpenSSH
-key, ECDSA on P-384, whose private half never leaves the site and whose public half the server registers.
+The authority and the server's certificate are for TLS and use ECDSA on P-256. A site's key is for node authentication: an
+OpenSSH key, ECDSA on P-384, whose private half never leaves the site and whose public half the server registers.
 """
 
 from __future__ import annotations

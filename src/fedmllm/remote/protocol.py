@@ -1,8 +1,8 @@
 """The messages: a Job from the round loop to a client, and a Reply back. Each is a State and a JSON header; nothing is pickled.
 
 A Reply contains the groups that an algorithm uploads, counts and metrics, or one sentence about what went wrong. It never
-contains a sample or a part of one. The field names are the keys of the JSON header, except that the groups of the state or of the
-reply are listed under "groups", so that groups without tensors are not lost.
+contains a sample or a part of one. The field names are the keys of the JSON header, except that the groups of the state or of
+the reply are listed under "groups", so that groups without tensors are not lost.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Job:
     - `evaluate`: test that adapter on the site's own test data;
     - the phases of a secure round (`fedmllm.secure`), which replace `train` and whose replies contain only groups.
 
-    `run` is the permanent name of a run, resumed or not, and `config` its experiment as TOML. `last` is the last round that used
-    an update of this client, or −1: state that the client saved in later rounds is discarded.
+    `run` is the permanent name of a run, resumed or not, and `config` its experiment as TOML. `last` is the last round that
+    used an update of this client, or −1: state that the client saved in later rounds is discarded.
     """
 
     kind: JobKind
@@ -73,8 +73,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Reply:
-    """`problem` is empty, or says why the rest is missing. `about` contains counts in reply to `describe`, and metrics in reply to
-    `evaluate`."""
+    """`problem` is empty, or says why the rest is missing. `about` contains counts in reply to `describe`, and metrics in
+    reply to `evaluate`."""
 
     client: int = -1
     groups: State = field(default_factory=dict)

@@ -56,8 +56,8 @@ def run_command(command: Sequence[str], file: str, folder: str, threads: int, pl
 class RayTasks:
     """A `sweep.Launcher` on the cluster to which this process is connected.
 
-    `jobs` is the number of runs at a time, by default one per GPU, or one per four cores without a GPU. Raises ConfigError if the
-    cluster is too small.
+    `jobs` is the number of runs at a time, by default one per GPU, or one per four cores without a GPU. Raises ConfigError if
+    the cluster is too small.
     """
 
     def __init__(self, jobs: int | None) -> None:

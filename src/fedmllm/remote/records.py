@@ -1,6 +1,7 @@
 """Conversion between Flower's records and the bytes of `protocol.to_bytes`. A group of tensors is an ArrayRecord of its name.
 
-This module uses NumPy only: Flower starts a process for each message to a site, and loading PyTorch would take most of its time.
+This module uses NumPy only: Flower starts a process for each message to a site, and loading PyTorch would take most of its
+time.
 """
 
 from __future__ import annotations

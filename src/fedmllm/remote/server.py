@@ -23,8 +23,8 @@ from fedmllm.storage.run_dir import RunDir
 POLL = 0.5
 """Seconds between two looks at the run's files."""
 STATUS_POLL = 20.0
-"""Seconds between two queries of the run's status, each of which starts a process. Only a run whose process was killed needs them:
-any other leaves a result or an outcome."""
+"""Seconds between two queries of the run's status, each of which starts a process. Only a run whose process was killed needs
+them: any other leaves a result or an outcome."""
 APP = Path(__file__).with_name("app")
 
 

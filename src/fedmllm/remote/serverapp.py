@@ -52,7 +52,8 @@ def experiment_for_sites(config: Experiment) -> str:
 def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) -> Manifest:
     """The manifest that follows from the counts which the sites report; sample ids are invented, as no id leaves a site.
 
-    `samples` = image + text − both, so the counts determine how many samples have both. Raises ConfigError for impossible counts.
+    `samples` = image + text − both, so the counts determine how many samples have both. Raises ConfigError for impossible
+    counts.
     """
     holdings = []
     for client, report in sorted(about.items()):
@@ -60,7 +61,8 @@ def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) 
         samples, image, text = (count if type(count) is int and count >= 0 else -1 for count in counts)
         if not (0 <= max(image, text) <= samples <= image + text) or min(image, text) < 0:
             raise ConfigError(
-                f"site {names[client]!r} reports {samples} samples, {image} with image and {text} with text, which is impossible."
+                f"site {names[client]!r} reports {samples} samples, {image} with image and {text} with text, which is "
+                "impossible."
             )
         for number in range(samples):
             has = zip(MODALITIES, (number < image, number >= samples - text), strict=True)

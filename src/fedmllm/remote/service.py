@@ -25,8 +25,8 @@ CAPACITY = 4
 class ReplyCache:
     """Maps the bytes of a job to the bytes of its reply, and remembers the latest replies to `train` jobs.
 
-    A job that arrives again, because its reply was lost, gets the same reply. Training again would be correct for the latest round,
-    but not if a later round has been trained in between.
+    A job that arrives again, because its reply was lost, gets the same reply. Training again would be correct for the latest
+    round, but not if a later round has been trained in between.
     """
 
     def __init__(self, worker: Worker) -> None:

@@ -1,7 +1,7 @@
 """Jobs and replies over Flower: a `Transport` on top of the Grid that Flower gives to a ServerApp.
 
-No wait is unbounded. A job is sent again if its site's node was restarted, or if Flower reported an error instead of an answer. A
-site answers the same job twice with the same reply, so sending again costs time and never changes a number.
+No wait is unbounded. A job is sent again if its site's node was restarted, or if Flower reported an error instead of an
+answer. A site answers the same job twice with the same reply, so sending again costs time and never changes a number.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def read_reply(message: Message) -> Reply | str:
 class _Pending:
     """A client's job that has no reply yet.
 
-    `activated` is the time at which the node last came online, as known when the job was sent, `seen` the last time at which the
-    node was online. `unsent` means that the job must be sent to the node, for the first time or again.
+    `activated` is the time at which the node last came online, as known when the job was sent, `seen` the last time at which
+    the node was online. `unsent` means that the job must be sent to the node, for the first time or again.
     """
 
     job: Job
@@ -59,8 +59,8 @@ class _Pending:
 
 
 class FlowerTransport:
-    """`absent`: a round does not wait for a client whose node has been offline for this many seconds. The next rounds still send
-    it its job if it is back, but do not wait for it again unless all clients are offline.
+    """`absent`: a round does not wait for a client whose node has been offline for this many seconds. The next rounds still
+    send it its job if it is back, but do not wait for it again unless all clients are offline.
 
     `names` lists the names under which the sites are registered, in the order of the clients: a node that is registered under
     one name cannot answer for another. `clock` and `sleep` are replaced in tests.
@@ -150,7 +150,7 @@ class FlowerTransport:
         pause = POLL / 32  # simulations answer at once
         while pending and self._clock() < end:
             self._send(pending, end)
-            for message in self._pull(id for entry in pending.values() for id in entry.ids):
+            for message in self._pull(sent for entry in pending.values() for sent in entry.ids):
                 id = message.metadata.reply_to_message_id  # noqa: A001 (Flower's word)
                 # A job that was sent twice may be answered twice.
                 if (client := next((c for c, entry in pending.items() if id in entry.ids), None)) is not None:
@@ -202,7 +202,7 @@ class FlowerTransport:
         kind = job.kind if job.kind in ("train", "evaluate") else f"query.{job.kind}"
         group = str(job.round) if job.kind == "train" else job.kind
         message = Message(unpack(to_bytes(job)), node, kind, ttl=max(seconds, 1.0), group_id=group)
-        return [id for id in self._grid.push_messages([message]) if id]
+        return [sent for sent in self._grid.push_messages([message]) if sent]
 
     def _pull(self, ids: Iterable[str]) -> list[Message]:
         expected = list(ids)

@@ -6,8 +6,9 @@
     unmask   receives which clients sent a masked update and which did not; sends shares of the own masks of the former and of
              the mask keys of the latter
 
-The own mask protects an update if its pairwise masks are reconstructed after all, as for a client that was presumed gone but was
-only late. Nobody may therefore learn both secrets of a client: `unmask` is answered once, and never if a client is in both lists.
+The own mask protects an update if its pairwise masks are reconstructed after all, as for a client that was presumed gone but
+was only late. Nobody may therefore learn both secrets of a client: `unmask` is answered once, and never if a client is in both
+lists.
 """
 
 from __future__ import annotations

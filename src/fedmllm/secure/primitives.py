@@ -1,8 +1,8 @@
 """The cryptographic primitives, all from maintained libraries: X25519, HKDF-SHA256, ChaCha20-Poly1305 and AES-256 in counter
 mode from `cryptography`; Shamir's secret sharing, for secrets of 16 bytes, from `pycryptodome`.
 
-Every key is used once: key pairs and seeds are new in each round, and the purpose, the clients and the round of a key are part of
-its derivation. Nonces and counters may therefore start at zero.
+Every key is used once: key pairs and seeds are new in each round, and the purpose, the clients and the round of a key are part
+of its derivation. Nonces and counters may therefore start at zero.
 """
 
 from __future__ import annotations
