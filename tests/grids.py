@@ -15,8 +15,8 @@ App = Callable[[Message, Context], Message]
 
 
 class DirectGrid(Grid):
-    """`nodes` maps each node to its configuration, `names` to the name under which it is registered. If `lose(message)`, a message
-    gets no answer. `sent` and `received` contain all messages."""
+    """`nodes` maps each node to its configuration, `names` to the name under which it is registered. If `lose(message)`, a
+    message gets no answer. `sent` and `received` contain all messages."""
 
     def __init__(
         self,
