@@ -153,32 +153,19 @@ def test_a_sweeps_folder_must_be_readable_on_the_machine_of_its_run(tmp_path: Pa
     assert "give an --out that all machines of the cluster share" in error
 
 
-PLUGIN = """
-from fedmllm.algorithms import algorithms
-from fedmllm.algorithms.fedavg import fedavg
-
-@algorithms.register("{name}")
-def plugin():
-    return fedavg()
-"""
-
-
-def test_clients_and_runs_on_other_machines_load_the_plugin_files(write_experiment: Write, tmp_path: Path) -> None:
-    plugin = tmp_path / "plugin.py"
-    plugin.write_text(PLUGIN.format(name="test-ray-plugin"))
-    text = write_experiment('[algorithm]\nname = "test-ray-plugin"\n').read_text()
-    (reply,) = Worker(tmp_path / "memory").answer([Job("describe", "ab" * 8, text, 0)])
-    assert "there is no algorithm 'test-ray-plugin'" in reply.problem
-    missing = tmp_path / "missing.py"
-    (reply,) = Worker(tmp_path / "memory", plugins=[missing]).answer([Job("describe", "ab" * 8, text, 0)])
+def test_clients_and_runs_on_other_machines_load_the_plugin_files(
+    write_experiment: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMLLM_PLUGINS", "")  # `load_plugin` changes it
+    plugin, missing, loaded = tmp_path / "plugin.py", tmp_path / "missing.py", tmp_path / "loaded"
+    plugin.write_text(f"from pathlib import Path\nPath({str(loaded)!r}).touch()\n")
+    job = Job("describe", "ab" * 8, write_experiment().read_text(), 0)
+    (reply,) = Worker(tmp_path / "memory", plugins=[plugin, missing]).answer([job])
+    assert loaded.exists()
     assert reply.problem == f"--plugin {missing}: there is no such file."
-    status, error = run_command(["run"], str(plugin), str(tmp_path), 1, [missing])
+    status, error = run_command(["run"], str(plugin), str(tmp_path), 1, [plugin, missing])
     assert status == 2
     assert error.endswith(reply.problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMLLM_PLUGINS", "")
-        (reply,) = Worker(tmp_path / "memory", plugins=[plugin]).answer([Job("describe", "ab" * 8, text, 0)])
-    assert not reply.problem
 
 
 # Runs
