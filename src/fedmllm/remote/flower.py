@@ -19,6 +19,8 @@ from fedmllm.storage.atomic import write_atomically
 
 CONNECTION = "here"
 """The name of the connection to the SuperLink in Flower's configuration file."""
+START = 180.0
+"""Seconds within which the SuperLink must answer; on a busy machine it takes a minute to load its libraries."""
 
 
 class RunFailed(RuntimeError):  # noqa: N818 (it says what happened)
@@ -51,9 +53,9 @@ class FlowerCli:
     def wait_until_ready(self, wait: Callable[[float], None], log: Path) -> set[str]:
         """The ids of the registered nodes, as soon as the SuperLink answers; `wait(seconds)` passes the time.
 
-        Raises RunFailed after a minute.
+        Raises RunFailed after `START` seconds.
         """
-        end = time.monotonic() + 60
+        end = time.monotonic() + START
         while not (reply := self._call("supernode", "ls", CONNECTION)).get("success"):
             if time.monotonic() > end:
                 raise RunFailed(f"the SuperLink does not answer at {self._federation.address}; its log is {log}.")
