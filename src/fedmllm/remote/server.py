@@ -22,9 +22,9 @@ from fedmllm.storage.run_dir import RunDir
 
 POLL = 0.5
 """Seconds between two looks at the run's files."""
-STATUS_POLL = 20.0
+STATUS_POLL, STATUS_POLL_AFTER_RESTART = 30.0, 10.0
 """Seconds between two queries of the run's status, each of which starts a process. Only a run whose process was killed needs
-them: any other leaves a result or an outcome."""
+them, as it is together with the SuperLink: any other leaves a result or an outcome."""
 APP = Path(__file__).with_name("app")
 
 
@@ -148,8 +148,8 @@ class Server:
             self._report_rounds()
             if self._run.complete or self._outcome.is_file():  # its process is about to end; Flower notices later
                 return "ended"
-            # The process of the run is killed with the SuperLink, so a restart is a reason to ask early.
-            if time.monotonic() - queried < (POLL if superlink.restarts > restarts else STATUS_POLL):
+            pause = STATUS_POLL_AFTER_RESTART if superlink.restarts > restarts else STATUS_POLL
+            if time.monotonic() - queried < pause:
                 continue
             status = flower.status(run_id)
             queried = time.monotonic()
