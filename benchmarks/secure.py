@@ -2,10 +2,10 @@
 
     python benchmarks/secure.py [experiments/quickstart.toml] [--rounds 3] [--numbers 1000000] [--json FILE]
 
-The first table needs no model: clients with an update of so many made-up numbers, all of them there, then one of ten gone after
-it shared its secrets. Seconds are the processor's, so that what else runs does not matter; those of all clients are divided by
-their number, as each has a machine of its own. A plain mean is what the server makes of the same updates in the clear. The
-second runs the experiment, three clients a round, and compares rounds.
+The first part needs no model: clients have updates of random numbers, first without drop-outs, then with one in ten clients
+lost after it shared its secrets. Seconds are processor time, which does not depend on other processes; those of all clients
+are divided by their number, because each has a machine of its own. For comparison, the server computes the mean of the same
+updates without masks. The second part runs the experiment with three clients per round, with and without secure aggregation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fedmllm.config import read, validate
 from fedmllm.experiment.parts import build
 from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
 from fedmllm.runs.session import Session
+from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fleet import SecureFleet
 from fedmllm.secure.settings import Pairwise, Phase, secures
-from fedmllm.secure.site import Parties
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, Tensors, distance
 
@@ -38,24 +38,26 @@ SIZES = ((3, 0), (10, 0), (33, 0), (100, 32))
 """(clients in a round, neighbours of each; 0 for all)"""
 
 
-class Pretended:
-    """Clients whose updates are there; `seconds` is what their side of the protocol took, all together."""
+class FakeClients:
+    """Clients with given updates; `seconds` is the total time of their side of the protocol."""
 
     def __init__(self, settings: Pairwise, updates: Mapping[int, Update], gone: Sequence[int]) -> None:
-        self._parties, self._updates, self._gone = Parties(settings, algorithms.build("fedavg", {})), updates, gone
+        self._clients, self._updates, self._gone = SecureClients(settings, algorithms.build("fedavg", {})), updates, gone
         self.seconds = 0.0
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def request(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         began = time.process_time()
         answers: list[Update] = []
-        for client, message in messages.items():  # one by one, as nobody holds the vectors of others
+        for client, message in messages.items():  # one at a time, because no client stores the vectors of others
             if not (client in self._gone and phase in ("masked", "unmask")):
-                one = {client: message}
-                answers += self._parties.answer(phase, "bench", info, one, lambda plain: [self._updates[c] for c in plain])
+                answers += self._clients.answer(phase, "bench", info, {client: message}, self._train)
         self.seconds += time.process_time() - began
         return answers
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State], lr: float) -> Sequence[Update]:
+    def _train(self, messages: Mapping[int, State]) -> Sequence[Update]:
+        return [self._updates[client] for client in messages]
+
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         return list(self._updates.values())
 
     def forget(self, round: int, clients: Sequence[int]) -> None: ...
@@ -67,34 +69,34 @@ class Pretended:
 
 
 def protocol(numbers: int, clients: int, neighbours: int, gone: int) -> dict[str, float]:
-    """Seconds of a client and of the server, and bytes up and down of a client beyond what a plain round sends."""
+    """Seconds of a client and of the server, and the bytes that a client sends and receives beyond those of an open round."""
     settings, algorithm = secures.build("pairwise", {"neighbours": neighbours}), algorithms.build("fedavg", {})
     assert settings is not None
-    sent: State = {"adapter": {"w": torch.zeros(numbers)}}
+    message: State = {"adapter": {"w": torch.zeros(numbers)}}
     updates = {c: Update(c, {"adapter": {"w": 0.01 * torch.randn(numbers)}}, 100 + c, 5) for c in range(clients)}
-    carrier = Pretended(settings, updates, range(gone))
-    fleet = SecureFleet(settings, algorithm, carrier, carrier, "bench")
+    fake = FakeClients(settings, updates, range(gone))
+    fleet = SecureFleet(settings, algorithm, fake, fake, "bench")
     info = RoundInfo(0, 1, clients, tuple(range(clients)), 0)
     began = time.process_time()
-    made = fleet.train(info, dict.fromkeys(info.sampled, sent))
-    whole = time.process_time() - began
-    good = [u for u in made if not u.problem]
+    received = fleet.train(info, dict.fromkeys(info.sampled, message))
+    total = time.process_time() - began
+    good = [u for u in received if not u.problem]
     began = time.process_time()
-    plain = algorithm.aggregate(sent, [updates[u.client] for u in good], info)
+    plain = algorithm.aggregate(message, [updates[u.client] for u in good], info)
     seconds = time.process_time() - began
-    off = distance(algorithm.aggregate(sent, good, info)["adapter"], plain["adapter"]) / numbers**0.5
-    assert off < 1e-5
-    last = made[-1].travelled
+    error = distance(algorithm.aggregate(message, good, info)["adapter"], plain["adapter"]) / numbers**0.5
+    assert error < 1e-5
+    last = received[-1].travelled
     assert last is not None
-    down, up = (sum(way.values()) - 4 * numbers for way in last)
+    down, up = (sum(counts.values()) - 4 * numbers for counts in last)
     return {
-        "client": carrier.seconds / clients, "server": whole - carrier.seconds, "plain": seconds, "off": off,
+        "client": fake.seconds / clients, "server": total - fake.seconds, "plain": seconds, "off": error,
         "bytes_up": up, "bytes_down": down,
     }  # fmt: skip
 
 
-class Watched(RunDir):
-    """Notes what each round had cost when it was handed over."""
+class TimedRunDir(RunDir):
+    """Records the processor time at the end of each round."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -106,13 +108,13 @@ class Watched(RunDir):
 
 
 def rounds(file: Path, count: int, secure: str) -> list[float]:
-    """Seconds of each round but the first."""
+    """Seconds of each round except the first."""
     raw: dict[str, Any] = read(file) | {"secure": {"name": secure}}
     raw["train"] = raw.get("train", {}) | {"rounds": count + 1, "clients_per_round": 3}
     parts = build(validate(raw))
     session = Session(parts, parts.prepare())
     with tempfile.TemporaryDirectory() as folder:
-        directory = Watched(Path(folder) / "run")
+        directory = TimedRunDir(Path(folder) / "run")
         run = prepare_run("federated", session, directory)
         with directory.claimed():
             begin(run)
@@ -121,28 +123,30 @@ def rounds(file: Path, count: int, secure: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what secure aggregation costs")
+    parser = argparse.ArgumentParser(description="Measure what secure aggregation costs.")
     parser.add_argument("file", type=Path, nargs="?", default=Path("experiments/quickstart.toml"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--numbers", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    found: dict[str, Any] = {"protocol": [], "rounds": {}}
-    print(f"{options.numbers:,} numbers; seconds of one client, the server, a plain mean; bytes of a client beyond 4 a number")
+    results: dict[str, Any] = {"protocol": [], "rounds": {}}
+    print(
+        f"{options.numbers:,} numbers; seconds of one client, the server, an open mean; bytes of a client beyond 4 per number"
+    )
     for clients, neighbours in SIZES:
         for gone in sorted({0, clients // 10}):
             row = protocol(options.numbers, clients, neighbours, gone)
-            found["protocol"].append({"clients": clients, "neighbours": neighbours, "gone": gone} | row)
-            who = f"{clients} clients, {neighbours or 'all'} neighbours, {gone} gone"
+            results["protocol"].append({"clients": clients, "neighbours": neighbours, "gone": gone} | row)
+            label = f"{clients} clients, {neighbours or 'all'} neighbours, {gone} gone"
             cost = f"{row['client']:8.3f} s{row['server']:9.3f} s{row['plain']:9.3f} s"
-            print(f"{who:36}{cost}  up {row['bytes_up']:+,.0f}  down {row['bytes_down']:+,.0f}  off by {row['off']:.1e}")
+            print(f"{label:36}{cost}  up {row['bytes_up']:+,.0f}  down {row['bytes_down']:+,.0f}  off by {row['off']:.1e}")
     for name in ("none", "pairwise", "none", "pairwise"):
-        found["rounds"].setdefault(name, []).extend(rounds(options.file, options.rounds, name))
-    plain, hidden = (statistics.median(found["rounds"][name]) for name in ("none", "pairwise"))
-    print(f"{options.file.stem}, 3 clients a round: {plain:.2f} s plain, {hidden:.2f} s secure, ratio {hidden / plain:.3f}")
+        results["rounds"].setdefault(name, []).extend(rounds(options.file, options.rounds, name))
+    plain, hidden = (statistics.median(results["rounds"][name]) for name in ("none", "pairwise"))
+    print(f"{options.file.stem}, 3 clients per round: {plain:.2f} s plain, {hidden:.2f} s secure, ratio {hidden / plain:.3f}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

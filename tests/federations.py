@@ -1,4 +1,4 @@
-"""A federation in a folder: a server and sites of different modalities, as files, and as processes on this machine."""
+"""A federation in a folder, with a server and sites of different modalities, and its processes on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fedmllm.config import Named
 from fedmllm.data.dataset import Dataset, load_split, open_source
-from fedmllm.data.manifest import Holding, Manifest
+from fedmllm.data.manifest import Manifest
 from fedmllm.experiment.parts import build
 from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.keys import make
@@ -34,7 +34,7 @@ COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 
 
 def write_samples(folder: Path, split: str, count: int, shift: int = 0) -> None:
-    """Paired samples, of which a site may use less."""
+    """Write paired samples; a site may be limited to one modality of them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rgb in COLORS.items():
         Image.new("RGB", (64, 64), rgb).save(folder / f"{name}.png")
@@ -47,7 +47,8 @@ def write_samples(folder: Path, split: str, count: int, shift: int = 0) -> None:
 
 
 def write_federation(root: Path, model: Path, extra: str = "") -> Path:
-    """Keys, three sites and a server on a free port; `extra` ends the experiment file. The federation file's path."""
+    """Write keys, three sites and a server on a free port; the path of the federation file. `extra` is appended to the
+    experiment."""
     port = free_port()
     make(root / "keys", ["127.0.0.1"], list(SITES))
     for number, (name, modalities) in enumerate(SITES.items()):
@@ -75,23 +76,23 @@ def write_federation(root: Path, model: Path, extra: str = "") -> Path:
 
 
 def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same experiment on the same data in this process, one client after the other."""
+    """The result of the same experiment on the same data in this process, one client after the other."""
     config = FederationFile(federation, ["train.cohort=1", *overrides]).experiment
-    everyone, holdings = [], []
+    all_samples, holdings = [], []
     for client, name in enumerate(config.fleet.options["sites"]):
-        own = SiteFile(federation.parents[1] / name / "site.toml").own
-        _, samples, _ = load_split(open_source(own.task), "train")
-        everyone += samples
-        holdings += [Holding(s.id, client, s.modalities & own.modalities) for s in samples]
+        site = SiteFile(federation.parents[1] / name / "site.toml").data
+        _, samples, _ = load_split(open_source(site.task), "train")
+        all_samples += samples
+        holdings += site.holdings(samples, client)
     config = config.model_copy(update={"fleet": Named(name="in-process")})
     parts = build(config)
     task, test, _ = load_split(parts.source, "test")
-    data = Dataset(task, everyone, test, 0, Manifest.of(holdings, config.partition.clients))
+    data = Dataset(task, all_samples, test, 0, Manifest.of(holdings, config.partition.clients))
     return execute("federated", Session(parts, data), RunDir(out))
 
 
-def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of clients in one process as those of sites."""
+def with_site_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of clients of a single-process run, with the names of the sites."""
     return [row | {"site": name} for row, name in zip(rows, SITES, strict=True)]
 
 
@@ -107,7 +108,7 @@ def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 
 class Process:
-    """A command of ours with its output in a file."""
+    """A `fedmllm` command with its errors in a file."""
 
     def __init__(self, log: Path, *arguments: object) -> None:
         self.log = log
@@ -121,13 +122,17 @@ class Process:
         out, _ = self.popen.communicate(timeout=seconds)
         return self.popen.returncode, out.decode()
 
-    def end(self) -> int:
-        """End it as a service manager would; its exit status."""
+    @property
+    def is_running(self) -> bool:
+        return self.popen.poll() is None
+
+    def stop(self) -> int:
+        """Stop it as a service manager would; its exit status."""
         self.popen.send_signal(signal.SIGTERM)
         self.popen.communicate(timeout=90)
         return self.popen.returncode
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
 
@@ -137,10 +142,10 @@ def running(*processes: Process) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            if process.popen.poll() is None:
+            if process.is_running:
                 process.popen.terminate()
         for process in processes:
-            if process.popen.poll() is None:
+            if process.is_running:
                 try:
                     process.popen.communicate(timeout=40)
                 except subprocess.TimeoutExpired:
@@ -149,35 +154,36 @@ def running(*processes: Process) -> Iterator[None]:
 
 
 def commands() -> dict[int, str]:
-    """pid -> command line of all processes that have one."""
-    found = {}
+    """pid -> command line, for all processes that have one."""
+    lines = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                lines[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-    return {pid: text for pid, text in found.items() if text}
+    return {pid: line for pid, line in lines.items() if line}
 
 
 def pid_of(*parts: str) -> int:
-    """The one process whose command line has all of these."""
-    (pid,) = [pid for pid, text in commands().items() if all(part in text for part in parts)]
+    """The only process whose command line contains all of these parts."""
+    (pid,) = [pid for pid, line in commands().items() if all(part in line for part in parts)]
     return pid
 
 
 def is_open(port: int) -> bool:
-    """Whether someone listens on this machine's port."""
+    """Whether a process listens on this port of the loopback interface."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_for(what: Callable[[], Any], seconds: float) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+    """The first true value of `condition()`."""
     end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited in vain"
+    while not (value := condition()):
+        assert time.monotonic() < end, f"the condition is still false after {seconds:g} s"
         time.sleep(0.2)
-    return found
+    return value
 
 
 def rounds_done(run: Path) -> int:
@@ -185,6 +191,6 @@ def rounds_done(run: Path) -> int:
 
 
 __all__ = [
-    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "named", "pid_of", "rounds_done",
-    "running", "wait_for", "write_federation", "write_samples",
+    "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "pid_of", "rounds_done",
+    "running", "wait_for", "with_site_names", "write_federation", "write_samples",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A Flower Grid without Flower's processes: it calls the ClientApp of each node directly, in this process."""
+"""A Flower Grid without Flower's processes: it calls the ClientApp of each node in this process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ App = Callable[[Message, Context], Message]
 
 
 class DirectGrid(Grid):
-    """`nodes` has each node's configuration, `names` what it is registered as. `lose(message)` says whether a message gets
-    no answer. All messages are kept in `sent` and `received`."""
+    """`nodes` maps each node to its configuration, `names` to the name under which it is registered. If `lose(message)`, a
+    message gets no answer. `sent` and `received` contain all messages."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class DirectGrid(Grid):
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self.activated: dict[int, str] = dict.fromkeys(nodes, "")
-        self._waiting: dict[str, Message] = {}
+        self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError
@@ -61,17 +61,17 @@ class DirectGrid(Grid):
                 context = Context(0, node, self.nodes[node], RecordDict(), {})
                 reply = self.app(message, context)
                 reply.metadata.__dict__["_message_id"] = str(uuid4())
-                self._waiting[message.metadata.message_id] = reply
+                self._replies[message.metadata.message_id] = reply
         return ids
 
     def fail(self, message: Message, code: int) -> None:
-        """Flower answers the message in its node's place."""
-        self._waiting[message.metadata.message_id] = Message(Error(code, "a reason"), reply_to=message)
+        """Answer a message with an error of Flower instead of its node's answer."""
+        self._replies[message.metadata.message_id] = Message(Error(code, "a reason"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        here = [self._waiting.pop(i) for i in list(message_ids) if i in self._waiting]
-        self.received += here
-        return here
+        replies = [self._replies.pop(id_) for id_ in list(message_ids) if id_ in self._replies]
+        self.received += replies
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError

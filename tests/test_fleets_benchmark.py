@@ -1,4 +1,4 @@
-"""The benchmark of the fleets gives all of them the same work."""
+"""The benchmark of fleets gives the same work to all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmllm.config import apply_overrides, read, validate
 from fedmllm.experiment.parts import build, options_of
 
 
-def test_whoever_trains_holds_what_a_site_holds(tmp_path: Path) -> None:
+def test_clients_have_the_same_samples_in_one_process_and_at_sites(tmp_path: Path) -> None:
     for name, count in {"east": 9, "north": 9, "south": 3}.items():
         write_samples(tmp_path / name, "train", count)
         (tmp_path / name / "pictures").mkdir()
@@ -22,15 +22,15 @@ def test_whoever_trains_holds_what_a_site_holds(tmp_path: Path) -> None:
     text = (fleets.ROOT / "examples" / "hospitals" / "experiment.toml").read_text()
     file = tmp_path / "server" / "experiment.toml"
     file.write_text(text)
-    fleets.deal(tmp_path)
+    fleets.divide(tmp_path)
     raw, _ = apply_overrides(read(file), ["fleet.name=in-process", *fleets.settings(tmp_path, 2)], options_of)
     manifest = build(validate(raw)).prepare().manifest
     for client, name in enumerate(fleets.ORDER):
-        there = [json.loads(line)["id"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
-        assert [h.sample_id for h in manifest.of_client(client)] == sorted(there)
+        ids = [json.loads(line)["id"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        assert [h.sample_id for h in manifest.of_client(client)] == sorted(ids)
     assert manifest.counts()[:, 0].tolist() == [9, 6, 3]
 
 
-def test_the_first_round_is_apart(tmp_path: Path) -> None:
+def test_the_first_round_is_reported_separately(tmp_path: Path) -> None:
     (tmp_path / "rounds.jsonl").write_text("".join(json.dumps({"seconds": s}) + "\n" for s in (9.0, 2.0, 3.0, 7.0)))
     assert fleets.seconds(tmp_path) == pytest.approx((9.0, 3.0))

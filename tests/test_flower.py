@@ -1,4 +1,4 @@
-"""Flower as a fleet, on a grid without Flower's processes: what travels, what comes out, what is refused."""
+"""Flower as a fleet, on a grid without Flower's processes: the messages, the results, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fedmllm.federation import TooFewUpdates
 from fedmllm.remote import clientapp
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.protocol import Job, JobKind, ProtocolError, Reply, parts_of, to_bytes
-from fedmllm.remote.records import HEAD, RecordError, pack, unpack
-from fedmllm.remote.serverapp import load_experiment, manifest_of, run, told_to_sites
-from fedmllm.remote.site import Worker
+from fedmllm.remote.records import HEADER, RecordError, pack, unpack
+from fedmllm.remote.serverapp import experiment_for_sites, load_experiment, manifest_of, run
 from fedmllm.remote.transport import ATTEMPTS, Absent, FlowerTransport
+from fedmllm.remote.worker import Worker
 from fedmllm.runs.progress import no_progress
 from fedmllm.secure.settings import PHASES
 from fedmllm.storage.run_dir import RunDir
@@ -49,97 +49,97 @@ def states(draw: st.DrawFn) -> dict[str, dict[str, torch.Tensor]]:
     tensors = st.builds(
         lambda kind, shape, value: torch.full(shape, value).to(kind), st.sampled_from(kinds), shapes, st.integers(-120, 120)
     )
-    groups = st.text("xyz_", min_size=1, max_size=3).filter(lambda name: name != HEAD)
+    groups = st.text("xyz_", min_size=1, max_size=3).filter(lambda name: name != HEADER)
     return draw(st.dictionaries(groups, st.dictionaries(names, tensors, max_size=3), max_size=3))
 
 
 @quick
 @given(states())
-def test_a_state_comes_through_records_bit_for_bit(state: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_a_state_survives_records_bit_for_bit(state: dict[str, dict[str, torch.Tensor]]) -> None:
     job = Job("train", "ab" * 8, "x = 1", 3, 2, (1, 3), {3: 4}, 0.1 + 0.2, 1, state)
     records = unpack(to_bytes(job))
     assert set(records.array_records) == {group for group, tensors in state.items() if tensors}
-    back = Job.of(*parts_of(pack(records)))
-    assert same(back.state, state)
-    assert back.state.keys() == state.keys(), "a group without tensors is a group"
-    assert back.head() == job.head()
-    assert back.lr == 0.1 + 0.2, "exactly"
+    received = Job.of(*parts_of(pack(records)))
+    assert same(received.state, state)
+    assert received.state.keys() == state.keys(), "groups without tensors are kept"
+    assert received.header() == job.header()
+    assert received.lr == 0.1 + 0.2, "exactly"
 
 
-def test_numbers_come_through_exactly() -> None:
+def test_numbers_survive_exactly() -> None:
     groups = {"n": {"big": torch.tensor(2**62 + 1), "tiny": torch.tensor(1e-45), "nan": torch.tensor(math.nan)}}
     reply = Reply(2, groups, 2**53 + 1, 7, {"loss": 1 / 3}, about={"samples": 12})
-    back = Reply.of(*parts_of(pack(unpack(to_bytes(reply)))))
-    assert (back.client, back.examples, back.steps, back.metrics) == (2, 2**53 + 1, 7, {"loss": 1 / 3})
-    assert int(back.groups["n"]["big"]) == 2**62 + 1
-    assert float(back.groups["n"]["tiny"]) > 0
-    assert back.groups["n"]["nan"].isnan()
+    received = Reply.of(*parts_of(pack(unpack(to_bytes(reply)))))
+    assert (received.client, received.examples, received.steps, received.metrics) == (2, 2**53 + 1, 7, {"loss": 1 / 3})
+    assert int(received.groups["n"]["big"]) == 2**62 + 1
+    assert float(received.groups["n"]["tiny"]) > 0
+    assert received.groups["n"]["nan"].isnan()
 
 
-def test_bfloat16_does_not_travel() -> None:
-    with pytest.raises(RecordError, match="cannot be made"):
+def test_bfloat16_cannot_be_sent() -> None:
+    with pytest.raises(RecordError, match="cannot be created"):
         unpack(to_bytes(Reply(0, {"adapter": {"a": torch.ones(2, dtype=torch.bfloat16)}})))
 
 
-def records(head: object = "{}", **more: Any) -> RecordDict:
-    return RecordDict({HEAD: ConfigRecord({"head": head}), **more})
+def records(head: object = "{}", **others: Any) -> RecordDict:
+    return RecordDict({HEADER: ConfigRecord({"head": head}), **others})
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "malformed",
     [
         RecordDict(),
         RecordDict({"other": ConfigRecord({"head": "{}"})}),
         records(head=3),
-        records(more=MetricRecord({"x": 1.0})),
-        records(more=ConfigRecord({"x": "y"})),
+        records(other=MetricRecord({"x": 1.0})),
+        records(other=ConfigRecord({"x": "y"})),
         records(adapter=ArrayRecord({"a": Array("float32", (2,), "numpy.ndarray", b"nonsense")})),
         records(adapter=ArrayRecord({"a": Array("float32", (2,), "pickle", b"cos\nsystem\n")})),
     ],
 )
-def test_records_that_are_not_ours_are_refused(bad: RecordDict) -> None:
+def test_other_records_are_refused(malformed: RecordDict) -> None:
     with pytest.raises(RecordError):
-        pack(bad)
+        pack(malformed)
 
 
 @pytest.mark.parametrize(
-    ("head", "why"),
+    ("header", "reason"),
     [
-        ("not json", "no JSON"),
+        ("not json", "not JSON"),
         ("[]", "version"),
         ('{"version": 99}', "version 1"),
         ('{"version": 1}', "groups"),
-        (Reply(1).head().replace('"examples": 0', '"examples": 0.5'), "no integers"),
-        (Reply(1).head().replace('"examples": 0', '"examples": true'), "no integers"),
-        (Reply(1).head().replace('"steps": 0', '"steps": "many"'), "no integers"),
-        (Reply(1).head().replace('"groups": []', '"groups": 3'), "groups"),
-        (Reply(1).head().replace('"metrics": {}', '"metrics": {"loss": "low"}'), "not a reply"),
-        (Reply(1).head().replace('"about": {}', '"about": {}, "samples": []'), "not a reply"),
+        (Reply(1).header().replace('"examples": 0', '"examples": 0.5'), "not integers"),
+        (Reply(1).header().replace('"examples": 0', '"examples": true'), "not integers"),
+        (Reply(1).header().replace('"steps": 0', '"steps": "many"'), "not integers"),
+        (Reply(1).header().replace('"groups": []', '"groups": 3'), "groups"),
+        (Reply(1).header().replace('"metrics": {}', '"metrics": {"loss": "low"}'), "not a reply"),
+        (Reply(1).header().replace('"about": {}', '"about": {}, "samples": []'), "not a reply"),
     ],
 )
-def test_replies_of_another_shape_are_refused(head: str, why: str) -> None:
-    with pytest.raises(ProtocolError, match=why):
-        Reply.of(head, {})
+def test_malformed_replies_are_refused(header: str, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        Reply.of(header, {})
 
 
 # Whole runs
 
 
 @pytest.fixture(autouse=True)
-def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "cache"))
-    clientapp._worker.cache_clear()
+    clientapp.local_worker.cache_clear()
     yield
-    clientapp._worker.cache_clear()
+    clientapp.local_worker.cache_clear()
 
 
-def settings(file: Path, out: str = "out", **more: Any) -> dict[str, Any]:
-    return {"experiment": str(file), "out": out, "resume": False, "overrides": "", "outcome": "", **more}
+def settings(file: Path, out: str = "out", **changes: Any) -> dict[str, Any]:
+    return {"experiment": str(file), "out": out, "resume": False, "overrides": "", "outcome": "", **changes}
 
 
-def grid(clients: int = 4, **more: Any) -> DirectGrid:
-    return DirectGrid(clientapp.app, {100 + client: {"partition-id": client} for client in range(clients)}, **more)
+def make_grid(clients: int = 4, **options: Any) -> DirectGrid:
+    return DirectGrid(clientapp.app, {100 + client: {"partition-id": client} for client in range(clients)}, **options)
 
 
 def adapter(folder: str) -> dict[str, torch.Tensor]:
@@ -162,36 +162,36 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     ],
     ids=["fedavg", "scaffold", "flora", "feddyn+int8", "hetlora", "modality-gap"],
 )
-def test_a_run_over_flower_is_the_run_in_process(write_experiment: Write, extra: str) -> None:
-    """One by one, as each site trains: adapters stacked in a cohort round otherwise, which AdamW can make much of."""
-    here = command("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
-    there = run(grid(), settings(write_experiment(extra + FLEET)), no_progress)
-    assert close(adapter("here"), adapter("out"))
+def test_a_run_over_flower_equals_the_run_in_one_process(write_experiment: Write, extra: str) -> None:
+    """With cohorts of one, as each site trains: larger cohorts round differently, which AdamW can amplify."""
+    single = command("run", write_experiment(extra), "--out", "single", "--set", "train.cohort=1")
+    flower = run(make_grid(), settings(write_experiment(extra + FLEET)), no_progress)
+    assert close(adapter("single"), adapter("out"))
     for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "refused_updates"):
-        assert there[key] == here[key], key
-    losses = [[record["loss"] for record in RunDir(Path(folder)).rounds()] for folder in ("here", "out")]
+        assert flower[key] == single[key], key
+    losses = [[record["loss"] for record in RunDir(Path(folder)).rounds()] for folder in ("single", "out")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_hidden_updates_make_the_same_run(write_experiment: Write) -> None:
-    """Four questions a round in place of one, up to the rounding of the fixed point; only bytes under masks come back."""
-    extra, wires = '[secure]\nname = "pairwise"\n', grid()
-    here = command("run", write_experiment(""), "--out", "here", "--set", "train.cohort=1")
-    there = run(wires, settings(write_experiment(extra + FLEET)), no_progress)
-    plain, hidden = adapter("here"), adapter("out")
+def test_a_run_with_hidden_updates_gives_the_same_result(write_experiment: Write) -> None:
+    """Up to the rounding of the fixed-point encoding. A round has four exchanges, and only masked bytes come back."""
+    extra, grid = '[secure]\nname = "pairwise"\n', make_grid()
+    single = command("run", write_experiment(""), "--out", "single", "--set", "train.cohort=1")
+    secure = run(grid, settings(write_experiment(extra + FLEET)), no_progress)
+    plain, hidden = adapter("single"), adapter("out")
     assert all(float((plain[name] - hidden[name]).abs().max()) < 1e-4 for name in plain)
-    assert there["rounds"] == here["rounds"]
+    assert secure["rounds"] == single["rounds"]
     assert ("describe", "personal", *PHASES) == clientapp.QUERIES
-    kinds = {message.metadata.message_type for message in wires.sent}
+    kinds = {message.metadata.message_type for message in grid.sent}
     assert kinds == {"query.describe", *(f"query.{phase}" for phase in PHASES)}
-    for message in wires.received:
-        head = json.loads(str(message.content.config_records[HEAD]["head"]))
-        assert (head["examples"], head["steps"], head["metrics"], head["problem"]) == (0, 0, {}, "")
-        kinds = {array.numpy().dtype.name for arrays in message.content.array_records.values() for array in arrays.values()}
-        assert kinds <= {"uint8"}
+    for message in grid.received:
+        header = json.loads(str(message.content.config_records[HEADER]["head"]))
+        assert (header["examples"], header["steps"], header["metrics"], header["problem"]) == (0, 0, {}, "")
+        dtypes = {array.numpy().dtype.name for arrays in message.content.array_records.values() for array in arrays.values()}
+        assert dtypes <= {"uint8"}
 
 
-def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: Write) -> None:
+def test_a_secure_round_tolerates_a_lost_node(write_experiment: Write) -> None:
     lost: list[int] = []
 
     def lose(message: Message) -> bool:
@@ -199,30 +199,28 @@ def test_a_node_that_is_lost_in_a_secure_round_is_made_up_for(write_experiment: 
             lost.append(message.metadata.dst_node_id)
         return message.metadata.message_type == "query.masked" and message.metadata.dst_node_id in lost
 
-    three = [("train.clients_per_round", 3), ("train.min_updates", 1), ("train.rounds", 2)]
-    wires = grid(lose=lose)
+    overrides = "train.clients_per_round=3; train.min_updates=1; train.rounds=2"
+    grid = make_grid(lose=lose)
     file = write_experiment('[secure]\nname = "pairwise"\n' + FLEET.replace("60.0", "4.0"))
-    run(wires, settings(file, overrides=";".join(f"{key}={value}" for key, value in three)), no_progress)
+    run(grid, settings(file, overrides=overrides), no_progress)
     records = RunDir(Path("out")).rounds()
-    gone = [(r["round"], refusal["client"], refusal["why"]) for r in records for refusal in r["refused"]]
-    assert gone
-    assert {client for _, client, _ in gone} == {lost[0] - 100}
+    assert {refusal["client"] for r in records for refusal in r["refused"]} == {lost[0] - 100}
     assert all(len(r["sampled"]) - len(r["refused"]) >= 2 for r in records)
 
 
-def test_a_personalised_method_asks_the_clients_for_their_own_adapters(write_experiment: Write) -> None:
+def test_a_personalised_algorithm_requests_the_clients_own_adapters(write_experiment: Write) -> None:
     extra = '[algorithm]\nname = "fedsa-lora"\n'
-    here = command("run", write_experiment(extra), "--out", "here")
-    there = run(grid(), settings(write_experiment(extra + FLEET)), no_progress)
-    assert there["metrics"] == here["metrics"]
-    assert [row["metrics"] for row in there["per_client"]] == [row["metrics"] for row in here["per_client"]]
+    single = command("run", write_experiment(extra), "--out", "single")
+    flower = run(make_grid(), settings(write_experiment(extra + FLEET)), no_progress)
+    assert flower["metrics"] == single["metrics"]
+    assert [row["metrics"] for row in flower["per_client"]] == [row["metrics"] for row in single["per_client"]]
 
 
-def test_the_bytes_of_the_result_are_those_of_the_messages(write_experiment: Write) -> None:
-    wires = grid()
-    result = run(wires, settings(write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET)), no_progress)
+def test_the_result_counts_the_bytes_of_the_messages(write_experiment: Write) -> None:
+    grid = make_grid()
+    result = run(grid, settings(write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET)), no_progress)
 
-    def weigh(messages: list[Message]) -> dict[str, int]:
+    def count_bytes(messages: list[Message]) -> dict[str, int]:
         total: dict[str, int] = {}
         for message in messages:
             if message.metadata.message_type == "train":
@@ -230,13 +228,13 @@ def test_the_bytes_of_the_result_are_those_of_the_messages(write_experiment: Wri
                     total[group] = total.get(group, 0) + sum(array.numpy().nbytes for array in arrays.values())
         return total
 
-    assert result["bytes_down"] == weigh(wires.sent)
-    assert result["bytes_up"] == weigh(wires.received)
+    assert result["bytes_down"] == count_bytes(grid.sent)
+    assert result["bytes_up"] == count_bytes(grid.received)
 
 
-def test_no_sample_and_no_text_travels(write_experiment: Write, dataset: Path) -> None:
-    wires = grid()
-    run(wires, settings(write_experiment(FLEET)), no_progress)
+def test_no_sample_and_no_text_is_sent(write_experiment: Write, dataset: Path) -> None:
+    grid = make_grid()
+    run(grid, settings(write_experiment(FLEET)), no_progress)
     secrets = {
         line[key]
         for line in map(json.loads, (dataset / "train.jsonl").read_text().splitlines())
@@ -244,64 +242,66 @@ def test_no_sample_and_no_text_travels(write_experiment: Write, dataset: Path) -
         if key in line
     }
     assert len(secrets) > 20
-    for message in wires.received:
+    for message in grid.received:
         content = pack(message.content)
         assert not [secret for secret in secrets if secret.encode() in content]
-        head = json.loads(str(message.content.config_records[HEAD]["head"]))
-        # All that a site ever says, key by key: a new one must be thought about here.
-        assert head.keys() == {"client", "examples", "steps", "problem", "metrics", "about", "groups", "version"}
-        assert head["metrics"].keys() <= {"loss", "padding"}
-        assert head["about"].keys() <= {"samples", "image", "text", "skipped", "fedmllm", "adapter"}
+        header = json.loads(str(message.content.config_records[HEADER]["head"]))
+        # Everything that a site ever sends, key by key. Before adding a key, consider what it reveals.
+        assert header.keys() == {"client", "examples", "steps", "problem", "metrics", "about", "groups", "version"}
+        assert header["metrics"].keys() <= {"loss", "padding"}
+        assert header["about"].keys() <= {"samples", "image", "text", "skipped", "fedmllm", "adapter"}
         assert set(message.content.array_records) <= {"adapter"}
         assert {a.dtype for arrays in message.content.array_records.values() for a in arrays.values()} <= {"float32"}
 
 
-def test_an_error_at_a_site_says_its_place_and_quotes_nothing(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    wires, file = grid(), write_experiment(FLEET)
+def test_an_error_at_a_site_names_its_place_and_quotes_no_data(
+    write_experiment: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, file = make_grid(), write_experiment(FLEET)
 
     def broken(*_: object) -> None:
         raise RuntimeError("patient 17: a red thing")
 
     monkeypatch.setattr("fedmllm.remote.site.InProcessFleet.train", broken)
     with pytest.raises(TooFewUpdates, match=r"RuntimeError at the site \(test_flower\.py, line \d+\)") as failed:
-        run(wires, settings(file), no_progress)
+        run(grid, settings(file), no_progress)
     assert "patient" not in str(failed.value)
-    assert not [m for m in wires.received if b"patient" in pack(m.content)]
+    assert not [m for m in grid.received if b"patient" in pack(m.content)]
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_adapter(write_experiment: Write) -> None:
+def test_an_interrupted_run_ends_with_the_same_adapter(write_experiment: Write) -> None:
     file = write_experiment('[algorithm]\nname = "scaffold"\n' + FLEET, rounds=4)
-    run(grid(), settings(file, "whole"), no_progress)
-    clientapp._worker.cache_clear()
-    wires = grid()
-    dead: list[int] = []
+    run(make_grid(), settings(file, "whole"), no_progress)
+    clientapp.local_worker.cache_clear()
+    grid = make_grid()
+    trained_in_vain: list[int] = []
 
-    def lost(message: Message) -> bool:
-        # From round 2 on nobody answers, though in round 2 all have trained and remembered.
+    def is_lost(message: Message) -> bool:
+        # From round 2 on no answer arrives, although all clients train in round 2 and save their state.
         return message.metadata.message_type == "train" and int(message.metadata.group_id) >= 2
 
-    def forgetful(message: Message, context: Context) -> Message:
+    def losing_app(message: Message, context: Context) -> Message:
         reply = clientapp.app(message, context)
-        if lost(message):
-            dead.append(int(message.metadata.group_id))
+        if is_lost(message):
+            trained_in_vain.append(int(message.metadata.group_id))
             return Message(RecordDict(), reply_to=message)
         return reply
 
-    wires.app = forgetful
+    grid.app = losing_app
     with pytest.raises(TooFewUpdates, match="round 2"):
-        run(wires, settings(file), no_progress)
-    assert dead, "they trained, and what they remember of it must not count"
-    clientapp._worker.cache_clear()
-    run(grid(), settings(file, resume=True), no_progress)
+        run(grid, settings(file), no_progress)
+    assert trained_in_vain, "their saved state of round 2 must not count"
+    clientapp.local_worker.cache_clear()
+    run(make_grid(), settings(file, resume=True), no_progress)
     assert close(adapter("out"), adapter("whole"))
     with pytest.raises(RunError, match="is not empty"):
-        run(grid(), settings(file), no_progress)
+        run(make_grid(), settings(file), no_progress)
 
 
-def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Write) -> None:
-    wires = grid()
+def test_a_client_that_sends_nan_is_refused(write_experiment: Write) -> None:
+    grid = make_grid()
 
-    def spoilt(message: Message, context: Context) -> Message:
+    def nan_app(message: Message, context: Context) -> Message:
         reply = clientapp.app(message, context)
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
             arrays = reply.content.array_records["adapter"]
@@ -310,20 +310,19 @@ def test_a_client_whose_update_is_nan_is_refused_and_named(write_experiment: Wri
             reply.content["adapter"] = arrays
         return reply
 
-    wires.app = spoilt
-    run(wires, settings(write_experiment(FLEET), overrides="train.clients_per_round=4; train.rounds=2"), no_progress)
+    grid.app = nan_app
+    run(grid, settings(write_experiment(FLEET), overrides="train.clients_per_round=4; train.rounds=2"), no_progress)
     for record in RunDir(Path("out")).rounds():
         assert [(r["client"], r["why"].partition(" in ")[0]) for r in record["refused"]] == [(1, "NaN or infinity")]
 
 
-def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: Write, tmp_path: Path) -> None:
-    """Its own adapter after a round that was refused is that of the round before."""
-    text = told_to_sites(load_experiment(write_experiment('[algorithm]\nname = "fedsa-lora"\n' + FLEET), []))
+def test_a_client_discards_a_round_that_did_not_count(write_experiment: Write, tmp_path: Path) -> None:
+    """After a round whose update was refused, its own adapter is that of the round before."""
+    text = experiment_for_sites(load_experiment(write_experiment('[algorithm]\nname = "fedsa-lora"\n' + FLEET), []))
     worker = Worker(tmp_path / "clients")
     job = Job("describe", "ab" * 8, text, 0, sampled=(0,), lr=0.01)
     assert not worker.answer([job])[0].problem
-    assert worker._known is not None
-    experiment = worker._known[1]
+    experiment = worker.experiment(text)
     algorithm, session = experiment.algorithm, experiment.session
     start = algorithm.message(algorithm.init(session.initial), 0, RoundInfo(0, 3, 4, (0,), 0, session.model.info))
 
@@ -343,18 +342,24 @@ def test_a_client_tells_nothing_of_a_round_that_did_not_count(write_experiment: 
 # Nodes
 
 
-def clocked(wires: DirectGrid, absent: float = 30.0, names: tuple[str, ...] = ()) -> tuple[FlowerTransport, list[float]]:
-    """A post whose seconds pass only while it sleeps."""
+def clocked(
+    grid: DirectGrid,
+    absent: float = 30.0,
+    names: tuple[str, ...] = (),
+    after_sleep: Callable[[float], None] = lambda now: None,
+) -> tuple[FlowerTransport, list[float]]:
+    """A transport whose clock advances only while it sleeps."""
     now = [0.0]
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
+        after_sleep(now[0])
 
-    return FlowerTransport(wires, absent, names, lambda: now[0], sleep), now
+    return FlowerTransport(grid, absent, names, lambda: now[0], sleep), now
 
 
 def echo(message: Message, context: Context) -> Message:
-    """A node that says who it is, and sends back the adapter it was sent."""
+    """A node that reports its client and returns the state that it received."""
     job = Job.of(*parts_of(pack(message.content)))
     about = {"samples": 3, "image": 2, "text": 2}
     client = int(context.node_config["partition-id"])
@@ -372,132 +377,133 @@ def train_job(client: int, value: float = 1.0) -> Job:
     return Job("train", "ab" * 8, "", client, 0, (0, 1), state={"adapter": {"a": torch.tensor([value])}})
 
 
-def test_the_roll_call_waits_for_all_and_no_longer() -> None:
-    post, now = clocked(DirectGrid(echo, nodes(0, 1, 2)))
-    assert post.roll_call(DESCRIBE, 3, wait=60).keys() == {0, 1, 2}
+def test_clients_are_awaited_until_all_are_found() -> None:
+    transport, now = clocked(DirectGrid(echo, nodes(0, 1, 2)))
+    assert transport.find_clients(DESCRIBE, 3, wait=60).keys() == {0, 1, 2}
     assert now[0] < 1
-    post, now = clocked(DirectGrid(echo, nodes(0, 2)))
-    with pytest.raises(Absent, match=r"2 of 3 clients were there within 60 s, lacking are client 1; start them"):
-        post.roll_call(DESCRIBE, 3, wait=60)
+    transport, now = clocked(DirectGrid(echo, nodes(0, 2)))
+    with pytest.raises(Absent, match="2 of 3 clients connected within 60 s; missing: client 1; start them"):
+        transport.find_clients(DESCRIBE, 3, wait=60)
     assert now[0] == pytest.approx(60, abs=1)
-    assert post.roll_call(DESCRIBE, 3, wait=10, enough=0).keys() == set(), "those that have answered are not asked again"
+    assert transport.find_clients(DESCRIBE, 3, wait=10, required=0).keys() == set(), "known clients are not contacted again"
 
 
-def test_a_node_that_comes_late_is_found() -> None:
-    wires = DirectGrid(echo, nodes(0))
-    post, now = clocked(wires)
-    seconds = post._sleep
-    post._sleep = lambda s: (
-        seconds(s),
-        wires.nodes.update(nodes(1) if now[0] > 20 else {}),
-        wires.activated.setdefault(101, ""),
-    )  # type: ignore[assignment, func-returns-value]
-    assert post.roll_call(DESCRIBE, 2, wait=60).keys() == {0, 1}
+def test_a_node_that_comes_online_late_is_found() -> None:
+    grid = DirectGrid(echo, nodes(0))
+
+    def come_online(seconds: float) -> None:
+        if seconds > 20:
+            grid.nodes.update(nodes(1))
+            grid.activated.setdefault(101, "")
+
+    transport, now = clocked(grid, after_sleep=come_online)
+    assert transport.find_clients(DESCRIBE, 2, wait=60).keys() == {0, 1}
     assert 20 < now[0] < 30
 
 
 def test_a_node_cannot_be_another_site_than_it_is_registered_as() -> None:
-    wires = DirectGrid(echo, nodes(0, 1), names={100: "north", 101: "east"})
-    post, _ = clocked(wires, names=("north", "south"))
-    with pytest.raises(Absent, match="registered as 'east' and says it is 'south'"):
-        post.roll_call(DESCRIBE, 2, wait=5)
+    grid = DirectGrid(echo, nodes(0, 1), names={100: "north", 101: "east"})
+    transport, _ = clocked(grid, names=("north", "south"))
+    with pytest.raises(Absent, match="registered as 'east' and claims to be 'south'"):
+        transport.find_clients(DESCRIBE, 2, wait=5)
 
 
 def test_two_nodes_cannot_be_one_client() -> None:
-    wires = DirectGrid(echo, {100: {"partition-id": 0}, 101: {"partition-id": 0}})
-    with pytest.raises(Absent, match="lacking are client 1; one node said: it says it is client 0, as another does"):
-        clocked(wires)[0].roll_call(DESCRIBE, 2, wait=5)
+    grid = DirectGrid(echo, {100: {"partition-id": 0}, 101: {"partition-id": 0}})
+    with pytest.raises(Absent, match="missing: client 1; a node reported: it claims to be client 0, as another node does"):
+        clocked(grid)[0].find_clients(DESCRIBE, 2, wait=5)
 
 
-def ready(wires: DirectGrid, clients: int = 2) -> tuple[FlowerTransport, list[float]]:
-    post, now = clocked(wires)
-    post.roll_call(DESCRIBE, clients, wait=60)
-    wires.sent.clear()
+def ready(
+    grid: DirectGrid, clients: int = 2, after_sleep: Callable[[float], None] = lambda now: None
+) -> tuple[FlowerTransport, list[float]]:
+    """A transport that has found its clients, at time 0."""
+    transport, now = clocked(grid, after_sleep=after_sleep)
+    transport.find_clients(DESCRIBE, clients, wait=60)
+    grid.sent.clear()
     now[0] = 0
-    post._looked = -100
-    return post, now
+    return transport, now
 
 
-def test_who_is_slow_is_waited_for_until_the_round_is_over_and_no_longer() -> None:
-    wires = DirectGrid(echo, nodes(0, 1))
-    post, now = ready(wires)
-    wires.lose = lambda message: message.metadata.dst_node_id == 101
-    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+def test_a_slow_client_is_awaited_until_the_end_of_the_round() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
+    transport, now = ready(grid)
+    grid.lose = lambda message: message.metadata.dst_node_id == 101
+    replies = transport.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
     assert replies.keys() == {0}
     assert now[0] == pytest.approx(300, abs=1)
-    assert len(wires.sent) == 2, "it is there, so it is not asked again"
+    assert len(grid.sent) == 2, "its node is online, so the job is not sent again"
 
 
-def test_who_is_gone_is_given_up_after_a_while() -> None:
-    wires = DirectGrid(echo, nodes(0, 1))
-    post, now = ready(wires)
-    del wires.nodes[101]
-    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+def test_a_round_continues_without_a_client_that_is_offline_too_long() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
+    transport, now = ready(grid)
+    del grid.nodes[101]
+    replies = transport.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
     assert replies[0].problem == ""
-    assert replies[1].problem == "its node was gone for 30 s"
+    assert replies[1].problem == "its node was offline for 30 s"
     assert now[0] == pytest.approx(30, abs=2)
 
 
-def test_who_was_gone_is_looked_for_in_the_next_round_and_not_waited_for_again() -> None:
-    wires = DirectGrid(echo, nodes(0, 1))
-    post, now = ready(wires)
+def test_a_client_that_was_offline_is_not_awaited_in_the_next_round() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
+    transport, now = ready(grid)
     jobs = {0: train_job(0), 1: train_job(1)}
-    back = wires.nodes.pop(101)
-    post.exchange(jobs, timeout=300)
+    node = grid.nodes.pop(101)
+    transport.exchange(jobs, timeout=300)
     assert now[0] == pytest.approx(30, abs=2)
     now[0] = 0
-    assert post.exchange(jobs, timeout=300)[1].problem == "its node is still gone"
+    assert transport.exchange(jobs, timeout=300)[1].problem == "its node is still offline"
     assert now[0] < 1
-    assert post.exchange({1: train_job(1)}, timeout=300)[1].problem == "its node was gone for 30 s", "nobody else is there"
-    wires.nodes[101] = back
-    assert not any(reply.problem for reply in post.exchange(jobs, timeout=300).values())
+    assert transport.exchange({1: train_job(1)}, timeout=300)[1].problem == "its node was offline for 30 s", (
+        "no other client is online"
+    )
+    grid.nodes[101] = node
+    assert not any(reply.problem for reply in transport.exchange(jobs, timeout=300).values())
 
 
-def test_a_node_that_came_up_anew_is_sent_its_job_again() -> None:
-    wires = DirectGrid(echo, nodes(0, 1))
-    post, now = ready(wires)
-    wires.lose = lambda message: message.metadata.dst_node_id == 101 and wires.activated[101] == ""
-    sleep = post._sleep
+def test_a_restarted_node_is_sent_its_job_again() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
 
     def restart(seconds: float) -> None:
-        sleep(seconds)
-        if now[0] > 40:
-            wires.activated[101] = "later"
+        if seconds > 40:
+            grid.activated[101] = "later"
 
-    post._sleep = restart
-    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    transport, now = ready(grid, after_sleep=restart)
+    grid.lose = lambda message: message.metadata.dst_node_id == 101 and grid.activated[101] == ""
+    replies = transport.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
     assert replies.keys() == {0, 1}
     assert 40 < now[0] < 50
-    assert len(wires.sent) == 3
+    assert len(grid.sent) == 3
 
 
-def test_what_flower_says_in_a_nodes_place_is_no_answer_until_it_has_said_it_often() -> None:
-    wires = DirectGrid(echo, nodes(0, 1))
-    post, _ = ready(wires)
-    wires.lose = lambda message: message.metadata.dst_node_id == 101
-    push = wires.push_messages
+def test_an_error_of_flower_is_the_answer_only_after_several_attempts() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
+    transport, _ = ready(grid)
+    grid.lose = lambda message: message.metadata.dst_node_id == 101
+    push = grid.push_messages
 
     def failing(messages: Any) -> Any:
         ids = list(push(messages))
-        if wires.sent[-1].metadata.dst_node_id == 101:
-            wires.fail(wires.sent[-1], 8)
+        if grid.sent[-1].metadata.dst_node_id == 101:
+            grid.fail(grid.sent[-1], 8)
         return ids
 
-    wires.push_messages = failing  # type: ignore[method-assign]
-    replies = post.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
+    grid.push_messages = failing  # type: ignore[method-assign]
+    replies = transport.exchange({0: train_job(0), 1: train_job(1)}, timeout=300)
     assert replies[0].groups["adapter"]["a"] == 1
     assert replies[1].problem == f"Flower's error 8 in place of an answer, {ATTEMPTS} times"
     assert "a reason" not in replies[1].problem
 
 
-def test_a_fleet_says_of_each_client_why_it_has_no_update() -> None:
-    class Given:
+def test_a_fleet_gives_the_reason_for_each_missing_update() -> None:
+    class FakeTransport:
         def exchange(self, jobs: Any, timeout: float) -> dict[int, Reply]:
             assert jobs[2].last == -1
             good = Reply(0, {"adapter": {"a": torch.ones(1)}}, 4, 2, {"loss": 1.0})
             return {0: good, 1: Reply(7, {}, 3, 1), 3: Reply(3, problem="out of disk")}
 
-    fleet = RemoteFleet(Given(), "ab" * 8, "", 12.0)
+    fleet = RemoteFleet(FakeTransport(), "ab" * 8, "", 12.0)
     info = RoundInfo(0, 3, 5, (0, 1, 2, 3), 0)
     updates = fleet.train(info, {c: {} for c in info.sampled})
     assert [(u.client, u.examples, u.problem) for u in updates] == [
@@ -505,33 +511,33 @@ def test_a_fleet_says_of_each_client_why_it_has_no_update() -> None:
     ]  # fmt: skip
 
 
-def test_clients_are_told_the_last_round_that_counted() -> None:
-    told: list[dict[int, int]] = []
+def test_jobs_carry_the_last_round_that_counted() -> None:
+    last_rounds: list[dict[int, int]] = []
 
-    class Given:
+    class FakeTransport:
         def exchange(self, jobs: Any, timeout: float) -> dict[int, Reply]:
-            told.append({client: job.last for client, job in jobs.items()})
+            last_rounds.append({client: job.last for client, job in jobs.items()})
             return {}
 
-    fleet = RemoteFleet(Given(), "ab" * 8, "", 1.0, {0: 4})
+    fleet = RemoteFleet(FakeTransport(), "ab" * 8, "", 1.0, {0: 4})
     for number, refused in ((5, [1]), (6, []), (7, [0, 1])):
         fleet.train(RoundInfo(number, 9, 3, (0, 1), 0), {0: {}, 1: {}})
         fleet.forget(number, refused)
     fleet.train(RoundInfo(8, 9, 3, (0, 2), 0), {0: {}, 2: {}})
-    assert told == [{0: 4, 1: -1}, {0: 5, 1: -1}, {0: 6, 1: 6}, {0: 6, 2: -1}]
+    assert last_rounds == [{0: 4, 1: -1}, {0: 5, 1: -1}, {0: 6, 1: 6}, {0: 6, 2: -1}]
 
 
 # Counts
 
 
-def test_a_manifest_of_counts_has_those_counts() -> None:
+def test_a_manifest_from_counts_has_these_counts() -> None:
     about = {0: {"samples": 5, "image": 3, "text": 4}, 1: {"samples": 2, "image": 2, "text": 0}}
-    made = manifest_of(about, ("a", "b", "c"))
-    assert made.counts().tolist() == [[5, 3, 4], [2, 2, 0], [0, 0, 0]]
-    assert [sorted(h.visible) for h in made.of_client(0)].count(["image", "text"]) == 2, "3 + 4 − 5"
+    manifest = manifest_of(about, ("a", "b", "c"))
+    assert manifest.counts().tolist() == [[5, 3, 4], [2, 2, 0], [0, 0, 0]]
+    assert [sorted(h.visible) for h in manifest.of_client(0)].count(["image", "text"]) == 2, "3 + 4 − 5"
 
 
 @pytest.mark.parametrize("counts", [(5, 2, 2), (5, 6, 0), (-1, 0, 0), (2.0, 2, 0), (True, 1, 1), (None, 1, 1)])
-def test_counts_that_cannot_be_are_refused(counts: tuple[object, ...]) -> None:
-    with pytest.raises(ConfigError, match="site 'a' says"):
+def test_impossible_counts_are_refused(counts: tuple[object, ...]) -> None:
+    with pytest.raises(ConfigError, match="site 'a' reports"):
         manifest_of({0: dict(zip(("samples", "image", "text"), counts, strict=True))}, ("a",))

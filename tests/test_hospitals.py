@@ -1,4 +1,4 @@
-"""The example of three hospitals: its folders hold what real machines would, and it runs. `flwr run` on the app, too."""
+"""The example of three hospitals: its folders hold what real machines have, and it runs, as does `flwr run` on its app."""
 
 from __future__ import annotations
 
@@ -27,54 +27,55 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_each_folder_holds_what_its_machine_would(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_folder_contains_what_its_machine_would(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, counts in {"north": (300, 300, 0), "south": (150, 0, 150), "east": (450, 300, 150)}.items():
         files = {path.name for path in (hospitals / name).iterdir()}
         assert files == {"ca.crt", f"{name}.key", f"{name}.pub", "pictures", "site.toml", "train.jsonl"}
-        found = run("client", hospitals / name / "site.toml", "--check")
-        assert (found["samples"], found["image"], found["text"]) == counts
-    secret = {path.name for path in (hospitals / "server").rglob("*.key")}
-    assert secret == {"ca.key", "server.key"}, "no site's key"
+        report = run("client", hospitals / name / "site.toml", "--check")
+        assert (report["samples"], report["image"], report["text"]) == counts
+    private = {path.name for path in (hospitals / "server").rglob("*.key")}
+    assert private == {"ca.key", "server.key"}, "no site's key"
     ids = [
         {json.loads(line)["id"] for line in (hospitals / name / "train.jsonl").read_text().splitlines()}
         for name in ("north", "south", "east")
     ]
-    assert sum(map(len, ids)) == len(set.union(*ids)), "no sample at two sites"
+    assert sum(map(len, ids)) == len(set.union(*ids)), "no sample is at two sites"
     monkeypatch.chdir(hospitals / "server")
     assert FederationFile(hospitals / "server" / "federation.toml", []).experiment.partition.clients == 3
 
 
-def test_it_does_not_write_over_what_is_there(hospitals: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(hospitals)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "is there already" in done.stderr
+def test_it_does_not_overwrite_an_existing_folder(hospitals: Path) -> None:
+    completed = subprocess.run([sys.executable, str(SCRIPT), "--out", str(hospitals)], capture_output=True, text=True)
+    assert completed.returncode == 2
+    assert "exists already" in completed.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_three_hospitals_learn_what_one_process_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same adapter; the figures of the untrained model on the same questions are the floor."""
+def test_three_hospitals_train_the_model_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same adapter, which scores higher than the untrained model on the same questions."""
     out = tmp_path / "hospitals"
-    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(out)], capture_output=True, text=True, timeout=1100)
-    assert done.returncode == 0, (out / "server.log").read_text()[-3000:]
+    command = [sys.executable, str(SCRIPT), "--out", str(out)]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=1100)
+    assert completed.returncode == 0, (out / "server.log").read_text()[-3000:]
     result = json.loads((out / "server" / "run" / "result.json").read_text())
     assert result["refused_updates"] == 0
     assert [row["samples"] for row in result["per_client"]] == [300, 150, 450]
     monkeypatch.chdir(out / "server")
     in_one_process(out / "server" / "federation.toml", tmp_path / "one")
     assert close(adapter(out / "server" / "run"), adapter(tmp_path / "one"))
-    here = ["--set", "fleet.name=in-process", "--set", "partition.clients=3", "--set", "partition.name=iid"]
-    zero = call("baseline", "zero-shot", "experiment.toml", *here, "--out", "zero", "--json")
-    assert zero.exit_code == 0, zero.output
-    floor = json.loads(zero.stdout)["metrics"]["both"]["accuracy"]
-    assert result["metrics"]["both"]["accuracy"] > floor
-    wait_for(lambda: not [text for text in commands().values() if str(out) in text], 30)
+    in_process = ["--set", "fleet.name=in-process", "--set", "partition.clients=3", "--set", "partition.name=iid"]
+    zero_shot = call("baseline", "zero-shot", "experiment.toml", *in_process, "--out", "zero", "--json")
+    assert zero_shot.exit_code == 0, zero_shot.output
+    untrained = json.loads(zero_shot.stdout)["metrics"]["both"]["accuracy"]
+    assert result["metrics"]["both"]["accuracy"] > untrained
+    wait_for(lambda: not [line for line in commands().values() if str(out) in line], 30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_flwr_run_simulates_the_shipped_app(tmp_path: Path, tiny: Path, dataset: Path) -> None:
-    """A Ray cluster and a SuperLink of Flower's own; the adapter is that of one process."""
+    """Flower starts its own Ray cluster and SuperLink; the adapter is that of a single-process run."""
     file, home = tmp_path / "experiment.toml", tmp_path / "flower"
     file.write_text(
         f'name = "sim"\n[task]\nname = "jsonl"\ntrain = "{dataset / "train.jsonl"}"\ntest = "{dataset / "test.jsonl"}"\n'
@@ -91,7 +92,7 @@ def test_flwr_run_simulates_the_shipped_app(tmp_path: Path, tiny: Path, dataset:
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
         wait_for((tmp_path / "out" / "result.json").is_file, 300)
     finally:
-        for pid in [pid for pid, text in commands().items() if "flower-superlink" in text and str(home) in text]:
+        for pid in [pid for pid, line in commands().items() if "flower-superlink" in line and str(home) in line]:
             os.kill(pid, signal.SIGTERM)
-    run("run", file, "--out", tmp_path / "here", "--set", "train.cohort=1")
-    assert close(adapter(tmp_path / "out"), adapter(tmp_path / "here"))
+    run("run", file, "--out", tmp_path / "single", "--set", "train.cohort=1")
+    assert close(adapter(tmp_path / "out"), adapter(tmp_path / "single"))

@@ -1,4 +1,4 @@
-"""What clients remember, on disk."""
+"""The memory of clients on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmllm.tensors import State
 from helpers import same, tensors
 
 
-def holding(value: float) -> State:
+def state(value: float) -> State:
     return {"control": tensors(x=value)}
 
 
@@ -23,51 +23,49 @@ def memory(tmp_path: Path) -> ClientMemory:
     return ClientMemory(tmp_path / "clients")
 
 
-def test_a_client_is_given_what_it_remembered_before_the_round(memory: ClientMemory) -> None:
+def test_a_client_loads_its_state_from_before_the_round(memory: ClientMemory) -> None:
     assert memory.load(3, 0) == {}
-    memory.save(3, 0, holding(1))
-    memory.save(3, 4, holding(2))
-    assert memory.load(3, 0) == {}, "a round that is done again starts from before itself"
-    assert same(memory.load(3, 1), holding(1))
-    assert same(memory.load(3, 4), holding(1))
-    assert same(memory.load(3, 5), holding(2))
+    memory.save(3, 0, state(1))
+    memory.save(3, 4, state(2))
+    assert memory.load(3, 0) == {}, "a repeated round starts from the state before it"
+    assert same(memory.load(3, 1), state(1))
+    assert same(memory.load(3, 4), state(1))
+    assert same(memory.load(3, 5), state(2))
     assert memory.load(33, 5) == {}
 
 
-def test_only_the_latest_is_kept_once_the_server_is_past_it(memory: ClientMemory, tmp_path: Path) -> None:
+def test_a_commit_keeps_only_the_latest_state(memory: ClientMemory, tmp_path: Path) -> None:
     for number, value in ((0, 1), (2, 2), (5, 3)):
-        memory.save(1, number, holding(value))
+        memory.save(1, number, state(value))
     memory.commit(2, [1])
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")) == [
         "clients/client-1/round-2.safetensors", "clients/client-1/round-5.safetensors"
     ]  # fmt: skip
-    assert same(memory.load(1, 5), holding(2))
+    assert same(memory.load(1, 5), state(2))
 
 
-def test_forgetting_a_round_goes_back_to_before_it(memory: ClientMemory) -> None:
-    memory.save(1, 0, holding(1))
-    memory.save(1, 2, holding(2))
+def test_forgetting_a_round_restores_the_state_before_it(memory: ClientMemory) -> None:
+    memory.save(1, 0, state(1))
+    memory.save(1, 2, state(2))
     memory.forget(2, [1, 7])
-    assert same(memory.load(1, 3), holding(1))
+    assert same(memory.load(1, 3), state(1))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_remembered(memory: ClientMemory, bad: float) -> None:
-    memory.save(1, 0, holding(1))
-    memory.save(1, 1, holding(bad))
-    assert same(memory.load(1, 2), holding(1))
+def test_a_state_with_nan_or_infinity_is_not_saved(memory: ClientMemory, bad: float) -> None:
+    memory.save(1, 0, state(1))
+    memory.save(1, 1, state(bad))
+    assert same(memory.load(1, 2), state(1))
 
 
-def test_nothing_is_written_for_those_who_remember_nothing(memory: ClientMemory, tmp_path: Path) -> None:
+def test_empty_states_create_no_folder(memory: ClientMemory, tmp_path: Path) -> None:
     memory.save(1, 0, {})
     memory.save(1, 1, {"control": {}})
     assert not (tmp_path / "clients").exists()
 
 
-def test_a_clients_files_are_found_without_looking_at_those_of_others(
-    memory: ClientMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A round costs the same however many clients have been there: as many directory entries are read."""
+def test_finding_a_clients_files_does_not_list_those_of_others(memory: ClientMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of directory entries that a round reads does not depend on how many clients have taken part."""
     read: list[str] = []
     listdir, scandir = os.listdir, os.scandir
 
@@ -86,7 +84,7 @@ def test_a_clients_files_are_found_without_looking_at_those_of_others(
         read.clear()
         for client in clients:
             memory.load(client, number)
-            memory.save(client, number, holding(number))
+            memory.save(client, number, state(number))
         memory.forget(number, clients[:1])
         memory.commit(number, clients)
         return len(read)
@@ -94,5 +92,5 @@ def test_a_clients_files_are_found_without_looking_at_those_of_others(
     a_round(0, [0, 1])
     few = a_round(1, [0, 1])
     for client in range(2, 300):
-        memory.save(client, 1, holding(1))
+        memory.save(client, 1, state(1))
     assert a_round(2, [0, 1]) == few > 0

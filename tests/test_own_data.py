@@ -10,16 +10,16 @@ import pytest
 import tomli_w
 from flwr.app import Context, Message
 
-from federations import SITES, adapter, close, in_one_process, named, write_federation, write_samples
+from federations import SITES, adapter, close, in_one_process, with_site_names, write_federation, write_samples
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote.files import FederationFile, SiteFile
-from fedmllm.remote.fleet import _figures
+from fedmllm.remote.fleet import valid_metrics
 from fedmllm.remote.protocol import Job, parts_of
 from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.serverapp import run
-from fedmllm.remote.service import Answers
-from fedmllm.remote.site import Worker
+from fedmllm.remote.service import ReplyCache
+from fedmllm.remote.worker import Worker
 from fedmllm.runs.progress import no_progress
 from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid
@@ -43,7 +43,7 @@ class Sites:
         self.jobs: list[Job] = []
         root = federation.parents[1]
         files = [SiteFile(root / name / "site.toml") for name in SITES]
-        self.answers = {f.name: Answers(Worker(f.state / "clients", f.own, self.log.append)) for f in files}
+        self.answers = {f.name: ReplyCache(Worker(f.state / "clients", f.data, self.log.append)) for f in files}
 
     def __call__(self, message: Message, context: Context) -> Message:
         content = pack(message.content)
@@ -66,14 +66,14 @@ def test_each_site_trains_on_its_own_data_under_its_own_limits(federation: Path,
     result = run(sites.grid(), settings(federation), no_progress)
     alone = in_one_process(federation, tmp_path / "alone")
     assert close(adapter(federation.with_name("out")), adapter(tmp_path / "alone"))
-    assert result["per_client"] == named(alone["per_client"])
+    assert result["per_client"] == with_site_names(alone["per_client"])
     held = [(row["samples"], row["image"], row["text"]) for row in result["per_client"]]
     assert held == [(8, 8, 0), (12, 0, 12), (16, 16, 16)]
     for job in sites.jobs:
         assert "test.jsonl" not in job.config, "where the server's data is, is no site's affair"
 
 
-def test_sites_test_the_model_on_data_of_their_own_and_send_figures(federation: Path, tmp_path: Path) -> None:
+def test_sites_test_the_model_on_data_of_their_own_and_sendvalid_metrics(federation: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("north", "east")):
         write_samples(tmp_path / name, "own", 9 + number)
         file = tmp_path / name / "site.toml"
@@ -109,7 +109,7 @@ GOOD = {"both": {"accuracy": 0.5, "n": 3, "accuracy_ci": [0.1, 0.9]}}
     ],
 )  # fmt: skip
 def test_of_what_a_site_says_only_figures_are_kept(told: Any, kept: Any) -> None:
-    assert _figures(told) == kept
+    assert valid_metrics(told) == kept
 
 
 def test_asking_for_figures_needs_sites(federation: Path) -> None:
@@ -126,7 +126,7 @@ def test_bad_data_at_a_site_is_told_there_and_not_here(federation: Path, tmp_pat
     data.write_text(data.read_text() + '{"id": "patient-17", "question": "q", "answer": "", "text": "secret"}\n')
     sites = Sites(federation)
     grid = sites.grid()
-    with pytest.raises(RuntimeError, match="lacking are south; one node said: the site's data cannot be used; its own log"):
+    with pytest.raises(RuntimeError, match="missing: south; a node reported: the site's data cannot be used; its own log"):
         run(grid, settings(federation, overrides=("fleet.wait=3.0",)), no_progress)
     assert any("patient-17" in line for line in sites.log)
     assert not [m for m in grid.received if b"patient-17" in pack(m.content)]
@@ -144,7 +144,7 @@ def test_a_site_runs_code_of_a_model_only_where_its_file_says_so(federation: Pat
 def test_a_site_with_another_model_is_refused_by_name(federation: Path, tmp_path: Path) -> None:
     sites = Sites(federation)
     root = federation.parents[1]
-    sites.answers["south"] = Answers(Worker(root / "x", SiteFile(root / "south" / "site.toml").own))
+    sites.answers["south"] = ReplyCache(Worker(root / "x", SiteFile(root / "south" / "site.toml").data))
     honest = sites.answers["south"]
     sites.answers["south"] = lambda content: honest(content.replace(b"rank = 2", b"rank = 3"))  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="client 'south' adapts other tensors than the server"):

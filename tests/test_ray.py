@@ -1,4 +1,4 @@
-"""Ray as a fleet: the same numbers, and an actor that dies."""
+"""Ray: actors give the same numbers as a single process, an actor that dies is replaced, and sweeps over a cluster."""
 
 from __future__ import annotations
 
@@ -17,36 +17,51 @@ import pytest
 
 from commands import call, run
 from federations import adapter, close, commands, is_open, wait_for
+from fedmllm import api
 from fedmllm.api import fleet_backend
 from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.fleets.memory import ClientMemory
-from fedmllm.remote import ray_sweep as spread
-from fedmllm.remote.actors import ATTEMPTS, LARGEST, ActorTransport, Packed, resources, split
-from fedmllm.remote.actors import cluster as on_cluster
+from fedmllm.fleets.options import RayOptions
+from fedmllm.remote.actors import ATTEMPTS, ActorTransport, Packed, split
+from fedmllm.remote.cluster import LARGEST, actor_resources
+from fedmllm.remote.cluster import cluster as connected
 from fedmllm.remote.protocol import Job, Reply, to_bytes
+from fedmllm.remote.ray_sweep import run_command
 from fedmllm.remote.supervisor import free_port, tool
+from fedmllm.remote.worker import Worker
 from fedmllm.runs.kinds import execute
 from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning"),
+    pytest.mark.xdist_group("ray"),  # in one worker, so that the cluster is started once
+]
 Write = Callable[..., Path]
 FLEET = '[fleet]\nname = "ray"\nactors = 2\ncpus = 0.5\n'
+SCAFFOLD = '[algorithm]\nname = "scaffold"\n'
 
 
 @pytest.fixture(autouse=True)
-def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _no_actor_left() -> Iterator[None]:
+    yield
+    wait_for(lambda: not actor_pids(), 20)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a cluster that was there before; it serves all runs here but one, as starting one takes long."""
-    port, home = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: Ray keeps sockets there
+    """The address of a running cluster, which serves all tests but one because starting one takes long."""
+    port, home = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: Ray creates sockets there
     command = [
         tool("ray"), "start", "--head", "--block", "--port", str(port), "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
         "--include-dashboard", "false", "--temp-dir", str(home), "--disable-usage-stats",
@@ -64,112 +79,156 @@ def cluster() -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def test_clients_are_dealt_evenly_and_none_twice() -> None:
+def actor_pids() -> list[int]:
+    return [pid for pid, line in commands().items() if line.startswith("ray::Actor")]
+
+
+# Without Ray's processes
+
+
+def test_clients_are_split_evenly_and_each_once() -> None:
     for count in range(12):
         for actors in range(1, 6):
             parts = split(list(range(count)), actors)
-            assert [c for part in parts for c in part] == list(range(count))
+            assert [client for part in parts for client in part] == list(range(count))
             sizes = [len(part) for part in parts]
             assert not sizes or (max(sizes) - min(sizes) <= 1 and min(sizes) >= 1)
 
 
 @pytest.mark.parametrize(
-    ("options", "there", "expected"),
+    ("options", "available", "expected"),
     [
-        ((None, None, None), (16, 4), (4, 4, 1)),
-        ((None, None, None), (16, 0), (4, 4, 0)),
-        ((None, None, None), (2, 0), (1, 2, 0)),
-        ((2, None, None), (16, 4), (2, 8, 1)),
-        ((None, 2, None), (16, 0), (8, 2, 0)),
-        ((None, None, 0.5), (16, 2), (4, 4, 0.5)),
-        ((3, None, 0), (16, 4), (3, 5, 0)),
+        (RayOptions(), (16, 4), (4, 4, 1)),
+        (RayOptions(), (16, 0), (4, 4, 0)),
+        (RayOptions(), (2, 0), (1, 2, 0)),
+        (RayOptions(actors=2), (16, 4), (2, 8, 1)),
+        (RayOptions(cpus=2), (16, 0), (8, 2, 0)),
+        (RayOptions(gpus=0.5), (16, 2), (4, 4, 0.5)),
+        (RayOptions(actors=3, gpus=0), (16, 4), (3, 5, 0)),
     ],
 )
 def test_an_actor_has_a_gpu_or_a_share_of_the_cores(
-    options: tuple[Any, Any, Any], there: tuple[float, float], expected: tuple[int, float, float]
+    options: RayOptions, available: tuple[float, float], expected: tuple[int, float, float]
 ) -> None:
-    asked = dict(zip(("actors", "cpus", "gpus"), options, strict=True))
-    assert resources(asked, dict(zip(("CPU", "GPU"), there, strict=True))) == expected
+    assert actor_resources(options, dict(zip(("CPU", "GPU"), available, strict=True))) == expected
 
 
-def test_no_actor_asks_for_more_cores_than_a_machine_has() -> None:
-    there = {"CPU": 16.0, "GPU": 0.0, LARGEST: 8.0}
-    assert resources({"actors": 1, "cpus": None, "gpus": None}, there) == (1, 8, 0)
+def test_an_actor_has_at_most_the_cores_of_one_machine() -> None:
+    available = {"CPU": 16.0, "GPU": 0.0, LARGEST: 8.0}
+    assert actor_resources(RayOptions(actors=1), available) == (1, 8, 0)
     with pytest.raises(ConfigError, match="1 actors of 12 cores"):
-        resources({"actors": 1, "cpus": 12, "gpus": None}, there)
+        actor_resources(RayOptions(actors=1, cpus=12), available)
 
 
-@pytest.mark.parametrize("options", [(9, None, None), (2, 16, None), (1, None, 5)])
-def test_more_than_there_is_is_refused(options: tuple[Any, Any, Any]) -> None:
+@pytest.mark.parametrize("options", [RayOptions(actors=9), RayOptions(actors=2, cpus=16), RayOptions(actors=1, gpus=5)])
+def test_more_than_the_cluster_has_is_refused(options: RayOptions) -> None:
     with pytest.raises(ConfigError, match=r"lower fleet\.actors, fleet\.cpus or fleet\.gpus"):
-        resources(dict(zip(("actors", "cpus", "gpus"), options, strict=True)), {"CPU": 8.0, "GPU": 4.0})
+        actor_resources(options, {"CPU": 8.0, "GPU": 4.0})
+
+
+@pytest.mark.parametrize("option", ["actors = 0", "cpus = -1.0", "gpus = -0.5", "timeout = 0.0"])
+def test_invalid_options_are_refused(write_experiment: Write, option: str) -> None:
+    completed = call("run", write_experiment(f'[fleet]\nname = "ray"\n{option}\n'))
+    assert completed.exit_code == 2
+    assert "fleet: " in completed.stderr
+
+
+def test_a_missing_cluster_gives_one_sentence(write_experiment: Write) -> None:
+    completed = call("run", write_experiment(FLEET + 'address = "127.0.0.1:1"\n'), "--out", "out")
+    assert completed.exit_code == 2, completed.output
+    assert "no Ray cluster answers" in completed.stderr
+    assert not Path("out").exists()
+
+
+def test_missing_ray_gives_one_sentence(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "find_spec", lambda name: None)
+    completed = call("run", write_experiment(FLEET))
+    assert completed.exit_code == 2
+    assert completed.stderr.strip().endswith('ray is not installed; run pip install "fedmllm[ray]".')
+
+
+def test_a_sweeps_folder_must_be_readable_on_the_machine_of_its_run(tmp_path: Path) -> None:
+    status, error = run_command(["run"], str(tmp_path / "none.toml"), str(tmp_path), 1, [])
+    assert status == 2
+    assert "give an --out that all machines of the cluster share" in error
+
+
+def test_clients_and_runs_on_other_machines_load_the_plugin_files(
+    write_experiment: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMLLM_PLUGINS", "")  # `load_plugin` changes it
+    plugin, missing, loaded = tmp_path / "plugin.py", tmp_path / "missing.py", tmp_path / "loaded"
+    plugin.write_text(f"from pathlib import Path\nPath({str(loaded)!r}).touch()\n")
+    job = Job("describe", "ab" * 8, write_experiment().read_text(), 0)
+    (reply,) = Worker(tmp_path / "memory", plugins=[plugin, missing]).answer([job])
+    assert loaded.exists()
+    assert reply.problem == f"--plugin {missing}: there is no such file."
+    status, error = run_command(["run"], str(plugin), str(tmp_path), 1, [plugin, missing])
+    assert status == 2
+    assert error.endswith(reply.problem)
+
+
+# Runs
 
 
 @pytest.mark.parametrize(("name", "own"), [("scaffold", True), ("fedsa-lora", False)])
-def test_a_run_in_actors_is_the_run_in_process(write_experiment: Write, name: str, own: bool, cluster: str) -> None:
-    """With cohorts of one, and methods that remember: bits and all. On a cluster of its own, and on one that is there."""
-    address = [] if own else ["--set", f"fleet.address={cluster}"]
-    extra = f'[algorithm]\nname = "{name}"\n'
-    here = run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
-    there = run("run", write_experiment(extra + FLEET), "--out", "there", "--set", "train.cohort=1", *address)
-    for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256"):
-        assert there[key] == here[key], key
-    one, other = (
-        {p.relative_to(f): p.read_bytes() for p in (f / "checkpoint/clients").rglob("*") if p.is_file()}
-        for f in (Path("here"), Path("there"))
-    )
-    assert other
-    assert other.items() <= one.items(), "what clients remember is in the run's directory, as ever"
-    assert not [text for text in commands().values() if "ray::_Actor" in text]
-
-
-def test_a_cluster_that_is_there_is_used_and_left_alone(
-    write_experiment: Write, cluster: str, monkeypatch: pytest.MonkeyPatch
+def test_a_run_in_actors_equals_the_run_in_one_process(
+    write_experiment: Write, name: str, own: bool, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", cluster)  # "auto" looks there first, then for what `ray start` notes in /tmp/ray
-    here = run("run", write_experiment(), "--out", "here", "--set", "train.cohort=1")
-    there = run(
-        "run", write_experiment(FLEET), "--out", "there", "--set", "train.cohort=1", "--set", f"fleet.address={cluster}"
+    """Bit for bit with cohorts of one, for algorithms with client memory; on a cluster of its own and on a running one."""
+    cluster = None if own else request.getfixturevalue("cluster")  # two clusters at a time would need many processes
+    address = ["--set", f"fleet.address={cluster}"] if cluster else []
+    extra = f'[algorithm]\nname = "{name}"\n'
+    single = run("run", write_experiment(extra), "--out", "single", "--set", "train.cohort=1")
+    ray = run("run", write_experiment(extra + FLEET), "--out", "ray", "--set", "train.cohort=1", *address)
+    for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256"):
+        assert ray[key] == single[key], key
+    single_files, ray_files = (
+        {p.relative_to(folder): p.read_bytes() for p in (folder / "checkpoint/clients").rglob("*") if p.is_file()}
+        for folder in (Path("single"), Path("ray"))
     )
-    assert there["adapter_sha256"] == here["adapter_sha256"]
-    assert is_open(int(cluster.rpartition(":")[2]))
+    assert ray_files
+    assert ray_files.items() <= single_files.items(), "the clients' memory is in the run's directory"
+    assert not actor_pids()
+    assert not cluster or is_open(int(cluster.rpartition(":")[2])), "a running cluster is left alone"
 
 
-class Killing(RunDir):
-    """Kills an actor in round 1, and the one that replaced it once more."""
+class ActorKiller(RunDir):
+    """Kills an actor after the first round."""
 
     killed = 0
 
-    def save_round(self, record: Any, *more: Any) -> None:
-        super().save_round(record, *more)
+    def save_round(self, record: Any, *arguments: Any) -> None:
+        super().save_round(record, *arguments)
         if record["round"] == 0:
             threading.Thread(target=self._kill).start()
 
     def _kill(self) -> None:
-        for pid, text in commands().items():
-            if text.startswith("ray::_Actor"):
-                os.kill(pid, signal.SIGKILL)
-                self.killed += 1
-                return
+        for pid in actor_pids()[:1]:
+            os.kill(pid, signal.SIGKILL)
+            self.killed += 1
 
 
-def test_an_actor_that_dies_is_replaced_and_its_clients_train_again(write_experiment: Write, cluster: str) -> None:
-    extra = '[algorithm]\nname = "scaffold"\n'
-    run("run", write_experiment(extra), "--out", "here", "--set", "train.cohort=1")
-    config = validate(read(write_experiment(f'{extra}{FLEET}address = "{cluster}"\n')))
+def test_a_dead_actor_is_replaced_and_its_clients_train_again(
+    write_experiment: Write, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the cluster that `fleet.address = "auto"` finds."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster)  # "auto" reads it before the traces of `ray start` in /tmp/ray
+    run("run", write_experiment(SCAFFOLD), "--out", "single", "--set", "train.cohort=1")
+    config = validate(read(write_experiment(f'{SCAFFOLD}{FLEET}address = "auto"\n')))
     config = config.model_copy(update={"train": config.train.model_copy(update={"cohort": 1})})
-    parts, directory = build(config), Killing(Path("there"))
+    parts, directory = build(config), ActorKiller(Path("ray"))
     with fleet_backend(parts) as backend:
         result = execute("federated", Session(parts, parts.prepare()), directory, backend)
     assert directory.killed == 1
     assert result["refused_updates"] == 0
-    assert close(adapter(Path("here")), adapter(Path("there")))
+    assert close(adapter(Path("single")), adapter(Path("ray")))
 
 
-def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(tmp_path: Path, cluster: str) -> None:
+def test_an_actor_that_always_dies_costs_only_its_own_clients_the_round(tmp_path: Path, cluster: str) -> None:
     import ray
 
-    class Actor:
+    class FakeActor:
         def __init__(self, dies: bool) -> None:
             self.dies = dies
 
@@ -178,34 +237,29 @@ def test_an_actor_that_always_dies_costs_its_clients_the_round_and_no_one_else(t
                 os._exit(1)
             return [(to_bytes(Reply(0, examples=len(work))), memory) for _, memory in work]
 
-    made: list[int] = []
-    with on_cluster(cluster):
-        remote = ray.remote(num_cpus=0.5)(Actor)
+    started: list[int] = []
+    with connected(cluster):
+        remote = ray.remote(num_cpus=0.5)(FakeActor)
 
-        def make(number: int) -> Any:
-            made.append(number)
+        def start(number: int) -> Any:
+            started.append(number)
             return remote.remote(number == 1)
 
-        post = ActorTransport(2, make, ClientMemory(tmp_path))
-        replies = post.exchange({c: Job("train", "ab" * 8, "", c) for c in (3, 5, 8)}, 120)
+        transport = ActorTransport(2, start, ClientMemory(tmp_path))
+        replies = transport.exchange({c: Job("train", "ab" * 8, "", c) for c in (3, 5, 8)}, 120)
         assert replies[3].examples == 1
         assert [replies[c].problem for c in (5, 8)] == [f"its actor died {ATTEMPTS} times (ActorDiedError)"] * 2
-        assert made == [0, 1, *[1] * ATTEMPTS]
-        post.end()
+        assert started == [0, 1, *[1] * ATTEMPTS]
+        transport.stop()
 
 
-def test_a_round_has_an_end(write_experiment: Write, cluster: str) -> None:
-    done = call("run", write_experiment(f'{FLEET}timeout = 0.01\naddress = "{cluster}"\n'), "--out", "out")
-    assert done.exit_code == 1
-    assert "no answer within 0.01 s" in done.stderr
+def test_a_round_ends_after_the_timeout(write_experiment: Write, cluster: str) -> None:
+    completed = call("run", write_experiment(f'{FLEET}timeout = 0.01\naddress = "{cluster}"\n'), "--out", "out")
+    assert completed.exit_code == 1
+    assert "no answer within 0.01 s" in completed.stderr
 
 
-@pytest.mark.parametrize("option", ["actors = 0", "cpus = -1.0", "gpus = -0.5", "timeout = 0.0"])
-def test_options_that_cannot_be_are_refused(write_experiment: Write, option: str) -> None:
-    done = call("run", write_experiment(f'[fleet]\nname = "ray"\n{option}\n'))
-    assert done.exit_code == 2
-    assert "fleet: " in done.stderr
-
+# Sweeps
 
 AXES = """
 [[axes]]
@@ -218,52 +272,26 @@ cells = [
 """
 
 
-def test_a_sweep_spreads_its_runs_and_tells_of_those_that_fail(write_experiment: Write, cluster: str) -> None:
+def test_a_sweep_distributes_its_runs_and_reports_those_that_fail(write_experiment: Write, cluster: str) -> None:
     file = Path("grid.toml")
     file.write_text(f'name = "grid"\nbase = "{write_experiment(rounds=1).name}"\n{AXES}')
-    done = call("sweep", file, "--fleet", "ray", "--address", cluster, "--jobs", 2, "--json")
-    assert done.exit_code == 1
-    cells = json.loads(done.stdout)["cells"]
+    completed = call("sweep", file, "--fleet", "ray", "--address", cluster, "--jobs", 2, "--json")
+    assert completed.exit_code == 1
+    cells = json.loads(completed.stdout)["cells"]
     assert [cell["state"] for cell in cells] == ["complete", "complete", "failed"]
     assert cells[2]["error"].startswith("exit status 2: error: model.name")
-    made = RunDir(Path("runs/grid") / cells[1]["id"]).result()
-    run("run", Path("runs/grid") / f"{cells[1]['id']}.toml", "--out", "here")
-    assert made["adapter_sha256"] == RunDir(Path("here")).result()["adapter_sha256"]
+    result = RunDir(Path("runs/grid") / cells[1]["id"]).result()
+    run("run", Path("runs/grid") / f"{cells[1]['id']}.toml", "--out", "single")
+    assert result["adapter_sha256"] == RunDir(Path("single")).result()["adapter_sha256"]
 
 
-def test_a_sweeps_folder_must_be_seen_where_its_runs_are(tmp_path: Path) -> None:
-    status, said = spread._run(["run"], str(tmp_path / "none.toml"), str(tmp_path), "1")
-    assert status == 2
-    assert "give an --out that all machines of the cluster share" in said
-
-
-def test_a_sweep_is_told_what_is_wrong_in_one_sentence(write_experiment: Write, cluster: str) -> None:
+def test_bad_options_of_a_sweep_give_one_sentence(write_experiment: Write, cluster: str) -> None:
     Path("grid.toml").write_text(f'name = "grid"\nbase = "{write_experiment().name}"\n')
-    for options, why in (
-        (["--address", cluster], "--address goes with --fleet ray"),
+    for options, reason in (
+        (["--address", cluster], "--fleet ray"),
         (["--fleet", "ray", "--address", "127.0.0.1:1"], "no Ray cluster answers"),
         (["--fleet", "ray", "--address", cluster, "--jobs", 99], "lower --jobs"),
     ):
-        done = call("sweep", "grid.toml", *options)
-        assert done.exit_code == 2, done.output
-        assert why in done.stderr
-
-
-def test_a_cluster_that_is_not_there_is_one_sentence(write_experiment: Write) -> None:
-    done = call("run", write_experiment(FLEET + 'address = "127.0.0.1:1"\n'), "--out", "out")
-    assert done.exit_code == 2, done.output
-    assert "no Ray cluster answers" in done.stderr
-    assert not Path("out").exists()
-
-
-def test_ray_that_is_not_installed_is_one_sentence(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmllm.cli.remote.find_spec", lambda name: None)
-    done = call("run", write_experiment(FLEET))
-    assert done.exit_code == 2
-    assert done.stderr.strip().endswith('ray is not installed; `pip install "fedmllm[ray]"` brings it.')
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    yield
-    wait_for(lambda: not [text for text in commands().values() if text.startswith("ray::_Actor")], 20)
+        completed = call("sweep", "grid.toml", *options)
+        assert completed.exit_code == 2, completed.output
+        assert reason in completed.stderr

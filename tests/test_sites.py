@@ -1,6 +1,6 @@
-"""A SuperLink and sites as processes of their own, over TLS on the loopback interface: what they end with, and what ends them.
+"""A SuperLink and sites as processes of their own, over TLS on the loopback interface.
 
-One set of sites serves all runs here, one after the other, as sites do.
+One set of sites serves all runs of this module, one after the other, as real sites do.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from federations import (
     commands,
     in_one_process,
     is_open,
-    named,
     pid_of,
     rounds_done,
     running,
     wait_for,
+    with_site_names,
     write_federation,
 )
 from fedmllm.remote.files import FederationFile
@@ -42,7 +42,11 @@ from fedmllm.remote.supervisor import environment, free_port, tool
 from fedmllm.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.timeout(2400), pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")]
+pytestmark = [
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.xdist_group("sites"),  # in one worker, so that the sites are started once
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,65 +66,56 @@ def sites(root: Path, federation: Path) -> Iterator[dict[str, Process]]:
         yield started
 
 
-def serve(federation: Path, out: Path, *more: str) -> Process:
-    return Process(out.with_suffix(".log"), "server", federation, "--out", out, "--json", *more)
+def serve(federation: Path, out: Path, *options: str) -> Process:
+    return Process(out.with_suffix(".log"), "server", federation, "--out", out, "--json", *options)
 
 
-def finished(server: Process, seconds: float = 2000) -> dict[str, Any]:
+def result_of(server: Process, seconds: float = 2000) -> dict[str, Any]:
+    """The result that the server prints when its run is finished."""
     status, text = server.result(seconds)
-    assert status == 0, server.said()[-4000:]
+    assert status == 0, server.output()[-4000:]
     result: dict[str, Any] = json.loads(text)
     return result
 
 
 @pytest.fixture(scope="module")
 def expected(federation: Path, root: Path) -> dict[str, torch.Tensor]:
+    """The adapter of a single-process run."""
     in_one_process(federation, root / "in-one")
     return adapter(root / "in-one")
 
 
-def test_three_sites_end_with_the_adapter_of_one_process_though_a_supernode_is_killed(
+def test_killed_processes_cost_time_and_do_not_change_the_run(
     root: Path, federation: Path, sites: dict[str, Process], expected: dict[str, torch.Tensor]
 ) -> None:
-    """Killed in the second of three rounds: that costs time and nothing else."""
-    out = root / "node-killed"
+    """A SuperNode is killed in the second round and the SuperLink in the third: the result is that of a single-process run."""
+    out, south_key = root / "killed", str(root / "keys" / "south.key")
     server = serve(federation, out)
     with running(server):
         wait_for(lambda: rounds_done(out) == 1, 1500)
-        before = pid_of("fedmllm.remote.supernode", str(root / "keys" / "south.key"))
-        os.kill(before, signal.SIGKILL)
-        result = finished(server)
-        assert pid_of("fedmllm.remote.supernode", str(root / "keys" / "south.key")) != before
-    assert "SuperNode ended with status -9" in sites["south"].said()
-    assert close(adapter(out), expected)
-    alone = RunDir(root / "in-one").result()
-    assert result["per_client"] == named(alone["per_client"]), "what each holds, from the counts it told"
-    for key in ("metrics", "rounds", "bytes_up", "bytes_down", "refused_updates"):
-        assert result[key] == alone[key], key
-    assert all(site.popen.poll() is None for site in sites.values()), "sites go on waiting for the next run"
-
-
-def test_a_superlink_killed_in_a_round_comes_back_and_the_run_goes_on(
-    root: Path, federation: Path, sites: dict[str, Process], expected: dict[str, torch.Tensor]
-) -> None:
-    out = root / "link-killed"
-    server = serve(federation, out)
-    with running(server):
+        supernode = pid_of("fedmllm.remote.supernode", south_key)
+        os.kill(supernode, signal.SIGKILL)
         wait_for(lambda: rounds_done(out) == 2, 1500)
+        assert pid_of("fedmllm.remote.supernode", south_key) != supernode
+        assert "the run failed" not in server.output(), "the round waited for the site"
         os.kill(pid_of("fedmllm.remote.superlink", str(federation.parent)), signal.SIGKILL)
-        result = finished(server)
-    said = server.said()
-    assert "SuperLink ended with status -9" in said
-    assert "the run failed after round" in said
-    assert result["rounds"] == 3
+        result = result_of(server)
+    assert "SuperNode ended with status -9" in sites["south"].output()
+    assert "SuperLink ended with status -9" in server.output()
+    assert "the run failed after round 2" in server.output()
     assert close(adapter(out), expected)
+    single = RunDir(root / "in-one").result()
+    assert result["per_client"] == with_site_names(single["per_client"]), "derived from the counts that sites report"
+    for key in ("metrics", "rounds", "bytes_up", "bytes_down", "refused_updates"):
+        assert result[key] == single[key], key
+    assert all(site.is_running for site in sites.values()), "sites wait for the next run"
 
 
 @pytest.mark.slow
-def test_flwr_run_submits_the_shipped_app_to_a_superlink_that_is_there(
+def test_flwr_run_submits_the_shipped_app_to_a_running_superlink(
     root: Path, federation: Path, sites: dict[str, Process], expected: dict[str, torch.Tensor]
 ) -> None:
-    """For those who start the SuperLink by themselves; the sites do not know the difference."""
+    """For users who start the SuperLink themselves; sites cannot tell the difference."""
     state, out = federation.parent / "state", root / "submitted"
     settings = f'experiment="{state / "experiment.toml"}" out="{out}"'
     port = FederationFile(federation, []).port
@@ -132,7 +127,7 @@ def test_flwr_run_submits_the_shipped_app_to_a_superlink_that_is_there(
 
 
 @pytest.mark.slow
-def test_a_site_whose_update_is_nan_is_refused_by_name_and_the_others_go_on(
+def test_a_site_that_sends_nan_is_refused_by_name_and_the_others_continue(
     root: Path, federation: Path, sites: dict[str, Process], tiny: Path
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -143,40 +138,43 @@ def test_a_site_whose_update_is_nan_is_refused_by_name_and_the_others_go_on(
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(broken)
     AutoProcessor.from_pretrained(tiny).save_pretrained(broken)
-    assert sites["south"].end() == 0
+    assert sites["south"].stop() == 0
     file = root / "south" / "broken.toml"
     file.write_text('model = "broken"\n' + (root / "south" / "site.toml").read_text())
-    spoilt = Process(root / "broken.log", "client", file)
+    broken_site = Process(root / "broken.log", "client", file)
     server = serve(federation, root / "nan", "--set", "train.rounds=1")
-    with running(server, spoilt):
-        result = finished(server)
-        assert spoilt.end() == 0
+    with running(server, broken_site):
+        result = result_of(server)
+        assert broken_site.stop() == 0
     (record,) = RunDir(root / "nan").rounds()
     assert [(r["client"], r["why"].partition(" in ")[0]) for r in record["refused"]] == [(1, "NaN or infinity")]
     assert result["refused_updates"] == 1
     assert all(bool(torch.isfinite(t).all()) for t in adapter(root / "nan").values())
 
 
-def test_everything_that_was_started_is_ended(root: Path, sites: dict[str, Process]) -> None:
-    for site in sites.values():
-        if site.popen.poll() is None:
-            assert site.end() == 0
-    left = wait_for(lambda: {} if any(str(root) in text for text in commands().values()) else {"none": True}, 20)
-    assert left == {"none": True}
-
-
-def test_a_server_that_is_interrupted_ends_what_it_started(root: Path, federation: Path) -> None:
+def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
+    """In its first round, which shows that the sites serve a second run."""
     server = serve(federation, root / "interrupted")
     with running(server):
-        wait_for(lambda: "submitted" in server.said(), 600)
+        wait_for(lambda: (root / "interrupted" / "meta.json").is_file(), 600)
         server.popen.send_signal(signal.SIGINT)
         status, _ = server.result(300)
     assert status == 130
-    assert "interrupted: the same command with --resume" in server.said()
-    wait_for(lambda: not [text for text in commands().values() if str(root) in text], 30)
+    assert "interrupted: the same command with --resume" in server.output()
+    wait_for(lambda: not [line for line in commands().values() if str(federation.parent) in line], 30)
 
 
-# Who is not let in
+def test_a_stopped_site_leaves_no_process(root: Path, sites: dict[str, Process]) -> None:
+    running_sites = [site for site in sites.values() if site.is_running]
+    for site in running_sites:
+        site.popen.send_signal(signal.SIGTERM)
+    for site in running_sites:
+        status, _ = site.result(90)
+        assert status == 0
+    wait_for(lambda: not [line for line in commands().values() if str(root) in line], 20)
+
+
+# Who is not admitted
 
 
 @contextmanager
@@ -199,18 +197,18 @@ def superlink_on(root: Path, port: int, database: Path, home: Path) -> Iterator[
 
 @pytest.fixture(scope="module")
 def superlink(root: Path, federation: Path) -> Iterator[int]:
-    """A SuperLink where nobody is registered; its port."""
+    """The port of a SuperLink with which nobody is registered."""
     port = free_port()
     with superlink_on(root, port, root / "other.db", root / "home"):
         yield port
 
 
-def _supernode(root: Path, port: int, *more: str) -> int:
+def supernode_status(root: Path, port: int, *options: str) -> int:
     """The exit status of a SuperNode that gives up soon."""
     command = [tool("flower-supernode"), "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--max-retries", "2"]
-    with (root / "supernode.log").open("ab") as log:  # no pipe: what it starts would hold it open
+    with (root / "supernode.log").open("ab") as log:  # not a pipe, which the node's children would keep open
         node = subprocess.Popen(
-            [*command, *more], env=environment(root / "home"), stdout=log, stderr=log, start_new_session=True
+            [*command, *options], env=environment(root / "home"), stdout=log, stderr=log, start_new_session=True
         )
     try:
         return node.wait(300)
@@ -219,47 +217,47 @@ def _supernode(root: Path, port: int, *more: str) -> int:
         node.wait()
 
 
-def test_a_node_that_is_not_registered_is_refused(root: Path, superlink: int) -> None:
+def test_an_unregistered_node_is_refused(root: Path, superlink: int) -> None:
     make(root / "stranger", [], ["stranger"])
-    known = ["--root-certificates", str(root / "keys" / "ca.crt")]
+    authority = ["--root-certificates", str(root / "keys" / "ca.crt")]
     key = ["--auth-supernode-private-key", str(root / "stranger" / "stranger.key")]
-    assert _supernode(root, superlink, *known, *key) != 0
+    assert supernode_status(root, superlink, *authority, *key) != 0
     assert "No SuperNode found with the given public key" in (root / "superlink.log").read_text()
 
 
 def test_a_node_without_a_key_is_refused(root: Path, superlink: int) -> None:
-    assert _supernode(root, superlink, "--root-certificates", str(root / "keys" / "ca.crt")) != 0
+    assert supernode_status(root, superlink, "--root-certificates", str(root / "keys" / "ca.crt")) != 0
 
 
-def test_a_server_under_another_authority_is_not_believed(root: Path, superlink: int) -> None:
+def test_a_server_of_another_authority_is_not_trusted(root: Path, superlink: int) -> None:
     make(root / "impostor", ["127.0.0.1"], [])
     with pytest.raises(ssl.SSLCertVerificationError):
-        _request(superlink, ssl.create_default_context(cafile=root / "impostor" / "ca.crt"))
-    assert _request(superlink, ssl.create_default_context(cafile=root / "keys" / "ca.crt")) in (200, 404)
+        get_status(superlink, ssl.create_default_context(cafile=root / "impostor" / "ca.crt"))
+    assert get_status(superlink, ssl.create_default_context(cafile=root / "keys" / "ca.crt")) in (200, 404)
     wrong = ["--root-certificates", str(root / "impostor" / "ca.crt")]
-    assert _supernode(root, superlink, *wrong, "--auth-supernode-private-key", str(root / "keys" / "north.key")) != 0
+    assert supernode_status(root, superlink, *wrong, "--auth-supernode-private-key", str(root / "keys" / "north.key")) != 0
 
 
-def _request(port: int, context: ssl.SSLContext | None) -> int:
-    """The status of a GET, over TLS where there is a context."""
-    made: http.client.HTTPConnection
+def get_status(port: int, context: ssl.SSLContext | None) -> int:
+    """The status of a GET, over TLS if there is a context."""
+    connection: http.client.HTTPConnection
     if context is None:
-        made = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     else:
-        made = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
     try:
-        made.request("GET", "/")
-        return made.getresponse().status
+        connection.request("GET", "/")
+        return connection.getresponse().status
     finally:
-        made.close()
+        connection.close()
 
 
-def test_a_plain_client_on_the_tls_port_gets_nothing(superlink: int) -> None:
+def test_a_client_without_tls_gets_no_answer(superlink: int) -> None:
     with pytest.raises((http.client.HTTPException, OSError)):
-        _request(superlink, None)
+        get_status(superlink, None)
 
 
-def test_no_port_is_taken_that_is_in_use() -> None:
+def test_a_free_port_is_not_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -49,7 +49,7 @@ def write_data(folder: Path, split: str, samples: Sequence[Sample]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def deal(split: str) -> Iterator[tuple[list[Sample], list[Sample]]]:
+def divide(split: str) -> Iterator[tuple[list[Sample], list[Sample]]]:
     """Yield (questions about pictures, questions about texts) for one site after another, without repeating a sample."""
     pictures, texts = (
         [s for s in tasks.build(name, {}).load(split) if isinstance(s, Sample)]  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def fedmllm(*arguments: object) -> None:
 
 def prepare(out: Path, rounds: int) -> None:
     """Do what each party would do on its own machine, in the order of docs/deploy.md."""
-    server, port, shares = out / "server", free_port(), deal("train")
+    server, port, shares = out / "server", free_port(), divide("train")
     fedmllm("keys", server / "keys", "--host", "127.0.0.1")
     for name, modalities in SITES.items():
         site, (pictures, texts) = out / name, next(shares)
@@ -84,7 +84,7 @@ def prepare(out: Path, rounds: int) -> None:
             f'name = "{name}"\nsuperlink = "127.0.0.1:{port}"\nca = "ca.crt"\nkey = "{name}.key"\n'
             f'jsonl = "train.jsonl"\nmodalities = {json.dumps(modalities)}\n'
         )
-    pictures, texts = next(deal("test"))
+    pictures, texts = next(divide("test"))
     write_data(server, "test", pictures[:TEST] + texts[:TEST])
     shutil.copy(HERE / "experiment.toml", server)
     federation = (HERE / "federation.toml").read_text().replace("0.0.0.0:9092", f"127.0.0.1:{port}")

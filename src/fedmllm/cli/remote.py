@@ -24,7 +24,7 @@ def _log(line: str) -> None:
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
     """Execute the missing runs of a grid on a Ray cluster; the index."""
     need("ray", "ray")
-    from fedmllm.remote.actors import cluster
+    from fedmllm.remote.cluster import cluster
     from fedmllm.remote.ray_sweep import RayTasks
 
     with cluster(address):
@@ -72,7 +72,7 @@ def client(
         modalities = f"{counts['image']} with image, {counts['text']} with text"
         _log(f"site {site.name}: {counts['samples']} samples, {modalities}, {counts['skipped']} skipped")
     if not check:
-        site_process.keep(site, lambda line: _log(f"{site.name}: {line}"))
+        site_process.serve(site, lambda line: _log(f"{site.name}: {line}"))
 
 
 def server(

@@ -46,7 +46,7 @@ class Processes:
     def __init__(self, jobs: int) -> None:
         self._threads = max(1, (os.cpu_count() or 1) // jobs)
         can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-        self._context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+        self._context = multiprocessing.get_context("forkserver") if can_fork else multiprocessing.get_context("spawn")
         self._context.set_forkserver_preload(PRELOAD)
         self._children: set[BaseProcess] = set()
         # multiprocessing polls all children whenever it starts one, and two threads must not poll the same child.

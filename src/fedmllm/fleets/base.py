@@ -1,4 +1,4 @@
-"""What a fleet is given, and what opens one."""
+"""The interface between a run and its fleets: what a fleet receives, and what opens one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class FleetContext:
     """What a fleet needs to train the clients of one run.
 
     `data[client]` holds a client's encoded samples, `gaps[client]` the share of its (sample, modality) slots that are empty.
-    `initial` is the adapter that all clients start from, `memory` the folder for the clients' state between rounds, `cohort`
-    the number of clients that train in one pass. For clients in other processes: `run` names the run, `config` is its
-    experiment as TOML, and `last` has the last round in which each client's update was used.
+    `initial` is the adapter from which all clients start, `memory` the folder for the clients' state between rounds, `cohort`
+    the number of clients that train in one pass. The other fields are for clients in other processes: `run` is the permanent
+    name of the run, `config` its experiment as TOML, and `last` maps each client to the last round that used its update.
     """
 
     model: MLLM
@@ -42,9 +42,9 @@ class FleetContext:
 class FleetBackend:
     """Opens the fleets of a run.
 
-    `local`: clients train in this process, which encodes their data. `secure`: a fleet for clients in other processes is a
-    `SecureTransport` as well; without it, experiments with secure aggregation are refused. `evaluate(messages, done)`, if
-    clients test on data of their own, returns one row of figures per client for its message after `done` rounds.
+    `local` means that clients train in this process, which encodes their data. `secure` means that the fleet is also a
+    `SecureTransport`; a backend that is neither cannot run experiments with secure aggregation. `evaluate(messages, done)` is
+    set if clients test on data of their own: it returns one row of metrics per client for its message after `done` rounds.
     """
 
     open: Callable[[FleetContext], Fleet]

@@ -1,4 +1,4 @@
-"""All clients in this process: one resident model, with the adapters of the sampled clients stacked beside it."""
+"""All clients in this process: one resident model, and the adapters of several clients trained in one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedmllm.training.local import LocalSettings, Work
 
 @dataclass(frozen=True)
 class _Ready:
-    """A client about to train."""
+    """A client that is about to train."""
 
     info: RoundInfo
     received: State
@@ -28,7 +28,7 @@ class _Ready:
 
 
 class InProcessFleet:
-    """Trains the sampled clients cohort by cohort. A client without samples sends an update of 0 examples."""
+    """Trains the sampled clients, one cohort at a time. A client without samples sends an update of 0 examples."""
 
     def __init__(self, context: FleetContext) -> None:
         self._context = context
@@ -38,13 +38,13 @@ class InProcessFleet:
     def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         self._took_part[info.round] = sorted(messages)
         settings = LocalSettings.of(self._context.train, info.lr)
-        # Clients with as many steps train together, so that few stand idle while others finish.
-        waiting = sorted(messages, key=lambda client: (-len(self._context.data[client]), client))
+        # Clients with similar numbers of steps train together, so that few of them idle while others finish.
+        ordered = sorted(messages, key=lambda client: (-len(self._context.data[client]), client))
         size = self._context.cohort
         return [
             update
-            for start in range(0, len(waiting), size)
-            for update in self._train_together(waiting[start : start + size], info, messages, settings)
+            for start in range(0, len(ordered), size)
+            for update in self._train_cohort(ordered[start : start + size], info, messages, settings)
         ]
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
@@ -56,18 +56,18 @@ class InProcessFleet:
     def personal(self, client: int, message: State, done: int) -> Tensors:
         return complete(message, self._memory.load(client, done), self._context.initial)["adapter"]
 
-    def _train_together(
+    def _train_cohort(
         self, clients: Sequence[int], info: RoundInfo, messages: Mapping[int, State], settings: LocalSettings
     ) -> Iterator[Update]:
         context, algorithm = self._context, self._context.algorithm
-        alike: dict[tuple[frozenset[tuple[str, int]], tuple[str, ...]], list[_Ready]] = {}
+        groups: dict[tuple[frozenset[tuple[str, int]], tuple[str, ...]], list[_Ready]] = {}
         for client in clients:
             ready = self._prepare(client, info, messages[client])
-            # By the tensors of the fold: each client has a dictionary of its own.
+            # The identity of the tensors, because every client has its own dictionary of them.
             fold = frozenset((name, id(tensor)) for name, tensor in ready.fold.items())
-            alike.setdefault((fold, trainable(context.model, ready.work)), []).append(ready)
-        # One base weight and one set of trained tensors to a pass; only an unusual algorithm has several here.
-        for group in alike.values():
+            groups.setdefault((fold, trainable(context.model, ready.work)), []).append(ready)
+        # A pass has one base weight and one set of trained tensors; few algorithms need more than one group.
+        for group in groups.values():
             context.model.adapter.set_fold(group[0].fold)
             results = train_cohort(context.model, [ready.work for ready in group], settings)
             for ready, result in zip(group, results, strict=True):
@@ -82,7 +82,7 @@ class InProcessFleet:
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
-        lengths = [one.length for one in data]
+        lengths = [sample.length for sample in data]
         size, accumulate = context.train.batch_size, context.train.accumulate
         steps = [
             [[data[i] for i in batch] for batch in step]

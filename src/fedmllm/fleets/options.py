@@ -1,4 +1,4 @@
-"""The table `[fleet]` of the experiment file: one dataclass of options per fleet."""
+"""The table `[fleet]` of the experiment file, with one dataclass of options per fleet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmllm.registry import Registry
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """The options of some fleet."""
+    """The options of any fleet."""
 
 
 fleets: Registry[FleetOptions] = Registry("fleet", __name__)
@@ -26,9 +26,9 @@ class InProcessOptions(FleetOptions):
 class RayOptions(FleetOptions):
     """Clients in Ray actors that each hold the model, one per GPU or per share of the cores, on one machine or many.
 
-    `address` is that of an existing cluster, "auto" for the cluster that this machine belongs to; without it, Ray starts on
-    this machine alone. `actors` is their number: by default one per GPU, or one per four cores without a GPU. `cpus` and
-    `gpus` are what each actor gets. `timeout` is the longest that a round may take, in seconds.
+    `address` is the address of an existing cluster, or "auto" for the cluster to which this machine belongs; without it, Ray is
+    started on this machine only. `actors` is the number of actors, by default one per GPU, or one per four cores without a GPU.
+    `cpus` and `gpus` are the resources of each actor. `timeout` is the longest duration of a round, in seconds.
     """
 
     address: str | None = None
@@ -39,11 +39,11 @@ class RayOptions(FleetOptions):
 
     def __post_init__(self) -> None:
         if self.timeout <= 0:
-            raise ValueError("timeout: must be more than 0 seconds")
+            raise ValueError("timeout: must be greater than 0 seconds")
         if self.actors is not None and self.actors < 1:
             raise ValueError("actors: must be at least 1")
         if (self.cpus is not None and self.cpus <= 0) or (self.gpus is not None and self.gpus < 0):
-            raise ValueError("cpus must be more than 0, gpus not less")
+            raise ValueError("cpus must be greater than 0, and gpus at least 0")
 
 
 @fleets.register("flower")
@@ -51,10 +51,10 @@ class RayOptions(FleetOptions):
 class FlowerOptions(FleetOptions):
     """Clients on other machines, over Flower.
 
-    `sites` names the sites that bring data of their own, client 0 first; without it, every client reads the experiment's task
-    and trains on its part of it. `wait` is how long the server waits for clients before the first round, `timeout` how long a
-    round may take, `absent` after how long a round goes on without a client whose machine is gone, all in seconds. With
-    `evaluate`, each site also tests the final model on test data of its own and sends the figures.
+    `sites` names the sites that have data of their own, in the order of the clients; without it, every client reads the
+    experiment's task and trains on its part of it. `wait` is how long the server waits for clients before the first round,
+    `timeout` how long a round may take, and `absent` how long a client may be unreachable before its round continues without
+    it, all in seconds. With `evaluate`, each site also tests the final model on its own test data and sends the metrics.
     """
 
     sites: list[str] | None = None
@@ -65,6 +65,6 @@ class FlowerOptions(FleetOptions):
 
     def __post_init__(self) -> None:
         if self.sites is not None and (not self.sites or len(set(self.sites)) != len(self.sites)):
-            raise ValueError("sites: name at least one, each once")
+            raise ValueError("sites: name at least one site, and each only once")
         if min(self.wait, self.timeout, self.absent) <= 0:
-            raise ValueError("wait, timeout and absent: must be more than 0 seconds")
+            raise ValueError("wait, timeout and absent: must be greater than 0 seconds")

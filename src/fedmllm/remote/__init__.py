@@ -1,1 +1,1 @@
-"""Clients that train elsewhere: what travels between the round loop and a site, and what a site does with it."""
+"""Clients on other machines: what travels between the round loop and a site, and what a site does with it."""

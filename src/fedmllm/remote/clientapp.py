@@ -1,7 +1,7 @@
-"""The ClientApp. Flower starts a process of it for each message, so it only hands the message to the site's worker.
+"""The ClientApp. Flower starts a process of it for each message, so it only passes the message to the site's worker.
 
-A node says in its configuration where that is (`worker`, a Unix socket, which `fedmllm client` writes there). A node without
-one, in simulations, is a client by its `partition-id` and works in this very process, which simulations keep.
+The node's configuration names the worker's Unix socket (`worker`, set by `fedmllm client`). A node without one, as in
+simulations, is the client with the number `partition-id` and does the work in this process, which simulations keep alive.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmllm.errors import UserError
-from fedmllm.remote.records import HEAD, pack, unpack
-from fedmllm.remote.wire import VERSION, NoAnswer, ask
+from fedmllm.remote.records import HEADER, pack, unpack
+from fedmllm.remote.wire import VERSION, NoAnswer, request
 
 if TYPE_CHECKING:
-    from fedmllm.remote.site import Worker
+    from fedmllm.remote.worker import Worker
 
 PATIENCE = 120.0
-"""Seconds that a worker may be away: it may be loading its libraries, or have been started again."""
+"""Seconds that a worker may be away: it may be loading its libraries, or have been restarted."""
 
 app = ClientApp()
 
 
 @cache
-def _worker() -> Worker:
-    """This process's own worker; what clients remember is beside the cached features."""
+def local_worker() -> Worker:
+    """This process's own worker. Its clients' memory is beside the cached features."""
     from fedmllm.models.features import cache_folder
-    from fedmllm.remote.site import Worker
+    from fedmllm.remote.worker import Worker
 
     return Worker(cache_folder() / "clients")
 
 
-def _here(content: bytes, context: Context) -> bytes:
+def _answer_locally(content: bytes, context: Context) -> bytes:
     """The answer of a client that works in this process."""
     from dataclasses import replace
 
@@ -50,26 +50,27 @@ def _here(content: bytes, context: Context) -> bytes:
     job = Job.of(*parts_of(content))
     if job.kind == "describe":
         job = replace(job, client=int(context.node_config["partition-id"]))
-    return to_bytes(_worker().answer([job])[0])
+    return to_bytes(local_worker().answer([job])[0])
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Never raises: Flower would send the traceback, and a traceback may quote data."""
+    """Never raises: Flower would send the traceback, which may quote data."""
     try:
         content = pack(message.content)
         worker = context.node_config.get("worker")
-        reply = ask(Path(str(worker)), content, PATIENCE) if worker else _here(content, context)
+        reply = request(Path(str(worker)), content, PATIENCE) if worker else _answer_locally(content, context)
         return Message(unpack(reply), reply_to=message)
     except (UserError, NoAnswer) as error:
         problem = str(error)
-    except Exception as error:  # the boundary: the kind of any other error, and nothing that it says
+    except Exception as error:  # report the type of any other error, and not its message
         problem = f"{type(error).__name__} in the site's app"
-    told = {"client": -1, "examples": 0, "steps": 0, "problem": problem, "metrics": {}, "about": {}, "groups": []}
-    return Message(RecordDict({HEAD: ConfigRecord({"head": json.dumps({**told, "version": VERSION})})}), reply_to=message)
+    # The header of a protocol.Reply, whose import would load PyTorch.
+    header = {"client": -1, "examples": 0, "steps": 0, "problem": problem, "metrics": {}, "about": {}, "groups": []}
+    return Message(RecordDict({HEADER: ConfigRecord({"head": json.dumps({**header, "version": VERSION})})}), reply_to=message)
 
 
 QUERIES = ("describe", "personal", "keys", "shares", "masked", "unmask")
-"""The last four are a secure round's (`fedmllm.secure.settings.PHASES`, whose import would take longer than the rest)."""
+"""The last four are the phases of a secure round (`fedmllm.secure.settings.PHASES`, whose import would take too long here)."""
 
 for register in (app.train(), app.evaluate(), *map(app.query, QUERIES)):
     register(answer)

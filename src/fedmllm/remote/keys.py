@@ -1,7 +1,7 @@
-"""A certificate authority, the server's certificate, and each site's key: what TLS and node authentication need.
+"""The keys of a federation: a certificate authority, the server's certificate, and each site's key.
 
-The authority and the server's certificate are for TLS, ECDSA on P-256. A site's key is an OpenSSH key, ECDSA on P-384: the
-private half never leaves the site, the public half is what the server registers.
+The authority and the server's certificate are for TLS and use ECDSA on P-256. A site's key is for node authentication: an
+OpenSSH key, ECDSA on P-384, whose private half never leaves the site and whose public half the server registers.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from fedmllm.errors import ConfigError
 
 CA, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "server.crt", "server.key"
 _LOCAL = ("localhost", "127.0.0.1")
-"""The server talks to itself under these names, whatever others call it."""
+"""The server connects to itself under these names, so they are in every certificate."""
 
 
 def _write(path: Path, content: bytes, secret: bool) -> None:
-    """Make a file that was not there. Raises ConfigError where it was: a key that is lost cannot be made again."""
+    """Create a file. Raises ConfigError if it exists, because a lost key cannot be recovered."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # With its permissions from the first moment on.
+        # With the right permissions from the first moment.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already; move it away, or give another folder.") from None
+        raise ConfigError(f"{path} exists already; move it away, or give another folder.") from None
     with os.fdopen(handle, "wb") as file:
         file.write(content)
 
@@ -67,7 +67,7 @@ def _certificate(
     days: int,
     hosts: Sequence[str] = (),
 ) -> x509.Certificate:
-    """That of an authority where there are no hosts, else that of a server under these names."""
+    """The certificate of a server with these names; without names, that of an authority."""
     now = datetime.now(UTC)
     usage = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"),
@@ -79,7 +79,7 @@ def _certificate(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))  # clocks differ
+        .not_valid_before(now - timedelta(hours=1))  # clocks may differ
         .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=not hosts, path_length=None if hosts else 0), critical=True)
         .add_extension(
@@ -95,7 +95,7 @@ def _certificate(
 
 
 def make_authority(folder: Path, days: int = 3650) -> list[Path]:
-    """`ca.crt`, which everyone gets, and `ca.key`, which signs server certificates and stays where it is."""
+    """Make `ca.crt`, which every site needs, and `ca.key`, which signs server certificates and stays on the server."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = "fedmllm federation"
     certificate = _certificate(name, key.public_key(), _name(name), key, days)
@@ -105,17 +105,17 @@ def make_authority(folder: Path, days: int = 3650) -> list[Path]:
 
 
 def make_server(folder: Path, hosts: Sequence[str], days: int = 825) -> list[Path]:
-    """`server.crt` for these names and addresses, and `server.key`, signed by the authority in the folder.
+    """Make `server.key`, and `server.crt` for these names and addresses, signed by the authority in the folder.
 
-    Raises ConfigError where there is no authority.
+    Raises ConfigError if there is no authority.
     """
     try:
         signer = load_pem_private_key((folder / CA_KEY).read_bytes(), None)
         authority = x509.load_pem_x509_certificate((folder / CA).read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: no authority to sign with ({error}).") from None
+        raise ConfigError(f"{folder}: there is no authority to sign with ({error}).") from None
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{folder / CA_KEY}: not a key that `fedmllm keys` made.")
+        raise ConfigError(f"{folder / CA_KEY}: not a key made by `fedmllm keys`.")
     key = ec.generate_private_key(ec.SECP256R1())
     names = list(dict.fromkeys([*hosts, *_LOCAL]))
     certificate = _certificate(names[0], key.public_key(), authority.subject, signer, days, names)
@@ -125,9 +125,9 @@ def make_server(folder: Path, hosts: Sequence[str], days: int = 825) -> list[Pat
 
 
 def make_site(folder: Path, name: str) -> list[Path]:
-    """`NAME.key`, which stays at the site, and `NAME.pub`, which the server registers."""
+    """Make `NAME.key`, which stays at the site, and `NAME.pub`, which the server registers."""
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"--site {name}: a site's name is letters, digits, - and _.")
+        raise ConfigError(f"--site {name}: a site's name may contain letters, digits, - and _ only.")
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -137,23 +137,23 @@ def make_site(folder: Path, name: str) -> list[Path]:
 
 
 def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int = 825) -> list[Path]:
-    """All that was asked for; the authority with the first server, whose certificate is valid for so many days. Raises
-    ConfigError before anything is written over."""
-    made: list[Path] = []
+    """Make a server certificate for `hosts` that is valid for so many days, with an authority if there is none yet, and a key
+    for each of `sites`; the files. Raises ConfigError instead of overwriting a file."""
+    files: list[Path] = []
     if hosts:
         if not (folder / CA_KEY).exists():
-            made += make_authority(folder)
-        made += make_server(folder, hosts, days)
+            files += make_authority(folder)
+        files += make_server(folder, hosts, days)
     for site in sites:
-        made += make_site(folder, site)
-    return made
+        files += make_site(folder, site)
+    return files
 
 
 def is_public_key(path: Path) -> bool:
-    """Whether the file holds a public key that Flower registers."""
+    """Whether the file contains a public key that Flower can register."""
     try:
         return isinstance(load_ssh_public_key(path.read_bytes()), ec.EllipticCurvePublicKey)
-    except Exception:  # whatever cryptography raises over a file that is none
+    except Exception:  # whatever cryptography raises for another kind of file
         return False
 
 

@@ -1,7 +1,8 @@
-"""What travels: a Job from the round loop to a client, a Reply back. A State and one JSON text each, no pickle anywhere.
+"""The messages: a Job from the round loop to a client, and a Reply back. Each is a State and a JSON header; nothing is pickled.
 
-Nothing else ever does: a Reply holds the groups an algorithm uploads, counts and metrics, or one sentence about what went
-wrong, never a sample or a part of one.
+A Reply contains the groups that an algorithm uploads, counts and metrics, or one sentence about what went wrong. It never
+contains a sample or a part of one. The field names are the keys of the JSON header, except that the groups of the state or of
+the reply are listed under "groups", so that groups without tensors are not lost.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ JobKind = Literal["describe", "train", "personal", "evaluate", "keys", "shares",
 
 
 class ProtocolError(ValueError):
-    """What arrived is no message of this protocol, or of another version of it."""
+    """The content is not a message of this protocol, or has another version."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """`describe`: what do you hold? `train`: train `client` from `state`, its message of the round. `personal`: what is the
-    adapter of a client that keeps part of it, after `round` rounds? `evaluate`: how does it do on the site's own test data?
-    The others are the questions of a secure round (`fedmllm.secure`): they take the place of `train` where updates are hidden,
-    and their replies hold groups alone.
+    """A request to one client, of one of these kinds:
 
-    `run` names one run for good, resumed or not; `config` is the experiment as TOML. `last` is the last round whose update of
-    this client was used, −1 where there is none: what a client remembers of later ones came to nothing.
+    - `describe`: report the amount of data;
+    - `train`: train `client` from `state`, its message of the round;
+    - `personal`: send the adapter of a client that keeps part of it, as of `round` finished rounds;
+    - `evaluate`: test that adapter on the site's own test data;
+    - the phases of a secure round (`fedmllm.secure`), which replace `train` and whose replies contain only groups.
+
+    `run` is the permanent name of a run, resumed or not, and `config` its experiment as TOML. `last` is the last round that
+    used an update of this client, or −1: state that the client saved in later rounds is discarded.
     """
 
     kind: JobKind
@@ -48,29 +52,29 @@ class Job:
     last: int = -1
     state: State = field(default_factory=dict)
 
-    def head(self) -> str:
-        """All but the tensors."""
-        told = {key: getattr(self, key) for key in ("kind", "run", "config", "client", "round", "sampled", "lr", "last")}
-        return json.dumps({**told, "ranks": sorted(self.ranks.items()), "groups": sorted(self.state), "version": VERSION})
+    def header(self) -> str:
+        """Everything except the tensors."""
+        fields = {key: getattr(self, key) for key in ("kind", "run", "config", "client", "round", "sampled", "lr", "last")}
+        return json.dumps({**fields, "ranks": sorted(self.ranks.items()), "groups": sorted(self.state), "version": VERSION})
 
     @classmethod
-    def of(cls, head: str, state: State) -> Job:
+    def of(cls, header: str, state: State) -> Job:
         """Raises ProtocolError."""
-        told, whole = _told(head, state)
+        fields, complete = _parse(header, state)
         try:
-            return cls(**{**told, "sampled": tuple(told["sampled"]), "ranks": dict(told["ranks"])}, state=whole)
+            return cls(**{**fields, "sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}, state=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a job: {error}") from None
 
     def info(self, rounds: int, clients: int, seed: int) -> RoundInfo:
-        """The round, but for the adapter, which a site knows from its own model."""
+        """The round, without the adapter, which a site knows from its own model."""
         return RoundInfo(self.round, rounds, clients, self.sampled, seed, ranks=self.ranks, lr=self.lr)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`problem` is empty, or says why there is nothing else. `about` answers `describe` with counts, and `evaluate` with
-    metrics, which are counts and means."""
+    """`problem` is empty, or says why the rest is missing. `about` contains counts in reply to `describe`, and metrics in
+    reply to `evaluate`."""
 
     client: int = -1
     groups: State = field(default_factory=dict)
@@ -80,59 +84,61 @@ class Reply:
     problem: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    def head(self) -> str:
-        """All but the tensors."""
-        told = {key: getattr(self, key) for key in ("client", "examples", "steps", "problem")}
-        more = {"metrics": dict(self.metrics), "about": dict(self.about)}
-        return json.dumps({**told, **more, "groups": sorted(self.groups), "version": VERSION})
+    def header(self) -> str:
+        """Everything except the tensors."""
+        fields = {key: getattr(self, key) for key in ("client", "examples", "steps", "problem")}
+        fields |= {"metrics": dict(self.metrics), "about": dict(self.about)}
+        return json.dumps({**fields, "groups": sorted(self.groups), "version": VERSION})
 
     @classmethod
-    def of(cls, head: str, state: State) -> Reply:
+    def of(cls, header: str, state: State) -> Reply:
         """Raises ProtocolError."""
-        told, whole = _told(head, state)
+        fields, complete = _parse(header, state)
         try:
-            made = cls(**told, groups=whole)
-            counts = (made.client, made.examples, made.steps)
-            if not all(type(count) is int for count in counts) or not isinstance(made.problem, str):
-                raise ProtocolError("not a reply: its counts are no integers")
-            return cls(**{**vars(made), "metrics": {str(k): float(v) for k, v in made.metrics.items()}})
+            reply = cls(**fields, groups=complete)
+            counts = (reply.client, reply.examples, reply.steps)
+            if not all(type(count) is int for count in counts) or not isinstance(reply.problem, str):
+                raise ProtocolError("not a reply: its counts are not integers")
+            return cls(**{**vars(reply), "metrics": {str(k): float(v) for k, v in reply.metrics.items()}})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a reply: {error}") from None
 
 
-def _told(head: str, state: State) -> tuple[dict[str, Any], State]:
-    """What the head says, and the state with the groups that have no tensors, which travel by name only."""
+def _parse(header: str, state: State) -> tuple[dict[str, Any], State]:
+    """The fields of a header, and the state completed with the groups that have no tensors."""
     try:
-        told = json.loads(head)
+        fields = json.loads(header)
     except ValueError as error:
-        raise ProtocolError(f"its head is no JSON: {error}") from None
-    if not isinstance(told, dict) or told.pop("version", None) != VERSION:
-        raise ProtocolError(f"the other side does not speak version {VERSION} of the protocol; install the same fedmllm there")
-    groups = told.pop("groups", None)
+        raise ProtocolError(f"its header is not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+        raise ProtocolError(
+            f"the other side does not use version {VERSION} of the protocol; install the same version of fedmllm there"
+        )
+    groups = fields.pop("groups", None)
     if not isinstance(groups, list) or not state.keys() <= set(groups):
-        raise ProtocolError("its tensors are not in the groups that its head names")
-    return told, {group: state.get(group, {}) for group in groups}
+        raise ProtocolError("its tensors are not in the groups that its header lists")
+    return fields, {group: state.get(group, {}) for group in groups}
 
 
 def to_bytes(message: Job | Reply) -> bytes:
-    """One safetensors file, with the head in its header."""
+    """One safetensors file, with the JSON header as the metadata entry "head"."""
     state = message.state if isinstance(message, Job) else message.groups
     flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
-    return save(flat, {"head": message.head()})
+    return save(flat, {"head": message.header()})
 
 
 def parts_of(content: bytes) -> tuple[str, State]:
-    """(head, tensors by group). Raises ProtocolError."""
+    """(JSON header, tensors by group). Raises ProtocolError."""
     try:
         length = int.from_bytes(content[:8], "little")
-        head = json.loads(content[8 : 8 + length]).get("__metadata__", {})["head"]
-        return head, unflatten(load(content))
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})["head"]
+        return header, unflatten(load(content))
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ProtocolError(f"not a message: {error}") from None
 
 
 class Transport(Protocol):
-    """How jobs get to clients and replies back. A client that does not answer in time has no reply."""
+    """Carries jobs to clients and replies back. A client that does not answer in time has no reply."""
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]: ...
 

@@ -1,8 +1,8 @@
-"""The ServerApp: Flower's Grid under the one round loop, and everything else as in `fedmllm run`.
+"""The ServerApp: runs the common round loop over Flower's Grid; everything else is the same as in `fedmllm run`.
 
-Settings (`flwr run -c`): `experiment` is the file, on the server's machine; `out` the run directory, empty for a new one in
-runs/; `resume` goes on with the run that is there; `overrides` are key=value, parted by semicolons; a run that ends badly
-writes `{"status", "why"}` to the file `outcome`, if one is named.
+Settings (`flwr run -c`): `experiment` is the experiment file, on the server's machine; `out` is the run directory, by default a
+new one in runs/; `resume` continues the run in `out`; `overrides` are key=value settings, separated by semicolons. If the run
+fails, `{"status", "why"}` is written to the file `outcome`, if one is named.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
 
 
-def told_to_sites(config: Experiment) -> str:
-    """The experiment as TOML; without the server's own data, which is none of the affair of sites that bring theirs."""
+def experiment_for_sites(config: Experiment) -> str:
+    """The experiment as TOML, without the server's own data if the sites have data of their own."""
     raw = config.resolved()
     if config.fleet.options.get("sites"):
         raw.pop("task")
@@ -50,103 +50,114 @@ def told_to_sites(config: Experiment) -> str:
 
 
 def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) -> Manifest:
-    """Who holds how much of what, from the counts that sites tell: rows of made-up ids, as no id leaves a site.
+    """The manifest that follows from the counts which the sites report; sample ids are invented, as no id leaves a site.
 
-    `samples` = image + text − both, so the counts say how many have both. Raises ConfigError for counts that cannot be.
+    `samples` = image + text − both, so the counts determine how many samples have both. Raises ConfigError for impossible
+    counts.
     """
-    rows = []
-    for client, told in sorted(about.items()):
-        counts = [told.get(key) for key in ("samples", "image", "text")]
+    holdings = []
+    for client, report in sorted(about.items()):
+        counts = [report.get(key) for key in ("samples", "image", "text")]
         samples, image, text = (count if type(count) is int and count >= 0 else -1 for count in counts)
         if not (0 <= max(image, text) <= samples <= image + text) or min(image, text) < 0:
-            raise ConfigError(f"site {names[client]!r} says it holds {samples} samples, {image} with image, {text} with text.")
+            raise ConfigError(
+                f"site {names[client]!r} reports {samples} samples, {image} with image and {text} with text, which is "
+                "impossible."
+            )
         for number in range(samples):
-            shown = zip(MODALITIES, (number < image, number >= samples - text), strict=True)
-            rows.append(Holding(f"{names[client]}/{number}", client, frozenset(m for m, seen in shown if seen)))
-    return Manifest.of(rows, len(names))
+            has = zip(MODALITIES, (number < image, number >= samples - text), strict=True)
+            holdings.append(Holding(f"{names[client]}/{number}", client, frozenset(m for m, visible in has if visible)))
+    return Manifest.of(holdings, len(names))
 
 
 def load_experiment(file: Path, overrides: list[str]) -> Experiment:
-    """The experiment of a file, its fleet being Flower whatever the file says. Raises ConfigError."""
+    """The experiment of a file, with Flower as its fleet whatever the file says. Raises ConfigError."""
     raw, _ = files.apply_overrides(files.read(file), overrides, options_of)
     if raw.get("fleet", {}).get("name") != "flower":
         raw["fleet"] = {"name": "flower"}
     return with_defaults(files.validate(raw, str(file)))
 
 
-def _server_data(parts: Parts, about: Mapping[int, Mapping[str, Any]], known: Manifest | None) -> Dataset:
-    """What the server tests on, and a manifest of counts. `known` is that of the run which goes on."""
+def _server_dataset(parts: Parts, about: Mapping[int, Mapping[str, Any]], earlier: Manifest | None) -> Dataset:
+    """The server's test data, and a manifest of the sites' counts. `earlier` is the manifest of the run that is resumed."""
     config, names = parts.config, tuple(parts.config.fleet.options["sites"])
     if config.eval.split == "validation":
         raise ConfigError(
-            'eval.split = "validation" holds back training data, of which the server of fleet.sites has none; set it to "test".'
+            'eval.split = "validation" holds back training data, and the server has none if fleet.sites is given; set it to '
+            '"test".'
         )
     task, test, skipped = load_split(parts.source, "test")
-    told = manifest_of(about, names)
-    if known is not None:
+    manifest = manifest_of(about, names)
+    if earlier is not None:
         for client in about:
-            if told.counts()[client].tolist() != known.counts()[client].tolist():
+            if manifest.counts()[client].tolist() != earlier.counts()[client].tolist():
                 raise RunError(f"site {names[client]!r}: its data changed since this run began; start a new one.")
-        told = known
-    return Dataset(task, [], test, skipped + sum(int(a.get("skipped", 0)) for a in about.values()), told)
+        manifest = earlier
+    return Dataset(task, [], test, skipped + sum(int(report.get("skipped", 0)) for report in about.values()), manifest)
 
 
-def run(grid: Grid, settings: Mapping[str, Any], report: ProgressCallback) -> dict[str, Any]:
-    """Do the run over `grid`, or what is left of it. Raises UserError where it cannot be, TooFewUpdates where it fails."""
+def run(grid: Grid, settings: Mapping[str, Any], progress: ProgressCallback) -> dict[str, Any]:
+    """Do the run over `grid`, or what is left of it. Raises UserError for bad input, TooFewUpdates if a round fails."""
     config = load_experiment(Path(str(settings["experiment"])), [s for s in str(settings["overrides"]).split(";") if s.strip()])
     parts = build(config)
     config = parts.config
     if config.fleet.options["evaluate"] and (not config.fleet.options.get("sites") or config.clients.rank):
-        raise ConfigError("fleet.evaluate asks sites of one rank, with data of their own (fleet.sites); set it to false.")
+        raise ConfigError(
+            "fleet.evaluate requires sites with data of their own (fleet.sites) and the same rank for all; set it to false."
+        )
     directory = choose_directory(
         config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"])
     )
     if directory.complete:
         return directory.result()
     path = directory.path
-    # One that was given up may still write: two at once would spoil it.
-    with locked(path.with_name(f".{path.name}.lock"), RuntimeError(f"another run still writes to {path}"), wait_seconds=60.0):
-        return _run(grid, parts, directory, report)
+    # The process of an earlier submission may still be writing, and two at once would corrupt the run.
+    with locked(
+        path.with_name(f".{path.name}.lock"), RuntimeError(f"another run is still writing to {path}"), wait_seconds=60.0
+    ):
+        return _run(grid, parts, directory, progress)
 
 
-def _run(grid: Grid, parts: Parts, directory: RunDir, report: ProgressCallback) -> dict[str, Any]:
+def _run(grid: Grid, parts: Parts, directory: RunDir, progress: ProgressCallback) -> dict[str, Any]:
     config = parts.config
     options = config.fleet.options
     names = tuple(options.get("sites") or ())
-    text, clients = told_to_sites(config), config.partition.clients
-    post = FlowerTransport(grid, options["absent"], names)
-    report("waiting for clients", 0, 0, f"{clients}, for {options['wait']:g} s at most")
-    goes_on = directory.exists and directory.manifest.is_file()
-    asked = Job("describe", secrets.token_hex(8), text)
-    there = post.roll_call(asked, clients, options["wait"], config.train.min_updates if goes_on else None)
+    text, clients = experiment_for_sites(config), config.partition.clients
+    transport = FlowerTransport(grid, options["absent"], names)
+    progress("waiting for clients", 0, 0, f"{clients}, for {options['wait']:g} s at most")
+    resumed = directory.exists and directory.manifest.is_file()
+    describe = Job("describe", secrets.token_hex(8), text)
+    replies = transport.find_clients(describe, clients, options["wait"], config.train.min_updates if resumed else None)
     if names:
-        known = manifests.read(directory.manifest) if goes_on else None
-        dataset = _server_data(parts, {client: reply.about for client, reply in there.items()}, known)
+        earlier = manifests.read(directory.manifest) if resumed else None
+        dataset = _server_dataset(parts, {client: reply.about for client, reply in replies.items()}, earlier)
     else:
         dataset = parts.prepare()
-    session = Session(parts, dataset, report)
-    _check_models(there, structure(session.initial), names)
+    session = Session(parts, dataset, progress)
+    _check_models(replies, structure(session.initial), names)
+    return execute("federated", session, directory, _backend(transport, text, options))
 
-    made: list[RemoteFleet] = []
 
-    def make(site: FleetContext) -> Fleet:
-        made.append(RemoteFleet(post, site.run, text, options["timeout"], site.last))
-        return made[-1]
+def _backend(transport: FlowerTransport, text: str, options: Mapping[str, Any]) -> FleetBackend:
+    fleets: list[RemoteFleet] = []
+
+    def open_fleet(context: FleetContext) -> Fleet:
+        fleets.append(RemoteFleet(transport, context.run, text, options["timeout"], context.last))
+        return fleets[-1]
 
     def evaluate(messages: Mapping[int, State], done: int) -> Mapping[int, Mapping[str, Any]]:
-        return made[-1].evaluate(messages, done)
+        return fleets[-1].evaluate(messages, done)
 
-    backend = FleetBackend(make, local=False, secure=True, evaluate=evaluate if options["evaluate"] else None)
-    return execute("federated", session, directory, backend)
+    return FleetBackend(open_fleet, local=False, secure=True, evaluate=evaluate if options["evaluate"] else None)
 
 
-def _check_models(there: Mapping[int, Reply], mine: str, names: tuple[str, ...]) -> None:
-    for client, reply in sorted(there.items()):
-        if reply.about.get("adapter") != mine:
-            who = repr(names[client]) if names else str(client)
+def _check_models(replies: Mapping[int, Reply], expected: str, names: tuple[str, ...]) -> None:
+    for client, reply in sorted(replies.items()):
+        if reply.about.get("adapter") != expected:
+            name = repr(names[client]) if names else str(client)
             raise ConfigError(
-                f"client {who} adapts other tensors than the server; give it the same model, and the same versions of fedmllm, "
-                "transformers and peft."
+                f"client {name} adapts other tensors than the server; give it the same model, and the same versions of "
+                "fedmllm, transformers and peft."
             )
 
 
@@ -155,21 +166,21 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Fails as Flower expects it, by an exception, and leaves word of it where `fedmllm server` looks."""
+    """Signal a failure by an exception, as Flower expects, and write the reason where `fedmllm server` looks for it."""
     settings = context.run_config
     try:
-        with ProgressBars() as report:
-            run(grid, settings, report)
+        with ProgressBars() as progress:
+            run(grid, settings, progress)
     except BaseException as error:
         if settings["outcome"]:
-            told = {"status": 2 if isinstance(error, UserError) else 1, "why": one_line(error)}
-            write_atomically(Path(str(settings["outcome"])), json.dumps(told).encode())
+            outcome = {"status": 2 if isinstance(error, UserError) else 1, "why": one_line(error)}
+            write_atomically(Path(str(settings["outcome"])), json.dumps(outcome).encode())
         raise
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-__all__ = ["app", "load_experiment", "manifest_of", "one_line", "run", "told_to_sites"]
+__all__ = ["app", "experiment_for_sites", "load_experiment", "manifest_of", "one_line", "run"]

@@ -1,6 +1,7 @@
-"""A site's long-lived worker: it keeps the model, the pictures' features and the memory, and answers over a Unix socket.
+"""A site's long-lived worker process: it keeps the model, the features of pictures and the clients' memory, and answers over a
+Unix socket.
 
-python -m fedmllm.remote.service SITE.toml SOCKET
+    python -m fedmllm.remote.service SITE.toml SOCKET
 """
 
 from __future__ import annotations
@@ -10,51 +11,55 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+from fedmllm.registry import plugin_files
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
-from fedmllm.remote.site import Worker
-from fedmllm.remote.supervisor import Stop
+from fedmllm.remote.supervisor import StopSignal
 from fedmllm.remote.wire import serve
+from fedmllm.remote.worker import Worker
 
-KEPT = 4
-"""Replies that are kept for jobs which come again."""
+CAPACITY = 4
+"""The number of replies that are kept for repeated jobs."""
 
 
 class ReplyCache:
-    """Bytes in, bytes out. A job that comes again, because its reply was lost, is given the same reply: training it twice
-    would be right for this round, but not where a later one has been trained in between."""
+    """Maps the bytes of a job to the bytes of its reply, and remembers the latest replies to `train` jobs.
+
+    A job that arrives again, because its reply was lost, gets the same reply. Training again would be correct for the latest
+    round, but not if a later round has been trained in between.
+    """
 
     def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self.worker = worker
+        self._replies: OrderedDict[bytes, bytes] = OrderedDict()
 
     def __call__(self, content: bytes) -> bytes:
         key = hashlib.sha256(content).digest()
-        if key in self._known:
-            return self._known[key]
+        if key in self._replies:
+            return self._replies[key]
         try:
             job = Job.of(*parts_of(content))
         except ProtocolError as error:
             return to_bytes(Reply(problem=str(error)))
-        reply = self._worker.answer([job])[0]
-        made = to_bytes(reply)
+        reply = self.worker.answer([job])[0]
+        packed = to_bytes(reply)
         if job.kind == "train" and not reply.problem:
-            self._known[key] = made
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        return made
+            self._replies[key] = packed
+            while len(self._replies) > CAPACITY:
+                self._replies.popitem(last=False)
+        return packed
 
 
-def main(site: Path, path: Path) -> None:
+def main(site: Path, socket: Path) -> None:
     file = SiteFile(site)
 
     def log(line: str) -> None:
         print(f"{file.name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
-    answers = ReplyCache(Worker(file.state / "clients", file.own, log))
-    stop = Stop()
-    log(f"worker listens on {path}")
-    serve(path, answers, stop)
+    replies = ReplyCache(Worker(file.state / "clients", file.data, log, plugin_files()))
+    stop = StopSignal()
+    log(f"worker listens on {socket}")
+    serve(socket, replies, stop)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Flower's SuperLink with its door half closed: sites reach the Fleet API, and the rest answers this machine alone.
+"""Flower's SuperLink, restricted: other machines reach the Fleet API only; all other paths answer requests from this machine.
 
-Sites, command line and the run's own process share one port, and Flower by itself lets whoever reaches it submit code to all
-sites. Behind a proxy on this machine every caller looks local: let such a proxy pass `/v1/fleet` only.
+Sites, the command line and the process of a run share one port, and plain Flower lets anyone who reaches it submit code to all
+sites. Behind a proxy on this machine every caller appears local, so such a proxy must pass `/v1/fleet` only.
 
     python -m fedmllm.remote.superlink [options of flower-superlink]
 """
@@ -27,7 +27,7 @@ def is_local(host: str) -> bool:
 
 
 class LocalOnly:
-    """Answers 403 to whoever is on another machine and asks for anything but the Fleet API."""
+    """Answers 403 to requests from other machines for anything but the Fleet API."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,8 +36,8 @@ class LocalOnly:
         if scope["type"] in ("http", "websocket"):
             host = (scope.get("client") or ("", 0))[0]
             path = str(scope["path"])
-            inside = path.startswith(f"{FLEET}/") and ".." not in path
-            if not inside and not is_local(host):
+            is_fleet = path.startswith(f"{FLEET}/") and ".." not in path
+            if not is_fleet and not is_local(host):
                 await PlainTextResponse("only from the server's own machine\n", 403)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Processes that are kept alive: started again when they end, ever later, and all ended together."""
+"""Processes that are kept alive: restarted with increasing pauses when they end, and ended together with what they started."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from pathlib import Path
 
 from fedmllm.errors import ConfigError
 
-LONGEST = 30.0
-"""Seconds between two starts at most."""
-LIVED = 60.0
-"""A process that lived so many seconds was well, and is started again at once."""
-LONGEST_LOG = 10 << 20
-"""Bytes of a log beyond which the next start of its process begins it anew."""
+MAX_PAUSE = 30.0
+"""The longest pause between two starts, in seconds."""
+HEALTHY = 60.0
+"""A process that ran for this many seconds was healthy, so the pauses begin again with the shortest."""
+MAX_LOG = 10 << 20
+"""Bytes of a log beyond which it is overwritten at the next start of its process."""
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-"""Looked up here: after a fork the lock of the loader may be another thread's for ever."""
+"""Looked up at import: after a fork, another thread may hold the lock of the dynamic loader forever."""
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """A port of the loopback interface on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def tool(name: str) -> str:
-    """The path of a command that came with Flower. Raises ConfigError where there is none."""
+    """The path of a command that is installed with Flower. Raises ConfigError if it is missing."""
     beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
+    path = str(beside) if beside.is_file() else shutil.which(name)
+    if path is None:
         raise ConfigError(f'the command {name} is missing; install Flower with `pip install "fedmllm[flower]"`.')
-    return found
+    return path
 
 
 def environment(home: Path) -> dict[str, str]:
-    """For Flower's processes: nothing is sent home, nothing is installed at run time, files go to `home`."""
+    """The environment of Flower's processes: this process's own, plus settings that disable telemetry, update checks and
+    installations at run time and that keep files in `home`."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return os.environ | {
         "PATH": path,
@@ -58,38 +59,43 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """In the child: end when the parent does, even where the parent was killed (Linux only)."""
+    """In the child: end when the parent ends, even if the parent is killed (Linux only)."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Supervisor:
-    """One process. `command` is asked anew for each start, so that ports may change. What it says goes to `log`, where there is
-    one. Start it from the main thread: the kernel takes the thread for the parent."""
+    """Keeps one process alive.
+
+    `command` is called before each start, so that ports may change. The process's output goes to the file `log`, or to standard
+    error. Processes must be started from the main thread: the kernel treats the starting thread as the parent.
+    """
 
     def __init__(
         self,
         name: str,
         command: Callable[[], Sequence[str]],
         env: Mapping[str, str],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         log: Path | None = None,
     ) -> None:
-        self.name, self._command, self._env, self._say, self._log = name, command, env, say, log
+        self.name, self._command, self._env, self._report, self._log = name, command, env, report, log
         self.process: subprocess.Popen[bytes] | None = None
+        self.restarts = 0
         self._started = self._due = 0.0
         self._pause = 1.0
 
-    def look(self) -> None:
-        """Start the process if it is not there and it is time."""
+    def check(self) -> None:
+        """Start the process if it is not running and its pause is over."""
         now = time.monotonic()
         if self.process is not None and (status := self.process.poll()) is not None:
-            _end_group(self.process.pid)  # what it left behind
+            _kill_group(self.process.pid)  # end what it left behind
             self.process = None
-            self._pause = 1.0 if now - self._started > LIVED else min(2 * self._pause, LONGEST)
+            self.restarts += 1
+            self._pause = 1.0 if now - self._started > HEALTHY else min(2 * self._pause, MAX_PAUSE)
             self._due = now + self._pause
-            words = f" (its log is {self._log})" if self._log else ""
-            self._say(f"{self.name} ended with status {status}; it is started again in {self._pause:g} s{words}")
+            log = f" (its log is {self._log})" if self._log else ""
+            self._report(f"{self.name} ended with status {status}; it is restarted in {self._pause:g} s{log}")
         if self.process is None and now >= self._due:
             self._started = now
             with self._output() as output:
@@ -104,43 +110,41 @@ class Supervisor:
             yield sys.stderr.fileno()
             return
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        begin_anew = self._log.is_file() and self._log.stat().st_size > LONGEST_LOG
-        with self._log.open("wb" if begin_anew else "ab") as file:
+        overwrite = self._log.is_file() and self._log.stat().st_size > MAX_LOG
+        with self._log.open("wb" if overwrite else "ab") as file:
             yield file.fileno()
 
-    def end(self, patience: float = 10.0) -> None:
-        """End it and all that it started, in good time or by force."""
+    def stop(self, patience: float = 10.0) -> None:
+        """End the process and everything that it started: with SIGTERM, and with SIGKILL after `patience` seconds."""
         if self.process is None:
             return
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
-        _end_group(self.process.pid)
+        _kill_group(self.process.pid)
         self.process.wait()
         self.process = None
 
 
-def _end_group(leader: int) -> None:
-    try:
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
-class Stop:
-    """Whether this process was asked to end, by SIGTERM or Ctrl-C."""
+class StopSignal:
+    """Whether this process received SIGTERM or SIGINT since the object was created."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._received = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._receive)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _receive(self, *_: object) -> None:
+        self._received = True
 
     def __call__(self) -> bool:
-        return self.asked
+        return self._received
 
 
-__all__ = ["Stop", "Supervisor", "environment", "free_port", "tool"]
+__all__ = ["StopSignal", "Supervisor", "environment", "free_port", "tool"]

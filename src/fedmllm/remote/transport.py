@@ -1,7 +1,7 @@
-"""Jobs and replies over Flower: a `Post` on top of the Grid that Flower hands to a ServerApp.
+"""Jobs and replies over Flower: a `Transport` on top of the Grid that Flower gives to a ServerApp.
 
-Nothing here waits without a bound. A job is sent again where its site's node came back from the dead, or Flower answered in
-its place; a site answers the same job twice with the same reply, so that costs time and never changes a number.
+No wait is unbounded. A job is sent again if its site's node was restarted, or if Flower reported an error instead of an
+answer. A site answers the same job twice with the same reply, so sending again costs time and never changes a number.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fedmllm.remote.records import RecordError, pack, unpack
 
 
 class Absent(RuntimeError):  # noqa: N818 (it says what happened)
-    """Clients did not come in time; they may yet."""
+    """Clients did not connect in time; they may still come."""
 
 
 ATTEMPTS = 5
-"""How often a job is sent in one round before what Flower says of it is taken for the answer."""
+"""How often a job is sent in one round before Flower's error is accepted as the answer."""
 POLL = 0.5
-"""Seconds between two looks for replies, at most."""
-LOOK = 5.0
-"""Seconds between two looks at which nodes there are."""
+"""The longest pause between two looks for replies, in seconds."""
+NODES_POLL = 5.0
+"""Seconds between two queries of which nodes are online."""
 
 
 def read_reply(message: Message) -> Reply | str:
-    """The reply in a message, or what Flower says in its place."""
+    """The reply in a message, or Flower's error as text."""
     if message.has_error():
-        # The reason can hold a traceback of another's code: the code alone is ours to show.
+        # The reason may contain a traceback of foreign code, so only the error's code is shown.
         return f"Flower's error {message.error.code} in place of an answer"
     try:
         return Reply.of(*parts_of(pack(message.content)))
@@ -42,24 +42,28 @@ def read_reply(message: Message) -> Reply | str:
 
 
 @dataclass
-class _Sent:
-    """A client's job on its way. `activated` is when its node came up, as far as was known when it was sent."""
+class _Pending:
+    """A client's job that has no reply yet.
+
+    `activated` is the time at which the node last came online, as known when the job was sent, `seen` the last time at which
+    the node was online. `unsent` means that the job must be sent to the node, for the first time or again.
+    """
 
     job: Job
     attempts: int = 0
     ids: set[str] = field(default_factory=set)
     activated: str = ""
-    waiting: bool = True
+    unsent: bool = True
     seen: float = 0.0
     problem: str = ""
 
 
 class FlowerTransport:
-    """`absent`: a client whose node is gone for so many seconds of a round is not waited for any longer. In the next round it
-    is looked for, and not waited for again, unless all are gone.
+    """`absent`: a round does not wait for a client whose node has been offline for this many seconds. The next rounds still
+    send it its job if it is back, but do not wait for it again unless all clients are offline.
 
-    `names`, where sites are registered under names, has the name of each client's site in the order of the clients: a node
-    that is registered under one name cannot answer for another.
+    `names` lists the names under which the sites are registered, in the order of the clients: a node that is registered under
+    one name cannot answer for another. `clock` and `sleep` are replaced in tests.
     """
 
     def __init__(
@@ -74,134 +78,137 @@ class FlowerTransport:
         self._clock, self._sleep = clock, sleep
         self._node: dict[int, int] = {}
         self._online: dict[int, NodeInfo] = {}
-        self._looked = -LOOK
+        self._queried = -NODES_POLL
         self._away: set[int] = set()
 
-    # Who is there
+    # Nodes
 
-    def _look(self) -> dict[int, NodeInfo]:
-        """The nodes that are there, asked for every few seconds."""
-        if self._clock() - self._looked >= LOOK:
+    def _nodes(self) -> dict[int, NodeInfo]:
+        """The nodes that are online, queried every few seconds."""
+        if self._clock() - self._queried >= NODES_POLL:
             self._online = {node.node_id: node for node in self._grid.get_nodes()}
-            self._looked = self._clock()
+            self._queried = self._clock()
         return self._online
 
-    def roll_call(self, job: Job, clients: int, wait: float, enough: int | None = None) -> dict[int, Reply]:
-        """What each client says of itself, client by client.
+    def find_clients(self, job: Job, clients: int, wait: float, required: int | None = None) -> dict[int, Reply]:
+        """Send a `describe` job to every node, and return the reply of each client.
 
-        Returns when all `clients` have answered, or after `wait` seconds where at least `enough` have. Raises Absent, with what
-        was wrong, where they have not.
+        Returns when all `clients` have replied, or after `wait` seconds if at least `required` have. Otherwise raises Absent,
+        which lists the problems that nodes reported.
         """
-        enough = clients if enough is None else enough
-        found: dict[int, Reply] = {}
+        required = clients if required is None else required
+        replies: dict[int, Reply] = {}
         problems: dict[int, str] = {}
-        asked: dict[str, int] = {}
-        answered: set[tuple[int, str]] = set()
+        sent: dict[str, int] = {}  # message id -> node
+        contacted: set[tuple[int, str]] = set()
         end = self._clock() + wait
-        while len(found) < clients and self._clock() < end:
-            for node_id, node in self._look().items():
-                # Each time that a node comes up it is asked anew: its file may have been mended.
-                if node_id not in self._node.values() and (node_id, node.last_activated_at) not in answered:
-                    answered.add((node_id, node.last_activated_at))
-                    asked |= dict.fromkeys(self._push(job, node_id, end - self._clock()), node_id)
-            for message in self._pull(asked):
-                node_id = asked.pop(message.metadata.reply_to_message_id)
+        while len(replies) < clients and self._clock() < end:
+            for node_id, node in self._nodes().items():
+                # A node is contacted again each time it comes online: its site file may have been corrected.
+                if node_id not in self._node.values() and (node_id, node.last_activated_at) not in contacted:
+                    contacted.add((node_id, node.last_activated_at))
+                    sent |= dict.fromkeys(self._push(job, node_id, end - self._clock()), node_id)
+            for message in self._pull(sent):
+                node_id = sent.pop(message.metadata.reply_to_message_id)
                 reply = read_reply(message)
-                problem = reply if isinstance(reply, str) else reply.problem or self._misnamed(node_id, reply, clients, found)
+                problem = reply if isinstance(reply, str) else reply.problem or self._misnamed(node_id, reply, clients, replies)
                 if problem or isinstance(reply, str):
                     problems[node_id] = problem
                 else:
                     problems.pop(node_id, None)
-                    found[reply.client], self._node[reply.client] = reply, node_id
-            if len(found) < clients:
+                    replies[reply.client], self._node[reply.client] = reply, node_id
+            if len(replies) < clients:
                 self._sleep(POLL)
-        if len(found) < enough:
-            lacking = ", ".join(self._names[c] if self._names else f"client {c}" for c in range(clients) if c not in found)
-            said = "".join(f"; one node said: {problem}" for problem in sorted(set(problems.values())))
+        if len(replies) < required:
+            missing = ", ".join(self._names[c] if self._names else f"client {c}" for c in range(clients) if c not in replies)
+            reported = "".join(f"; a node reported: {problem}" for problem in sorted(set(problems.values())))
             raise Absent(
-                f"{len(found)} of {clients} clients were there within {wait:g} s, lacking are {lacking}{said}; start them, "
+                f"{len(replies)} of {clients} clients connected within {wait:g} s; missing: {missing}{reported}; start them, "
                 "or raise fleet.wait."
             )
-        return found
+        return replies
 
-    def _misnamed(self, node_id: int, reply: Reply, clients: int, found: Mapping[int, Reply]) -> str:
-        """Why the node cannot be the client that it says it is; empty where it can."""
+    def _misnamed(self, node_id: int, reply: Reply, clients: int, replies: Mapping[int, Reply]) -> str:
+        """Why the node cannot be the client that it claims to be; empty if it can."""
         if not 0 <= reply.client < clients:
-            return f"it says it is client {reply.client}, of {clients}"
+            return f"it claims to be client {reply.client}, of {clients}"
         name = getattr(self._online.get(node_id), "name", "")
         if self._names and name and self._names[reply.client] != name:
-            return f"it is registered as {name!r} and says it is {self._names[reply.client]!r}"
-        return f"it says it is client {reply.client}, as another does" if reply.client in found else ""
+            return f"it is registered as {name!r} and claims to be {self._names[reply.client]!r}"
+        return f"it claims to be client {reply.client}, as another node does" if reply.client in replies else ""
 
     # Jobs
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]:
-        """A reply of each client that answers in time; one that says why there is none where that is known."""
+        """The reply of each client that answers in time; if a client cannot answer, a reply that says why."""
         now = self._clock()
-        end, self._looked = now + timeout, -LOOK
+        end, self._queried = now + timeout, -NODES_POLL
         away = self._away & jobs.keys() if jobs.keys() - self._away else set()
-        under_way = {client: _Sent(job, seen=now - self._absent * (client in away)) for client, job in jobs.items()}
+        pending = {client: _Pending(job, seen=now - self._absent * (client in away)) for client, job in jobs.items()}
         self._away -= jobs.keys()
         replies: dict[int, Reply] = {}
         pause = POLL / 32  # simulations answer at once
-        while under_way and self._clock() < end:
-            self._send(under_way, end)
-            for message in self._pull(i for sent in under_way.values() for i in sent.ids):
+        while pending and self._clock() < end:
+            self._send(pending, end)
+            for message in self._pull(sent for entry in pending.values() for sent in entry.ids):
                 id = message.metadata.reply_to_message_id  # noqa: A001 (Flower's word)
                 # A job that was sent twice may be answered twice.
-                if (client := next((c for c, s in under_way.items() if id in s.ids), None)) is not None:
-                    self._take(client, under_way, replies, read_reply(message), id)
-            for client, sent in list(under_way.items()):
-                if self._clock() - sent.seen > self._absent:
-                    gone = "its node is still gone" if client in away else f"its node was gone for {self._absent:g} s"
-                    replies[client] = Reply(client, problem=f"{gone} ({sent.problem})" if sent.problem else gone)
-                    del under_way[client]
+                if (client := next((c for c, entry in pending.items() if id in entry.ids), None)) is not None:
+                    self._receive(client, pending, replies, read_reply(message), id)
+            for client, entry in list(pending.items()):
+                if self._clock() - entry.seen > self._absent:
+                    reason = "its node is still offline" if client in away else f"its node was offline for {self._absent:g} s"
+                    replies[client] = Reply(client, problem=f"{reason} ({entry.problem})" if entry.problem else reason)
+                    del pending[client]
                     self._away.add(client)
-            if under_way:
+            if pending:
                 self._sleep(pause)
                 pause = min(2 * pause, POLL)
         return replies
 
-    def _send(self, under_way: Mapping[int, _Sent], end: float) -> None:
-        """Send what waits for a node that is there, and again what went to a node that has come up anew since."""
-        online, now = self._look(), self._clock()
-        for client, sent in under_way.items():
+    def _send(self, pending: Mapping[int, _Pending], end: float) -> None:
+        """Send the jobs whose node is online and has not received them, or has been restarted since it did."""
+        online, now = self._nodes(), self._clock()
+        for client, entry in pending.items():
             node = self._node_of(client, online)
             if node is None:
                 continue
-            sent.seen = now
-            again = sent.attempts > 0 and node.last_activated_at != sent.activated
-            if (sent.waiting or again) and sent.attempts < ATTEMPTS:
-                sent.ids |= set(self._push(sent.job, node.node_id, end - now))
-                sent.attempts, sent.activated, sent.waiting = sent.attempts + 1, node.last_activated_at, False
+            entry.seen = now
+            restarted = entry.attempts > 0 and node.last_activated_at != entry.activated
+            if (entry.unsent or restarted) and entry.attempts < ATTEMPTS:
+                entry.ids |= set(self._push(entry.job, node.node_id, end - now))
+                entry.attempts, entry.activated, entry.unsent = entry.attempts + 1, node.last_activated_at, False
 
     def _node_of(self, client: int, online: Mapping[int, NodeInfo]) -> NodeInfo | None:
-        if client not in self._node and self._names:  # it was not there when the roll was called
+        if client not in self._node and self._names:  # it was offline when clients were looked for
             return next((node for node in online.values() if node.name == self._names[client]), None)
         return online.get(self._node.get(client, -1))
 
-    def _take(self, client: int, under_way: dict[int, _Sent], replies: dict[int, Reply], said: Reply | str, id: str) -> None:
-        sent = under_way[client]
-        if isinstance(said, str):
-            sent.ids.discard(id)
-            sent.problem, sent.waiting = said, not sent.ids
-            if sent.waiting and sent.attempts >= ATTEMPTS:
-                said = Reply(client, problem=f"{said}, {sent.attempts} times")
-            else:
-                self._looked = -LOOK  # whether the node is still there is the question now
+    def _receive(
+        self, client: int, pending: dict[int, _Pending], replies: dict[int, Reply], reply: Reply | str, id: str
+    ) -> None:
+        entry = pending[client]
+        if isinstance(reply, str):
+            entry.ids.discard(id)
+            entry.problem, entry.unsent = reply, not entry.ids
+            if not entry.unsent or entry.attempts < ATTEMPTS:
+                self._queried = -NODES_POLL  # find out at once whether the node is still online
                 return
-        replies[client] = said
-        del under_way[client]
+            reply = Reply(client, problem=f"{reply}, {entry.attempts} times")
+        replies[client] = reply
+        del pending[client]
 
     def _push(self, job: Job, node: int, seconds: float) -> list[str]:
         kind = job.kind if job.kind in ("train", "evaluate") else f"query.{job.kind}"
         group = str(job.round) if job.kind == "train" else job.kind
         message = Message(unpack(to_bytes(job)), node, kind, ttl=max(seconds, 1.0), group_id=group)
-        return [i for i in self._grid.push_messages([message]) if i]
+        return [sent for sent in self._grid.push_messages([message]) if sent]
 
     def _pull(self, ids: Iterable[str]) -> list[Message]:
-        wanted = list(ids)
-        return [m for m in self._grid.pull_messages(wanted) if m.metadata.reply_to_message_id in wanted] if wanted else []
+        expected = list(ids)
+        if not expected:
+            return []
+        return [m for m in self._grid.pull_messages(expected) if m.metadata.reply_to_message_id in expected]
 
 
 __all__ = ["ATTEMPTS", "Absent", "FlowerTransport", "read_reply"]

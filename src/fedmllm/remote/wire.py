@@ -1,6 +1,7 @@
-"""Questions to a worker on the same machine, over a Unix socket that its owner alone may open. No PyTorch: see records.py.
+"""Requests to a worker process on the same machine, over a Unix socket that only its owner may open.
 
-A message is its length, 8 bytes little endian, and as many bytes; one question and one answer a connection.
+A message is its length (8 bytes, little endian) followed by its content. A connection carries one request and one answer. This
+module does not import PyTorch, for the reason given in records.py.
 """
 
 from __future__ import annotations
@@ -12,43 +13,48 @@ from collections.abc import Callable
 from pathlib import Path
 
 VERSION = 1
-"""Of the protocol (protocol.py). Server and sites must have the same."""
-MOST = 8 << 30
-"""Bytes that a message may have."""
+"""Version of the protocol (protocol.py). The server and all sites must have the same."""
+MAX_BYTES = 8 << 30
+"""The largest message that is accepted."""
 
 
 class NoAnswer(ConnectionError):  # noqa: N818 (it says what happened)
-    """The worker is not there, or went away before it answered."""
+    """The worker is not running, or went away before it answered."""
 
 
 def _read(connection: socket.socket, count: int) -> bytearray:
-    content, at = bytearray(count), 0
+    content, position = bytearray(count), 0
     view = memoryview(content)
-    while at < count:
-        got = connection.recv_into(view[at:], min(count - at, 1 << 20))
-        if not got:
+    while position < count:
+        received = connection.recv_into(view[position:], min(count - position, 1 << 20))
+        if not received:
             raise NoAnswer("the worker closed the connection in the middle of a message")
-        at += got
+        position += received
     return content
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Raises NoAnswer where the other side goes away first, or says that more is coming than can be."""
+    """Raises NoAnswer if the other side closes the connection first, or announces more bytes than are allowed."""
     length = int.from_bytes(_read(connection, 8), "little")
-    if length > MOST:
-        raise NoAnswer(f"a message of {length} bytes is none of ours")
+    if length > MAX_BYTES:
+        raise NoAnswer(f"a message of {length} bytes is longer than fedmllm sends")
     return bytes(_read(connection, length))
 
 
 def send(connection: socket.socket, content: bytes) -> None:
     connection.sendall(len(content).to_bytes(8, "little"))
-    if content:  # an empty message is whole by now: the other side may have answered and gone, and sending nothing would fail
+    # An empty message is complete at this point. The other side may already have answered and closed the connection, in which
+    # case sending nothing would fail.
+    if content:
         connection.sendall(content)
 
 
-def ask(path: Path, content: bytes, patience: float, pause: float = 0.5) -> bytes:
-    """The worker's answer. A worker that is not there is waited for, and one that went away is asked again when it is back,
-    `patience` seconds in all without a connection; how long it thinks is its affair. Raises NoAnswer."""
+def request(path: Path, content: bytes, patience: float, pause: float = 0.5) -> bytes:
+    """Send a request to the worker and return its answer.
+
+    If the worker is not running or goes away, the request is repeated for up to `patience` seconds. The time that a connected
+    worker takes to answer is not limited. Raises NoAnswer.
+    """
     end = time.monotonic() + patience
     while True:
         try:
@@ -56,17 +62,17 @@ def ask(path: Path, content: bytes, patience: float, pause: float = 0.5) -> byte
                 connection.connect(os.fspath(path))
                 send(connection, content)
                 return receive(connection)
-        except OSError as error:  # NoAnswer is one
+        except OSError as error:  # includes NoAnswer
             if time.monotonic() >= end:
                 raise NoAnswer(f"the site's worker does not answer ({error})") from None
             time.sleep(pause)
 
 
 def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bool]) -> None:
-    """Answer one question after the other until `stopped()`, looked at twice a second. The socket's permissions are 0600."""
+    """Answer one request after another until `stopped()`, which is called twice a second. The socket has permissions 0600."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-        mask = os.umask(0o177)  # from the first moment on, not after a chmod
+        mask = os.umask(0o177)  # so that the permissions are right from the first moment
         try:
             listening.bind(os.fspath(path))
         finally:
@@ -80,13 +86,13 @@ def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bo
                 except TimeoutError:
                     continue
                 with connection:
-                    connection.settimeout(60.0)  # on this machine no byte takes longer
+                    connection.settimeout(60.0)  # far longer than any transfer within one machine takes
                     try:
                         send(connection, answer(receive(connection)))
-                    except OSError:  # whoever asked is gone; the next one is not the worse for it
+                    except OSError:  # the caller went away; the next one is not affected
                         continue
         finally:
             path.unlink(missing_ok=True)
 
 
-__all__ = ["VERSION", "NoAnswer", "ask", "receive", "send", "serve"]
+__all__ = ["VERSION", "NoAnswer", "receive", "request", "send", "serve"]

@@ -1,10 +1,9 @@
-"""Secure aggregation: the server sees the sum of the clients' updates and none of them.
+"""Secure aggregation: the server sees the sum of the clients' updates, and no single update.
 
-Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (ACM CCS 2017; ePrint 2017/281), in
-its semi-honest form, with the sparse neighbours of Bell et al. 2020 (ePrint 2020/704) where clients are many. docs/privacy.md
-says what it protects from.
+The protocol is the semi-honest form of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine
+Learning" (ACM CCS 2017; ePrint 2017/281), with the sparse neighbour graph of Bell et al. 2020 (ePrint 2020/704) for many
+clients. docs/privacy.md says what it protects against.
 
-`settings` has the options, `chosen` what they cannot be combined with, `fixed` updates as integers, `primitives` the
-cryptography, `party` a client's half and `gathering` the server's; a fleet calls `site` where clients train and `fleet` where
-the round loop is.
+`settings` defines the options, `fixed` encodes updates as integers, `primitives` wraps the cryptography, `client` and `clients`
+are the client's half of the protocol, `secure_round` is the server's half, and `fleet` connects both to the round loop.
 """

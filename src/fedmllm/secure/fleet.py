@@ -1,7 +1,7 @@
-"""A fleet around a fleet: its updates come as one sum, and what the round loop is given are copies of their mean.
+"""A fleet that wraps another one: clients send masked updates, and the round loop receives copies of their mean.
 
-An algorithm that only averages cannot tell the updates from as many copies of their mean; `Algorithm.averages` says which do,
-and a test holds every algorithm to it. So the loop, the records and the algorithms need not know that updates are hidden.
+An algorithm that only averages cannot distinguish the updates from copies of their mean. `Algorithm.averages` says which
+algorithms these are, and a test checks every algorithm. The loop, the records and the algorithms therefore work unchanged.
 """
 
 from __future__ import annotations
@@ -11,98 +11,99 @@ from collections.abc import Mapping, Sequence
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.federation import Fleet, TooFewUpdates
+from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
 from fedmllm.secure.secure_round import SecureRound, TooFew
 from fedmllm.secure.settings import Pairwise, Phase
-from fedmllm.secure.site import Parties
 from fedmllm.secure.transport import SecureTransport
 from fedmllm.tensors import State, Tensors
 
 
 class LocalTransport:
-    """For clients in this process: `fleet` trains them, and what passes between its two sides is what would travel."""
+    """The transport to clients that `fleet` trains in this process."""
 
     def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, run: str) -> None:
-        self._parties, self._fleet, self._run = Parties(settings, algorithm), fleet, run
+        self._clients, self._fleet, self._run = SecureClients(settings, algorithm), fleet, run
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
-        return self._parties.answer(phase, self._run, info, messages, lambda plain: self._fleet.train(info, plain))
+    def request(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        return self._clients.answer(phase, self._run, info, messages, lambda unmasked: self._fleet.train(info, unmasked))
 
 
 class SecureFleet:
-    """`fleet` is who forgets, commits and knows personal adapters; `carrier` puts the questions, and may be the same object.
-    `run` names the run for good, here and at the clients."""
+    """`fleet` handles everything but training: `forget`, `commit` and `personal`. `transport` carries the requests of the
+    protocol and may be the same object. `run` is the run's permanent name, which the clients know as well."""
 
-    def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, carrier: SecureTransport, run: str) -> None:
-        self._settings, self._algorithm, self._fleet, self._carrier, self._run = settings, algorithm, fleet, carrier, run
+    def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, transport: SecureTransport, run: str) -> None:
+        self._settings, self._algorithm, self._run = settings, algorithm, run
+        self.fleet, self._transport = fleet, transport
 
     def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
-        """An update for every client: copies of the mean for those in the sum, a problem for the others.
+        """One update per client: a copy of the mean for clients in the sum, a problem for the others.
 
-        Raises TooFewUpdates where the sum cannot be unmasked.
+        Raises TooFewUpdates if the sum cannot be unmasked.
         """
         assert self._algorithm.averages is not None, "refused before a run begins"
-        sent = next(iter(messages.values()))
-        # What goes up is shaped like what goes down, so the message says it as well as the server's state.
-        shapes = self._algorithm.uploads(sent, info.sampled[0], info)
+        received = next(iter(messages.values()))
+        # Uploads have the shapes of what is sent down, so a message determines them as well as the server's state.
+        shapes = self._algorithm.uploads(received, info.sampled[0], info)
         fixed = FixedPoint.of(self._settings, len(info.sampled), self._algorithm.averages)
-        gathering = SecureRound(
-            self._settings, self._run, info, fixed, lambda phase, asked: self._carrier.ask(phase, info, asked)
+        secure_round = SecureRound(
+            self._settings, self._run, info, fixed, lambda phase, requests: self._transport.request(phase, info, requests)
         )
         try:
-            total, here = gathering.run(messages, shapes)
-            mean, told = fixed.decode(total, shapes, len(here))
+            total, present = secure_round.run(messages, shapes)
+            mean, sums = fixed.decode(total, shapes, len(present))
         except (TooFew, ValueError) as error:
-            self._fleet.forget(info.round, sorted(info.sampled))
+            self.fleet.forget(info.round, sorted(info.sampled))
             raise TooFewUpdates(str(error)) from None
-        if told["clipped"]:
-            share = told["clipped"] / (size(shapes) * len(here))
+        if sums["clipped"]:
+            share = sums["clipped"] / (size(shapes) * len(present))
             logging.getLogger(__name__).warning(
-                "round %d: %.2g of the numbers were beyond secure.clip = %g and were cut; raise it",
+                "round %d: %.2g of the numbers exceeded secure.clip = %g and were clipped; raise it",
                 info.round, share, self._settings.clip,
             )  # fmt: skip
-        return self._copies(info, gathering, _received(mean, sent, shapes), here, told)
+        return self._copies(info, secure_round, _as_upload(mean, received, shapes), present, sums)
 
     def _copies(
-        self, info: RoundInfo, gathering: SecureRound, groups: State, here: Sequence[int], told: Mapping[str, float]
+        self, info: RoundInfo, secure_round: SecureRound, groups: State, present: Sequence[int], sums: Mapping[str, float]
     ) -> list[Update]:
-        metrics = {name: value for name, value in told.items() if name not in COUNTS}
-        examples, steps = (_dealt(int(told[name]), len(here)) for name in ("examples", "steps"))
+        metrics = {name: value for name, value in sums.items() if name not in COUNTS}
+        examples, steps = (_even_parts(int(sums[name]), len(present)) for name in ("examples", "steps"))
         updates = []
         for client in info.sampled:
-            travelled = dict(gathering.down[client]), dict(gathering.up[client])
-            if client in here:
-                place = here.index(client)
-                updates.append(Update(client, groups, examples[place], steps[place], metrics, travelled=travelled))
+            travelled = dict(secure_round.down[client]), dict(secure_round.up[client])
+            if client in present:
+                position = present.index(client)
+                updates.append(Update(client, groups, examples[position], steps[position], metrics, travelled=travelled))
             else:
-                updates.append(Update(client, {}, 0, 0, problem=gathering.problems[client], travelled=travelled))
+                updates.append(Update(client, {}, 0, 0, problem=secure_round.problems[client], travelled=travelled))
         return updates
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
-        self._fleet.forget(round, clients)
+        self.fleet.forget(round, clients)
 
     def commit(self, round: int) -> None:
-        self._fleet.commit(round)
+        self.fleet.commit(round)
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
-        return self._fleet.personal(client, message, done)
+        return self.fleet.personal(client, message, done)
 
 
-def _dealt(count: int, shares: int) -> list[int]:
-    """`count` in as equal parts as may be: their sum is true, and none is a client's own."""
-    return [count // shares + (place < count % shares) for place in range(shares)]
+def _even_parts(count: int, parts: int) -> list[int]:
+    """`count` in parts that differ by at most 1: their sum is correct, and none of them is a client's own number."""
+    return [count // parts + (position < count % parts) for position in range(parts)]
 
 
-def _received(mean: State, sent: State, shapes: State) -> State:
-    """The mean as an upload: the adapter is the one that was sent, with the mean change."""
-    made = {}
+def _as_upload(mean: State, received: State, shapes: State) -> State:
+    """The mean in the form of an upload: the received adapter plus the mean change; other groups unchanged."""
+    upload = {}
     for group, tensors in mean.items():
-        start = sent["adapter"] if group == "adapter" else {}
-        made[group] = {
+        start = received["adapter"] if group == "adapter" else {}
+        upload[group] = {
             name: (tensor + start[name].double() if name in start else tensor).to(shapes[group][name].dtype)
             for name, tensor in tensors.items()
         }
-    return made
+    return upload
 
 
 __all__ = ["LocalTransport", "SecureFleet"]

@@ -1,8 +1,8 @@
-"""The cryptography, all of it kept libraries': X25519, HKDF-SHA256, ChaCha20-Poly1305 and AES-256 in counter mode from
-`cryptography`, Shamir's secret sharing from `pycryptodome`, whose secrets have 16 bytes.
+"""The cryptographic primitives, all from maintained libraries: X25519, HKDF-SHA256, ChaCha20-Poly1305 and AES-256 in counter
+mode from `cryptography`; Shamir's secret sharing, for secrets of 16 bytes, from `pycryptodome`.
 
-Every key is used once: key pairs and seeds are fresh each round, and what a key is for, with whom and in which round goes into
-its derivation. Therefore nonces and counters may start at zero.
+Every key is used once: key pairs and seeds are new in each round, and the purpose, the clients and the round of a key are part
+of its derivation. Nonces and counters may therefore start at zero.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 SECRET = 16
-"""Bytes of a seed: what Shamir's scheme shares in one piece."""
+"""Bytes of a seed, the largest secret that Shamir's scheme shares in one piece."""
 KEY = 32
 _NONCE = bytes(12)
 
 
-def fresh() -> bytes:
-    """A seed from the operating system."""
+def new_seed() -> bytes:
+    """A random seed from the operating system."""
     return os.urandom(SECRET)
 
 
 def derive(secret: bytes, *purpose: str | int, length: int = KEY) -> bytes:
-    """A key for one purpose alone."""
-    # Lengths go in, so that no two lists of words are one text.
+    """A key for a single purpose."""
+    # Each word is preceded by its length, so that different lists of words never give the same bytes.
     info = b"".join(len(word).to_bytes(4, "big") + word for word in (str(p).encode() for p in ("fedmllm", *purpose)))
     return HKDF(SHA256(), length, salt=None, info=info).derive(secret)
 
 
 @dataclass(frozen=True)
 class KeyPair:
-    """Made of a seed, so that who has the seed has the private key."""
+    """A key pair derived from a seed: anyone who has the seed can derive the private key."""
 
     private: X25519PrivateKey
     public: bytes
@@ -52,7 +52,7 @@ class KeyPair:
         return cls(private, private.public_key().public_bytes_raw())
 
     def agree(self, other: bytes) -> bytes:
-        """The secret shared with the owner of a public key. Raises ValueError for bytes that are no such key."""
+        """The secret shared with the owner of a public key. Raises ValueError for bytes that are not a valid key."""
         return self.private.exchange(X25519PublicKey.from_public_bytes(other))
 
 
@@ -61,27 +61,27 @@ def seal(key: bytes, content: bytes) -> bytes:
 
 
 def unseal(key: bytes, sealed: bytes) -> bytes:
-    """Raises ValueError where it was altered or made for somebody else."""
+    """Raises ValueError if the content was altered or sealed under another key."""
     try:
         return ChaCha20Poly1305(key).decrypt(_NONCE, sealed, None)
     except InvalidTag:
-        raise ValueError("altered on the way") from None
+        raise ValueError("altered in transit") from None
 
 
 def keystream(key: bytes) -> Callable[[int], bytes]:
-    """A function for the next so many bytes, which nobody without the key can tell from random ones."""
+    """A function that returns the next n bytes of a stream, which looks random to anyone without the key."""
     encryptor = Cipher(AES256(key), CTR(bytes(16))).encryptor()
     return lambda count: encryptor.update(bytes(count))
 
 
-def split(secret: bytes, enough: int, holders: int) -> list[bytes]:
-    """A share for each holder, in their order; `enough` of them make the secret, fewer say nothing of it."""
-    return [share for _, share in Shamir.split(enough, holders, secret, ssss=False)]
+def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
+    """One share per holder. Any `threshold` of them give the secret; fewer reveal nothing about it."""
+    return [share for _, share in Shamir.split(threshold, holders, secret, ssss=False)]
 
 
 def combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
-    """The secret of exactly `enough` shares, each with its holder's place, counted from 0."""
-    return bytes(Shamir.combine([(place + 1, share) for place, share in shares], ssss=False))
+    """The secret, from exactly `threshold` pairs (position of the holder counted from 0, its share)."""
+    return bytes(Shamir.combine([(position + 1, share) for position, share in shares], ssss=False))
 
 
-__all__ = ["KEY", "SECRET", "KeyPair", "combine", "derive", "fresh", "keystream", "seal", "split", "unseal"]
+__all__ = ["KEY", "SECRET", "KeyPair", "combine", "derive", "keystream", "new_seed", "seal", "split", "unseal"]

@@ -1,4 +1,4 @@
-"""How the questions of a secure round reach clients and their answers come back."""
+"""How the requests of a secure round reach the clients and their answers come back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmllm.tensors import State
 
 @runtime_checkable
 class SecureTransport(Protocol):
-    """Puts one of the four questions of a secure round to clients, and brings back what they say; `secure.site` answers there.
+    """Sends the requests of one phase to clients and returns their answers; `secure.clients` answers at the other end.
 
-    `messages` has the groups of tensors that each client is sent. An answer is an Update of groups alone, or with a `problem`;
-    who does not answer in time may be left out. In the phase "masked" clients train.
+    `messages` holds the tensor groups for each client. An answer is an Update that contains only groups, or only a `problem`.
+    Clients that do not answer in time may be left out. Clients train in the phase "masked".
     """
 
-    def ask(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]: ...
+    def request(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]: ...

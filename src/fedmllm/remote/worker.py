@@ -1,0 +1,149 @@
+"""The worker answers jobs: it keeps one experiment loaded and trains, evaluates or describes as requested."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedmllm.algorithms import Update
+from fedmllm.algorithms.factors import fold_of
+from fedmllm.errors import ConfigError, DataError, UserError
+from fedmllm.evaluation.summary import summarise
+from fedmllm.fleets.memory import ClientMemory
+from fedmllm.registry import load_plugin
+from fedmllm.remote.protocol import Job, Reply
+from fedmllm.remote.site import SiteData, SiteExperiment, structure
+from fedmllm.secure.clients import SecureClients
+from fedmllm.secure.settings import PHASES
+from fedmllm.tensors import State, Tensors
+
+_RUN = re.compile(r"[0-9a-f]{8,64}")
+"""A run's name becomes the name of a folder, so nothing else is accepted."""
+
+
+def _reply(update: Update) -> Reply:
+    return Reply(update.client, update.groups, update.examples, update.steps, update.metrics, update.problem)
+
+
+class Worker:
+    """Answers jobs, one experiment at a time. `folder` holds the clients' memory, with one folder per run.
+
+    `site` is None if the data of all clients are in the experiment's own task, as in simulations. `log` receives what must not
+    leave the site. `plugins` are files that register parts, loaded before the first experiment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        site: SiteData | None = None,
+        log: Callable[[str], None] = lambda line: None,
+        plugins: Sequence[Path] = (),
+    ) -> None:
+        self._folder, self._site, self._log, self._plugins = folder, site, log, plugins
+        self._loaded: tuple[str, SiteExperiment] | None = None
+
+    def answer(self, jobs: Sequence[Job]) -> list[Reply]:
+        """One reply per job, in their order; jobs to train must belong to one run and round.
+
+        Never raises: errors are reported in the replies, without any of the data.
+        """
+        try:
+            return self._answer(jobs)
+        except DataError as error:  # it names the sample, and may quote it
+            self._log(f"the data cannot be used: {error}")
+            problem = "the site's data cannot be used; its own log says why"
+        except UserError as error:
+            self._log(str(error))
+            problem = str(error)
+        except Exception as error:  # the message of any other error may quote data; its place in the code does not
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self._log("".join(traceback.format_exception(error)))
+            problem = f"{type(error).__name__} at the site ({Path(place.filename).name}, line {place.lineno})"
+        return [Reply(job.client, problem=problem) for job in jobs]
+
+    def experiment(self, text: str) -> SiteExperiment:
+        """The experiment of this TOML text, loaded unless it is the current one. Raises UserError."""
+        if self._loaded is None or self._loaded[0] != text:
+            self._loaded = None  # frees the old model before the new one is loaded
+            for plugin in self._plugins:
+                load_plugin(plugin)
+            self._loaded = text, SiteExperiment(text, self._site)
+        return self._loaded[1]
+
+    def _answer(self, jobs: Sequence[Job]) -> list[Reply]:
+        first = jobs[0]
+        if not _RUN.fullmatch(first.run):
+            raise ConfigError("the run's name is not one that fedmllm creates.")
+        experiment = self.experiment(first.config)
+        if first.kind == "describe":
+            return [self._describe(experiment, job) for job in jobs]
+        if experiment.secure_clients is not None:
+            return self._secure(experiment, experiment.secure_clients, jobs)
+        if first.kind in PHASES:
+            raise ConfigError("secure.name: the server requests a secure round, and its experiment has none.")
+        self._roll_back(jobs)
+        if first.kind == "train":
+            updates = self._train(experiment, jobs, {job.client: job.state for job in jobs})
+            return [_reply(updates[job.client]) for job in jobs]
+        answer = self._evaluate if first.kind == "evaluate" else self._personal
+        return [answer(experiment, job) for job in jobs]
+
+    def _roll_back(self, jobs: Sequence[Job]) -> None:
+        """Discard the clients' states of rounds that did not count."""
+        for job in jobs:
+            ClientMemory(self._folder / job.run).roll_back(job.client, min(job.last, job.round - 1))
+
+    def _describe(self, experiment: SiteExperiment, job: Job) -> Reply:
+        client = job.client
+        if self._site is not None:
+            client = experiment.config.fleet.options["sites"].index(self._site.name)
+        counts = experiment.session.clients.manifest.counts()[client].tolist()
+        if experiment.secure_clients is not None:  # report whether there are any, but not how many
+            counts = [min(count, 1) for count in counts]
+        about: dict[str, Any] = dict(zip(("samples", "image", "text"), counts, strict=True))
+        about |= {"skipped": experiment.session.dataset.skipped, "fedmllm": version("fedmllm")}
+        return Reply(client, about=about | {"adapter": structure(experiment.session.initial)})
+
+    def _secure(self, experiment: SiteExperiment, clients: SecureClients, jobs: Sequence[Job]) -> list[Reply]:
+        first, config = jobs[0], experiment.config
+        if first.kind not in PHASES:
+            raise ConfigError(f"secure.name: updates are hidden in this run, so {first.kind!r} is not answered.")
+        info = first.info(config.train.rounds, config.partition.clients, config.seed)
+        answers = clients.answer(
+            first.kind, first.run, info, {job.client: job.state for job in jobs},
+            lambda messages: self._train_hidden(experiment, jobs, messages),
+        )  # fmt: skip
+        return [_reply(answer) for answer in answers]
+
+    def _train_hidden(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> list[Update]:
+        # Only here, before clients do train: a repeated request must not discard what they learned.
+        self._roll_back(jobs)
+        return list(self._train(experiment, jobs, messages).values())
+
+    def _train(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
+        config = experiment.config
+        info = jobs[0].info(config.train.rounds, config.partition.clients, config.seed)
+        fleet = experiment.fleet(self._folder / jobs[0].run, list(messages))
+        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.session.model.info), messages)}
+
+    def _own_adapter(self, experiment: SiteExperiment, job: Job) -> Tensors:
+        return experiment.fleet(self._folder / job.run, [job.client]).personal(job.client, job.state, job.round)
+
+    def _personal(self, experiment: SiteExperiment, job: Job) -> Reply:
+        return Reply(job.client, {"adapter": self._own_adapter(experiment, job)})
+
+    def _evaluate(self, experiment: SiteExperiment, job: Job) -> Reply:
+        task, test_set = experiment.test_set(self._site)
+        adapter = self._own_adapter(experiment, job)
+        experiment.session.model.adapter.set_fold(fold_of(job.state))
+        (predictions,) = test_set.predict_each(experiment.config.eval, [adapter])
+        metrics = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
+        return Reply(job.client, about={"metrics": metrics})
+
+
+__all__ = ["Worker"]
