@@ -12,8 +12,11 @@ import torch
 from fedmllm.config import AdapterTable, EvalTable, LoraTable, ModelTable
 from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import Sample
+from fedmllm.evaluation import predictions
 from fedmllm.evaluation.predictions import Prediction, TestSet
+from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import Tensors
 from helpers import task
 
@@ -81,13 +84,12 @@ def test_one_pass_serves_as_many_adapters_as_the_batch_has_room_for(
     model = load(tiny)
     asked = examination(model, dataset, [CLOSED])
     passes: list[int] = []
-    scores = MLLM.option_scores
 
-    def watched(self: MLLM, batch: Sequence[object], clients: int = 1) -> list[list[float]]:
+    def counted(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
         passes.append(clients)
-        return scores(self, batch, clients)  # type: ignore[arg-type]
+        return option_scores(model, batch, clients)
 
-    monkeypatch.setattr(MLLM, "option_scores", watched)
+    monkeypatch.setattr(predictions, "option_scores", counted)
     list(asked.predict_each(EvalTable(batch_size=3 * asked.size), adapters_of(model, 7)))
     assert passes == [3, 3, 1]
 

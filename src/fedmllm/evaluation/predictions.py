@@ -17,6 +17,7 @@ from fedmllm.evaluation.intervals import interval, mean_interval, resamples
 from fedmllm.evaluation.metrics import auc, macro_f1, normalise, token_f1
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import Tensors
 
 PATTERNS: dict[Pattern, frozenset[Modality]] = {
@@ -103,7 +104,7 @@ class TestSet:
             group = adapters[start : start + max(1, together)]
             if len(group) == 1:
                 self._model.adapter.set(group[0])
-                if not self._model.lean:
+                if not self._model.fused:
                     yield self.predict(settings)
                     continue
             with self._model.stacked(group):
@@ -125,7 +126,7 @@ class TestSet:
         answers: list[Answers] = [{} for _ in range(clients)]
         for batch in _chunks(closed, settings.batch_size):
             asked = [self._questions[i].encoded for i in batch] * clients
-            found = iter(self._model.option_scores(asked, clients))
+            found = iter(option_scores(self._model, asked, clients))
             for mine in answers:
                 for i, scores in zip(batch, found, strict=False):
                     choices = self._questions[i].sample.choices or ()
