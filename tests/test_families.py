@@ -1,10 +1,7 @@
-"""The contract of every model family, on tiny random checkpoints: nothing in the package may be specific to the pocket model."""
+"""The contract of every model family, on tiny random checkpoints; nothing may be specific to the pocket model."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,26 +18,24 @@ from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
 from fedmllm.models.encoded import Encoded
-from fedmllm.models.families import Family, families, family_of
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _score_repeated, option_scores
 from fedmllm.models.tokens import Tokens
-from fedmllm.registry import PLUGINS
 from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import train_cohort, train_local
 from fedmllm.training.local import LocalSettings, Work
 from naive_training import train_naively
 from tiny_families import FAMILIES, save
+from tiny_models import CLOSED, OPTIONS, last_logits, perturb
 
 # PaliGemma's processor converts a tensor to a numpy array in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 
-OPTIONS = ("(A) red", "(B) blue")
 WIDE, SMALL, TALL = (96, 48), (32, 32), (40, 80)
 TALKS = [
     Conversation("which color is it?", "red", image=True),
     Conversation("name the color.", "blue", image=False),
-    Conversation("Text: a red thing that is a little longer\nwhich option is right?", "(A) red", image=True, options=OPTIONS),
+    CLOSED,
     Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=OPTIONS),
     Conversation("what is in it?", "a circle", image=True),
 ]
@@ -77,37 +72,11 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, folder
 
 
-def test_every_registered_family_is_tested() -> None:
-    assert set(families.names()) <= set(FAMILIES)
-
-
-def test_an_unregistered_family_has_the_defaults() -> None:
-    assert family_of("unregistered") == Family()
-
-
-def test_a_family_can_be_a_plug_in(tmp_path: Path) -> None:
-    """One file adds a family, also in a process that is started from this one."""
-    plugin = tmp_path / "new_family.py"
-    plugin.write_text(
-        "from fedmllm.models.families import Family, families\n"
-        "@families.register('new_vl')\n"
-        "def new_vl() -> Family:\n"
-        '    """NewVL 1."""\n'
-        "    return Family(first_position=7)\n"
-    )
-    code = "from fedmllm.models.families import *; print(family_of('new_vl').first_position, families.describe('new_vl'))"
-    environment = {**os.environ, PLUGINS: str(plugin)}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-    assert output == "7 NewVL 1.\n"
-
-
 def load(folder: Path, perturbed: bool = True, caches: bool = True) -> MLLM:
     settings = ModelTable(name=str(folder), lora=LoraTable(rank=2, alpha=4.0), precision="fp32", cache_features=caches)
     model = MLLM.load(settings, seed=0)
-    if perturbed:  # away from the initial values, under which A has no effect because B = 0
-        generator = torch.Generator().manual_seed(3)
-        moved = {k: t + 0.2 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
-        model.adapter.set(moved)
+    if perturbed:
+        perturb(model)
     return model
 
 
@@ -127,14 +96,6 @@ def encode(model: MLLM, pictures: list[Path | None]) -> list[Encoded]:
     return encoded
 
 
-@torch.no_grad()
-def logits(model: MLLM, batch: list[Encoded], last: int = 1) -> torch.Tensor:
-    """(rows, last, vocabulary): the logits at the last positions of prompts with answers."""
-    inputs = model.collate(batch, [sample.answer for sample in batch])
-    last_logits: torch.Tensor = model.backbone.model(**inputs).logits[:, -last:]
-    return last_logits.float()
-
-
 def test_only_the_attention_of_the_language_model_is_adapted(family: tuple[str, Path], cached: MLLM) -> None:
     adapted = FAMILIES[family[0]].adapted
     assert cached.info.layers == 2
@@ -147,9 +108,7 @@ def test_only_the_attention_of_the_language_model_is_adapted(family: tuple[str, 
     assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_pictures_become_tokens_and_change_the_loss(
-    family: tuple[str, Path], cached: MLLM, pictures: list[Path | None]
-) -> None:
+def test_pictures_have_tokens_and_change_the_loss(family: tuple[str, Path], cached: MLLM, pictures: list[Path | None]) -> None:
     batch = cached.encode([TALKS[0]] * 3, [pictures[0], pictures[2], pictures[4]], 300)
     assert len({round(cached.loss([sample]).item(), 4) for sample in batch}) == 3
     assert (len({sample.length for sample in batch}) > 1) == FAMILIES[family[0]].dynamic
@@ -179,8 +138,8 @@ def test_a_batch_gives_the_same_as_its_samples_one_by_one(
         encoded = encode(model, pictures)
         batch = [encoded[i] for i in indices]
         assert len({sample.length for sample in batch}) > 1
-        alone = torch.cat([logits(model, [sample]) for sample in batch])
-        torch.testing.assert_close(logits(model, batch), alone, rtol=1e-3, atol=1e-4)
+        alone = torch.cat([last_logits(model, [sample]) for sample in batch])
+        torch.testing.assert_close(last_logits(model, batch), alone, rtol=1e-3, atol=1e-4)
         assert model.loss(batch).item() == pytest.approx(sum(model.loss([sample]).item() for sample in batch), rel=1e-4)
         assert model.generate(batch, 3) == [model.generate([sample], 3)[0] for sample in batch]
         closed = [sample for sample in batch if sample.options]
@@ -190,7 +149,7 @@ def test_a_batch_gives_the_same_as_its_samples_one_by_one(
 
 def test_cached_equals_uncached(cached: MLLM, uncached: MLLM, pictures: list[Path | None]) -> None:
     with_cache, without_cache = encode(cached, pictures), encode(uncached, pictures)
-    torch.testing.assert_close(logits(cached, with_cache), logits(uncached, without_cache), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(last_logits(cached, with_cache), last_logits(uncached, without_cache), rtol=1e-3, atol=1e-4)
     assert cached.generate(with_cache, 3) == uncached.generate(without_cache, 3)
 
 
@@ -230,10 +189,10 @@ def test_generation_equals_full_forward_passes(cached: MLLM, pictures: list[Path
 
 
 def test_answers_are_causal(cached: MLLM, pictures: list[Path | None]) -> None:
-    """Even if a prompt attends in both directions, an answer must not attend to its later tokens, or training would copy them."""
+    """Even if a prompt attends in both directions, an answer must not attend to its later tokens: training would copy them."""
     for sample in encode(cached, pictures):
         answers = [(*sample.answer[:1], 50, 60), (*sample.answer[:1], 70, 80)]
-        first, second = (logits(cached, [replace(sample, answer=answer)], last=4)[0] for answer in answers)
+        first, second = (last_logits(cached, [replace(sample, answer=answer)], last=4)[0] for answer in answers)
         torch.testing.assert_close(first[:2], second[:2], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(first[2:], second[2:], rtol=1e-2)
 
@@ -285,40 +244,14 @@ def test_an_exported_adapter_can_be_loaded(
     family: tuple[str, Path], cached: MLLM, pictures: list[Path | None], tmp_path: Path
 ) -> None:
     batch = encode(cached, pictures)
-    expected = logits(cached, batch)
+    expected = last_logits(cached, batch)
     cached.adapter.export(tmp_path, "tiny")
     reloaded = load(family[1], perturbed=False)
     reloaded.adapter.load(tmp_path)
     assert digest(reloaded.adapter.get()) == digest(cached.adapter.get())
-    assert torch.equal(logits(reloaded, encode(reloaded, pictures)), expected)
+    assert torch.equal(last_logits(reloaded, encode(reloaded, pictures)), expected)
     base = AutoModelForImageTextToText.from_pretrained(family[1], dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
         actual = loaded(**cached.collate(batch, [sample.answer for sample in batch])).logits[:, -1:]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_paligemma_prompts_have_the_format_of_the_processor(paligemma: MLLM, pictures: list[Path | None]) -> None:
-    """With a picture, prompt, answer and token types equal the processor's output for `suffix`."""
-    (sample,) = paligemma.encode(TALKS[:1], pictures[:1], 300)
-    assert pictures[0] is not None
-    expected = paligemma.backbone.processor(
-        images=Image.open(pictures[0]), text="<image>" + TALKS[0].user, suffix=TALKS[0].answer, return_tensors="pt"
-    )
-    inputs = paligemma.collate([sample], [sample.answer])
-    assert torch.equal(inputs["input_ids"], expected["input_ids"])
-    assert torch.equal(inputs["token_type_ids"], expected["token_type_ids"])
-    assert inputs["position_ids"][0].tolist() == list(range(1, sample.length + 1))
-
-
-def test_paligemma_prompts_without_a_picture_have_the_same_format(paligemma: MLLM) -> None:
-    (sample,) = paligemma.encode(TALKS[1:2], [None], 300)
-    assert paligemma.backbone.tokenizer.decode(sample.prompt) == "<begin>name the color.\n"
-    types = paligemma.collate([sample], [sample.answer])["token_type_ids"][0].tolist()
-    assert types == [0] * len(sample.prompt) + [1] * len(sample.answer)
-
-
-@pytest.fixture
-def paligemma(tmp_path: Path) -> MLLM:
-    save("paligemma", tmp_path)
-    return load(tmp_path)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from conftest import COLORS
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.models.backbone import Backbone, pick_dtype
+from fedmllm.models.backbone import pick_dtype
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _distinguishing_position, option_scores
+from tiny_models import OPEN, OPTIONS, perturb
 
-RED_OR_BLUE = ("(A) red", "(B) blue")
 TALKS = [
-    Conversation("which color is it?", "red", image=True),
-    Conversation("a blue thing\nname the color.", "blue", image=False),
-    Conversation("Text: a red thing\nwhich option is right?", "(A) red", image=True, options=RED_OR_BLUE),
-    Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=RED_OR_BLUE),
+    *OPEN,
+    Conversation("Text: a red thing\nwhich option is right?", "(A) red", image=True, options=OPTIONS),
+    Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=OPTIONS),
 ]
 
 
@@ -37,13 +32,6 @@ def pictures(dataset: Path) -> list[Path | None]:
 
 def encoded(model: MLLM, pictures: list[Path | None]) -> list[Encoded]:
     return model.encode(TALKS, pictures, max_length=200)
-
-
-def perturb(model: MLLM) -> None:
-    """Move the adapter away from its initial values, under which A has no effect because B = 0."""
-    generator = torch.Generator().manual_seed(3)
-    moved = {k: t + 0.2 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
-    model.adapter.set(moved)
 
 
 def test_the_prompt_is_the_output_of_the_processor(model: MLLM, pictures: list[Path | None]) -> None:
@@ -229,65 +217,3 @@ def test_bfloat16_gives_nearly_the_same_loss(settings: ModelTable, pictures: lis
         losses.append(model.loss(encoded(model, pictures)).item())
         assert all(t.dtype is torch.float32 for t in model.adapter.parameters.values())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-# Tokenising
-
-
-def test_equal_questions_about_pictures_of_equal_size_are_tokenised_once(
-    model: MLLM, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, Image.Image | None]] = []
-    process = Backbone.process
-
-    def counted(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        calls.append((prompt, image))
-        return process(self, prompt, image)
-
-    monkeypatch.setattr(Backbone, "process", counted)
-    Image.new("RGB", (32, 64)).save(tmp_path / "narrow.png")
-    talks = [TALKS[0], TALKS[0], replace(TALKS[0], answer="blue"), TALKS[0], replace(TALKS[0], image=False), TALKS[3]]
-    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png", tmp_path / "narrow.png", None, None]
-    batch = model.encode(talks, images, 200)
-    # The second differs only in the picture and the third only in the answer; the others in picture size, modality or text.
-    assert [image and image.size for _, image in calls] == [(64, 64), (32, 64), None, None]
-    assert batch[0].prompt is batch[1].prompt is batch[2].prompt
-    assert [sample.picture for sample in batch] == [0, 1, 0, 2, None, None]
-    assert batch[2].answer != batch[0].answer
-    assert model.encode(talks, images, 200)[3].prompt == batch[3].prompt
-    assert len(calls) == 4
-
-
-def test_a_processor_with_code_of_its_own_gets_every_picture(
-    settings: ModelTable, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such code may derive tokens from the content of a picture."""
-    trusting = MLLM.load(settings.model_copy(update={"trust_remote_code": True}), seed=0)
-    first_pixels: list[tuple[int, ...]] = []
-    process = Backbone.process
-
-    def recorded(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        assert image is not None
-        first_pixels.append(image.getpixel((0, 0)))
-        return process(self, prompt, image)
-
-    monkeypatch.setattr(Backbone, "process", recorded)
-    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png"]
-    trusting.encode([TALKS[0]] * 3, images, 200)
-    assert first_pixels == [COLORS["red"], COLORS["blue"], COLORS["red"]]
-
-
-def test_inputs_that_may_contain_pixels_are_computed_from_the_picture(
-    model: MLLM, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An unregistered family may have another name for its pixel input."""
-    process = Backbone.process
-
-    def renamed(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        inputs = process(self, prompt, image)
-        return {"patches" if name == "pixel_values" else name: value for name, value in inputs.items()}
-
-    monkeypatch.setattr(Backbone, "process", renamed)
-    red, blue, again = model.encode([TALKS[0]] * 3, [dataset / f"{name}.png" for name in ("red", "blue", "red")], 200)
-    assert not torch.equal(red.imagewise["patches"], blue.imagewise["patches"])
-    assert torch.equal(red.imagewise["patches"], again.imagewise["patches"])
