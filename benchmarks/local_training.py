@@ -23,6 +23,7 @@ from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.models.stack import Stack
 from fedmllm.rng import stream
 from fedmllm.training.batches import batch_epoch
@@ -44,15 +45,15 @@ def full_logits(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
 
 
-def stacked(model: MLLM, batches: Sequence[Sequence[Encoded]], lean: bool) -> None:
-    """As a client trains: its adapter beside the model. `lean`: through the text model that is written out."""
-    before, model.lean = model.lean, lean and model.lean
+def stacked(model: MLLM, batches: Sequence[Sequence[Encoded]], fused: bool) -> None:
+    """Train as a client does, with a stacked adapter; `fused` enables `FusedLlama`."""
+    before, model.fused = model.fused, fused and model.fused
     stack = Stack(model.adapter, [model.adapter.get()], list(model.adapter.parameters))
-    with stack.installed(1):
+    with model.using(stack, 1):
         for batch in batches:
             stack.begin([(len(batch), model.width(batch))])
             model.loss(batch).backward()
-    model.lean = before
+    model.fused = before
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -90,7 +91,7 @@ def main() -> None:
              lambda: stacked(cached, batches, False), lambda: stacked(cached, batches, True)),
             ("samples one by one / batches of 16", lambda: backward(cached, singles), lambda: backward(cached, batches)),
             ("batches as they come / bucketed by length", lambda: backward(cached, mixed), lambda: backward(cached, batches)),
-            ("closed questions generated / scored", lambda: cached.generate(closed, 8), lambda: cached.option_scores(closed)),
+            ("closed questions generated / scored", lambda: cached.generate(closed, 8), lambda: option_scores(cached, closed)),
         ]  # fmt: skip
         for name, common, ours in rows:
             common(), ours()  # warm up

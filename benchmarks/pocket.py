@@ -29,6 +29,7 @@ from fedmllm.data.tasks import tasks
 from fedmllm.evaluation.intervals import mean_interval, resamples
 from fedmllm.evaluation.metrics import normalise
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.rng import stream
 from recipes.pocket import questions, scenes, texts
 from recipes.pocket.wording import Pair, lettered
@@ -163,7 +164,7 @@ def correctness(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarr
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             if closed:
-                scores_of_options = model.option_scores([encoded[i] for i in chosen])
+                scores_of_options = option_scores(model, [encoded[i] for i in chosen])
                 answers = [items[i][0].options[int(np.argmax(s))] for i, s in zip(chosen, scores_of_options, strict=True)]
             else:
                 answers = model.generate([encoded[i] for i in chosen], 14)

@@ -1,4 +1,4 @@
-"""The readable twin of local training: one client, PEFT's own adapter in place, a tensor at a time."""
+"""A readable reference implementation of local training: one client, PEFT's own adapter, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def train_naively(model: MLLM, work: Work, settings: LocalSettings) -> LocalResu
     observed = {name: torch.zeros_like(adapter.part(name, p, rank)) for name, p in parameters.items()}
     total, examples = 0.0, 0
     for step in work.steps:
-        samples = [one for batch in step for one in batch]
+        samples = [sample for batch in step for sample in batch]
         optimizer.zero_grad()
-        for one in samples:
-            loss = model.loss([one])
+        for sample in samples:
+            loss = model.loss([sample])
             total += loss.item()
             (loss / len(samples)).backward()
         for name, p in parameters.items():
             assert p.grad is not None
-            mine, start = adapter.part(name, p.grad, rank), work.received[name]
-            observed[name] += mine / len(work.steps)
+            gradient, start = adapter.part(name, p.grad, rank), work.received[name]
+            observed[name] += gradient / len(work.steps)
             with torch.no_grad():
-                mine += rule.proximal.get(name, 0.0) * (adapter.part(name, p, rank) - start)
+                gradient += rule.proximal.get(name, 0.0) * (adapter.part(name, p, rank) - start)
                 if rule.offset is not None and name in rule.offset:
-                    mine += rule.offset[name]
+                    gradient += rule.offset[name]
         if settings.clip:
             nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimizer.step()

@@ -1,7 +1,8 @@
-"""Adapters of every kind on a real (tiny) model: what is set is what runs, and what is exported loads in plain PEFT."""
+"""Adapters of every kind on a real (tiny) model: they can be set, trained, exported, and loaded in plain PEFT."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,35 +12,18 @@ from transformers import AutoModelForImageTextToText
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
-from fedmllm.config import AdapterTable, LoraTable, ModelTable
-from fedmllm.data.prompts import Conversation
+from fedmllm.config import ModelTable
 from fedmllm.errors import RunError
-from fedmllm.models.encoded import Encoded
-from fedmllm.models.lora import VIRTUAL, Adapter
-from fedmllm.models.mllm import MLLM
-from fedmllm.tensors import Tensors, digest, distance
+from fedmllm.models.adapter import VIRTUAL
+from fedmllm.models.scoring import option_scores
+from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import train_local
 from fedmllm.training.local import LocalSettings, Work
+from tiny_models import CLOSED, OPEN, last_logits, load_adapted, perturb, plain_peft
 
 KINDS = ["lora", "rslora", "dora", "ia3", "prompt-tuning"]
 ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
-OPTIONS = ("(A) red", "(B) blue")
-TALKS = [
-    Conversation("which color is it?", "red", image=True),
-    Conversation("a blue thing\nname the color.", "blue", image=False),
-    Conversation("Text: a red thing that is a little longer\nwhich option is right?", "(A) red", image=True, options=OPTIONS),
-]
-# PEFT asks transformers for a property under its older name.
-plain_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-def of_kind(settings: ModelTable, kind: str, rank: int = 2, precision: str = "fp32") -> MLLM:
-    table = {
-        "adapter": AdapterTable(kind=kind, virtual_tokens=3),
-        "lora": LoraTable(rank=rank, alpha=4.0),
-        "precision": precision,
-    }  # type: ignore[arg-type]
-    return MLLM.load(settings.model_copy(update=table), seed=0)
+TALKS = [*OPEN, CLOSED]
 
 
 @pytest.fixture
@@ -47,22 +31,9 @@ def pictures(dataset: Path) -> list[Path | None]:
     return [dataset / "red.png", None, dataset / "blue.png"]
 
 
-def unsettle(model: MLLM, seed: int = 3) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    moved = {k: t + 0.2 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
-    model.adapter.set(moved)
-    return moved
-
-
-def logits(model: MLLM, batch: list[Encoded]) -> torch.Tensor:
-    inputs = model.collate(batch, [one.answer for one in batch])
-    with torch.no_grad():
-        return model.backbone.model(**inputs).logits[:, -1].float()
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_trains_and_is_read_back(settings: ModelTable, pictures: list[Path | None], kind: str) -> None:
-    model = of_kind(settings, kind)
+def test_every_kind_trains_and_can_be_set(settings: ModelTable, pictures: list[Path | None], kind: str) -> None:
+    model = load_adapted(settings, kind)
     batch = model.encode(TALKS, pictures, 200)
     start = model.adapter.get()
     result = train_local(model, Work([[batch]] * 6, start, LocalRule(), 0), ADAMW)
@@ -78,54 +49,53 @@ def test_every_kind_trains_and_is_read_back(settings: ModelTable, pictures: list
 def test_before_training_only_prompt_tuning_changes_the_model(
     settings: ModelTable, pictures: list[Path | None], kind: str
 ) -> None:
-    model = of_kind(settings, kind)
+    model = load_adapted(settings, kind)
     batch = model.encode(TALKS, pictures, 200)
     with model.without_adapter():
-        bare = logits(model, batch)
-    again = logits(model, batch)
-    assert torch.allclose(again, bare, rtol=1e-4, atol=1e-5) == (kind != "prompt-tuning")
-    unsettle(model)
+        base_logits = last_logits(model, batch)
+    assert torch.allclose(last_logits(model, batch), base_logits, rtol=1e-4, atol=1e-5) == (kind != "prompt-tuning")
+    perturb(model)
     with model.without_adapter():
-        torch.testing.assert_close(logits(model, batch), bare, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(last_logits(model, batch), base_logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_company_change_nothing(settings: ModelTable, pictures: list[Path | None], kind: str) -> None:
-    model = of_kind(settings, kind)
-    unsettle(model)
+def test_padding_and_other_samples_change_nothing(settings: ModelTable, pictures: list[Path | None], kind: str) -> None:
+    model = load_adapted(settings, kind)
+    perturb(model)
     batch = model.encode(TALKS, pictures, 200)
-    assert len({one.length for one in batch}) == 3
-    assert model.loss(batch).item() == pytest.approx(sum(model.loss([one]).item() for one in batch), rel=1e-5)
-    assert model.generate(batch, 4) == [model.generate([one], 4)[0] for one in batch]
-    together, alone = model.option_scores(batch[2:]), model.option_scores([batch[2]])
+    assert len({sample.length for sample in batch}) == 3
+    assert model.loss(batch).item() == pytest.approx(sum(model.loss([sample]).item() for sample in batch), rel=1e-5)
+    assert model.generate(batch, 4) == [model.generate([sample], 4)[0] for sample in batch]
+    together, alone = option_scores(model, batch[2:]), option_scores(model, [batch[2]])
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone))
 
 
 @plain_peft
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_it_loads_in_plain_peft(
+def test_an_exported_adapter_loads_in_plain_peft(
     settings: ModelTable, tiny: Path, pictures: list[Path | None], tmp_path: Path, kind: str
 ) -> None:
-    model = of_kind(settings, kind)
-    unsettle(model)
+    model = load_adapted(settings, kind)
+    perturb(model)
     model.adapter.export(tmp_path / "adapter", "tiny")
     base = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    for one in model.encode(TALKS, pictures, 200):
-        expected = logits(model, [one])
-        inputs = model.collate([one], [one.answer])
+    for sample in model.encode(TALKS, pictures, 200):
+        expected = last_logits(model, [sample])
+        inputs = model.collate([sample], [sample.answer])
         inputs.pop("position_ids")
-        if kind == "prompt-tuning":  # PEFT puts the vectors there itself
+        if kind == "prompt-tuning":  # PEFT inserts the vectors itself
             inputs = {k: v[:, 3:] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
         with torch.no_grad():
-            torch.testing.assert_close(loaded(**inputs).logits[:, -1], expected, rtol=1e-5, atol=1e-5)
-    again = of_kind(settings, kind)
-    again.adapter.load(tmp_path / "adapter")
-    assert digest(again.adapter.get()) == digest(model.adapter.get())
+            torch.testing.assert_close(loaded(**inputs).logits[:, -1:], expected, rtol=1e-5, atol=1e-5)
+    reloaded = load_adapted(settings, kind)
+    reloaded.adapter.load(tmp_path / "adapter")
+    assert digest(reloaded.adapter.get()) == digest(model.adapter.get())
 
 
-def test_virtual_tokens_start_as_words_and_nothing_else_is_trained(settings: ModelTable) -> None:
-    model = of_kind(settings, "prompt-tuning")
+def test_virtual_tokens_start_as_vectors_of_the_vocabulary_and_are_the_only_parameters(settings: ModelTable) -> None:
+    model = load_adapted(settings, "prompt-tuning")
     (name,) = model.adapter.parameters
     vocabulary = model.backbone.model.get_input_embeddings().weight
     vectors = model.adapter.get()[name]
@@ -134,30 +104,30 @@ def test_virtual_tokens_start_as_words_and_nothing_else_is_trained(settings: Mod
 
 
 def test_prompt_tuning_is_a_prompt_of_those_words(settings: ModelTable, pictures: list[Path | None]) -> None:
-    """A naive twin: with the vectors of known words, the model answers as if these stood before the prompt."""
-    model = of_kind(settings, "prompt-tuning")
+    """With the vectors of known tokens, the model computes the same as if those tokens preceded the prompt."""
+    model = load_adapted(settings, "prompt-tuning")
     words = (40, 41, 42)
     model.adapter.set({VIRTUAL: model.backbone.model.get_input_embeddings().weight[list(words)].detach().clone()})
-    for one in model.encode(TALKS, pictures, 200):
-        found = logits(model, [one])
-        longer = Encoded(words + one.prompt, one.answer, one.options, one.picture, one.tokenwise, one.imagewise)
+    for sample in model.encode(TALKS, pictures, 200):
+        tuned = last_logits(model, [sample])
+        with_words = replace(sample, prompt=words + sample.prompt)
         with model.without_adapter():
-            torch.testing.assert_close(found, logits(model, [longer]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tuned, last_logits(model, [with_words]), rtol=1e-5, atol=1e-5)
 
 
 # Ranks
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
-@pytest.mark.parametrize("settings_of", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
 def test_a_lower_rank_trains_as_a_model_of_that_rank(
-    settings: ModelTable, pictures: list[Path | None], kind: str, settings_of: str
+    settings: ModelTable, pictures: list[Path | None], kind: str, optimizer_name: str
 ) -> None:
-    """Padded with zeros in a model of rank 5, against a model of rank 2: its own α/r, rule and gradients included."""
-    optimizer = ADAMW if settings_of == "adamw" else LocalSettings("sgd", 0.3, 0.01, (0.9, 0.95), 0.5, 0.0)
-    small, large = of_kind(settings, kind, rank=2), of_kind(settings, kind, rank=5)
+    """Padded with zeros in a model of rank 5, an adapter of rank 2 trains as in a model of rank 2, including α/r and rule."""
+    optimizer = ADAMW if optimizer_name == "adamw" else LocalSettings("sgd", 0.3, 0.01, (0.9, 0.95), 0.5, 0.0)
+    small, large = load_adapted(settings, kind, rank=2), load_adapted(settings, kind, rank=5)
     generator = torch.Generator().manual_seed(1)
-    # Moderate values: from steeper places the rounding of B's scale alone, one part in 10⁷, grows past 1e-5 in three steps.
+    # Moderate values: with larger ones, the rounding of B's scale (one part in 10⁷) alone grows past 1e-5 in three steps.
     start = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in small.adapter.get().items()}
     offset = {n: 0.01 * torch.ones_like(t) for n, t in start.items()}
     rule = LocalRule(proximal=dict.fromkeys(start, 0.3), offset=offset, observe_gradient=True)
@@ -174,116 +144,47 @@ def test_a_lower_rank_trains_as_a_model_of_that_rank(
 
 
 @plain_peft
-def test_a_lower_rank_is_exported_as_such(
-    settings: ModelTable, tiny: Path, pictures: list[Path | None], tmp_path: Path
-) -> None:
-    model = of_kind(settings, "lora", rank=5)
-    moved = unsettle(model)
+def test_a_lower_rank_is_exported(settings: ModelTable, tiny: Path, pictures: list[Path | None], tmp_path: Path) -> None:
+    model = load_adapted(settings, "lora", rank=5)
+    moved = perturb(model)
     model.adapter.set(resized(moved, 2, model.info))
     batch = model.encode(TALKS, pictures, 200)
     model.adapter.export(tmp_path, "tiny")
     loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32), tmp_path).eval()
-    inputs = model.collate(batch, [one.answer for one in batch])
+    inputs = model.collate(batch, [sample.answer for sample in batch])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits[:, -1], logits(model, batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(**inputs).logits[:, -1:], last_logits(model, batch), rtol=1e-5, atol=1e-5)
     assert loaded.peft_config["default"].r == 2
 
 
-def test_going_back_to_the_full_rank_leaves_nothing_behind(settings: ModelTable, pictures: list[Path | None]) -> None:
-    model = of_kind(settings, "lora", rank=5)
+def test_returning_to_the_full_rank_restores_the_model(settings: ModelTable, pictures: list[Path | None]) -> None:
+    model = load_adapted(settings, "lora", rank=5)
     batch = model.encode(TALKS, pictures, 200)
-    moved = unsettle(model)
-    before = logits(model, batch)
+    moved = perturb(model)
+    before = last_logits(model, batch)
     model.adapter.set(resized(moved, 2, model.info))
     assert rank_of(model.adapter.get()) == 2
     model.adapter.set(moved)
-    assert torch.equal(logits(model, batch), before)
+    assert torch.equal(last_logits(model, batch), before)
 
 
 @pytest.mark.parametrize("rank", [3, 6])
 def test_factors_of_different_ranks_do_not_fit(settings: ModelTable, rank: int) -> None:
-    model = of_kind(settings, "lora", rank=5)
+    model = load_adapted(settings, "lora", rank=5)
     tensors = model.adapter.get()
-    odd = {**tensors, max(tensors): torch.zeros(32, rank)}
+    unequal = {**tensors, max(tensors): torch.zeros(32, rank)}
     before = digest(model.adapter.get())
     with pytest.raises(ValueError, match="shape"):
-        model.adapter.set(odd)
+        model.adapter.set(unequal)
     assert digest(model.adapter.get()) == before
 
 
-# Folds
-
-
-def a_fold(adapter: Adapter, rank: int, dense: bool = False, size: float = 0.3) -> Tensors:
-    generator = torch.Generator().manual_seed(9)
-    fold: Tensors = {}
-    for m in modules(adapter.get()):
-        left, right = (size * torch.randn(shape, generator=generator) for shape in ((32, rank), (rank, 32)))
-        fold |= {m + ".fold": left @ right} if dense else {m + ".fold_A": right, m + ".fold_B": left}
-    return fold
-
-
-@plain_peft
-@pytest.mark.parametrize("dense", [False, True], ids=["factors", "dense"])
-@pytest.mark.parametrize("kind", ["lora", "rslora"])
-def test_a_fold_is_exported_as_extra_rank(
-    settings: ModelTable, tiny: Path, pictures: list[Path | None], tmp_path: Path, kind: str, dense: bool
-) -> None:
-    model = of_kind(settings, kind)
-    unsettle(model)
-    batch = model.encode(TALKS, pictures, 200)
-    model.adapter.set_fold(a_fold(model.adapter, 3, dense))
-    expected = logits(model, batch)
-    model.adapter.export(tmp_path, "tiny")
-    loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32), tmp_path).eval()
-    inputs = model.collate(batch, [one.answer for one in batch])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
-    again = of_kind(settings, kind)
-    again.adapter.load(tmp_path)
-    again_batch = again.encode(TALKS, pictures, 200)
-    torch.testing.assert_close(logits(again, again_batch), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_fold_of_some_modules_leaves_the_others(settings: ModelTable, pictures: list[Path | None]) -> None:
-    model = of_kind(settings, "lora")
-    batch = model.encode(TALKS, pictures, 200)
-    fold = a_fold(model.adapter, 3)
-    first = modules(model.adapter.get())[0]
-    some = {n: t for n, t in fold.items() if n.startswith(first + ".")}
-    model.adapter.set_fold(fold)
-    model.adapter.set_fold(some)
-    found = logits(model, batch)
-    fresh = of_kind(settings, "lora")
-    fresh.adapter.set_fold(some)
-    torch.testing.assert_close(found, logits(fresh, fresh.encode(TALKS, pictures, 200)))
-
-
-def test_in_low_precision_a_small_fold_is_not_rounded_away(settings: ModelTable, pictures: list[Path | None]) -> None:
-    """A fold below bfloat16's step beside weights of 1: added to the weights it would vanish."""
-    model = of_kind(settings, "lora", precision="bf16")
-    module = modules(model.adapter.get())[0]
-    layer = model.model.get_submodule(module)
-    before = layer.base_layer.weight.clone()
-    x = torch.ones(1, 32, dtype=torch.bfloat16)
-    with torch.no_grad():
-        layer.base_layer.weight.zero_()  # so that the output shows the fold alone
-        fold = {module + ".fold_A": torch.full((1, 32), 1e-3), module + ".fold_B": torch.full((32, 1), 1e-3)}
-        model.adapter.set_fold(fold)
-        torch.testing.assert_close(layer(x).float(), torch.full((1, 32), 32e-6), rtol=1e-2, atol=0)
-        model.adapter.set_fold(dict(fold))
-        torch.testing.assert_close(layer(x).float(), torch.full((1, 32), 32e-6), rtol=1e-2, atol=0)
-        model.adapter.set_fold({})
-        assert not bool(layer(x).any())
-        layer.base_layer.weight.copy_(before)
-
-
 def test_an_adapter_of_another_kind_is_not_loaded(settings: ModelTable, tmp_path: Path) -> None:
-    of_kind(settings, "ia3").adapter.export(tmp_path, "tiny")
-    with pytest.raises(RunError, match="holds an adapter of another kind"):
-        of_kind(settings, "lora").adapter.load(tmp_path)
+    load_adapted(settings, "ia3").adapter.export(tmp_path, "tiny")
+    with pytest.raises(RunError, match="contains an adapter of another kind"):
+        load_adapted(settings, "lora").adapter.load(tmp_path)
 
 
-def test_an_exported_adapter_names_only_lora_pairs(settings: ModelTable) -> None:
-    names = of_kind(settings, "lora").adapter.get()
-    assert {m + half for m in modules(names) for half in (A, B)} == set(names)
+def test_the_adapters_tensors_are_pairs_of_lora_factors(settings: ModelTable) -> None:
+    names = load_adapted(settings, "lora").adapter.get()
+    assert {m + suffix for m in modules(names) for suffix in (A, B)} == set(names)

@@ -1,4 +1,4 @@
-"""Loading a model: code of its own, weights of four bits, and what is said where it cannot be done."""
+"""Loading a model: code from its repository, 4-bit weights, processors, and the errors if loading fails."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tiny_families import save
 TALK = Conversation("name the color.", "blue", image=False)
 
 
-# Code that comes with the model
+# Code from the model's repository
 
 
 @pytest.fixture
 def with_code(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint whose classes are its own. Importing its code leaves a file `ran` in the folder."""
+    """A checkpoint with classes of its own. Importing its code creates a file `ran` in the folder."""
     folder = tmp_path / "with-code"
     shutil.copytree(tiny, folder)
     (folder / "configuration_own.py").write_text(
@@ -53,11 +53,11 @@ def with_code(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     }
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers puts its folder of modules in front
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers prepends its folder of modules
     return folder
 
 
-def test_code_of_the_model_runs_where_the_file_says_so(with_code: Path, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_code_of_the_model_runs_if_the_settings_allow_it(with_code: Path, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = ModelTable(name=str(with_code), lora=LoraTable(rank=2), precision="fp32", trust_remote_code=True)
     model = MLLM.load(settings, seed=0)
     (warning,) = [record for record in caplog.records if record.name.startswith("fedmllm")]
@@ -70,28 +70,30 @@ def test_code_of_the_model_runs_where_the_file_says_so(with_code: Path, tiny: Pa
 
 
 def test_code_of_the_model_does_not_run_by_default(with_code: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConfigError, match=r"needs code from its repository; .* set model.trust_remote_code = true") as caught:
+    with pytest.raises(
+        ConfigError, match=r"requires code from its repository; .* set model.trust_remote_code = true"
+    ) as caught:
         MLLM.load(ModelTable(name=str(with_code)), seed=0)
     assert "\n" not in str(caught.value)
     assert not (with_code / "ran").exists()
     assert not caplog.records
 
 
-# Four bits
+# 4-bit weights
 
 
-def test_four_bits_need_a_gpu(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r'^model.quantize = \'4bit\' needs a GPU, .* "cpu"; set it to "none"\.$'):
+def test_4_bits_require_a_gpu(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r'^model.quantize = \'4bit\' requires a GPU, .* "cpu"; set it to "none"\.$'):
         MLLM.load(ModelTable(name=str(tiny), device="cpu", quantize="4bit"), seed=0)
 
 
-def test_four_bits_need_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_bits_require_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "find_spec", lambda name: None if name == "bitsandbytes" else ModuleType(name))
-    with pytest.raises(ConfigError, match=r'needs bitsandbytes; run pip install "fedmllm\[gpu\]" or set it to "none"\.$'):
+    with pytest.raises(ConfigError, match=r'requires bitsandbytes; run pip install "fedmllm\[gpu\]" or set it to "none"\.$'):
         quantized.quantization(ModelTable(quantize="4bit"), torch.device("cuda"))
 
 
-def test_four_bits_are_nf4_that_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_bits_are_nf4_and_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "find_spec", ModuleType)
     device = torch.device("cuda")
     arguments = quantized.quantization(ModelTable(quantize="4bit"), device)
@@ -104,7 +106,7 @@ def test_four_bits_are_nf4_that_compute_in_bfloat16(monkeypatch: pytest.MonkeyPa
 
 
 class Packed(nn.Module):
-    """Stands for a quantised linear layer: its weight is bytes, of another shape than the matrix."""
+    """Imitates a quantised linear layer, whose weight consists of bytes and has another shape than the matrix."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -116,25 +118,25 @@ class Packed(nn.Module):
         return nn.functional.linear(x, self.matrix[0])
 
 
-def test_a_fold_leaves_packed_weights_alone(model: MLLM) -> None:
-    """bitsandbytes keeps two weights in a byte: nothing can be added to them, so the fold runs beside."""
+def test_a_fold_does_not_change_packed_weights(model: MLLM) -> None:
+    """bitsandbytes stores two weights per byte, to which nothing can be added, so the fold is computed in a separate branch."""
     name = next(iter(model.adapter.parameters)).rpartition(".lora_")[0]
     layer = model.model.get_submodule(name)
     layer.base_layer = Packed(layer.base_layer)
     before = layer.base_layer.weight.clone()
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    bare = layer(x)
+    output = layer(x)
     fold = {f"{name}.fold_A": torch.full((1, 32), 0.5), f"{name}.fold_B": torch.full((32, 1), 2.0)}
     model.adapter.set_fold(fold)
-    torch.testing.assert_close(layer(x), bare + x.sum(1, keepdim=True).expand(3, 32))
+    torch.testing.assert_close(layer(x), output + x.sum(1, keepdim=True).expand(3, 32))
     model.adapter.set_fold({})
-    assert torch.equal(layer(x), bare)
+    assert torch.equal(layer(x), output)
     assert torch.equal(layer.base_layer.weight, before)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_lora_trains_on_four_bits(tiny: Path, dataset: Path) -> None:
+def test_lora_trains_on_4_bit_weights(tiny: Path, dataset: Path) -> None:
     pytest.importorskip("bitsandbytes")
     settings = ModelTable(name=str(tiny), lora=LoraTable(rank=2, alpha=4.0), quantize="4bit")
     model = MLLM.load(settings, seed=0)
@@ -164,14 +166,14 @@ def test_lora_trains_on_four_bits(tiny: Path, dataset: Path) -> None:
 # Processors
 
 
-def test_a_model_that_cannot_chat_is_one_sentence(tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_is_rejected(tmp_path: Path) -> None:
     save("gemma3", tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match=r"has no chat template, so it cannot be asked anything; choose its instruct version"):
+    with pytest.raises(ConfigError, match=r"has no chat template, so it cannot answer prompts; choose its instruct version"):
         MLLM.load(ModelTable(name=str(tmp_path)), seed=0)
 
 
-def test_a_missing_library_of_a_processor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_missing_library_of_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
     monkeypatch.setattr(processing_smolvlm, "num2words", str)
     save("smolvlm", tmp_path)
@@ -180,8 +182,8 @@ def test_a_missing_library_of_a_processor_is_named(tmp_path: Path, monkeypatch: 
         MLLM.load(ModelTable(name=str(tmp_path)), seed=0)
 
 
-def test_a_processor_without_videos_is_the_processor_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stand-in takes the place of is the video processor alone; a wrong part is still refused."""
+def test_a_processor_without_videos_is_otherwise_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The placeholder replaces only the video processor; other parts of a wrong type are still rejected."""
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
     save("qwen2_vl", tmp_path)
     processor = MLLM.load(ModelTable(name=str(tmp_path), precision="fp32"), seed=0).backbone.processor
@@ -191,11 +193,11 @@ def test_a_processor_without_videos_is_the_processor_otherwise(tmp_path: Path, m
         type(processor)(processor.tokenizer, processor.tokenizer, processor.video_processor)
 
 
-def test_a_processor_in_the_older_published_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2-VL's own repository has no processor_config.json: picture settings and chat template in files of their own."""
+def test_a_processor_in_the_older_file_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2-VL's repository has no processor_config.json, but separate files for picture settings and chat template."""
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
     save("qwen2_vl", tmp_path)
-    now = MLLM.load(ModelTable(name=str(tmp_path), precision="fp32"), seed=0).backbone.processor
+    processor = MLLM.load(ModelTable(name=str(tmp_path), precision="fp32"), seed=0).backbone.processor
     settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
     settings |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -204,5 +206,5 @@ def test_a_processor_in_the_older_published_layout(tmp_path: Path, monkeypatch: 
     for name in ("processor_config.json", "chat_template.jinja"):
         (tmp_path / name).unlink()
     older = MLLM.load(ModelTable(name=str(tmp_path), precision="fp32"), seed=0).backbone.processor
-    assert older.chat_template == now.chat_template
-    assert older.image_processor.to_dict() == now.image_processor.to_dict()
+    assert older.chat_template == processor.chat_template
+    assert older.image_processor.to_dict() == processor.image_processor.to_dict()

@@ -20,8 +20,9 @@ from fedmllm.config import read, validate
 from fedmllm.data.prompts import Conversation
 from fedmllm.fleets import inprocess
 from fedmllm.fleets.memory import ClientMemory
-from fedmllm.models.lora import read_adapter
+from fedmllm.models.adapter import read_adapter
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.scoring import option_scores
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.storage.state_file import load_state
 from fedmllm.tensors import State
@@ -200,15 +201,15 @@ def test_the_adapter_folder_is_the_model_of_the_run(write_experiment: Write, tin
     talks = [Conversation("Text: a red thing\nwhich?", "(A) red", image=False, options=("(A) red", "(B) blue"))]
     batch = model.encode(talks, [None], 200)
     with model.without_adapter():
-        base_scores = model.option_scores(batch)
+        base_scores = option_scores(model, batch)
     model.adapter.set_fold(state.get("fold", {}))
     model.adapter.set(state["adapter"])
-    expected = torch.tensor(model.option_scores(batch))
+    expected = torch.tensor(option_scores(model, batch))
     assert (expected - torch.tensor(base_scores)).abs().max() > 1e-3, "the run changed nothing"
     plain = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(plain, "a/adapter").eval().get_base_model()
     model.backbone = replace(model.backbone, model=loaded)
-    torch.testing.assert_close(torch.tensor(model.option_scores(batch)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(option_scores(model, batch)), expected, rtol=1e-4, atol=1e-5)
     with_fold = name in ("flora", "fedex-lora")
     assert (json.loads(Path("a/adapter/adapter_config.json").read_text())["r"] > 2) == with_fold
     assert ("fold" in state) == with_fold
@@ -363,8 +364,8 @@ REFUSED = [
      "'adaptive' ties layers of the text model, and model.lora.target = '.*modality_projection.*proj' adapts none"),
     ({"algorithm__name": "flexlora", "model__lora__target": ".*(patch_embedding|q_proj)"},
      "algorithm.name: 'flexlora' cannot work with model.lora.target = '.*(patch_embedding|q_proj)' (not a LoRA"),
-    ({"model__lora__target": ".*embed_tokens"}, "takes in the embedding or the head, which share one weight in this model"),
-    ({"model__lora__target": ".*lm_head"}, "model.lora.target = '.*lm_head' takes in the embedding or the head"),
+    ({"model__lora__target": ".*embed_tokens"}, "matches the embedding or the head, which share one weight in this model"),
+    ({"model__lora__target": ".*lm_head"}, "model.lora.target = '.*lm_head' matches the embedding or the head"),
     ({"model__lora__target": ".*nothing"}, "model.lora.target = '.*nothing' matches no module of the model"),
     ({"model__lora__target": ".*q_proj", "model__adapter__kind": "ia3"},
      "model.lora.target is set and model.adapter.kind = 'ia3' does not use it; leave one of them out."),

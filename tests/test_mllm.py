@@ -1,32 +1,27 @@
-"""The model wrapper on a tiny random checkpoint: every shortcut must give what the long way gives."""
+"""The model wrapper on a tiny random checkpoint: every optimisation gives the same result as the direct computation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from conftest import COLORS
 from fedmllm.config import LoraTable, ModelTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.models.backbone import Backbone, pick_dtype
+from fedmllm.models.backbone import pick_dtype
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
-from fedmllm.models.scoring import _telling_token
+from fedmllm.models.scoring import _distinguishing_position, option_scores
+from tiny_models import OPEN, OPTIONS, perturb
 
-RED_OR_BLUE = ("(A) red", "(B) blue")
 TALKS = [
-    Conversation("which color is it?", "red", image=True),
-    Conversation("a blue thing\nname the color.", "blue", image=False),
-    Conversation("Text: a red thing\nwhich option is right?", "(A) red", image=True, options=RED_OR_BLUE),
-    Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=RED_OR_BLUE),
+    *OPEN,
+    Conversation("Text: a red thing\nwhich option is right?", "(A) red", image=True, options=OPTIONS),
+    Conversation("Text: a blue thing\nwhich option is right?", "(B) blue", image=False, options=OPTIONS),
 ]
 
 
@@ -39,14 +34,7 @@ def encoded(model: MLLM, pictures: list[Path | None]) -> list[Encoded]:
     return model.encode(TALKS, pictures, max_length=200)
 
 
-def unsettle(model: MLLM) -> None:
-    """Move the adapter away from its start, where B = 0 hides A."""
-    generator = torch.Generator().manual_seed(3)
-    moved = {k: t + 0.2 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
-    model.adapter.set(moved)
-
-
-def test_prompt_is_what_the_processor_makes(model: MLLM, pictures: list[Path | None]) -> None:
+def test_the_prompt_is_the_output_of_the_processor(model: MLLM, pictures: list[Path | None]) -> None:
     first, second = encoded(model, pictures)[:2]
     text = model.backbone.tokenizer.decode(first.prompt)
     image_part = "<fake_token_around_image><global-img>" + "<image>" * 16 + "<fake_token_around_image>"
@@ -61,10 +49,10 @@ def test_cached_features_give_the_same_loss_scores_and_answers(settings: ModelTa
     plain = MLLM.load(settings.model_copy(update={"cache_features": False}), seed=0)
     results = []
     for model in (cached, plain):
-        unsettle(model)
+        perturb(model)
         batch = encoded(model, pictures)
         model.prepare_features()
-        results.append((model.loss(batch).item(), model.option_scores(batch[2:]), model.generate(batch, 4)))
+        results.append((model.loss(batch).item(), option_scores(model, batch[2:]), model.generate(batch, 4)))
     assert cached.caches
     assert not plain.caches
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
@@ -72,17 +60,17 @@ def test_cached_features_give_the_same_loss_scores_and_answers(settings: ModelTa
     assert results[0][2] == results[1][2]
 
 
-def test_features_are_found_again(settings: ModelTable, pictures: list[Path | None], monkeypatch, tmp_path: Path) -> None:
+def test_features_are_reused(settings: ModelTable, pictures: list[Path | None], monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path))
-    made = []
+    computed = []
     for _ in range(2):
         model = MLLM.load(settings, seed=0)
         encoded(model, pictures)
-        made.append(model.prepare_features())
-    assert made == [2, 0]
+        computed.append(model.prepare_features())
+    assert computed == [2, 0]
 
 
-def test_a_cut_feature_file_is_made_again(
+def test_a_truncated_feature_file_is_computed_again(
     settings: ModelTable, pictures: list[Path | None], monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path))
@@ -96,57 +84,57 @@ def test_a_cut_feature_file_is_made_again(
     assert again.prepare_features() == 2
 
 
-def test_an_adapter_on_the_vision_tower_turns_the_cache_off(settings: ModelTable) -> None:
+def test_an_adapter_on_the_vision_tower_disables_the_cache(settings: ModelTable) -> None:
     lora = LoraTable(rank=2, target=r".*vision_model.*\.(q_proj|v_proj)")
     assert not MLLM.load(settings.model_copy(update={"lora": lora}), seed=0).caches
 
 
-def test_padding_and_company_change_nothing(model: MLLM, pictures: list[Path | None]) -> None:
-    unsettle(model)
+def test_padding_and_other_samples_change_nothing(model: MLLM, pictures: list[Path | None]) -> None:
+    perturb(model)
     batch = encoded(model, pictures)
     together = model.loss(batch).item()
-    assert together == pytest.approx(sum(model.loss([one]).item() for one in batch), rel=1e-5)
-    assert model.generate(batch, 4) == [model.generate([one], 4)[0] for one in batch]
+    assert together == pytest.approx(sum(model.loss([sample]).item() for sample in batch), rel=1e-5)
+    assert model.generate(batch, 4) == [model.generate([sample], 4)[0] for sample in batch]
 
 
-def test_loss_is_the_answer_tokens_mean(model: MLLM, pictures: list[Path | None]) -> None:
-    """Against the whole sequence's logits, the long way."""
-    unsettle(model)
-    one = encoded(model, pictures)[0]
-    inputs = model.collate([one], [one.answer])
+def test_loss_is_the_mean_over_answer_tokens(model: MLLM, pictures: list[Path | None]) -> None:
+    """Compared with the logits of the whole sequence."""
+    perturb(model)
+    sample = encoded(model, pictures)[0]
+    inputs = model.collate([sample], [sample.answer])
     logits = model.model(**inputs).logits[0]
-    start = len(one.prompt)
-    expected = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(one.answer))
-    assert model.loss([one]).item() == pytest.approx(expected.item(), rel=1e-5)
+    start = len(sample.prompt)
+    expected = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(sample.answer))
+    assert model.loss([sample]).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_option_scores_are_the_telling_tokens_log_probabilities(model: MLLM, pictures: list[Path | None]) -> None:
-    unsettle(model)
+def test_options_with_a_distinguishing_token_are_scored_by_it(model: MLLM, pictures: list[Path | None]) -> None:
+    perturb(model)
     batch = encoded(model, pictures)[2:]
-    for one, scores in zip(batch, model.option_scores(batch), strict=True):
-        shared = _telling_token(one.options)
-        assert shared is not None
-        logits = model.model(**model.collate([one], [one.options[0][:shared]])).logits[0, -1]
-        expected = torch.log_softmax(logits[[option[shared] for option in one.options]], dim=0)
+    for sample, scores in zip(batch, option_scores(model, batch), strict=True):
+        position = _distinguishing_position(sample.options)
+        assert position is not None
+        logits = model.model(**model.collate([sample], [sample.options[0][:position]])).logits[0, -1]
+        expected = torch.log_softmax(logits[[option[position] for option in sample.options]], dim=0)
         torch.testing.assert_close(torch.tensor(scores), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_options_that_begin_alike_are_scored_whole(model: MLLM) -> None:
+def test_options_without_a_distinguishing_token_are_scored_whole(model: MLLM) -> None:
     talk = Conversation("name it.", "red", image=False, options=("red", "red red", "blue"))
-    (one,) = model.encode([talk], [None], 100)
-    assert _telling_token(one.options) is None
-    (scores,) = model.option_scores([one])
+    (sample,) = model.encode([talk], [None], 100)
+    assert _distinguishing_position(sample.options) is None
+    (scores,) = option_scores(model, [sample])
     assert sum(torch.tensor(scores).exp()) == pytest.approx(1.0, rel=1e-5)
-    whole = []
-    for option in one.options:
-        logits = model.model(**model.collate([one], [option])).logits[0].log_softmax(-1)
-        start = len(one.prompt)
-        whole.append(sum(logits[start - 1 + i, token] for i, token in enumerate(option)))
-    expected = torch.log_softmax(torch.stack(whole), dim=0)
+    totals = []
+    for option in sample.options:
+        logits = model.model(**model.collate([sample], [option])).logits[0].log_softmax(-1)
+        start = len(sample.prompt)
+        totals.append(sum(logits[start - 1 + i, token] for i, token in enumerate(option)))
+    expected = torch.log_softmax(torch.stack(totals), dim=0)
     torch.testing.assert_close(torch.tensor(scores), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_adapter_start_depends_on_the_seed_alone(settings: ModelTable) -> None:
+def test_the_initial_adapter_depends_only_on_the_seed(settings: ModelTable) -> None:
     torch.manual_seed(11)
     first = MLLM.load(settings, seed=0).adapter.get()
     torch.manual_seed(12)
@@ -157,16 +145,16 @@ def test_the_adapter_start_depends_on_the_seed_alone(settings: ModelTable) -> No
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_adapter_refuses_what_does_not_fit(model: MLLM) -> None:
+def test_the_adapter_rejects_tensors_that_do_not_fit(model: MLLM) -> None:
     tensors = model.adapter.get()
     name = next(iter(tensors))
-    with pytest.raises(ValueError, match="on one side only"):
+    with pytest.raises(ValueError, match="only one of the two has"):
         model.adapter.set({k: v for k, v in tensors.items() if k != name})
     with pytest.raises(ValueError, match="shape"):
         model.adapter.set({**tensors, name: torch.zeros(1)})
 
 
-def test_a_fold_is_set_and_never_added(model: MLLM, pictures: list[Path | None]) -> None:
+def test_setting_a_fold_twice_changes_nothing(model: MLLM, pictures: list[Path | None]) -> None:
     batch = encoded(model, pictures)
     before = model.loss(batch).item()
     module = "base_model.model.model.text_model.layers.0.self_attn.q_proj"
@@ -176,43 +164,43 @@ def test_a_fold_is_set_and_never_added(model: MLLM, pictures: list[Path | None])
         f"{module}.fold_B": torch.randn(32, 3, generator=generator),
     }
     model.adapter.set_fold(fold)
-    once = model.loss(batch).item()
-    model.adapter.set_fold(fold)
-    assert model.loss(batch).item() == once != pytest.approx(before, rel=1e-4)
+    folded = model.loss(batch).item()
+    model.adapter.set_fold(dict(fold))
+    assert model.loss(batch).item() == folded != pytest.approx(before, rel=1e-4)
     model.adapter.set_fold({})
     assert model.loss(batch).item() == before
 
 
-# PEFT asks transformers for a property under its older name.
+# PEFT uses a deprecated property of transformers.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_exported_adapter_loads_in_plain_peft(model: MLLM, tiny: Path, pictures: list[Path | None], tmp_path: Path) -> None:
-    unsettle(model)
+def test_an_exported_adapter_loads_in_plain_peft(model: MLLM, tiny: Path, pictures: list[Path | None], tmp_path: Path) -> None:
+    perturb(model)
     batch = encoded(model, pictures)
     model.adapter.export(tmp_path / "adapter", "tiny")
     base = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    inputs = model.collate(batch, [one.answer for one in batch])
+    inputs = model.collate(batch, [sample.answer for sample in batch])
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model.model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prompt_that_is_too_long_is_refused(model: MLLM) -> None:
+def test_a_prompt_that_is_too_long_is_rejected(model: MLLM) -> None:
     with pytest.raises(DataError, match=r"more than train.max_length = 10 .*raise the limit"):
         model.encode([TALKS[1]], [None], max_length=10)
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "nowhere"])
-def test_an_unknown_model_is_one_sentence(name: str) -> None:
+def test_an_unknown_model_is_reported_in_one_sentence(name: str) -> None:
     with pytest.raises(ConfigError, match=f"model.name = '{name}' cannot be loaded"):
         MLLM.load(ModelTable(name=name), seed=0)
 
 
-def test_a_target_that_matches_nothing_is_one_sentence(settings: ModelTable) -> None:
+def test_a_target_that_matches_nothing_is_reported_in_one_sentence(settings: ModelTable) -> None:
     with pytest.raises(ConfigError, match=r"model.lora.target = 'nothing' matches no module"):
         MLLM.load(settings.model_copy(update={"lora": LoraTable(target="nothing")}), seed=0)
 
 
-def test_precision_auto_goes_by_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_precision_depends_on_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert pick_dtype("auto", cpu, width=2048) is torch.bfloat16
@@ -222,72 +210,10 @@ def test_precision_auto_goes_by_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_dtype("bf16", cpu, width=160) is torch.bfloat16
 
 
-def test_bfloat16_stays_close(settings: ModelTable, pictures: list[Path | None]) -> None:
+def test_bfloat16_gives_nearly_the_same_loss(settings: ModelTable, pictures: list[Path | None]) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
         model = MLLM.load(settings.model_copy(update={"precision": precision}), seed=0)
         losses.append(model.loss(encoded(model, pictures)).item())
         assert all(t.dtype is torch.float32 for t in model.adapter.parameters.values())
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-# Each distinct prompt once
-
-
-def test_equal_questions_about_equally_large_pictures_are_tokenised_once(
-    model: MLLM, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, Image.Image | None]] = []
-    process = Backbone.process
-
-    def counted(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        asked.append((prompt, image))
-        return process(self, prompt, image)
-
-    monkeypatch.setattr(Backbone, "process", counted)
-    Image.new("RGB", (32, 64)).save(tmp_path / "narrow.png")
-    talks = [TALKS[0], TALKS[0], replace(TALKS[0], answer="blue"), TALKS[0], replace(TALKS[0], image=False), TALKS[3]]
-    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png", tmp_path / "narrow.png", None, None]
-    batch = model.encode(talks, images, 200)
-    # The second differs in the picture alone, the third in the answer alone; the others in size, sight and text.
-    assert [image and image.size for _, image in asked] == [(64, 64), (32, 64), None, None]
-    assert batch[0].prompt is batch[1].prompt is batch[2].prompt
-    assert [one.picture for one in batch] == [0, 1, 0, 2, None, None]
-    assert batch[2].answer != batch[0].answer
-    assert model.encode(talks, images, 200)[3].prompt == batch[3].prompt
-    assert len(asked) == 4
-
-
-def test_a_processor_of_the_models_own_sees_every_picture(
-    settings: ModelTable, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Code that comes with a model may make tokens of what a picture shows."""
-    trusting = MLLM.load(settings.model_copy(update={"trust_remote_code": True}), seed=0)
-    seen: list[tuple[int, ...]] = []
-    process = Backbone.process
-
-    def watched(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        assert image is not None
-        seen.append(image.getpixel((0, 0)))
-        return process(self, prompt, image)
-
-    monkeypatch.setattr(Backbone, "process", watched)
-    images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png"]
-    trusting.encode([TALKS[0]] * 3, images, 200)
-    assert seen == [COLORS["red"], COLORS["blue"], COLORS["red"]]
-
-
-def test_inputs_that_may_hold_pixels_are_made_of_the_picture(
-    model: MLLM, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A family that is not known here, whose processor names its pixels otherwise."""
-    process = Backbone.process
-
-    def renamed(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        inputs = process(self, prompt, image)
-        return {"patches" if name == "pixel_values" else name: value for name, value in inputs.items()}
-
-    monkeypatch.setattr(Backbone, "process", renamed)
-    red, blue, again = model.encode([TALKS[0]] * 3, [dataset / f"{name}.png" for name in ("red", "blue", "red")], 200)
-    assert not torch.equal(red.imagewise["patches"], blue.imagewise["patches"])
-    assert torch.equal(red.imagewise["patches"], again.imagewise["patches"])

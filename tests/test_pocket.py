@@ -36,7 +36,7 @@ def share_right(pocket: MLLM, talks: Sequence[Conversation], images: Sequence[Pa
     return np.array(right).reshape(-1, 2).mean(axis=0)
 
 
-def test_the_package_is_small_and_complete() -> None:
+def test_the_checkpoint_is_small_and_complete() -> None:
     weights = POCKET / "model.safetensors"
     assert weights.stat().st_size <= 12_000_000
     assert {"config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja", "README.md"} <= {

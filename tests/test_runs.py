@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_design_promises(write_experiment: Write) -> None:
 
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
-    from fedmllm.models.lora import read_adapter
+    from fedmllm.models.adapter import read_adapter
 
     return read_adapter(folder / "adapter")
 

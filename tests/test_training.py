@@ -1,4 +1,4 @@
-"""Local training: the engine's invariants on a tiny model."""
+"""Invariants of local training on a tiny model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def start_of(model: MLLM) -> Tensors:
     return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in model.adapter.get().items()}
 
 
-def test_training_lowers_the_loss_and_leaves_its_input(model: MLLM, samples: list[Encoded]) -> None:
+def test_training_decreases_the_loss_and_does_not_change_its_input(model: MLLM, samples: list[Encoded]) -> None:
     start = start_of(model)
     before = digest(start)
     result = train_local(model, Work([[samples]] * 8, start, LocalRule(), 0), ADAMW)
@@ -55,9 +55,9 @@ def test_training_lowers_the_loss_and_leaves_its_input(model: MLLM, samples: lis
 
 
 def test_equals_a_plain_loop(model: MLLM, samples: list[Encoded]) -> None:
-    """A hand-written AdamW loop over the same steps: what centralised training is."""
+    """Compared with a plain AdamW loop over the same steps, as in centralised training."""
     steps = [[samples[:4]], [samples[4:]], [samples[2:6]]]
-    got = train(model, steps).trained
+    trained = train(model, steps).trained
     model.adapter.set(start_of(model))
     parameters = list(model.adapter.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01, betas=(0.9, 0.95))
@@ -66,32 +66,31 @@ def test_equals_a_plain_loop(model: MLLM, samples: list[Encoded]) -> None:
         (model.loss(batch) / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    expected = model.adapter.get()
-    assert distance(got, expected) < 1e-5
+    assert distance(trained, model.adapter.get()) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_batch_of_8_equals_8_accumulated(model: MLLM, samples: list[Encoded], optimizer: LocalSettings) -> None:
     whole = train(model, [[samples]], optimizer).trained
-    pieces = train(model, [[[one] for one in samples]], optimizer).trained
-    assert distance(whole, pieces) < 1e-5 * max(1.0, distance(whole, start_of(model)))
+    accumulated = train(model, [[[sample] for sample in samples]], optimizer).trained
+    assert distance(whole, accumulated) < 1e-5 * max(1.0, distance(whole, start_of(model)))
 
 
 def test_same_seed_same_bits(settings: ModelTable, dataset: Path) -> None:
-    """With dropout, so that the seed matters; the global generator neither matters nor moves."""
+    """With dropout, which depends on the seed. The global generator is neither used nor changed."""
     lora = LoraTable(rank=2, alpha=4.0, dropout=0.3)
-    found = []
-    for noise, seed in ((1, 0), (2, 0), (3, 1)):
+    digests = []
+    for global_seed, seed in ((1, 0), (2, 0), (3, 1)):
         model = MLLM.load(settings.model_copy(update={"lora": lora}), seed=0)
         samples = model.encode([Conversation("name the color.", "red", True)] * 2, [dataset / "red.png"] * 2, 200)
-        torch.manual_seed(noise)
+        torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        found.append(digest(train(model, [[samples]] * 2, seed=seed).trained))
+        digests.append(digest(train(model, [[samples]] * 2, seed=seed).trained))
         assert torch.equal(before, torch.get_rng_state())
-    assert found[0] == found[1] != found[2]
+    assert digests[0] == digests[1] != digests[2]
 
 
-def test_untrainable_tensors_stay_bit_for_bit(model: MLLM, samples: list[Encoded]) -> None:
+def test_untrained_tensors_stay_bit_for_bit(model: MLLM, samples: list[Encoded]) -> None:
     result = train(model, [[samples]] * 2, rule=LocalRule(trainable=lambda name: "lora_B" in name))
     for name, tensor in result.trained.items():
         assert torch.equal(tensor, result.received[name]) == ("lora_A" in name)
@@ -99,12 +98,12 @@ def test_untrainable_tensors_stay_bit_for_bit(model: MLLM, samples: list[Encoded
 
 
 def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encoded]) -> None:
-    """With SGD, w₁ = w₀ − η (g₀ + o) and w₂ = w₁ − η (g₁ + μ (w₁ − w₀) + o), against autograd on the written-out loss."""
+    """With SGD, w₁ = w₀ − η (g₀ + o) and w₂ = w₁ − η (g₁ + μ (w₁ − w₀) + o), compared with autograd on the complete loss."""
     mu, lr = 0.7, SGD.lr
     start = start_of(model)
     offset = {k: torch.full_like(t, 0.01) for k, t in start.items()}
     rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, observe_gradient=True)
-    got = train_local(model, Work([[samples]] * 2, start, rule, 0), SGD)
+    result = train_local(model, Work([[samples]] * 2, start, rule, 0), SGD)
     model.adapter.set(start)
     parameters = model.adapter.parameters
     raw = {k: torch.zeros_like(t) for k, t in start.items()}
@@ -112,14 +111,14 @@ def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encod
         penalty = sum(mu / 2 * (p - start[k]).square().sum() + (offset[k] * p).sum() for k, p in parameters.items())
         loss = model.loss(samples) / len(samples)
         plain = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-        whole = torch.autograd.grad(loss + penalty, list(parameters.values()))
+        complete = torch.autograd.grad(loss + penalty, list(parameters.values()))
         with torch.no_grad():
-            for (name, p), g_raw, g in zip(parameters.items(), plain, whole, strict=True):
+            for (name, p), g_raw, g in zip(parameters.items(), plain, complete, strict=True):
                 raw[name] += g_raw / 2
                 p -= lr * g
-    assert distance(got.trained, model.adapter.get()) < 1e-5
-    assert got.mean_gradient is not None
-    assert distance(got.mean_gradient, raw) < 1e-6
+    assert distance(result.trained, model.adapter.get()) < 1e-5
+    assert result.mean_gradient is not None
+    assert distance(result.mean_gradient, raw) < 1e-6
 
 
 def test_gradients_are_clipped(model: MLLM, samples: list[Encoded]) -> None:
@@ -128,7 +127,7 @@ def test_gradients_are_clipped(model: MLLM, samples: list[Encoded]) -> None:
     assert distance(result.trained, result.received) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_nothing_to_train_is_an_error(model: MLLM, samples: list[Encoded]) -> None:
+def test_a_rule_that_trains_nothing_is_an_error(model: MLLM, samples: list[Encoded]) -> None:
     with pytest.raises(ValueError, match="leaves no tensor to train"):
         train(model, [[samples]], rule=LocalRule(trainable=lambda name: False))
 
@@ -138,19 +137,19 @@ def test_nothing_to_train_is_an_error(model: MLLM, samples: list[Encoded]) -> No
     batch_size=st.integers(1, 9),
     accumulate=st.integers(1, 4),
 )
-def test_every_sample_is_in_one_step(lengths: list[int], batch_size: int, accumulate: int) -> None:
-    made = batch_epoch(lengths, batch_size, accumulate, stream(0, "test"))
-    flat = [i for step in made.steps for batch in step for i in batch]
+def test_every_sample_is_in_exactly_one_step(lengths: list[int], batch_size: int, accumulate: int) -> None:
+    epoch = batch_epoch(lengths, batch_size, accumulate, stream(0, "test"))
+    flat = [i for step in epoch.steps for batch in step for i in batch]
     assert sorted(flat) == list(range(len(lengths)))
-    assert all(len(batch) <= batch_size for step in made.steps for batch in step)
-    assert all(len(step) <= accumulate for step in made.steps)
-    assert 0 <= made.padding < 1
+    assert all(len(batch) <= batch_size for step in epoch.steps for batch in step)
+    assert all(len(step) <= accumulate for step in epoch.steps)
+    assert 0 <= epoch.padding < 1
     one_by_one = batch_epoch(lengths, 1, batch_size * accumulate, stream(0, "test"))
-    gathered = [sorted(i for batch in step for i in batch) for step in made.steps]
-    assert gathered == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
+    samples = [sorted(i for batch in step for i in batch) for step in epoch.steps]
+    assert samples == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
 
 
-def test_buckets_pad_less_than_random_batches() -> None:
+def test_sorting_by_length_pads_less_than_random_batches() -> None:
     lengths = [10, 50] * 64
     order = stream(1, "other").permutation(len(lengths)).tolist()
     batches = [order[i : i + 8] for i in range(0, len(order), 8)]

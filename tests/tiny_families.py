@@ -1,20 +1,18 @@
-"""A tiny random checkpoint of each family, with real tokenizer and processor files. A new family is an entry of `FAMILIES`.
+"""A tiny random checkpoint of each family, with real tokenizer and processor files. A new family is an entry in `FAMILIES`.
 
-Text models are 32 wide with two layers. Pictures come in several sizes; families with dynamic resolution make more tokens
-of the larger ones, within limits set low enough for prompts of a few dozen tokens.
+Text models have two layers of width 32. Pictures have several sizes; families with dynamic resolution produce more tokens for
+larger ones, within limits that keep prompts at a few dozen tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -27,154 +25,116 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from fedmllm.models.processors import NoVideos, picture_processor
-from recipes.pocket import architecture as parts
-
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIGLIP = {"model_type": "siglip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "vision_use_head": False}
-SQUARE = {"height": 32, "width": 32}
+from tiny_parts import SIGLIP, SQUARE, VISION, Checkpoint, llama, template, text, tokenizer
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a family's entry returns: the model with random weights, and its processor."""
-
-    model: Any
-    processor: Any
-
-
-@cache
-def _inner() -> str:
-    return str(parts.build_tokenizer(documents=40, vocabulary=400).backend_tokenizer.to_str())
-
-
-def tokenizer(**named: str) -> Any:
-    """The pocket model's byte-level BPE on few texts; `named` are special tokens that the family's processor asks it for."""
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_inner()), pad_token=parts.PAD, bos_token=parts.BEGIN, eos_token=parts.END,
-        padding_side="left", model_max_length=512, extra_special_tokens=named,
-    )  # fmt: skip
-
-
-def template(image: str) -> str:
-    return parts.CHAT_TEMPLATE.replace("'<image>'", repr(image))
-
-
-def text(words: Any, **more: Any) -> dict[str, Any]:
-    return {**TEXT, "vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
-
-
-def llama(words: Any) -> dict[str, Any]:
-    return {"model_type": "llama", **text(words)}
-
-
-def _idefics(config_class: Any, model_class: Any, processor_class: Any, images: Any, *videos: Any) -> Made:
-    """Pictures are cut in tiles of 32 × 32, with the whole picture as one tile more."""
-    words = tokenizer()
+def _idefics(config_class: Any, model_class: Any, processor_class: Any, images: Any, *videos: Any) -> Checkpoint:
+    """Pictures are cut into tiles of 32 × 32, plus one tile with the whole picture."""
+    tokens = tokenizer()
     config = config_class(
-        text_config=llama(words), vision_config={**VISION, "image_size": 32, "patch_size": 8}, scale_factor=2,
-        image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=0,
+        text_config=llama(tokens), vision_config={**VISION, "image_size": 32, "patch_size": 8}, scale_factor=2,
+        image_token_id=tokens.convert_tokens_to_ids("<image>"), pad_token_id=0,
     )  # fmt: skip
     pictures = images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True)
-    processor = processor_class(pictures, words, *videos, image_seq_len=4, chat_template=template("<image>"))
-    return Made(model_class(config), processor)
+    processor = processor_class(pictures, tokens, *videos, image_seq_len=4, chat_template=template("<image>"))
+    return Checkpoint(model_class(config), processor)
 
 
-def idefics3() -> Made:
+def idefics3() -> Checkpoint:
     model_class = hf.Idefics3ForConditionalGeneration
     return _idefics(hf.Idefics3Config, model_class, hf.Idefics3Processor, Idefics3ImageProcessorPil)
 
 
-def smolvlm() -> Made:
+def smolvlm() -> Checkpoint:
     model_class, processor_class = hf.SmolVLMForConditionalGeneration, picture_processor(hf.SmolVLMProcessor)
     return _idefics(hf.SmolVLMConfig, model_class, processor_class, SmolVLMImageProcessorPil, NoVideos())
 
 
-def llava() -> Made:
-    words = tokenizer()
+def llava() -> Checkpoint:
+    tokens = tokenizer()
     config = hf.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "projection_dim": 24},
-        text_config=llama(words), image_token_id=3, image_seq_length=16,
+        text_config=llama(tokens), image_token_id=3, image_seq_length=16,
     )  # fmt: skip
     processor = hf.LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE), words, patch_size=8, image_token="<image>",
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE), tokens, patch_size=8, image_token="<image>",
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"),
     )  # fmt: skip
-    return Made(hf.LlavaForConditionalGeneration(config), processor)
+    return Checkpoint(hf.LlavaForConditionalGeneration(config), processor)
 
 
-def llava_next() -> Made:
-    """As OneVision below, with CLIP's first token left out."""
-    words, grids = tokenizer(), [[32, 32], [32, 64], [64, 32], [64, 64]]
+def llava_next() -> Checkpoint:
+    """As OneVision below, without CLIP's first token."""
+    tokens, grids = tokenizer(), [[32, 32], [32, 64], [64, 32], [64, 64]]
     config = hf.LlavaNextConfig(
         vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "projection_dim": 24},
-        text_config=llama(words), image_token_id=3, image_grid_pinpoints=grids,
+        text_config=llama(tokens), image_token_id=3, image_grid_pinpoints=grids,
     )  # fmt: skip
     images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=grids)
     processor = hf.LlavaNextProcessor(
-        images, words, patch_size=8,
+        images, tokens, patch_size=8,
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"),
     )  # fmt: skip
-    return Made(hf.LlavaNextForConditionalGeneration(config), processor)
+    return Checkpoint(hf.LlavaNextForConditionalGeneration(config), processor)
 
 
-def llava_onevision() -> Made:
-    """The whole picture as a tile, and the picture in the best fitting grid of tiles without the grid's borders."""
-    words, grids = tokenizer(video_token="<video>"), [[32, 32], [32, 64], [64, 32], [64, 64]]
+def llava_onevision() -> Checkpoint:
+    """One tile with the whole picture, plus the tiles of the best-fitting grid without the grid's borders."""
+    tokens, grids = tokenizer(video_token="<video>"), [[32, 32], [32, 64], [64, 32], [64, 64]]
     config = hf.LlavaOnevisionConfig(
         vision_config=SIGLIP,
-        text_config={"model_type": "qwen2", **text(words)}, image_grid_pinpoints=grids,
-        image_token_index=3, video_token_index=words.video_token_id,
+        text_config={"model_type": "qwen2", **text(tokens)}, image_grid_pinpoints=grids,
+        image_token_index=3, video_token_index=tokens.video_token_id,
     )  # fmt: skip
     processor = picture_processor(hf.LlavaOnevisionProcessor)(
-        LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=grids), words, NoVideos(), num_image_tokens=16,
+        LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=grids), tokens, NoVideos(), num_image_tokens=16,
         vision_feature_select_strategy="full", chat_template=template("<image>"),
     )  # fmt: skip
-    return Made(hf.LlavaOnevisionForConditionalGeneration(config), processor)
+    return Checkpoint(hf.LlavaOnevisionForConditionalGeneration(config), processor)
 
 
-def internvl() -> Made:
-    """Pictures are cut in at most four tiles, with a thumbnail where there is more than one."""
-    words = tokenizer(start_image_token="<img>", end_image_token="</img>", context_image_token="<ctx>", video_token="<video>")
+def internvl() -> Checkpoint:
+    """Pictures are cut into at most four tiles, plus a thumbnail if there is more than one."""
+    tokens = tokenizer(start_image_token="<img>", end_image_token="</img>", context_image_token="<ctx>", video_token="<video>")
     config = hf.InternVLConfig(
         vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
-        text_config={"model_type": "qwen2", **text(words)},
-        image_token_id=words.context_image_token_id, image_seq_length=4,
+        text_config={"model_type": "qwen2", **text(tokens)},
+        image_token_id=tokens.context_image_token_id, image_seq_length=4,
     )  # fmt: skip
     processor = picture_processor(hf.InternVLProcessor)(
-        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4), words, NoVideos(), image_seq_length=4,
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4), tokens, NoVideos(), image_seq_length=4,
         chat_template=template("<ctx>"),
     )  # fmt: skip
-    return Made(hf.InternVLForConditionalGeneration(config), processor)
+    return Checkpoint(hf.InternVLForConditionalGeneration(config), processor)
 
 
-def _qwen(config_class: Any, model_class: Any, processor_class: Any, vision: dict[str, Any]) -> Made:
+def _qwen(config_class: Any, model_class: Any, processor_class: Any, vision: dict[str, Any]) -> Checkpoint:
     marks = {
         "vision_start": "<|vision_start|>",
         "image": "<|image_pad|>",
         "vision_end": "<|vision_end|>",
         "video": "<|video_pad|>",
     }
-    words = tokenizer(**{f"{name}_token": mark for name, mark in marks.items()})
+    tokens = tokenizer(**{f"{name}_token": mark for name, mark in marks.items()})
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     vision = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
     config = config_class(
-        text_config=text(words, rope_parameters=rope, max_position_embeddings=512, head_dim=16), vision_config=vision,
-        **{f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in marks.items()},
+        text_config=text(tokens, rope_parameters=rope, max_position_embeddings=512, head_dim=16), vision_config=vision,
+        **{f"{name}_token_id": tokens.convert_tokens_to_ids(mark) for name, mark in marks.items()},
     )  # fmt: skip
     sizes = {"shortest_edge": 1024, "longest_edge": 4096}
     images = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, size=sizes)
     mark = marks["vision_start"] + marks["image"] + marks["vision_end"]
-    processor = picture_processor(processor_class)(images, words, NoVideos(), chat_template=template(mark))
-    return Made(model_class(config), processor)
+    processor = picture_processor(processor_class)(images, tokens, NoVideos(), chat_template=template(mark))
+    return Checkpoint(model_class(config), processor)
 
 
-def qwen2_vl() -> Made:
+def qwen2_vl() -> Checkpoint:
     vision = {"embed_dim": 32, "hidden_size": 32}
     return _qwen(hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLProcessor, vision)
 
 
-def qwen2_5_vl() -> Made:
+def qwen2_5_vl() -> Checkpoint:
     vision = {
         "hidden_size": 32,
         "out_hidden_size": 32,
@@ -185,51 +145,51 @@ def qwen2_5_vl() -> Made:
     return _qwen(hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLProcessor, vision)
 
 
-def qwen3_vl() -> Made:
-    """With DeepStack features, which go into several layers of the text model."""
+def qwen3_vl() -> Checkpoint:
+    """With DeepStack features, which are inputs to several layers of the text model."""
     vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "deepstack_visual_indexes": [0, 1]}
     vision |= {"num_position_embeddings": 64}
     return _qwen(hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLProcessor, vision)
 
 
-def paligemma(**more: Any) -> Made:
-    """No chat template, as the published checkpoints come without one."""
-    words = tokenizer()
+def paligemma(**text_options: Any) -> Checkpoint:
+    """Without a chat template, like the published checkpoints."""
+    tokens = tokenizer()
     images = SiglipImageProcessorPil(size=SQUARE)
     images.image_seq_length = 16
-    processor = hf.PaliGemmaProcessor(images, words)  # adds its own location and segment tokens
+    processor = hf.PaliGemmaProcessor(images, tokens)  # adds its own location and segment tokens
     config = hf.PaliGemmaConfig(
         vision_config=SIGLIP,
-        text_config={"model_type": "gemma", **text(words, head_dim=16), **more}, projection_dim=32, hidden_size=32,
-        vocab_size=len(words), image_token_index=processor.image_token_id,
+        text_config={"model_type": "gemma", **text(tokens, head_dim=16), **text_options}, projection_dim=32, hidden_size=32,
+        vocab_size=len(tokens), image_token_index=processor.image_token_id,
     )  # fmt: skip
-    return Made(hf.PaliGemmaForConditionalGeneration(config), processor)
+    return Checkpoint(hf.PaliGemmaForConditionalGeneration(config), processor)
 
 
-def paligemma2() -> Made:
-    """With a text model whose first layer sees a window shorter than a prompt with a picture."""
+def paligemma2() -> Checkpoint:
+    """The first layer of the text model has a sliding window that is shorter than a prompt with a picture."""
     return paligemma(model_type="gemma2", sliding_window=8, query_pre_attn_scalar=16)
 
 
-def gemma3() -> Made:
-    """A layer of each kind; the window is shorter than a prompt with a picture."""
-    words = tokenizer(boi_token="<soi>", eoi_token="<eoi>", image_token="<image>")
+def gemma3() -> Checkpoint:
+    """One layer of each kind; the sliding window is shorter than a prompt with a picture."""
+    tokens = tokenizer(boi_token="<soi>", eoi_token="<eoi>", image_token="<image>")
     config = hf.Gemma3Config(
         text_config=text(
-            words, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16
+            tokens, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16
         ),
         vision_config=SIGLIP, mm_tokens_per_image=4,
-        boi_token_index=words.boi_token_id, eoi_token_index=words.eoi_token_id, image_token_index=words.image_token_id,
+        boi_token_index=tokens.boi_token_id, eoi_token_index=tokens.eoi_token_id, image_token_index=tokens.image_token_id,
     )  # fmt: skip
     images = Gemma3ImageProcessorPil(size=SQUARE)
-    return Made(
+    return Checkpoint(
         hf.Gemma3ForConditionalGeneration(config),
-        hf.Gemma3Processor(images, words, image_seq_length=4, chat_template=template("<soi>")),
+        hf.Gemma3Processor(images, tokens, image_seq_length=4, chat_template=template("<soi>")),
     )
 
 
-def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: str) -> Made:
-    """A layer with linear attention and one with full attention; larger pictures are cut in slices."""
+def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: str) -> Checkpoint:
+    """One layer with linear attention and one with full attention; larger pictures are cut into slices."""
     names = (
         "image",
         "video",
@@ -241,36 +201,36 @@ def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: st
         "image_id_end",
         "newline",
     )
-    words = tokenizer(**{f"{name}_token": f"<|{name}|>" for name in names})
+    tokens = tokenizer(**{f"{name}_token": f"<|{name}|>" for name in names})
     layers = ["linear_attention", "full_attention"]
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
     config = config_class(
-        text_config={"model_type": "qwen3_5_text", **text(words, head_dim=16, layer_types=layers, **linear)},
+        text_config={"model_type": "qwen3_5_text", **text(tokens, head_dim=16, layer_types=layers, **linear)},
         vision_config={**VISION, "image_size": 64, "patch_size": 8}, insert_layer_id=0, image_size=64,
-        image_token_id=words.image_token_id, video_token_id=words.video_token_id,
-        **{f"{name}_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in ids},
+        image_token_id=tokens.image_token_id, video_token_id=tokens.video_token_id,
+        **{f"{name}_id": tokens.convert_tokens_to_ids(f"<|{name}|>") for name in ids},
     )  # fmt: skip
     images = MiniCPMV4_6ImageProcessorPil(scale_resolution=48, patch_size=8, max_slice_nums=4)
-    processor = picture_processor(processor_class)(images, NoVideos(), words, chat_template=template("<|image|>"))
-    return Made(model_class(config), processor)
+    processor = picture_processor(processor_class)(images, NoVideos(), tokens, chat_template=template("<|image|>"))
+    return Checkpoint(model_class(config), processor)
 
 
-def minicpmv4_6() -> Made:
+def minicpmv4_6() -> Checkpoint:
     return _minicpm(hf.MiniCPMV4_6Config, hf.MiniCPMV4_6ForConditionalGeneration, hf.MiniCPMV4_6Processor)
 
 
-def minicpmv4_7() -> Made:
+def minicpmv4_7() -> Checkpoint:
     marks = ("image_start", "image_end", "slice_start", "slice_end", "newline")
     return _minicpm(hf.MiniCPMV4_7Config, hf.MiniCPMV4_7ForConditionalGeneration, hf.MiniCPMV4_7Processor, *marks)
 
 
 @dataclass(frozen=True)
 class Entry:
-    make: Callable[[], Made]
+    build: Callable[[], Checkpoint]
     adapted: tuple[int, ...] = (0, 1)
-    """The text layers that the adapter is on."""
+    """The text layers that have an adapter."""
     dynamic: bool = False
-    """Whether pictures of different sizes make different numbers of tokens."""
+    """Whether the number of tokens depends on the picture's size."""
 
 
 FAMILIES = {
@@ -292,15 +252,15 @@ FAMILIES = {
 
 
 def save(name: str, folder: Path) -> None:
-    """Write the checkpoint. Weights are large enough that a picture, a mask or a position that is wrong shows."""
+    """Write the checkpoint. Its weights are large enough that a wrong picture, mask or position changes the results."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = FAMILIES[name].make()
+        checkpoint = FAMILIES[name].build()
         with torch.no_grad():
-            for weight in made.model.parameters():
+            for weight in checkpoint.model.parameters():
                 if weight.dim() > 1:
                     weight.normal_(std=weight[0].numel() ** -0.5)
     for token, i in (("pad", 0), ("bos", 1), ("eos", 2)):
-        setattr(made.model.generation_config, f"{token}_token_id", i)
-    made.model.save_pretrained(folder)
-    made.processor.save_pretrained(folder)
+        setattr(checkpoint.model.generation_config, f"{token}_token_id", i)
+    checkpoint.model.save_pretrained(folder)
+    checkpoint.processor.save_pretrained(folder)

@@ -83,7 +83,7 @@ class TestSet:
             group = adapters[start : start + max(1, per_pass)]
             if len(group) == 1:
                 self._model.adapter.set(group[0])
-                if not self._model.lean:
+                if not self._model.fused:
                     yield self.predict(settings)
                     continue
             with self._model.stacked(group):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One tokenised conversation. `options` are the closed question's answers; `picture` numbers a distinct picture.
+    """One tokenised conversation. `options` are the answers of a closed question; `picture` is the number of its picture.
 
-    `tokenwise` holds further inputs of the prompt's length (token types), `imagewise` those that come one a picture.
+    `tokenwise` holds further inputs with one value per prompt token (token types), `imagewise` those with one per picture.
     """
 
     prompt: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""The frozen vision tower's outputs: computed once, kept in one memory-mapped file, handed back to the model.
+"""The frozen vision tower's outputs: computed once, kept in one memory-mapped file, and passed to the model.
 
 A picture's record is an array (parts, tokens, width): the projected image tokens, followed by the DeepStack features of
-families that have them; (parts, tiles, tokens, width) where the family pools into one tensor with a row a tile. The file's
-name is a digest of the tower's weights, the processor and the pictures, so a second experiment on the same data and model
-finds it; it holds nothing that depends on the adapter.
+families that have them. It is (parts, tiles, tokens, width) if the family pools into one tensor with one row per tile. The
+file name is a digest of the tower's weights, the processor and the pictures, so another experiment with the same data and
+model finds the file. Nothing in it depends on the adapter.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from fedmllm.storage.atomic import write_atomically
 
 LAYOUT = "2"
-"""Changes when records are laid out otherwise, so that older files are not taken for these."""
+"""Changed together with the layout of records, so that files with an older layout are not used."""
 
 
 def cache_folder() -> Path:
-    """`$FEDMLLM_CACHE`, else `fedmllm` in the user's cache folder."""
+    """`$FEDMLLM_CACHE`, or else `fedmllm` in the user's cache folder."""
     if folder := os.environ.get("FEDMLLM_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmllm"
@@ -44,11 +44,11 @@ def digest_of(parts: Iterable[str | bytes]) -> str:
 
 
 def split_output(output: BaseModelOutputWithPooling, pictures: int) -> list[Tensor]:
-    """One record a picture from what `get_image_features` gives for equally shaped pictures."""
+    """One record per picture from the output of `get_image_features` for pictures of equal shape."""
     pooled: Any = output.pooler_output
     if isinstance(pooled, Tensor):  # (pictures × tiles, tokens, width)
         pooled = pooled.reshape(pictures, -1, *pooled.shape[1:])
-    elif len(pooled) > pictures:  # a list with an entry a slice, as many slices for each picture
+    elif len(pooled) > pictures:  # a list with one entry per slice and equally many slices per picture
         slices = len(pooled) // pictures
         pooled = [torch.cat(list(pooled[i * slices : (i + 1) * slices])) for i in range(pictures)]
     deep = getattr(output, "deepstack_features", None) or []
@@ -56,36 +56,36 @@ def split_output(output: BaseModelOutputWithPooling, pictures: int) -> list[Tens
 
 
 def join_output(records: Sequence[Tensor], as_tensor: bool) -> BaseModelOutputWithPooling:
-    """The inverse of `split_output`, for the pictures of one batch in the order of their places in it.
+    """The inverse of `split_output`, for the pictures of one batch in the order of its rows.
 
-    Some families join a list of pictures, others want one tensor and read it in order: `as_tensor` says which.
+    Some families expect a list with one entry per picture, others (`as_tensor`) one tensor that they read in order.
     """
     pooled: Any = [record[0] for record in records]
     output = BaseModelOutputWithPooling(pooler_output=torch.cat(pooled) if as_tensor else pooled)
-    layers = records[0].shape[0] - 1
-    if layers:
-        output.deepstack_features = [[r[1 + k] for r in records] for k in range(layers)]
+    deep_layers = records[0].shape[0] - 1
+    if deep_layers:
+        output.deepstack_features = [[r[1 + k] for r in records] for k in range(deep_layers)]
     return output
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """All records of one set of pictures, in one read-only memory map of float32."""
+    """The records of a set of pictures, in one read-only memory map of float32."""
 
     data: NDArray[np.float32]
     shapes: list[tuple[int, ...]]
     starts: list[int]
 
     def record(self, index: int) -> Tensor:
-        """A copy of picture `index`'s record."""
+        """A copy of the record of picture `index`."""
         shape, start = self.shapes[index], self.starts[index]
         return torch.from_numpy(np.array(self.data[start : start + int(np.prod(shape))]).reshape(shape))
 
 
 def open_features(path: Path) -> FeatureFile | None:
-    """The file if it is there and whole; None where it must be made (again)."""
+    """The file, or None if it is missing or incomplete."""
     index = path.with_suffix(".json")
-    try:  # the index is written last: without it there is nothing
+    try:  # the index is written last, so without it the file is incomplete
         shapes = [tuple(shape) for shape in json.loads(index.read_text())["shapes"]]
     except (OSError, ValueError, KeyError):
         return None
@@ -97,7 +97,7 @@ def open_features(path: Path) -> FeatureFile | None:
 
 
 def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
-    """Stream the records to disk and open them."""
+    """Write the records to disk one by one and open the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shapes = []

@@ -1,7 +1,7 @@
-"""One class over transformers' AutoModelForImageTextToText and AutoProcessor: load, encode, loss, scores, generate.
+"""One class over transformers' AutoModelForImageTextToText and AutoProcessor: load, encode, loss, logits, generate.
 
-All work that does not depend on the adapter is done once: prompts are tokenised once, pictures go through the frozen vision
-tower once, and the text model is asked for logits at answer positions only.
+Work that does not depend on the adapter is done once: prompts are tokenised once, pictures pass through the frozen vision
+tower once, and the text model computes logits at answer positions only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedmllm.config import ModelTable
 from fedmllm.data.images import Picture
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import DataError
-from fedmllm.models import fused_llama as lean
-from fedmllm.models import lora
+from fedmllm.models import fused_llama
+from fedmllm.models.adapter import VIRTUAL, Adapter, adapter_parameters
+from fedmllm.models.attach import attach
 from fedmllm.models.backbone import Backbone, load_backbone
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.fused_llama import FusedLlama
 from fedmllm.models.pictures import Pictures
-from fedmllm.models.scoring import option_scores
 from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
@@ -34,40 +34,43 @@ from fedmllm.tensors import Tensors
 
 
 class MLLM:
-    """A frozen model with one adapter, and the pictures it has met."""
+    """A frozen model with one adapter, and the pictures that were encoded or registered so far."""
 
     def __init__(self, backbone: Backbone, settings: ModelTable, seed: int) -> None:
         self.backbone = backbone
         self.settings = settings
-        self.model = lora.attach(backbone.model, settings, backbone.family, seed)
-        found = {name: backbone.family.layer_of(name) for name in lora.tensor_names(self.model)}
+        self.model = attach(backbone.model, settings, backbone.family, seed)
+        layers = {name: backbone.family.layer_of(name) for name in adapter_parameters(self.model)}
         self.info = AdapterInfo(
             layers=int(backbone.model.config.get_text_config().num_hidden_layers),
-            layer={name: layer for name, layer in found.items() if layer is not None},
+            layer={name: layer for name, layer in layers.items() if layer is not None},
             alpha=settings.lora.alpha,
             rank_stabilised=settings.adapter.kind == "rslora",
         )
-        self.adapter = lora.Adapter(self.model, self.info)
-        vectors = self.adapter.parameters.get(lora.VIRTUAL)
+        self.adapter = Adapter(self.model, self.info)
+        vectors = self.adapter.parameters.get(VIRTUAL)
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
-        trains_text_only = found.keys() <= self.info.layer.keys() | {lora.VIRTUAL}
+        trains_text_only = layers.keys() <= self.info.layer.keys() | {VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self._pictures = Pictures(backbone, self.caches)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
-        self.lean = self.caches and merges and lean.fits(backbone.model.get_decoder(), self.adapter)
-        """Whether stacked adapters are computed with by `FusedLlama`: the same numbers, faster on a CPU."""
-        self._lean_text: tuple[Tensors, FusedLlama] | None = None
+        self.fused = self.caches and merges and fused_llama.supports(backbone.model.get_decoder(), self.adapter)
+        """Whether `FusedLlama` computes with stacked adapters: the same numbers, faster on a CPU."""
+        self._fused_text: tuple[Tensors, FusedLlama] | None = None
+        self._stack: Stack | None = None
         self._tokens = Tokens(backbone, settings.trust_remote_code)
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
     @classmethod
     def load(cls, settings: ModelTable, seed: int) -> MLLM:
-        """Raises ConfigError where the model cannot be found or is not of a supported kind."""
+        """Raises ConfigError if the model cannot be found or is not of a supported kind."""
         return cls(load_backbone(settings), settings, seed)
+
+    # Which adapter the model computes with
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model alone: what an adapter does before it is trained is not always nothing."""
+        """Use the base model alone. An untrained adapter may already change it, as the vectors of prompt tuning do."""
         virtual, self._virtual = self._virtual, None
         try:
             with nullcontext() if virtual else self.model.disable_adapter():
@@ -76,30 +79,40 @@ class MLLM:
             self._virtual = virtual
 
     @contextmanager
+    def using(self, stack: Stack, clients: int) -> Iterator[None]:
+        """Compute with the adapters of the first `clients` rows of `stack`. Call `stack.begin` before each batch."""
+        with stack.installed(clients):
+            self._stack = stack
+            try:
+                yield
+            finally:
+                self._stack = None
+
+    @contextmanager
     def stacked(self, adapters: Sequence[Tensors]) -> Iterator[None]:
-        """Answer with several adapters at once: batches hold as many rows for each, one adapter after the other."""
+        """Compute with several adapters at once. Batches have equally many rows per adapter, one adapter after another."""
         stack = Stack(self.adapter, adapters, list(self.adapter.parameters))
-        with torch.no_grad(), stack.installed(len(adapters)):
+        with torch.no_grad(), self.using(stack, len(adapters)):
             stack.begin([(0, 0)] * len(adapters))
             yield
 
     # Encoding
 
     def encode(self, conversations: Sequence[Conversation], images: Sequence[Picture | None], max_length: int) -> list[Encoded]:
-        """Tokenise; `images[i]` is the picture of conversation `i` where it shows one.
+        """Tokenise; `images[i]` is the picture of conversation `i` if it has one.
 
         Raises DataError for a prompt of more than `max_length` tokens: cutting it could cut the picture or the question.
         """
         encoded = []
         for conversation, image in zip(conversations, images, strict=True):
-            one = self._encode_one(conversation, image if conversation.image else None)
-            length = one.length + (len(self._virtual.ids) if self._virtual else 0)
+            sample = self._encode_one(conversation, image if conversation.image else None)
+            length = self.width([sample])
             if length > max_length:
                 raise DataError(
                     f"a prompt has {length} tokens, more than train.max_length = {max_length} "
                     f"(it begins {conversation.user[:40]!r}); raise the limit or shorten the text."
                 )
-            encoded.append(one)
+            encoded.append(sample)
         return encoded
 
     def _encode_one(self, conversation: Conversation, image: Picture | None) -> Encoded:
@@ -109,25 +122,25 @@ class MLLM:
         options = tuple(answer(option) for option in conversation.options)
         return Encoded(prompt.ids, answer(conversation.answer), options, picture, prompt.tokenwise, prompt.imagewise)
 
-    def meet(self, images: Iterable[Picture]) -> None:
-        """Pictures that `prepare_features` is to make too, though nothing asks about them yet."""
+    def register_pictures(self, images: Iterable[Picture]) -> None:
+        """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
         for image in images:
             self._pictures.number(image)
 
     def prepare_features(self) -> int:
-        """Put every picture met so far through the vision tower, or find that an earlier experiment did; how many were made."""
+        """Compute the vision features of every picture known so far, unless a cache file has them; how many were computed."""
         return self._pictures.prepare()
 
     # Batches
 
     def width(self, batch: Sequence[Encoded]) -> int:
-        """Tokens of the batch's longest row, learned vectors of the prompt and answer included; 0 for none."""
-        return max((one.length for one in batch), default=0) + (len(self._virtual.ids) if self._virtual else 0)
+        """Tokens in the batch's longest row, including the answer and the vectors of prompt tuning; 0 for an empty batch."""
+        return max((sample.length for sample in batch), default=0) + (len(self._virtual.ids) if self._virtual else 0)
 
     def collate(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Model inputs for prompts followed by `endings`, padded on the left so that endings end together."""
+        """Model inputs for prompts followed by `endings`, padded on the left so that all endings end at the last position."""
         virtual = self._virtual.ids if self._virtual else ()
-        rows = [(*virtual, *one.prompt, *ending) for one, ending in zip(batch, endings, strict=True)]
+        rows = [(*virtual, *sample.prompt, *ending) for sample, ending in zip(batch, endings, strict=True)]
         length = max(map(len, rows))
         pad = self.backbone.pad_id
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
@@ -136,60 +149,61 @@ class MLLM:
         family = self.backbone.family
         if family.first_position is not None:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + family.first_position
-        for key in {k for one in batch for k in one.tokenwise} & self._parameters:
+        for key in {k for sample in batch for k in sample.tokenwise} & self._parameters:
             values = []
-            for one, row, ending in zip(batch, rows, endings, strict=True):
+            for sample, row, ending in zip(batch, rows, endings, strict=True):
                 before = [0] * (length - len(row) + len(virtual))
-                prompt = one.tokenwise.get(key, (0,) * len(one.prompt))
+                prompt = sample.tokenwise.get(key, (0,) * len(sample.prompt))
                 values.append([*before, *prompt, *[family.answer_type] * len(ending)])
             inputs[key] = torch.tensor(values)
-        pictured = [one for one in batch if one.picture is not None]
-        for key in {k for one in pictured for k in one.imagewise if k in self._parameters}:
-            inputs[key] = torch.cat([one.imagewise[key] for one in pictured])
+        with_picture = [sample for sample in batch if sample.picture is not None]
+        for key in {k for sample in with_picture for k in sample.imagewise if k in self._parameters}:
+            inputs[key] = torch.cat([sample.imagewise[key] for sample in with_picture])
         inputs = {key: value.to(self.backbone.device) for key, value in inputs.items()}
-        if pictured:
-            inputs |= self._pictures.inputs([one.picture for one in pictured if one.picture is not None])
+        if with_picture:
+            inputs |= self._pictures.inputs([sample.picture for sample in with_picture if sample.picture is not None])
         return inputs
 
-    def only_last(self, last: int) -> dict[str, int]:
-        """What asks the text model for the logits of the last positions alone, where it can be asked."""
+    def keep_last_logits(self, last: int) -> dict[str, int]:
+        """The argument that makes the text model compute only the logits of the last positions, if it has such an argument."""
         return {"logits_to_keep": last} if "logits_to_keep" in self._parameters else {}
+
+    # Computing
 
     def last_logits(self, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
         """Logits of the last `last` positions of prompts followed by `endings`, (rows, last, vocabulary) in float32.
 
-        Where a row is shorter than that, the first ones mean nothing.
+        In a row that is shorter than `last`, the first positions are meaningless.
         """
-        stack = self.adapter.beside
-        if stack is not None and self.lean and not stack.drops:
-            return self._lean_logits(stack, batch, endings, last)
-        logits = self.backbone.model(**self.collate(batch, endings), use_cache=False, **self.only_last(last)).logits
-        wanted: Tensor = logits[:, -last:].float()
-        return wanted
+        stack = self._stack
+        if stack is not None and self.fused and not stack.has_dropout:
+            return self._fused_logits(stack, batch, endings, last)
+        logits = self.backbone.model(**self.collate(batch, endings), use_cache=False, **self.keep_last_logits(last)).logits
+        last_logits: Tensor = logits[:, -last:].float()
+        return last_logits
 
-    def _lean_logits(self, stack: Stack, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
+    def _fused_logits(self, stack: Stack, batch: Sequence[Encoded], endings: Sequence[Sequence[int]], last: int) -> Tensor:
         model, fold = self.backbone.model, self.adapter.fold
-        if self._lean_text is None or self._lean_text[0] is not fold:
-            self._lean_text = fold, FusedLlama(model.get_decoder(), self.adapter)
-        rows = [(*one.prompt, *ending) for one, ending in zip(batch, endings, strict=True)]
+        if self._fused_text is None or self._fused_text[0] is not fold:
+            self._fused_text = fold, FusedLlama(model.get_decoder(), self.adapter)
+        rows = [(*sample.prompt, *ending) for sample, ending in zip(batch, endings, strict=True)]
         length, pad = max(map(len, rows)), self.backbone.pad_id
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids)
-            if pictures := [one.picture for one in batch if one.picture is not None]:
+            if pictures := [sample.picture for sample in batch if sample.picture is not None]:
                 embedded[ids == model.config.image_token_id] = self._pictures.tokens(pictures)
-        asked = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
-        logits: Tensor = model.get_output_embeddings()(self._lean_text[1](embedded, stack.now, stack.scales, asked))
+        positions = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
+        hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions)
+        logits: Tensor = model.get_output_embeddings()(hidden)
         return logits
 
-    # What the model is asked
-
     def losses(self, batch: Sequence[Encoded]) -> Tensor:
-        """(samples): the mean cross-entropy over each one's answer tokens, with gradient.
+        """(samples): the mean cross-entropy over each sample's answer tokens, with gradient.
 
-        Each sample weighs the same, so a batch of 8 and 8 accumulated batches of 1 have the same gradient.
+        All samples have the same weight, so a batch of 8 and 8 accumulated batches of 1 have the same gradient.
         """
-        answers = [one.answer for one in batch]
+        answers = [sample.answer for sample in batch]
         longest = max(map(len, answers))
         logits = self.last_logits(batch, answers, longest + 1)[:, :-1]
         labels = torch.tensor([[-100] * (longest - len(a)) + list(a) for a in answers], device=logits.device)
@@ -202,24 +216,16 @@ class MLLM:
         return self.losses(batch).sum()
 
     @torch.no_grad()
-    def option_scores(self, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
-        """For each closed question the log-probability of each option, normalised over the options."""
-        return option_scores(self, batch, clients)
-
-    @torch.no_grad()
     def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-        """Greedy answers, end mark and surrounding space removed."""
+        """Greedy answers without the end mark and surrounding space."""
         inputs = self.collate(batch, [()] * len(batch))
-        inputs.pop("position_ids", None)  # generation counts them from the mask itself
-        made = self.backbone.model.generate(
+        inputs.pop("position_ids", None)  # generation computes them from the mask itself
+        ids = self.backbone.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=self.backbone.pad_id,
             eos_token_id=list(self.backbone.end_ids),
         )
-        new = made[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-__all__ = ["MLLM"]
+        new_ids = ids[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.backbone.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]

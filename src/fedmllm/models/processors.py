@@ -1,7 +1,8 @@
-"""A model's processor from its files. Videos are never shown here, so what only videos need is not asked for.
+"""Load a model's processor from its files, without the requirements that only videos have.
 
-transformers' video processors exist only with torchvision, and a processor that knows videos cannot be loaded without one.
-Where torchvision is missing, such a processor gets a stand-in for that part; pictures and text do not touch it.
+The video processors of transformers require torchvision, and a processor that supports videos cannot be loaded without its
+video processor. If torchvision is missing, the video processor is replaced by a placeholder, which pictures and text never
+use.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from transformers.utils import PushToHubMixin, is_torchvision_available
 
 
 class NoVideos(PushToHubMixin):  # type: ignore[misc]
-    """In the place of a video processor. The attributes are what processors read from theirs when made or saved."""
+    """Replaces a video processor. It has the attributes that processors read when they are constructed or saved."""
 
     _auto_class = None
     slice_mode = False
@@ -25,7 +26,7 @@ class NoVideos(PushToHubMixin):  # type: ignore[misc]
 
 
 def picture_processor(processor_class: Any) -> Any:
-    """The same processor class, which takes `NoVideos` for its video processor."""
+    """The same processor class, which also accepts `NoVideos` as its video processor."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
         if isinstance(argument, NoVideos):
@@ -37,14 +38,14 @@ def picture_processor(processor_class: Any) -> Any:
 
 
 def load_processor(source: str, config: Any, trust: bool) -> Any:
-    """The processor of the model whose config is `config`. Raises what transformers raises where it cannot be loaded."""
-    known = PROCESSOR_MAPPING.get(type(config), None)
-    if known is None or "video_processor" not in known.get_attributes() or is_torchvision_available():
+    """The processor of the model whose config is `config`. Exceptions of transformers pass through if it cannot be loaded."""
+    processor_class = PROCESSOR_MAPPING.get(type(config), None)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes() or is_torchvision_available():
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust)
     auto = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
     parts = [
         NoVideos() if part == "video_processor" else auto[part].from_pretrained(source, trust_remote_code=trust)
-        for part in known.get_attributes()
+        for part in processor_class.get_attributes()
     ]
-    settings, _ = known.get_processor_dict(source)
-    return picture_processor(known).from_args_and_dict(parts, settings)
+    settings, _ = processor_class.get_processor_dict(source)
+    return picture_processor(processor_class).from_args_and_dict(parts, settings)

@@ -1,49 +1,49 @@
-"""Closed questions answered by scoring: the log-probability of each option, in far less than it takes to generate one."""
+"""Closed questions answered by scoring: the log-probability of each option, in much less time than generating an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from fedmllm.models.encoded import Encoded
-    from fedmllm.models.mllm import MLLM
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
 
 
+@torch.no_grad()
 def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
-    """For each closed question the log-probability of each option, normalised over the options.
+    """The log-probability of each option of each closed question, normalised over the question's options.
 
-    One forward pass: after what all options begin with, the next token tells them apart. Options of which one begins
-    another, or that no one token tells apart, are scored whole. Under a stack of adapters the batch holds the same questions
-    for each of its `clients`, one client after the other.
+    This takes one forward pass if the first token after the options' common beginning distinguishes them all. Otherwise,
+    for instance if one option is the beginning of another, whole options are scored. Under a stack of adapters the batch
+    holds the same questions once per client, client by client.
     """
-    heads = [_telling_token(one.options) for one in batch]
+    positions = [_distinguishing_position(question.options) for question in batch]
     scores: list[list[float]] = [[] for _ in batch]
-    single = [(i, n) for i, n in enumerate(heads) if n is not None]
-    if single:
-        asked = [batch[i] for i, _ in single]
-        logits = model.last_logits(asked, [batch[i].options[0][:n] for i, n in single], 1)[:, 0]
-        for row, (i, n) in enumerate(single):
-            picked = logits[row, [option[n] for option in batch[i].options]]
-            scores[i] = functional.log_softmax(picked, dim=-1).tolist()
+    by_token = [(i, n) for i, n in enumerate(positions) if n is not None]
+    if by_token:
+        questions = [batch[i] for i, _ in by_token]
+        logits = model.last_logits(questions, [batch[i].options[0][:n] for i, n in by_token], 1)[:, 0]
+        for row, (i, n) in enumerate(by_token):
+            option_logits = logits[row, [option[n] for option in batch[i].options]]
+            scores[i] = functional.log_softmax(option_logits, dim=-1).tolist()
     family = model.backbone.family
-    whole = _continued if family.continues and family.first_position is not None else _repeated
-    each = len(batch) // clients
-    for first in _groups([i for i, n in enumerate(heads[:each]) if n is None], batch[:each]):
-        group = [client * each + i for client in range(clients) for i in first]
-        questions = [batch[i] for i in group]
-        totals = torch.split(whole(model, questions), [len(one.options) for one in questions])
-        for i, total in zip(group, totals, strict=True):
+    score_whole = _score_from_cache if family.continues and family.first_position is not None else _score_repeated
+    per_client = len(batch) // clients
+    whole = [i for i, n in enumerate(positions[:per_client]) if n is None]
+    for group in _groups(whole, batch[:per_client]):
+        indices = [client * per_client + i for client in range(clients) for i in group]
+        questions = [batch[i] for i in indices]
+        totals = torch.split(score_whole(model, questions), [len(question.options) for question in questions])
+        for i, total in zip(indices, totals, strict=True):
             scores[i] = functional.log_softmax(total, dim=-1).tolist()
     return scores
 
 
-def _telling_token(options: Sequence[Sequence[int]]) -> int | None:
-    """How many tokens all options share before the one that tells them apart; None where none does for all."""
+def _distinguishing_position(options: Sequence[Sequence[int]]) -> int | None:
+    """The first position at which the options differ, if all of them have different tokens there; else None."""
     shared = 0
     while all(len(option) > shared for option in options):
         column = [option[shared] for option in options]
@@ -56,7 +56,7 @@ def _telling_token(options: Sequence[Sequence[int]]) -> int | None:
 
 
 def _groups(indices: Sequence[int], batch: Sequence[Encoded]) -> Iterator[list[int]]:
-    """Runs of questions that together have no more options than `batch` has rows, or one question with more."""
+    """Groups of questions that together have at most as many options as `batch` has rows, or one question with more."""
     group: list[int] = []
     for i in indices:
         if group and sum(len(batch[k].options) for k in [*group, i]) > len(batch):
@@ -68,43 +68,40 @@ def _groups(indices: Sequence[int], batch: Sequence[Encoded]) -> Iterator[list[i
 
 
 def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """(rows): the sum of the log-probabilities of `labels` (rows, tokens), of which −100 do not count."""
+    """(rows): the sum of the log-probabilities of `labels` (rows, tokens); labels of −100 are ignored."""
     losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return -losses.view(labels.shape).sum(1)
 
 
-def _continued(model: MLLM, batch: Sequence[Encoded]) -> Tensor:
-    """(options of all questions): log-probabilities. A prompt is computed once, whatever the number of its options: they go on
-    from copies of its keys and values."""
+def _score_from_cache(model: MLLM, batch: Sequence[Encoded]) -> Tensor:
+    """(options of all questions): log-probabilities. Each prompt is computed once, and its options continue from copies of its
+    keys and values."""
     inputs = model.collate(batch, [()] * len(batch))
-    made = model.backbone.model(**inputs, use_cache=True, **model.only_last(1))
-    device = made.logits.device
-    owner = torch.tensor([i for i, one in enumerate(batch) for _ in one.options], device=device)
-    options = [option for one in batch for option in one.options]
-    totals = _log_likelihood(made.logits[owner, -1:], torch.tensor([option[:1] for option in options], device=device))
-    more = max(map(len, options)) - 1
-    if not more:
+    output = model.backbone.model(**inputs, use_cache=True, **model.keep_last_logits(1))
+    device = output.logits.device
+    owner = torch.tensor([i for i, question in enumerate(batch) for _ in question.options], device=device)
+    options = [option for question in batch for option in question.options]
+    totals = _log_likelihood(output.logits[owner, -1:], torch.tensor([option[:1] for option in options], device=device))
+    rest = max(map(len, options)) - 1
+    if not rest:
         return totals
-    made.past_key_values.batch_select_indices(owner)
-    ids = torch.tensor([[*o[:-1], *[model.backbone.pad_id] * (more + 1 - len(o))] for o in options], device=device)
-    labels = torch.tensor([[*o[1:], *[-100] * (more + 1 - len(o))] for o in options], device=device)
+    output.past_key_values.batch_select_indices(owner)
+    ids = torch.tensor([[*o[:-1], *[model.backbone.pad_id] * (rest + 1 - len(o))] for o in options], device=device)
+    labels = torch.tensor([[*o[1:], *[-100] * (rest + 1 - len(o))] for o in options], device=device)
     logits = model.backbone.model(
         input_ids=ids,
         attention_mask=torch.cat([inputs["attention_mask"][owner], (labels != -100).long()], dim=1),
-        position_ids=inputs["position_ids"][owner, -1:] + 1 + torch.arange(more, device=device),
-        past_key_values=made.past_key_values,
+        position_ids=inputs["position_ids"][owner, -1:] + 1 + torch.arange(rest, device=device),
+        past_key_values=output.past_key_values,
         use_cache=True,
     ).logits
     return totals + _log_likelihood(logits, labels)
 
 
-def _repeated(model: MLLM, batch: Sequence[Encoded]) -> Tensor:
-    """As `_continued`, with the prompt beside each option: for families whose positions or caches do not allow the other."""
-    rows = [one for one in batch for _ in one.options]
-    options = [option for one in batch for option in one.options]
+def _score_repeated(model: MLLM, batch: Sequence[Encoded]) -> Tensor:
+    """As `_score_from_cache`, with the prompt repeated per option: for families whose positions or cache require it."""
+    rows = [question for question in batch for _ in question.options]
+    options = [option for question in batch for option in question.options]
     longest = max(map(len, options))
     logits = model.last_logits(rows, options, longest + 1)[:, :-1]
     return _log_likelihood(logits, torch.tensor([[-100] * (longest - len(o)) + list(o) for o in options], device=logits.device))
-
-
-__all__ = ["option_scores"]

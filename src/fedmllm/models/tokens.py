@@ -1,8 +1,8 @@
-"""Conversations as token ids, each distinct one made once.
+"""Conversations as token ids; each distinct prompt is tokenised once.
 
-What a processor writes for a picture (how many image tokens, in which tiles) follows from the picture's size alone, and so
-do the inputs that come beside the pixels. A blank picture of that size stands in for it here: the pixels are read where
-they are needed, and equal questions about equally large pictures are tokenised once.
+The tokens that a processor writes for a picture (how many, in which tiles) depend only on the picture's size, and so do its
+other inputs except the pixels. A blank picture of the same size is therefore enough for tokenising: pixels are read only
+when they are needed, and equal questions about pictures of equal size are tokenised once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """`ids` of the user's turn; `tokenwise` and `imagewise` as in `Encoded`. Shared by all who ask the same: not written to."""
+    """`ids` of the user's turn; `tokenwise` and `imagewise` as in `Encoded`. Shared by equal prompts, so never modified."""
 
     ids: tuple[int, ...]
     tokenwise: dict[str, tuple[int, ...]]
@@ -30,30 +30,33 @@ class Prompt:
 
     @property
     def has_pixels(self) -> bool:
-        """Whether an input beside the known ones may hold what the picture shows; counts and sizes are integers."""
+        """Whether an input other than the known ones may contain pixels: it has floats, while counts and sizes are integers."""
         return any(tensor.is_floating_point() for tensor in self.imagewise.values())
 
 
 class Tokens:
-    """The tokenised prompts and answers of one model. `trusts` a processor of the model's own to be unlike any other: it is
-    given the pictures themselves."""
+    """The tokenised prompts and answers of one model.
 
-    def __init__(self, backbone: Backbone, trusts: bool) -> None:
+    With `always_decode`, the processor always gets the pictures themselves. A processor with code of its own needs that,
+    because its tokens may depend on more than the picture's size.
+    """
+
+    def __init__(self, backbone: Backbone, always_decode: bool) -> None:
         self._backbone = backbone
-        self._trusts = trusts
+        self._always_decode = always_decode
         self._prompts: dict[tuple[str, Size | None], Prompt] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
     def prompt(self, conversation: Conversation, image: Picture | None, size: Size | None) -> Prompt:
-        """The user's turn about the picture `image` of `size` (width, height); both None where it shows none."""
+        """The user's turn about the picture `image` of `size` (width, height); both are None if there is no picture."""
         key = (conversation.user, size)
-        if image is not None and self._trusts:
+        if image is not None and self._always_decode:
             return self._process(conversation, decode(image))
         if key not in self._prompts:
-            made = self._process(conversation, Image.new("RGB", size) if size is not None else None)
-            if image is not None and made.has_pixels:
+            prompt = self._process(conversation, Image.new("RGB", size) if size is not None else None)
+            if image is not None and prompt.has_pixels:
                 return self._process(conversation, decode(image))
-            self._prompts[key] = made
+            self._prompts[key] = prompt
         return self._prompts[key]
 
     def _process(self, conversation: Conversation, picture: Image.Image | None) -> Prompt:
@@ -66,7 +69,7 @@ class Tokens:
         return Prompt(tuple(ids.tolist()), tokenwise, imagewise)
 
     def answer(self, text: str) -> tuple[int, ...]:
-        """The assistant's turn up to and with its end mark, as the chat template writes it."""
+        """The assistant's turn up to and including its end token, as the chat template writes it."""
         if text not in self._answers:
             before, after = self._backbone.answer_frame
             ids = self._backbone.tokenizer(before + text + after, add_special_tokens=False)["input_ids"]

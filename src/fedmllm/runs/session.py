@@ -99,7 +99,7 @@ class Session:
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
             shown = (self._samples[holding.sample_id].image for holding in manifest if "image" in holding.visible)
-            self.model.meet(image for image in shown if image is not None)
+            self.model.register_pictures(image for image in shown if image is not None)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 

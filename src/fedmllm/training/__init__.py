@@ -1,1 +1,1 @@
-"""Local training: one client's pass over its samples."""
+"""Local training: the passes of one or several clients over their own samples."""

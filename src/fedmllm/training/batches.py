@@ -1,4 +1,4 @@
-"""Which samples go into which optimizer step: shuffled, but neighbours in length share a batch."""
+"""Assign samples to optimizer steps: in random order, but with samples of similar length in one batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 _WINDOW = 4
-"""Steps that are shuffled together before sorting by length: enough for short padding, little enough to stay random."""
+"""Steps whose samples are sorted by length together: enough for little padding, few enough to stay random."""
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """`steps[i]` is one optimizer step: micro-batches of indices. `padding` is the share of token slots that are padding."""
+    """`steps[i]` is one optimizer step: micro-batches of sample indices. `padding` is the share of padding in all tokens."""
 
     steps: list[list[list[int]]]
     padding: float
@@ -22,8 +22,8 @@ class EpochBatches:
 def batch_epoch(lengths: Sequence[int], batch_size: int, accumulate: int, rng: np.random.Generator) -> EpochBatches:
     """One epoch over `len(lengths)` samples.
 
-    The samples of a step depend on batch_size × accumulate alone, so 8 × 1 and 1 × 8 take the same steps.
-    Every sample is used once; the last step of the epoch may be smaller.
+    The samples of a step depend only on batch_size × accumulate, so 8 × 1 and 1 × 8 take the same steps.
+    Every sample is used once. One step of the epoch may be smaller than the others.
     """
     size = batch_size * accumulate
     order = rng.permutation(len(lengths))
@@ -32,6 +32,6 @@ def batch_epoch(lengths: Sequence[int], batch_size: int, accumulate: int, rng: n
         window = sorted(order[start : start + size * _WINDOW].tolist(), key=lambda i: lengths[i])
         steps += [window[i : i + size] for i in range(0, len(window), size)]
     shuffled = [steps[int(i)] for i in rng.permutation(len(steps))]
-    cut = [[step[i : i + batch_size] for i in range(0, len(step), batch_size)] for step in shuffled]
-    slots = sum(len(batch) * max(lengths[i] for i in batch) for step in cut for batch in step)
-    return EpochBatches(cut, 1.0 - sum(lengths) / slots if slots else 0.0)
+    batched = [[step[i : i + batch_size] for i in range(0, len(step), batch_size)] for step in shuffled]
+    slots = sum(len(batch) * max(lengths[i] for i in batch) for step in batched for batch in step)
+    return EpochBatches(batched, 1.0 - sum(lengths) / slots if slots else 0.0)

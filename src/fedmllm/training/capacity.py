@@ -1,7 +1,7 @@
-"""How many clients train in one pass: as many as fit in memory and as still pay, decided before the run.
+"""How many clients train in one pass: as many as fit in memory and still speed up training. This is decided before the run.
 
-The answer depends on the experiment and the machine, never on what else runs there, so that a run that is resumed goes on
-with the same cohorts and the same bits.
+The number depends on the experiment and the machine, never on what else runs there, so that a resumed run continues with the
+same cohorts and the same bits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Tokens in one pass beyond which a larger one is no faster. That of the CPU is measured (docs/performance.md), that of a
-GPU is not."""
+"""The number of tokens beyond which a larger pass is no faster: measured for the CPU (docs/performance.md), not for a GPU."""
 _SHARE = {"cpu": 0.25, "cuda": 0.6}
-"""The share of the device's memory that a pass may take."""
+"""The share of the device's memory that a pass may use."""
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has, in use or not; on a CPU no more than the control group allows."""
+    """The device's total memory in bytes, in use or not; for a CPU at most the limit of the control group."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -36,8 +35,8 @@ def device_memory(device: torch.device) -> int:
         return total
 
 
-def bytes_kept(model: MLLM, one: Encoded) -> int:
-    """Bytes that a forward pass of one sample keeps for its backward, measured on the model itself."""
+def bytes_kept(model: MLLM, sample: Encoded) -> int:
+    """Bytes that a forward pass of one sample keeps for its backward pass, measured on the model itself."""
     weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -47,16 +46,16 @@ def bytes_kept(model: MLLM, one: Encoded) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    held = []  # so that no storage is freed and its address used again while we count
+    losses = []  # keeps the graph alive, so that no storage is freed and its address reused while bytes are counted
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held.append(model.losses([one]))
+        losses.append(model.losses([sample]))
     return sum(kept.values())
 
 
 def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most: int) -> int:
-    """Clients a pass, from 1 to `most`, for clients that hold `samples`.
+    """Clients per pass, from 1 to `most`, for clients that hold `samples`.
 
-    Raises ConfigError where the experiment asks for more than one and the adapter's kind trains one at a time.
+    Raises ConfigError if the experiment sets more than one and this kind of adapter trains one client at a time.
     """
     if not model.adapter.stacks:
         if train.cohort not in ("auto", 1):
@@ -68,15 +67,16 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
     if train.cohort != "auto":
         return min(train.cohort, most)
     lengths, longest = [], None
-    for one in samples:
-        lengths.append(one.length)
-        longest = one if longest is None or one.length > longest.length else longest
+    for sample in samples:
+        lengths.append(sample.length)
+        longest = sample if longest is None or sample.length > longest.length else longest
     if longest is None or most == 1:
         return 1
     kind = model.backbone.device.type
     entries = sum(p.numel() for p in model.adapter.parameters.values())
     # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
-    each = bytes_kept(model, longest) * train.batch_size + 8 * 4 * entries
-    fits = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device) / each
-    pays = _ENOUGH_TOKENS.get(kind, 4096) / (train.batch_size * sum(lengths) / len(lengths))
-    return max(1, min(most, int(fits), round(pays)))
+    client_bytes = bytes_kept(model, longest) * train.batch_size + 8 * 4 * entries
+    fit_in_memory = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device) / client_bytes
+    client_tokens = train.batch_size * sum(lengths) / len(lengths)
+    speed_up = _ENOUGH_TOKENS.get(kind, 4096) / client_tokens
+    return max(1, min(most, int(fit_in_memory), round(speed_up)))

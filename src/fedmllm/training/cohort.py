@@ -1,8 +1,8 @@
-"""Local training of several clients in one pass over the shared frozen backbone; the same results as one by one.
+"""Local training of several clients in one pass over the shared frozen backbone, with the same results as one by one.
 
-Every step takes one micro-batch of each client, side by side. A client's rows meet only its own adapter, its own gradient
-norm and its own optimizer state, so that what it learns does not depend on its neighbours but for the order of float sums.
-Clients are sorted by their number of steps: those that are done leave at the end of the stack.
+Every step processes one micro-batch of each client, side by side. A client's rows are combined only with its own adapter,
+gradient norm and optimizer state, so its result does not depend on the other clients except for the order of float sums.
+Clients are sorted by their number of steps, so those that have finished are removed from the end of the stack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def train_local(model: MLLM, work: Work, settings: LocalSettings) -> LocalResult
 
 
 def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
-    """The adapter's tensors that the client's rule trains. Raises ValueError where there is none."""
+    """The adapter's tensors that the client's rule trains. Raises ValueError if there is none."""
     names = tuple(name for name in model.adapter.parameters if work.rule.trainable(name))
     if not names:
         raise ValueError("the algorithm's rule leaves no tensor to train")
@@ -37,15 +37,15 @@ def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
 def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
     """The results of all clients, in the order of `works`. A step's gradient is the mean over its samples.
 
-    A tensor that a step's samples do not reach (an adapter of the vision tower, where no sample has a picture) has the
-    gradient 0 there. The model's own adapter and the global random generator are left as they were. Raises ValueError where
-    the rules train no tensor or different ones, or where the adapter is of a kind that trains one client at a time.
+    A tensor that a step's samples do not use (an adapter on the vision tower if no sample has a picture) gets the gradient 0.
+    The model's own adapter and the global random generator are left unchanged. Raises ValueError if the rules train no
+    tensor or different ones, or if this kind of adapter trains only one client at a time.
     """
     names = trainable(model, works[0])
     if any(trainable(model, work) != names for work in works[1:]):
         raise ValueError("the clients of a cohort must train the same tensors")
     if len(works) > 1 and not model.adapter.stacks:
-        raise ValueError("this kind of adapter trains one client at a time")
+        raise ValueError("this kind of adapter trains only one client at a time")
     order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
     results = _Cohort(model, [works[i] for i in order], names, settings).train()
     return [results[order.index(i)] for i in range(len(works))]
@@ -53,7 +53,7 @@ def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) ->
 
 @dataclass(frozen=True)
 class _Micro:
-    """Rows of one forward pass, `samples` for each client; those beyond a client's own have weight 0."""
+    """The rows of one forward pass, equally many per client; rows that only fill up a client's part have weight 0."""
 
     rows: list[Encoded]
     weights: Tensor  # (clients, samples)
@@ -61,7 +61,7 @@ class _Micro:
 
 
 class _Cohort:
-    """Local training under way; works are sorted by their number of steps, the longest first."""
+    """The state of local training. The works are sorted by their number of steps, the longest first."""
 
     def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], settings: LocalSettings) -> None:
         self._model, self._works, self._settings = model, works, settings
@@ -69,7 +69,7 @@ class _Cohort:
         self._optimizer = settings.build(stack.rows)
         device = stack.values.device
         rules = [work.rule for work in works]
-        # Each of these is absent where no client asks for it.
+        # Each of these is None if no client needs it.
         self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
         self._start = self._strength = self._offset = None
         if any(rule.proximal for rule in rules):
@@ -84,7 +84,7 @@ class _Cohort:
     def train(self) -> list[LocalResult]:
         counts = [len(work.steps) for work in self._works]
         device = self._stack.values.device
-        # The global generator is drawn from by dropout of adapters other than LoRA, which train alone.
+        # Adapters other than LoRA, which train alone, draw their dropout from the global generator.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as mode:
             torch.manual_seed(self._works[0].seed)
             if not self._model.adapter.stacks:
@@ -95,10 +95,10 @@ class _Cohort:
                 active = sum(count > done for count in counts)
                 until = counts[active - 1]
                 for row in self._stack.rows[active:]:
-                    row.grad = None  # the optimizer leaves those alone that have none
+                    row.grad = None  # the optimizer skips rows without a gradient
                 for row, grad in zip(self._stack.rows[:active], self._stack.grads, strict=False):
                     row.grad = grad
-                with self._stack.installed(active):
+                with self._model.using(self._stack, active):
                     for number in range(done, until):
                         self._step([work.steps[number] for work in self._works[:active]])
                 done = until
@@ -116,7 +116,7 @@ class _Cohort:
 
     @torch.no_grad()
     def _descend(self, active: int) -> None:
-        """g ← g + μ (w − w_received) + offset, clipped client by client; one optimizer step; gradients back to 0."""
+        """g ← g + μ (w − w_received) + offset, clipped per client; take one optimizer step and reset the gradients to 0."""
         grads = self._stack.grads[:active]
         if self._observed is not None:
             self._observed[:active] += grads
@@ -131,21 +131,21 @@ class _Cohort:
         grads.zero_()
 
     def _micros(self, steps: Sequence[Step]) -> list[_Micro]:
-        """The micro-batches of one step side by side. A client that has fewer, or fewer samples, is filled up with rows that
-        do not count: the shortest sample there is."""
+        """The micro-batches of one step, side by side. A client with fewer micro-batches or samples is filled up with rows of
+        weight 0 that repeat the shortest sample."""
         totals = [sum(len(batch) for batch in step) for step in steps]
         micros = []
         for i in range(max(len(step) for step in steps)):
             batches = [step[i] if i < len(step) else [] for step in steps]
             samples = max(map(len, batches))
-            spare = min((one for batch in batches for one in batch), key=lambda one: one.length)
+            filler = min((sample for batch in batches for sample in batch), key=lambda sample: sample.length)
             rows: list[Encoded] = []
             weights: list[list[float]] = []
             for batch, total in zip(batches, totals, strict=True):
                 missing = samples - len(batch)
-                rows += [*batch, *[spare] * missing]
+                rows += [*batch, *[filler] * missing]
                 weights.append([1 / total] * len(batch) + [0.0] * missing)
-            longest = max(one.length for one in rows)
+            longest = max(sample.length for sample in rows)
             for client in range(len(steps)):
                 self._slots[client] += samples * longest
             extents = [(len(batch), self._model.width(batch)) for batch in batches]
@@ -154,22 +154,19 @@ class _Cohort:
 
     def _result(self, client: int) -> LocalResult:
         work, stack, settings = self._works[client], self._stack, self._settings
-        taken = len(work.steps)
-        samples = [one for step in work.steps for batch in step for one in batch]
+        steps = len(work.steps)
+        samples = [sample for step in work.steps for batch in step for sample in batch]
         mean = None
         if self._observed is not None and work.rule.observe_gradient:
-            mean = stack.tensors(client, self._observed[client] / max(taken, 1))
-        padding = 1 - sum(one.length for one in samples) / self._slots[client] if samples else 0.0
+            mean = stack.tensors(client, self._observed[client] / max(steps, 1))
+        padding = 1 - sum(sample.length for sample in samples) / self._slots[client] if samples else 0.0
         return LocalResult(
             received=work.received,
             trained=stack.trained(client, work.received),
             mean_gradient=mean,
             examples=len(samples),
-            steps=taken,
+            steps=steps,
             lr=settings.lr,
             metrics={"loss": float(self._loss[client]) / max(len(samples), 1), "padding": padding},
             momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
         )
-
-
-__all__ = ["Work", "train_cohort", "train_local"]

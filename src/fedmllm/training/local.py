@@ -1,4 +1,4 @@
-"""One client's local training: what it is given, and the optimizer's settings. The steps themselves are in `cohort`."""
+"""The inputs of one client's local training and the optimizer's settings. `cohort` does the training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.tensors import Tensors
 
 Step = Sequence[Sequence[Encoded]]
-"""One optimizer step: micro-batches whose gradients add up."""
+"""One optimizer step: micro-batches whose gradients are accumulated."""
 
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """The optimizer of one client round; its state is fresh each time. `clip` is the largest gradient norm, 0 for none."""
+    """The optimizer of one client round, which starts with fresh state. `clip` is the largest gradient norm; 0 disables it."""
 
     optimizer: str
     lr: float
@@ -43,7 +43,7 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class Work:
-    """What one client is to do: train the adapter from `received` through `steps` under `rule`. `seed` is for dropout alone."""
+    """One client's training: from the adapter `received`, through `steps`, under `rule`. Only dropout uses `seed`."""
 
     steps: Sequence[Step]
     received: Tensors

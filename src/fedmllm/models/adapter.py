@@ -1,0 +1,205 @@
+"""The adapter of a model: read and written as flat tensors under PEFT's own file names, and exported in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from fedmllm.algorithms import AdapterInfo
+from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, is_a, is_b, modules, rank_of
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.models.fold import branch_hook, dense_change, factors_with_fold
+from fedmllm.storage.atomic import write_atomically
+from fedmllm.tensors import Tensors
+
+VIRTUAL = "prompt_embeddings"
+"""PEFT's name for the vectors of prompt tuning: (virtual tokens, hidden size)."""
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by the names that PEFT gives them in files, sorted. Raises ConfigError for an embedding."""
+    if isinstance(model.peft_config["default"], PromptTuningConfig):
+        return {VIRTUAL: model.prompt_encoder["default"].embedding.weight}
+    by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    # PEFT would also save the embeddings if its target matches them, but those are frozen.
+    named = get_peft_model_state_dict(model, save_embedding_layers=False)
+    embeddings = sorted(name for name in named if "lora_embedding" in name)
+    if embeddings:
+        raise ConfigError(f"model.lora.target matches an embedding ({embeddings[0]!r}); let it match linear layers only.")
+    return {name: by_storage[t.data_ptr()] for name, t in sorted(named.items())}
+
+
+class Adapter:
+    """The adapter of one loaded model, as tensors that share its memory.
+
+    A LoRA adapter of a lower rank than the model's can be set: its factors are padded with zeros, which have no gradient and
+    stay zero, and the model uses the scale of the lower rank. `get` and `export` then return the lower rank.
+    """
+
+    def __init__(self, model: PeftModel, info: AdapterInfo) -> None:
+        self.model, self.info = model, info
+        self.config = model.peft_config["default"]
+        self.parameters = adapter_parameters(model)
+        self._layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        self.plain_lora = isinstance(self.config, LoraConfig) and not self.config.use_dora
+        self.rank: int = self.config.r if self.plain_lora else 0
+        in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
+        self.stacks = self.plain_lora and in_text
+        """Whether the adapters of several clients can be stacked (`Stack`). This requires the rows of a batch to stay separate,
+        as they do in the linear layers of the text model; a vision tower may join the patches of all pictures."""
+        self._fold: Tensors = {}
+        self._original: dict[str, Tensor] = {}
+        self._branches: dict[str, Any] = {}
+
+    # The adapter's tensors
+
+    def part(self, name: str, tensor: Tensor, rank: int) -> Tensor:
+        """The part of a tensor of the model's rank that an adapter of rank `rank` uses; a view."""
+        if not self.plain_lora:
+            return tensor
+        return tensor[:rank] if is_a(name) else tensor[:, :rank] if is_b(name) else tensor
+
+    def rank_in(self, tensors: Tensors) -> int:
+        """The LoRA rank of these tensors. Raises ValueError if names or shapes do not fit the adapter's."""
+        if tensors.keys() != self.parameters.keys():
+            odd = min(tensors.keys() ^ self.parameters.keys())
+            raise ValueError(f"adapter tensors do not match the model's: only one of the two has {odd!r}")
+        rank = rank_of(tensors) if self.plain_lora else self.rank
+        for name, parameter in self.parameters.items():
+            expected = self.part(name, parameter, rank).shape
+            if expected != tensors[name].shape:
+                raise ValueError(f"{name!r}: shape {tuple(tensors[name].shape)} is not {tuple(expected)}")
+        return rank
+
+    def pairs(self) -> list[tuple[nn.Module, str, str]]:
+        """(base layer, name of its A, name of its B) of each LoRA layer."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        layers = [(layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]) for layer in self._layers]
+        return [(base, names[id(a.weight)], names[id(b.weight)]) for base, a, b in layers]
+
+    def get(self) -> Tensors:
+        """A float32 copy on the CPU, names sorted: `….q_proj.lora_A.weight`: (r, d_in), `….lora_B.weight`: (d_out, r)."""
+        parts = {n: self.part(n, p.detach(), self.rank) for n, p in self.parameters.items()}
+        return {n: t.to("cpu", torch.float32).clone() for n, t in parts.items()}
+
+    @torch.no_grad()
+    def set(self, tensors: Tensors) -> None:
+        """Write the values in place. Raises ValueError if names or shapes do not fit the adapter's."""
+        self._rescale(self.rank_in(tensors))
+        for name, parameter in self.parameters.items():
+            target = self.part(name, parameter, self.rank)
+            if target.shape != parameter.shape:
+                parameter.zero_()
+            target.copy_(tensors[name])
+
+    def _rescale(self, rank: int) -> None:
+        if rank != self.rank:
+            self.rank = rank
+            for layer in self._layers:
+                layer.scaling["default"] = self.info.scale(rank)
+
+    @contextmanager
+    def replaced(self, values: Tensors, grads: Tensors, rank: int) -> Iterator[None]:
+        """Compute with `values` (of the model's rank) instead of the adapter's own memory, with the scale of `rank`.
+
+        Gradients are accumulated in `grads`; a tensor that is not in `grads` is not trained.
+        """
+        own, own_rank = {name: parameter.data for name, parameter in self.parameters.items()}, self.rank
+        self._rescale(rank)
+        for name, parameter in self.parameters.items():
+            parameter.data, parameter.grad = values[name], grads.get(name)
+            parameter.requires_grad_(name in grads)
+        try:
+            yield
+        finally:
+            self._rescale(own_rank)
+            for name, parameter in self.parameters.items():
+                parameter.data, parameter.grad = own[name], None
+                parameter.requires_grad_(True)
+
+    # The fold
+
+    @property
+    def fold(self) -> Tensors:
+        """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
+        return self._fold
+
+    @torch.no_grad()
+    def set_fold(self, fold: Tensors) -> None:
+        """Make the base W₀ + fold for each module in `fold`, and W₀ for every other one.
+
+        Names are `<module>.fold_A`: (k, d_in) and `<module>.fold_B`: (d_out, k), or `<module>.fold`: (d_out, d_in); the LoRA
+        scale is already included. Weights in float32 are changed in place. The precision of other weights (bfloat16,
+        quantised) is too coarse for a fold, so it is computed in a separate branch next to these layers.
+        """
+        if fold is self._fold:
+            return
+        folded = {name.rpartition(".")[0] for name in fold}
+        for branch in self._branches.values():
+            branch.remove()
+        self._branches.clear()
+        for module in sorted(folded | self._original.keys()):
+            layer = self.model.get_submodule(module)
+            base = getattr(layer, "base_layer", layer)
+            if base.weight.dtype != torch.float32:
+                # This weight is never written, so removing the branch is enough to restore W₀.
+                self._branches[module] = base.register_forward_hook(branch_hook(module, fold, base.weight.device))
+                continue
+            original = self._original.setdefault(module, base.weight.detach().clone())
+            change = dense_change(module, fold, original.device) if module in folded else 0
+            base.weight.copy_(original + change)
+        self._fold = fold
+
+    # Files
+
+    def export(self, folder: Path, base_name: str) -> None:
+        """Write a standard PEFT adapter folder, which loads with `PeftModel.from_pretrained(base, folder)`.
+
+        A fold is included in the LoRA factors, as one equivalent adapter of higher rank.
+        """
+        tensors, config = self.get(), self.config.to_dict()
+        if self.plain_lora:
+            config["r"] = self.rank
+        if self._fold:
+            tensors = factors_with_fold(tensors, self._fold, self.info.scale(self.rank))
+            config |= {"r": rank_of(tensors), "lora_alpha": rank_of(tensors), "use_rslora": False}
+        config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+        config |= {"base_model_name_or_path": base_name, "inference_mode": True}
+        write_atomically(folder / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+        write_atomically(folder / "adapter_config.json", text.encode())
+
+    def load(self, folder: Path) -> None:
+        """Set an adapter that `export` wrote. Raises RunError if the folder does not contain an adapter of this kind."""
+        tensors = read_adapter(folder)
+        try:
+            if self.plain_lora and rank_of(tensors) > self.config.r:  # exported with a fold
+                fold = {m + FOLD_A: tensors[m + A] for m in modules(tensors)}
+                fold |= {m + FOLD_B: tensors[m + B] for m in modules(tensors)}
+                self.set_fold(fold)
+                tensors = {n: torch.zeros_like(p, device="cpu") for n, p in self.parameters.items()}
+            else:
+                self.set_fold({})
+            self.set(tensors)
+        except (ValueError, StopIteration) as error:
+            raise RunError(f"{folder} contains an adapter of another kind ({error}).") from None
+
+
+def read_adapter(folder: Path) -> Tensors:
+    """The tensors of an exported adapter. Raises RunError if the folder does not contain one."""
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} contains no readable adapter_model.safetensors ({error}).") from None
