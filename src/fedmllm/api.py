@@ -9,15 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmllm import config as files
-from fedmllm.config import Experiment, RunKind
 from fedmllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedmllm.config import Experiment, Setting
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
     from fedmllm.runs.progress import ProgressCallback
-    from fedmllm.storage.run_dir import RunDir
+    from fedmllm.storage.run_dir import RunDir, RunKind
 
 QUICKSTART = "quickstart"
 """The name of the experiment that ships with the package."""
@@ -47,7 +46,7 @@ def experiment_file(file: str | Path) -> Path:
     return Path(__file__).parent / "quickstart.toml" if str(file) == QUICKSTART and not path.exists() else path
 
 
-def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[files.Setting]:
+def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
     for key, value in overrides.items():
         path = (*prefix, *key.split("."))
         if isinstance(value, Mapping):
@@ -63,6 +62,7 @@ def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
     override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
     """
+    from fedmllm import config as files
     from fedmllm.experiment.parts import options_of, with_defaults
 
     path = experiment_file(file)

@@ -8,15 +8,15 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from fedmllm import config
 from fedmllm.api import experiment_file
-from fedmllm.config import Experiment
 from fedmllm.errors import UserError
-from fedmllm.registry import load_plugin
+
+if TYPE_CHECKING:
+    from fedmllm.config import Experiment
 
 P = ParamSpec("P")
 
@@ -41,6 +41,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             plugins = kwargs.pop("plugin", None)
             assert isinstance(plugins, list | None)
             for path in plugins or []:
+                from fedmllm.registry import load_plugin
+
                 load_plugin(path)
             command(*args, **kwargs)
         except UserError as error:
@@ -70,6 +72,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 def load_experiment(file: Path, overrides: list[str] | None) -> Experiment:
     """The experiment of a file, with overrides and all defaults. Raises ConfigError."""
+    from fedmllm import config
     from fedmllm.experiment.parts import options_of, with_defaults
 
     path = experiment_file(file)

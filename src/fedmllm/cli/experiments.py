@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmllm import config
 from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
 from fedmllm.cli.output import Json, print_json, print_result, print_table
-from fedmllm.config import BaselineKind, RunKind
 from fedmllm.errors import RunError, UserError
-from fedmllm.storage.run_dir import RunDir
+from fedmllm.storage.run_dir import BaselineKind, RunDir, RunKind
 
 
 def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
@@ -132,6 +130,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
+    from fedmllm import config
     from fedmllm.report.tables import metrics_table
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.reevaluate import reevaluate
@@ -152,6 +151,7 @@ def evaluate(
 
 def _evaluation_settings(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The run's experiment with the overrides applied. Raises RunError for a setting that only matters to training."""
+    from fedmllm import config
     from fedmllm.experiment.parts import options_of
 
     settings = [config.parse_override(override) for override in overrides]

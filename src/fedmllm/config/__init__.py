@@ -3,7 +3,6 @@
 from fedmllm.config.file import Setting, apply_overrides, apply_settings, parse_override, read, validate
 from fedmllm.config.schema import (
     AdapterTable,
-    BaselineKind,
     ClientsTable,
     EvalTable,
     Experiment,
@@ -12,14 +11,13 @@ from fedmllm.config.schema import (
     Named,
     PartitionTable,
     Pattern,
-    RunKind,
     Table,
     TaskTable,
     TrainTable,
 )
 
 __all__ = [
-    "AdapterTable", "BaselineKind", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Pattern", "RunKind", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
+    "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named",
+    "PartitionTable", "Pattern", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
     "parse_override", "read", "validate",
 ]  # fmt: skip

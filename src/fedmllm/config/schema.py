@@ -14,8 +14,6 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Pattern = Literal["both", "image", "text"]
-BaselineKind = Literal["zero-shot", "local", "centralised"]
-RunKind = Literal["federated", BaselineKind]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 

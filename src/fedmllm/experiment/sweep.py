@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import Experiment, Named, PartitionTable, RunKind, Table, TrainTable
+from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
@@ -26,7 +26,7 @@ from fedmllm.registry import explain
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import alone
-from fedmllm.storage.run_dir import RunDir
+from fedmllm.storage.run_dir import RunDir, RunKind
 
 
 class Cell(Table):

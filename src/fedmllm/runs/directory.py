@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmllm.config import Experiment, RunKind
+from fedmllm.config import Experiment
 from fedmllm.errors import RunError
-from fedmllm.storage.run_dir import RunDir, new_run, unfinished
+from fedmllm.storage.run_dir import RunDir, RunKind, new_run, unfinished
 
 
 def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:

@@ -14,7 +14,6 @@ from typing import Any
 from fedmllm.algorithms import Algorithm
 from fedmllm.algorithms.factors import fold_of, resized
 from fedmllm.algorithms.fedavg import fedavg
-from fedmllm.config import RunKind
 from fedmllm.data.summary import client_rows
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
@@ -33,7 +32,7 @@ from fedmllm.runs.rounds import (
     train_rounds,
 )
 from fedmllm.runs.session import Session
-from fedmllm.storage.run_dir import RunDir
+from fedmllm.storage.run_dir import RunDir, RunKind
 from fedmllm.tensors import State, flatten
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedmllm.algorithms import Algorithm
-from fedmllm.config import RunKind
 from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
@@ -18,7 +17,7 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.provenance import describe
 from fedmllm.runs.session import Session
-from fedmllm.storage.run_dir import RunDir
+from fedmllm.storage.run_dir import RunDir, RunKind
 from fedmllm.tensors import State
 from fedmllm.training.capacity import cohort_size
 

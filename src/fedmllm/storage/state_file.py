@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save as serialize
+from typing import TYPE_CHECKING
 
 from fedmllm.storage.atomic import write_atomically
-from fedmllm.tensors import State, flatten, unflatten
+
+if TYPE_CHECKING:
+    from fedmllm.tensors import State
 
 
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, written atomically; `metadata` goes into its header."""
+    import torch
+    from safetensors.torch import save as serialize
+
+    from fedmllm.tensors import flatten
+
     # Copies, because safetensors refuses tensors that share memory, as two groups with one tensor do.
     flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
     # None, because safetensors writes a broken header for no tensors with empty metadata.
@@ -23,6 +27,10 @@ def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = No
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:
     """The state and the header's metadata."""
+    from safetensors import safe_open
+
+    from fedmllm.tensors import unflatten
+
     with safe_open(path, "pt") as file:
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return unflatten(flat), dict(file.metadata() or {})
