@@ -1,8 +1,10 @@
-"""Imports go down only. A new module at the top of the package needs a line in `MAY_IMPORT`."""
+"""Imports go down only. A new room at the top of the package needs a place in `FLOORS`."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,63 +13,42 @@ import fedmllm
 
 ROOT = Path(fedmllm.__file__).parent
 
-BOTTOM = {"errors", "tensors", "rng", "registry", "config"}
-MEASURES = {"evaluation.metrics", "evaluation.intervals", "evaluation.comparing"}
-MODELS = BOTTOM | MEASURES | {"data", "algorithms", "models"}
-FLEETS = MODELS | {"training", "evaluation", "federation", "fleets", "secure"}
-COMMANDS = {"store", "archive", "experiment", "bench", "provenance", "runs", "reevaluation", "sweep", "report"}
-ALL = FLEETS | COMMANDS | {"progress", "printing", "launch", "cli", "cli_list", "cli_pack", "__init__", "secure.fleet"}
+FLOORS = (
+    {"errors", "rng", "tensors", "__version__"},
+    {"registry", "storage"},
+    {"config"},
+    {"data", "algorithms"},
+    {"federation", "models"},
+    {"secure", "training", "evaluation"},
+    {"fleets", "report", "testing"},
+    {"experiment"},
+    {"runs"},
+    {"remote"},
+    {"api"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+"""From the bottom. A room, which is a folder or a file, imports from itself and from floors below its own."""
 
-# part -> what else of the package it may import; everything may import itself.
-MAY_IMPORT = {
-    "__init__": set(),
-    "errors": set(),
-    "tensors": set(),
-    "rng": set(),
-    "registry": {"errors"},
-    "config": {"errors", "registry"},
-    "progress": set(),
-    "printing": {"store"},
-    "launch": set(),
-    "store": {"errors", "tensors"},
-    "archive": {"errors", "store"},
-    "report": MEASURES | {"errors", "store"},
-    "data": BOTTOM,
-    "algorithms": BOTTOM,
-    "evaluation.metrics": BOTTOM,
-    "evaluation.intervals": BOTTOM,
-    "evaluation.comparing": BOTTOM | {"evaluation.intervals"},
-    "models": BOTTOM | {"data", "algorithms"},
-    "training": MODELS,
-    "evaluation": MODELS,
-    "federation": {"algorithms", "config", "tensors", "rng"},
-    "secure": BOTTOM | {"algorithms"},
-    "secure.fleet": BOTTOM | {"algorithms", "federation", "fleets", "secure"},
-    "fleets": MODELS | {"training", "evaluation", "federation", "secure"},
-    "experiment": FLEETS,
-    "bench": FLEETS | {"experiment"},
-    "provenance": FLEETS | {"experiment", "bench"},
-    "runs": FLEETS | {"store", "experiment", "bench", "provenance", "secure.fleet"},
-    "reevaluation": FLEETS | {"store", "experiment", "bench"},
-    "sweep": FLEETS | {"store", "experiment", "launch"},
-    "remote": FLEETS | {"store", "experiment", "bench", "runs", "sweep", "progress", "launch"},
-    "cli_list": {"printing", "registry", "algorithms", "data", "evaluation", "fleets", "models", "secure"},
-    "cli_pack": {"archive", "printing"},
-    "cli_remote": ALL - {"cli", "cli_list", "cli_pack"} | {"remote"},
-    "cli": ALL | {"remote", "cli_remote"},
-    "__main__": {"cli"},
-}  # fmt: skip
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 HEAVY = {"torch", "transformers", "peft"}
-NO_LIBRARY = {
-    "errors": HEAVY, "rng": HEAVY, "registry": HEAVY, "config": HEAVY, "store": HEAVY, "report": HEAVY, "data": HEAVY,
-    "evaluation.metrics": HEAVY, "evaluation.intervals": HEAVY, "evaluation.comparing": HEAVY, "federation": HEAVY,
-    "archive": HEAVY, "tensors": {"transformers", "peft"}, "algorithms": {"transformers", "peft"},
-}  # fmt: skip
+FORBIDDEN = {
+    "errors": HEAVY,
+    "rng": HEAVY,
+    "registry": HEAVY,
+    "config": HEAVY,
+    "data": HEAVY,
+    "federation": HEAVY,
+    "report": HEAVY,
+    "tensors": {"transformers", "peft"},
+    "storage": {"transformers", "peft"},
+    "algorithms": {"transformers", "peft"},
+}
 
 
 def imported(source: str) -> set[str]:
-    """Dotted names of all that a file imports, wherever in it: `from a import b` is `a.b`, be `b` a module or not."""
+    """Dotted names of everything that a file imports, anywhere in it; `from a import b` is `a.b`, module or not."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -78,33 +59,27 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def part_of(dotted: str) -> str | None:
-    """The part of the package that `fedmllm.…` belongs to; None where no line of `MAY_IMPORT` covers it."""
-    inner = dotted.removeprefix("fedmllm").removeprefix(".")
-    fitting = [part for part in MAY_IMPORT if inner == part or inner.startswith(f"{part}.")]
-    if fitting:
-        return max(fitting, key=len)
-    return "__init__" if inner in ("", "__version__") else None
+def room_of(dotted: str) -> str:
+    """The room of `fedmllm.…`; the package itself is "__init__"."""
+    return dotted.split(".")[1] if "." in dotted else "__init__"
 
 
 def violations(name: str, source: str) -> list[str]:
     """What is wrong with the imports of the module `name`, such as "fedmllm.data.samples"."""
-    part = part_of(name)
-    if part is None:
-        return [f"{name} has no layer"]
-    found = []
+    room = room_of(name)
+    if room not in FLOOR:
+        return [f"{name} has no floor"]
+    problems = []
     for target in sorted(imported(source)):
-        library = target.partition(".")[0]
+        library, to = target.partition(".")[0], room_of(target)
         if library != "fedmllm":
-            if library in NO_LIBRARY.get(part, set()):
-                found.append(f"{name} imports {library}")
-            continue
-        to = part_of(target)
-        if to is None:
-            found.append(f"{name} imports {target}, which has no layer")
-        elif to not in MAY_IMPORT[part] | {part}:
-            found.append(f"{name} imports {target}")
-    return found
+            if library in FORBIDDEN.get(room, set()):
+                problems.append(f"{name} imports {library}")
+        elif to not in FLOOR:
+            problems.append(f"{name} imports {target}, which has no floor")
+        elif to != room and FLOOR[to] >= FLOOR[room]:
+            problems.append(f"{name} imports {target}")
+    return problems
 
 
 def module_name(path: Path) -> str:
@@ -112,19 +87,9 @@ def module_name(path: Path) -> str:
     return ".".join(("fedmllm", *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=module_name)
-def test_imports_go_down_only(path: Path) -> None:
-    assert violations(module_name(path), path.read_text(encoding="utf-8")) == []
-
-
-def test_no_two_parts_may_import_each_other() -> None:
-    def below(part: str, path: tuple[str, ...] = ()) -> None:
-        assert part not in path, f"a circle: {' → '.join((*path, part))}"
-        for lower in MAY_IMPORT[part] - {part}:
-            below(lower, (*path, part))
-
-    for part in MAY_IMPORT:
-        below(part)
+def test_imports_go_down_only() -> None:
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+    assert [problem for name, source in sources.items() for problem in violations(name, source)] == []
 
 
 @pytest.mark.parametrize(
@@ -137,15 +102,39 @@ def test_no_two_parts_may_import_each_other() -> None:
         ("fedmllm.data.tasks.new", "def load():\n    import torch.nn", ["imports torch"]),
         ("fedmllm.data.tasks.new", "from torch import nn", ["imports torch"]),
         ("fedmllm.data.tasks.new", "from fedmllm.storage.atomic import write_atomically", []),
-        ("fedmllm.evaluation.metrics", "import fedmllm.models.mllm", ["imports fedmllm.models.mllm"]),
-        ("fedmllm.evaluation.metrics", "from fedmllm.evaluation.evaluate import x", ["imports fedmllm.evaluation.evaluate.x"]),
-        ("fedmllm.evaluation.evaluate", "from fedmllm.evaluation import metrics", []),
+        ("fedmllm.evaluation.metrics", "import fedmllm.training.local", ["imports fedmllm.training.local"]),
+        ("fedmllm.evaluation.transfer", "from fedmllm.evaluation import metrics", []),
         ("fedmllm.federation", "from fedmllm.models import mllm", ["imports fedmllm.models.mllm"]),
-        ("fedmllm.report.html", "from fedmllm.tensors import add", ["imports fedmllm.tensors.add"]),
-        ("fedmllm.rng", "from fedmllm import __version__", ["imports fedmllm.__version__"]),
-        ("fedmllm.data.samples", "from fedmllm.novelty import x", ["imports fedmllm.novelty.x, which has no layer"]),
-        ("fedmllm.novelty", "", ["has no layer"]),
+        ("fedmllm.models.new", "from fedmllm.federation import federate", ["imports fedmllm.federation.federate"]),
+        ("fedmllm.report.html", "from fedmllm.runs import result", ["imports fedmllm.runs.result"]),
+        ("fedmllm.cli.new", "from fedmllm import __version__", []),
+        ("fedmllm.cli.new", "import fedmllm", ["imports fedmllm"]),
+        ("fedmllm", "from fedmllm.api import run", []),
+        ("fedmllm.data.samples", "from fedmllm.novelty import x", ["imports fedmllm.novelty.x, which has no floor"]),
+        ("fedmllm.novelty", "", ["has no floor"]),
     ],
 )
 def test_the_rule_catches_what_it_should(name: str, source: str, expected: list[str]) -> None:
     assert violations(name, source) == [f"{name} {what}" for what in expected]
+
+
+# What a process imports
+
+LIGHT = HEAVY | {"numpy", "pyarrow", "safetensors", "pydantic", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import fedmllm", LIGHT | {"typer", "rich"}),
+        ("import fedmllm; fedmllm.load; fedmllm.run", LIGHT | {"typer", "rich"}),
+        ("import sys; sys.argv = ['fedmllm', '--help']; from fedmllm.cli.app import app; app(standalone_mode=False)", LIGHT),
+        ("import fedmllm.cli.app, fedmllm.report.writeup, fedmllm.report.tables, fedmllm.storage.archive", HEAVY),
+    ],
+    ids=["package", "api", "help", "reading results"],
+)
+def test_only_what_needs_a_library_imports_it(code: str, absent: set[str]) -> None:
+    script = f"{code}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.split()) & absent == set()

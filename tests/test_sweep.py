@@ -152,7 +152,7 @@ def test_a_failed_cell_is_reported_at_the_end_and_the_others_run(write_sweep: Wr
 def test_a_cell_that_was_cut_short_goes_on(write_sweep: Write) -> None:
     """Its first rounds are those of the run that was killed: they are not done again."""
     file = write_sweep(METHOD, rounds=3)
-    [[cell], folder] = sweep.plan(file)[1], Path("runs/grid")
+    [[cell], folder] = sweep.plan_sweep(file)[1], Path("runs/grid")
     Path("cell.toml").write_text(cell.experiment.toml())
     expected = run("run", "cell.toml", "--out", folder / cell.id)
     (folder / cell.id / "result.json").unlink()
@@ -315,7 +315,7 @@ def test_published_figures_are_the_papers() -> None:
 
 
 def test_published_figures_stand_beside_ours_and_are_marked() -> None:
-    planned = sweep.plan(ROOT / "experiments" / "paper" / "hateful-memes.sweep.toml")[1]
+    planned = sweep.plan_sweep(ROOT / "experiments" / "paper" / "hateful-memes.sweep.toml")[1]
     configs = {p.axes["heterogeneity"]: p.experiment.resolved() for p in planned if p.axes["method"] == "FedYogi"}
     axes = {"heterogeneity": ["α = 0.5", "β = 0.3"], "method": ["zero-shot", "FedYogi"]}
     folder = make_sweep(
