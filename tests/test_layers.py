@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,26 @@ def module_name(path: Path) -> str:
     return ".".join(("fedmllm", *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
 
+def sources() -> dict[str, str]:
+    return {module_name(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+
+
 def test_imports_go_down_only() -> None:
-    sources = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
-    assert [problem for name, source in sources.items() for problem in violations(name, source)] == []
+    assert [problem for name, source in sources().items() for problem in violations(name, source)] == []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Within a room as well, imports inside functions and for types included. Raises CycleError, which names the modules."""
+    modules = sources()
+
+    def module_of(dotted: str) -> str:
+        while dotted and dotted not in modules:
+            dotted = dotted.rpartition(".")[0]
+        return dotted
+
+    TopologicalSorter(
+        {name: {module_of(target) for target in imported(source)} - {name, ""} for name, source in modules.items()}
+    ).prepare()
 
 
 @pytest.mark.parametrize(
