@@ -233,3 +233,28 @@ def test_one_experiment_said_in_several_ways_has_one_digest(settings: list[str])
     plain, _ = config.apply_overrides(raw, ["partition.alpha=1.0"], options_of)
     assert with_defaults(config.validate(said)).digest() == with_defaults(config.validate(plain)).digest()
     assert with_defaults(with_defaults(config.validate(said))) == with_defaults(config.validate(said))
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("partition", "iid"),
+        ("scenario", "aligned"),
+        ("prompt", "modality-agnostic"),
+        ("algorithm", "fedavg"),
+        ("fleet", "in-process"),
+    ],
+)
+def test_a_table_without_a_name_is_the_default_part(table: str, name: str) -> None:
+    raw = {"task": {"name": "easy-vqa"}, table: {}}
+    assert config.validate(raw) == config.validate({"task": {"name": "easy-vqa"}, table: {"name": name}})
+
+
+def test_options_without_a_name_are_those_of_the_default_part() -> None:
+    parsed = with_defaults(
+        config.validate({"task": {"name": "easy-vqa"}, "partition": {"clients": 4}, "algorithm": {"server_lr": 0.5}})
+    )
+    assert (parsed.partition.name, parsed.partition.clients) == ("iid", 4)
+    assert (parsed.algorithm.name, parsed.algorithm.options["server_lr"]) == ("fedavg", 0.5)
+    with pytest.raises(ConfigError, match=r"partition\.alpha: unknown key for partition 'iid'"):
+        with_defaults(config.validate({"task": {"name": "easy-vqa"}, "partition": {"alpha": 1.0}}))

@@ -85,7 +85,7 @@ def test_keys_are_made_on_each_machine_for_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ([], "say what to make"),
+        ([], "nothing to create: give --host"),
         (["--site", "../north"], "a site's name is letters"),
         (["--site", "north", "--site", "north"], "north.key is there already"),
     ],

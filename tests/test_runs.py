@@ -330,3 +330,16 @@ def test_not_a_run_directory() -> None:
     done = call("compare", ".")
     assert done.exit_code == 2
     assert "is not a run directory" in done.stderr
+
+
+def test_compare_skips_what_is_no_complete_run(write_experiment: Write, tmp_path: Path) -> None:
+    run("baseline", "zero-shot", write_experiment(), "--out", "runs/a")
+    (tmp_path / "runs" / "grid").mkdir()
+    (tmp_path / "runs" / "grid" / "sweep.json").write_text("{}")
+    (tmp_path / "runs" / "begun").mkdir()
+    done = call("compare", "runs/a", "runs/begun", "runs/grid", "--json")
+    assert done.exit_code == 0
+    assert [row["run"] for row in json.loads(done.stdout)] == ["runs/a"]
+    assert "note: runs/grid is a sweep's folder" in done.stderr
+    assert "note: runs/begun is not a complete run" in done.stderr
+    assert call("compare", "runs/begun", "runs/grid").exit_code == 2

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import ConfigError
+from fedmllm.kinds import RunKind
 
 if TYPE_CHECKING:
     from fedmllm.config import Experiment, Setting
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
     from fedmllm.runs.progress import ProgressCallback
-    from fedmllm.storage.run_dir import RunDir, RunKind
+    from fedmllm.storage.run_dir import RunDir
 
 QUICKSTART = "quickstart"
 """The name of the experiment that ships with the package."""
@@ -62,12 +63,12 @@ def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
     override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
     """
-    from fedmllm import config as files
+    from fedmllm import config
     from fedmllm.experiment.parts import options_of, with_defaults
 
     path = experiment_file(file)
-    raw, _ = files.apply_settings(files.read(path), list(_settings(overrides)), options_of)
-    return with_defaults(files.validate(raw, str(path)))
+    raw, _ = config.apply_settings(config.read(path), list(_settings(overrides)), options_of)
+    return with_defaults(config.validate(raw, str(path)))
 
 
 def run(

@@ -40,10 +40,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             plugins = kwargs.pop("plugin", None)
             assert isinstance(plugins, list | None)
-            for path in plugins or []:
+            if plugins:
                 from fedmllm.registry import load_plugin
 
-                load_plugin(path)
+                for path in plugins:
+                    load_plugin(path)
             command(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)

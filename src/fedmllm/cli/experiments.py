@@ -10,7 +10,7 @@ import typer
 from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
 from fedmllm.cli.output import Json, print_json, print_result, print_table
 from fedmllm.errors import RunError, UserError
-from fedmllm.storage.run_dir import BaselineKind, RunDir, RunKind
+from fedmllm.kinds import BaselineKind, RunKind
 
 
 def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
@@ -134,6 +134,7 @@ def evaluate(
     from fedmllm.report.tables import metrics_table
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.reevaluate import reevaluate
+    from fedmllm.storage.run_dir import RunDir
 
     silence_libraries()
     run = RunDir(directory)

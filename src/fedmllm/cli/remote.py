@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from fedmllm.experiment.sweep import Sweeper
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
-    """Run what is missing of a grid on a Ray cluster; the index."""
+    """Execute the missing runs of a grid on a Ray cluster; the index."""
     need("ray", "ray")
     from fedmllm.remote.actors import cluster
     from fedmllm.remote.ray_sweep import RayTasks
@@ -33,46 +33,46 @@ def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> l
 
 
 def keys(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they go.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder for the new files.", show_default=False)],
     hosts: Annotated[
-        list[str] | None, typer.Option("--host", help="A name or address that sites reach the server under; repeatable.")
+        list[str] | None, typer.Option("--host", help="A name or address by which sites reach the server; repeatable.")
     ] = None,
     sites: Annotated[list[str] | None, typer.Option("--site", help="A site to make a key for; repeatable.")] = None,
     days: Annotated[int, typer.Option("--days", min=1, help="How long the server's certificate is valid.")] = 825,
     as_json: Json = False,
 ) -> None:
-    """Make the authority and the certificate of a server (--host), and the keys of sites (--site)."""
+    """Create the authority and the certificate of a server (--host), and the keys of sites (--site)."""
     need("cryptography", "flower")
     from fedmllm.remote.keys import make
 
     if not hosts and not sites:
-        raise ConfigError("say what to make: --host for a server's certificate, --site for a site's key.")
-    made = [str(path) for path in make(folder, hosts or [], sites or [], days)]
+        raise ConfigError("nothing to create: give --host for a server's certificate, --site for a site's key.")
+    files = [str(path) for path in make(folder, hosts or [], sites or [], days)]
     if as_json:
-        print_json({"made": made})
+        print_json({"made": files})
     else:
-        typer.echo("\n".join(made))
+        typer.echo("\n".join(files))
 
 
 def client(
     file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.", show_default=False)],
-    check: Annotated[bool, typer.Option("--check", help="Check the file, the data and the key, and leave.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the file, the data and the key, then exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take part in a federation with this site's data, until ended with Ctrl-C or SIGTERM."""
+    """Take part in a federation with this site's data, until Ctrl-C or SIGTERM."""
     need("flwr", "flower")
     from fedmllm.remote import client as site_process
     from fedmllm.remote.files import SiteFile
 
     site = SiteFile(file)
-    found = site_process.check(site)
-    text = f"{found['samples']} samples, {found['image']} with image, {found['text']} with text, {found['skipped']} skipped"
+    counts = site_process.check(site)
     if as_json:
-        print_json(found)
+        print_json(counts)
     else:
-        _say(f"site {site.name}: {text}")
+        modalities = f"{counts['image']} with image, {counts['text']} with text"
+        _log(f"site {site.name}: {counts['samples']} samples, {modalities}, {counts['skipped']} skipped")
     if not check:
-        site_process.keep(site, lambda line: _say(f"{site.name}: {line}"))
+        site_process.keep(site, lambda line: _log(f"{site.name}: {line}"))
 
 
 def server(
@@ -92,5 +92,5 @@ def server(
     federation = FederationFile(file, overrides or [])
     config = build(federation.experiment).config
     run = choose_directory(config, "federated", out, resume)
-    result = run.result() if run.complete else Server(federation, run.path, run.exists, _say).run()
+    result = run.result() if run.complete else Server(federation, run.path, run.exists, _log).run()
     print_result(result, run.path, as_json)

@@ -10,7 +10,6 @@ from fedmllm.config.schema import (
     ModelTable,
     Named,
     PartitionTable,
-    Pattern,
     Table,
     TaskTable,
     TrainTable,
@@ -18,6 +17,6 @@ from fedmllm.config.schema import (
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Pattern", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
+    "PartitionTable", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
     "parse_override", "read", "validate",
 ]  # fmt: skip

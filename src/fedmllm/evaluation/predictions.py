@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fedmllm.config import EvalTable, Pattern
+from fedmllm.config import EvalTable
 from fedmllm.data.prompts import Strategy, render
 from fedmllm.data.samples import Modality, Sample, Task
 from fedmllm.evaluation.intervals import interval, mean_interval, resamples
 from fedmllm.evaluation.metrics import auc, macro_f1, normalise, token_f1
+from fedmllm.kinds import Pattern
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import Tensors

@@ -1,7 +1,6 @@
-"""Grids of experiments: a base file, axes of named cells, seeds; each distinct run once, in a process of its own, on this
-machine or where a `Launcher` puts it.
+"""Grids of experiments: a base file, axes of named cells, and seeds; every distinct run is executed once, in its own process.
 
-A run's id is the digest of what its kind depends on, so a cell that is complete is skipped, one that was cut short goes on,
+A run's id is the digest of the settings that its kind depends on. So complete runs are skipped, interrupted ones are resumed,
 and cells that mean the same run (zero-shot under any algorithm) share it.
 """
 
@@ -18,19 +17,20 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import Experiment, Named, PartitionTable, Table, TrainTable
+from fedmllm.config import ClientsTable, Experiment, Named, PartitionTable, Setting, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
+from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import alone
-from fedmllm.storage.run_dir import RunDir, RunKind
+from fedmllm.storage.run_dir import RunDir
 
 
 class Cell(Table):
-    """One value of an axis: settings in the notation of `--set`, and the kind of run where it is no federated one."""
+    """One value of an axis: settings in the notation of `--set`, and the kind of run if it is not federated."""
 
     name: str
     kind: RunKind | None = None
@@ -54,7 +54,7 @@ class Sweep(Table):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A cell of the grid: where it lies on each axis, and the run that it needs."""
+    """A cell of the grid with one seed: its place on each axis, and the run that it needs."""
 
     axes: Mapping[str, str]
     seed: int
@@ -70,21 +70,23 @@ class PlannedRun:
 
 
 def essential(experiment: Experiment, kind: RunKind) -> Experiment:
-    """The experiment with every setting that this kind of run does not depend on at its default."""
-    plain: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
-    if not experiment.clients.rank:  # an algorithm for unequal ranks must stay beside them
-        plain["algorithm"] = Named(name="fedavg")
+    """The experiment with the default for every setting that this kind of run does not depend on."""
+    if kind == "federated":
+        return experiment
+    defaults: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
+    if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
+        defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":
-        plain |= {
+        defaults |= {
             "seed": 0,
             "partition": PartitionTable(name="iid"),
             "train": TrainTable(max_length=experiment.train.max_length),
         }
     if kind == "centralised":
-        plain["partition"] = PartitionTable(name="iid", clients=experiment.partition.clients)
+        defaults["partition"] = PartitionTable(name="iid", clients=experiment.partition.clients)
     if kind in ("zero-shot", "centralised"):
-        plain |= {"scenario": Named(name="aligned"), "clients": files.ClientsTable(), "algorithm": Named(name="fedavg")}
-    return experiment.model_copy(update=plain) if kind != "federated" else experiment
+        defaults |= {"scenario": Named(name="aligned"), "clients": ClientsTable(), "algorithm": Named(name="fedavg")}
+    return experiment.model_copy(update=defaults)
 
 
 def read(path: Path) -> Sweep:
@@ -92,20 +94,26 @@ def read(path: Path) -> Sweep:
     try:
         return Sweep.model_validate(files.read(path))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, '', lambda where: _keys(where))}") from None
+        raise ConfigError(f"{path}: {explain(error, '', _known_keys)}") from None
 
 
-def _keys(where: tuple[int | str, ...]) -> Mapping[str, Any]:
-    depth = len([part for part in where if isinstance(part, str)])
+def _known_keys(path: tuple[int | str, ...]) -> Mapping[str, Any]:
+    depth = len([part for part in path if isinstance(part, str)])
     tables: tuple[type[Table], ...] = (Sweep, Axis, Cell)
     return tables[min(depth, 2)].model_fields
 
 
+def _settings(sweep: Sweep, cells: Sequence[Cell]) -> list[Setting]:
+    """What the sweep and one cell of each axis set."""
+    items = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
+    return [(key.split("."), value) for key, value in items]
+
+
 def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[PlannedRun]]:
-    """All cells of the grid. Raises ConfigError, naming the cell, where one is no good; data and model are not touched."""
+    """All cells of the grid, without reading data or a model. Raises ConfigError naming the first invalid cell."""
     sweep = read(path)
     raw = files.read(path.parent / sweep.base)
-    extra = [files.parse_override(override) for override in overrides]
+    overriding = [files.parse_override(override) for override in overrides]
     planned = []
     for cells in product(*(axis.cells for axis in sweep.axes)):
         axes = {axis.name: cell.name for axis, cell in zip(sweep.axes, cells, strict=True)}
@@ -114,12 +122,11 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
         if len(kinds) > 1:
             raise ConfigError(f"{where}: is of kinds {sorted(kinds)} at once; let one axis say the kind.")
         kind = kinds.pop()
-        settings = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
-        paths = [(key.split("."), value) for key, value in settings]
         for seed in sweep.seeds:
-            chosen, _ = files.apply_settings(raw, [*paths, (["seed"], seed), *extra], options_of)
+            settings = [*_settings(sweep, cells), (["seed"], seed), *overriding]
+            merged, _ = files.apply_settings(raw, settings, options_of)
             try:
-                experiment = build(essential(files.validate(chosen), kind)).config
+                experiment = build(essential(files.validate(merged), kind)).config
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
             planned.append(PlannedRun(axes, seed, kind, experiment))
@@ -127,31 +134,33 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
 
 
 class Launcher(Protocol):
-    """Where runs become processes. `command` is what follows `fedmllm`; `file` is the experiment file that it names."""
+    """Starts runs as processes. `command` is what follows `fedmllm`; `file` is the experiment file that it names."""
 
     def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
-        """(exit status, the last line that it said). Called from several threads."""
+        """(exit status, the last line on stderr). Called from several threads."""
 
     def stop(self) -> None:
-        """End what runs, and start nothing more."""
+        """End the running processes and start no more."""
 
 
 class Sweeper:
-    """Runs what is missing of a grid. `report(done, total, text)` is told of every run that ends."""
+    """Executes the missing runs of a grid. `progress(done, total, text)` is called after every run."""
 
-    def __init__(self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, report: Callable[[int, int, str], None]) -> None:
-        self._sweep, self._planned, self._out, self._report = sweep, planned, out, report
+    def __init__(
+        self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, progress: Callable[[int, int, str], None]
+    ) -> None:
+        self._sweep, self._planned, self._out, self._progress = sweep, planned, out, progress
         self._errors: dict[str, str] = {}
 
-    def state(self, one: PlannedRun) -> str:
+    def state(self, planned: PlannedRun) -> str:
         """ "complete", "failed", "cut short" or "new"."""
-        run = RunDir(self._out / one.id)
-        if run.complete:
+        directory = RunDir(self._out / planned.id)
+        if directory.complete:
             return "complete"
-        return "failed" if one.id in self._errors else "cut short" if run.exists else "new"
+        return "failed" if planned.id in self._errors else "cut short" if directory.exists else "new"
 
     def rows(self) -> list[dict[str, Any]]:
-        """The index: a row a cell."""
+        """The index: one row per cell and seed."""
         return [
             {"axes": dict(p.axes), "seed": p.seed, "kind": p.kind, "id": p.id, "state": self.state(p)}
             | ({"error": self._errors[p.id]} if p.id in self._errors else {})
@@ -159,19 +168,19 @@ class Sweeper:
         ]
 
     def run(self, jobs: int, launcher: Launcher | None = None) -> list[dict[str, Any]]:
-        """Do all that is not complete, `jobs` at a time, going on past failures; the index. Raises KeyboardInterrupt."""
+        """Execute all incomplete runs, `jobs` at a time, continuing past failures; the index. Raises KeyboardInterrupt."""
         launcher = launcher or Processes(jobs)
         refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
         with alone(self._out / ".lock", refusal):
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
             with ThreadPoolExecutor(max_workers=jobs) as pool:
-                futures = {pool.submit(self._one, p, launcher): p for p in todo}
+                futures = {pool.submit(self._execute, p, launcher): p for p in todo}
                 try:
                     for done, future in enumerate(as_completed(futures), start=1):
                         future.result()
-                        one = futures[future]
-                        self._report(done, len(todo), f"{one}: {self._errors.get(one.id, 'done')}")
+                        planned = futures[future]
+                        self._progress(done, len(todo), f"{planned}: {self._errors.get(planned.id, 'done')}")
                         self._write_index()
                 except BaseException:
                     launcher.stop()
@@ -182,10 +191,10 @@ class Sweeper:
         content = {"schema": 1, "name": self._sweep.name, "axes": [a.name for a in self._sweep.axes], "cells": self.rows()}
         write_atomically(self._out / INDEX, (json.dumps(content, indent=2) + "\n").encode())
 
-    def _one(self, one: PlannedRun, launcher: Launcher) -> None:
-        file = self._out / f"{one.id}.toml"
-        write_atomically(file, one.experiment.toml().encode())
-        what = ["run"] if one.kind == "federated" else ["baseline", one.kind]
-        status, said = launcher.run([*what, str(file), "--out", str(self._out / one.id), "--resume", "--json"], file)
+    def _execute(self, planned: PlannedRun, launcher: Launcher) -> None:
+        file, out = self._out / f"{planned.id}.toml", self._out / planned.id
+        write_atomically(file, planned.experiment.toml().encode())
+        command = ["run"] if planned.kind == "federated" else ["baseline", planned.kind]
+        status, message = launcher.run([*command, str(file), "--out", str(out), "--resume", "--json"], file)
         if status:
-            self._errors[one.id] = f"exit status {status}: {said}"
+            self._errors[planned.id] = f"exit status {status}: {message}"

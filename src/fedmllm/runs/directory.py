@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedmllm.config import Experiment
 from fedmllm.errors import RunError
-from fedmllm.storage.run_dir import RunDir, RunKind, new_run, unfinished
+from fedmllm.kinds import RunKind
+from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 
 
 def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:

@@ -20,6 +20,7 @@ from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.federation import FederationPlan, each_alone
 from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.kinds import RunKind
 from fedmllm.runs.result import Outcome, result_of
 from fedmllm.runs.rounds import (
     Run,
@@ -32,7 +33,7 @@ from fedmllm.runs.rounds import (
     train_rounds,
 )
 from fedmllm.runs.session import Session
-from fedmllm.storage.run_dir import RunDir, RunKind
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, flatten
 
 

@@ -13,11 +13,12 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.kinds import RunKind
 from fedmllm.models.encoded import Encoded
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.provenance import describe
 from fedmllm.runs.session import Session
-from fedmllm.storage.run_dir import RunDir, RunKind
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
 from fedmllm.training.capacity import cohort_size
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import RunError
 from fedmllm.storage.atomic import write_atomically
@@ -22,11 +22,8 @@ from fedmllm.storage.lock import Lock
 from fedmllm.storage.state_file import load_state, save_state
 from fedmllm.storage.strict_json import dump, json_line, restored
 
-if TYPE_CHECKING:  # imports torch, which many commands do without
+if TYPE_CHECKING:
     from fedmllm.tensors import State
-
-BaselineKind = Literal["zero-shot", "local", "centralised"]
-RunKind = Literal["federated", BaselineKind]
 
 SCHEMA = 1
 """Version of `result.json`; it grows when a key changes its meaning, not when one is added."""

@@ -1,4 +1,4 @@
-"""A `State` as one safetensors file."""
+"""A `State` as one safetensors file. torch is imported on first use, so that reading run directories does not need it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, written atomically; `metadata` goes into its header."""
     import torch
-    from safetensors.torch import save as serialize
+    from safetensors.torch import save
 
     from fedmllm.tensors import flatten
 
     # Copies, because safetensors refuses tensors that share memory, as two groups with one tensor do.
     flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
     # None, because safetensors writes a broken header for no tensors with empty metadata.
-    write_atomically(path, serialize(flat, metadata=dict(metadata) if metadata else None))
+    write_atomically(path, save(flat, metadata=dict(metadata) if metadata else None))
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:
