@@ -17,8 +17,11 @@ from contenders.making import make
 from contenders.workload import Outcome, Size, Workload, average
 
 RUNS = {"a": published.run, "c": bare.run, "d": ours.run, "e": ours_cohort.run}
-# PEFT asks transformers for a property under its older name.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    # PEFT asks transformers for a property under its older name.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.xdist_group("benchmarks"),  # in one worker, so that each contender trains once
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,11 @@ from fedmllm.training.local import LocalSettings, Work
 from naive_training import train_naively
 from tiny_families import FAMILIES, save
 
-# PaliGemma's processor makes a numpy array of a tensor in a way that numpy 2 will refuse one day.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+pytestmark = [
+    # PaliGemma's processor makes a numpy array of a tensor in a way that numpy 2 will refuse one day.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.xdist_group("families"),  # in one worker, so that each family is loaded once
+]
 
 OPTIONS = ("(A) red", "(B) blue")
 WIDE, SMALL, TALL = (96, 48), (32, 32), (40, 80)
