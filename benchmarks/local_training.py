@@ -1,16 +1,15 @@
-"""What each speed-up of local training is worth: ratios from one run, paired and repeated, on the pocket model.
+"""How much each speed-up of local training gains on the pocket model.
 
     python benchmarks/local_training.py [--repeats 5]
 
-Each row does the same work twice, the long way and ours, in turn, and prints the median ratio of the times with the
-range over the repeats. Absolute times mean nothing on a shared machine and are not printed.
+Each row compares two ways to do the same work, which run alternately: the common way and ours. It prints the median and range,
+over the repeats, of the ratio of their times. Absolute times are not printed, because they mean nothing on a shared machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Stack
 from fedmllm.rng import stream
 from fedmllm.training.batches import batch_epoch
+from harness import median_and_range
 
 
 def backward(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
@@ -35,11 +35,11 @@ def backward(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
 
 
 def full_logits(model: MLLM, batches: Sequence[Sequence[Encoded]]) -> None:
-    """The common way: logits at every position, labels masked to −100 where there is no answer."""
+    """The common way: logits at every position, labels masked to −100 outside the answers."""
     for batch in batches:
-        inputs = model.collate(batch, [one.answer for one in batch])
+        inputs = model.collate(batch, [sample.answer for sample in batch])
         length = inputs["input_ids"].shape[1]
-        labels = torch.tensor([[-100] * (length - len(one.answer)) + list(one.answer) for one in batch])
+        labels = torch.tensor([[-100] * (length - len(sample.answer)) + list(sample.answer) for sample in batch])
         logits = model.model(**inputs, use_cache=False).logits[:, :-1].float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
 
@@ -62,7 +62,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="ratios of the long way's time to ours")
+    parser = argparse.ArgumentParser(description="Compare the time of common ways to train with ours.")
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     logging.disable_progress_bar()
@@ -71,30 +71,31 @@ def main() -> None:
         samples = [s for s in tasks.build("easy-vqa", {}).load("train") if isinstance(s, Sample)]
         chosen = [samples[int(i)] for i in stream(0, "bench").choice(len(samples), 192, replace=False)]
         strategy = prompts.build("modality-agnostic", {})
-        talks = [render(s, s.modalities, strategy) for s in chosen]
+        conversations = [render(s, s.modalities, strategy) for s in chosen]
         cached, live = (MLLM.load(ModelTable(cache_features=on), seed=0) for on in (True, False))
-        ours = cached.encode(talks, [s.image for s in chosen], 1200)
-        theirs = live.encode(talks, [s.image for s in chosen], 1200)
+        pictures = [s.image for s in chosen]
+        encoded, uncached = (model.encode(conversations, pictures, 1200) for model in (cached, live))
         cached.prepare_features()
-        order = batch_epoch([one.length for one in ours], 16, 1, stream(0, "order")).steps
-        batches = [[ours[i] for i in step[0]] for step in order]
-        uncached = [[theirs[i] for i in step[0]] for step in order]
-        mixed = [[ours[i] for i in range(start, start + 16)] for start in range(0, len(ours), 16)]
-        closed = [one for one in ours if one.options][:96]
-        ones = [[one] for batch in batches for one in batch]
+        order = batch_epoch([sample.length for sample in encoded], 16, 1, stream(0, "order")).steps
+        batches, live_batches = ([[samples[i] for i in step[0]] for step in order] for samples in (encoded, uncached))
+        mixed = [encoded[start : start + 16] for start in range(0, len(encoded), 16)]
+        closed = [sample for sample in encoded if sample.options][:96]
+        singles = [[sample] for batch in batches for sample in batch]
         rows: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
-            ("vision tower every step / cached features", lambda: backward(live, uncached), lambda: backward(cached, batches)),
-            ("all logits / logits at the answers", lambda: full_logits(cached, batches), lambda: backward(cached, batches)),
-            ("transformers' text model / written out",
+            ("vision tower in every step / cached features",
+             lambda: backward(live, live_batches), lambda: backward(cached, batches)),
+            ("logits at all positions / at the answers",
+             lambda: full_logits(cached, batches), lambda: backward(cached, batches)),
+            ("transformers' text model / written-out layers",
              lambda: stacked(cached, batches, False), lambda: stacked(cached, batches, True)),
-            ("samples one by one / batches of 16", lambda: backward(cached, ones), lambda: backward(cached, batches)),
+            ("samples one by one / batches of 16", lambda: backward(cached, singles), lambda: backward(cached, batches)),
             ("batches as they come / bucketed by length", lambda: backward(cached, mixed), lambda: backward(cached, batches)),
             ("closed questions generated / scored", lambda: cached.generate(closed, 8), lambda: cached.option_scores(closed)),
         ]  # fmt: skip
-        for name, long_way, ours_way in rows:
-            long_way(), ours_way()  # warm up
-            ratios = [timed(long_way) / timed(ours_way) for _ in range(repeats)]
-            print(f"{name:45s} {statistics.median(ratios):5.2f} ×  ({min(ratios):.2f} to {max(ratios):.2f})")
+        for name, common, ours in rows:
+            common(), ours()  # warm up
+            ratios = [timed(common) / timed(ours) for _ in range(repeats)]
+            print(f"{name:48s}{median_and_range(ratios)}")
 
 
 if __name__ == "__main__":

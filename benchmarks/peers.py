@@ -1,18 +1,19 @@
-"""fedmllm beside its peers: the same model, data, steps and machine, and the same losses and adapter at the end.
+"""Compare fedmllm with other implementations on the same model, data, steps and machine.
 
     python benchmarks/peers.py [--repeats 3] [--rounds 2] [--clients 8] [--samples 16] [--only a,c,d] [--json FILE]
 
-(a) is the published reference code's pattern, (b) that of Flower's LLM example, (c) a bare PyTorch loop, (d) fedmllm one client
-at a time, (e) fedmllm in cohorts. `contenders/` has a file for each, which says what was kept of its original. Every contender
-runs in a process of its own, in turn, `--repeats` times; ratios are taken within a repeat, and their median and range over
-the repeats printed. Seconds mean nothing on a shared machine and are in the JSON only. The exit status is 1 where the
-contenders did not reach the same model: ratios of different work are worth nothing.
+(a) follows the published reference code, (b) Flower's LLM example, (c) is a bare PyTorch loop, (d) is fedmllm with one client
+at a time, (e) fedmllm with cohorts. `contenders/` has one file per contender, which says what was kept of the original.
+Contenders run in turn, `--repeats` times, each in a process of its own. Ratios are computed within a repeat; printed are their
+median and range over the repeats. Seconds mean nothing on a shared machine and are only in the JSON file. The exit status is 1
+if the contenders do not reach the same losses and adapter, because ratios would then compare different work.
 
-Training is the rounds alone: imports, the first load of the model and the start of Ray do not count, (b)'s load of the model in
-every call does. What (d) and (e) encode once before the first round is counted in rows of its own. Evaluation asks
-the same questions: (a) and (b) generate every answer, (d) and (e) score the closed questions and generate the open ones.
+Training time covers the rounds only: imports, the first load of the model and the start of Ray do not count, but (b)'s load of
+the model in every call does. What (d) and (e) encode once before the first round is counted in rows of its own. All contenders
+are evaluated on the same questions: (a) and (b) generate every answer, (d) and (e) score closed questions and generate the
+answers to open ones.
 
-Each contender may use `--threads` threads, two by default; (b) gives each to a client of its own, which is fastest for it.
+Each contender may use `--threads` threads, two by default; (b) uses one thread per client, which is its fastest setting.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from contenders import CONTENDERS
-from contenders.making import make
+from contenders.experiment import make_workload
 from contenders.workload import Outcome, Size, Tensors, Workload
+from harness import median_and_range
 
 LOSS_TOLERANCE = 1e-3
 ADAPTER_TOLERANCE = 1e-2
@@ -43,73 +45,74 @@ PACKAGES = ("fedmllm", "torch", "transformers", "peft", "accelerate", "flwr", "r
 Repeat = dict[str, Outcome]
 
 
-def missing(letter: str) -> str | None:
-    """Why this contender cannot run here, as a sentence; None where it can."""
+def unavailable(letter: str) -> str | None:
+    """Why this contender cannot run, as a sentence; None if it can."""
     if letter == "b" and not (find_spec("flwr") and find_spec("ray")):
         return 'Flower with Ray is not installed: python -m pip install -c requirements/constraints.txt -e ".[bench]"'
     return None
 
 
-def run_one(letter: str, workload: Path, out: Path, threads: int) -> Outcome:
-    """One contender in a new process. Leaves with its last words where it failed."""
+def run_contender(letter: str, workload: Path, out: Path, threads: int) -> Outcome:
+    """Run one contender in a new process. If it fails, exit with the end of its output."""
     out.mkdir()
-    quiet = {
+    variables = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-        "FEDMLLM_CACHE": str(out / "cache"),  # its vision features are its own work
+        "FEDMLLM_CACHE": str(out / "cache"),  # so that each contender computes its own vision features
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(out / "flwr"),
         "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "contenders", letter, str(workload), str(out)]
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"({letter}) failed:\n{done.stderr[-3000:]}")
+    process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"({letter}) failed:\n{process.stderr[-3000:]}")
     return Outcome.load(out)
 
 
-# Whether all did the same work
+# Whether all contenders did the same work
 
 
 def distance(a: Tensors, b: Tensors) -> float:
     """The Euclidean norm of a − b."""
-    assert a.keys() == b.keys(), "adapters have other tensors"
+    assert a.keys() == b.keys(), "the adapters have different tensors"
     return math.sqrt(sum(float((a[name] - b[name]).double().pow(2).sum()) for name in a))
 
 
-def disagreement(one: Outcome, other: Outcome, initial: Tensors) -> tuple[float, float]:
-    """(largest relative difference of a round's loss, distance of the adapters as a share of what training moved them)."""
-    losses = max(abs(x - y) / abs(y) for x, y in zip(one.losses, other.losses, strict=True))
-    return losses, distance(one.adapter, other.adapter) / distance(other.adapter, initial)
+def disagreement(outcome: Outcome, reference: Outcome, initial: Tensors) -> tuple[float, float]:
+    """(largest relative difference of a round's loss, distance of the adapters as a share of the trained distance)."""
+    losses = max(abs(x - y) / abs(y) for x, y in zip(outcome.losses, reference.losses, strict=True))
+    return losses, distance(outcome.adapter, reference.adapter) / distance(reference.adapter, initial)
 
 
 def check(repeats: Sequence[Repeat], initial: Tensors) -> bool:
-    """Whether every contender reached the first one's losses and adapter; prints by how much they differ."""
+    """Whether all contenders reached the losses and the adapter of the first; prints by how much they differ."""
     first = next(iter(repeats[0]))
     agree = True
     for letter in list(repeats[0])[1:]:
         pairs = [disagreement(repeat[letter], repeat[first], initial) for repeat in repeats]
-        loss, moved = max(p[0] for p in pairs), max(p[1] for p in pairs)
-        fine = loss < LOSS_TOLERANCE and moved < ADAPTER_TOLERANCE
-        agree &= fine
-        says = "same work" if fine else "NOT the same work"
-        print(f"  ({letter}) and ({first}): losses differ by {loss:.1e}, adapters by {moved:.1e} of the way trained: {says}")
+        losses, adapters = max(p[0] for p in pairs), max(p[1] for p in pairs)
+        same = losses < LOSS_TOLERANCE and adapters < ADAPTER_TOLERANCE
+        agree &= same
+        verdict = "same work" if same else "NOT the same work"
+        differences = f"losses differ by {losses:.1e}, adapters by {adapters:.1e} of the trained distance"
+        print(f"  ({letter}) and ({first}): {differences}: {verdict}")
     return agree
 
 
 # Ratios
 
 
-def training(o: Outcome) -> float:
-    return o.train_seconds
+def training(outcome: Outcome) -> float:
+    return outcome.train_seconds
 
 
-def evaluation(o: Outcome) -> float:
-    return o.eval_seconds or math.nan
+def evaluation(outcome: Outcome) -> float:
+    return outcome.eval_seconds or math.nan
 
 
-def prepared(o: Outcome) -> float:
-    return o.train_seconds + o.prepare_seconds
+def training_and_encoding(outcome: Outcome) -> float:
+    return outcome.train_seconds + outcome.prepare_seconds
 
 
 Seconds = Callable[[Outcome], float]
@@ -120,50 +123,42 @@ PAIRS: list[tuple[str, str, str, Seconds]] = [
     ("training", "a", "e", training),
     ("training", "b", "e", training),
     ("training", "d", "e", training),
-    ("training and what is encoded before it", "a", "d", prepared),
-    ("training and what is encoded before it", "b", "d", prepared),
-    ("training and what is encoded before it", "a", "e", prepared),
-    ("training and what is encoded before it", "b", "e", prepared),
+    ("training and encoding before it", "a", "d", training_and_encoding),
+    ("training and encoding before it", "b", "d", training_and_encoding),
+    ("training and encoding before it", "a", "e", training_and_encoding),
+    ("training and encoding before it", "b", "e", training_and_encoding),
     ("evaluation: generated one by one / scored", "a", "d", evaluation),
     ("evaluation: generated in batches / scored", "b", "d", evaluation),
 ]
 
 
 def paired(repeats: Sequence[Repeat], over: str, under: str, seconds: Seconds) -> list[float]:
-    """The ratio in each repeat."""
+    """The ratio of the two contenders within each repeat."""
     return [seconds(repeat[over]) / seconds(repeat[under]) for repeat in repeats]
 
 
-def spread(ratios: Sequence[float]) -> str:
-    """Median and range, 21 wide."""
-    if math.isnan(ratios[0]):
-        return f"{'–':>6}{'':15}"
-    return f"{statistics.median(ratios):6.2f} × " + f"({min(ratios):.2f}–{max(ratios):.2f})".ljust(12)
-
-
-def table(repeats: Sequence[Repeat]) -> None:
+def print_table(repeats: Sequence[Repeat]) -> None:
     letters = list(repeats[0])
     base = "d" if "d" in letters else letters[0]
     columns = (f"training / ({base})", f"evaluation / ({base})", "memory", "accuracy")
     print(f"\n{'':68}{columns[0]:23}{columns[1]:23}{columns[2]:>8}{columns[3]:>10}")
     for letter in letters:
         outcomes = [repeat[letter] for repeat in repeats]
-        train, examine = (paired(repeats, letter, base, seconds) for seconds in (training, evaluation))
+        cells = [median_and_range(paired(repeats, letter, base, seconds)) for seconds in (training, evaluation)]
         memory = statistics.median(o.peak_memory_mb for o in outcomes)
-        accuracy = outcomes[0].accuracy
-        scored = "–" if accuracy is None else f"{100 * accuracy:.1f} %"
-        print(f"({letter}) {CONTENDERS[letter].what:64}{spread(train)}  {spread(examine)}  {memory:5.0f} MB{scored:>10}")
+        accuracy = "–" if outcomes[0].accuracy is None else f"{100 * outcomes[0].accuracy:.1f} %"
+        print(f"({letter}) {CONTENDERS[letter].description:64}{cells[0]:21}  {cells[1]:21}  {memory:5.0f} MB{accuracy:>10}")
     print()
     for name, over, under, seconds in PAIRS:
         if over in letters and under in letters:
-            print(f"  ({over})/({under})  {name:42}{spread(paired(repeats, over, under, seconds))}")
+            print(f"  ({over})/({under})  {name:42}{median_and_range(paired(repeats, over, under, seconds))}")
     if "b" in letters:
         starts = [repeat["b"].startup_seconds / repeat["b"].train_seconds for repeat in repeats]
-        print(f"  (b)      {'start of Ray (not counted) / training':42}{spread(starts)}")
+        print(f"  (b)      {'start of Ray (not counted) / training':42}{median_and_range(starts)}")
 
 
-def report(workload: Workload, repeats: Sequence[Repeat], left_out: dict[str, str]) -> dict[str, object]:
-    """Everything, for `--json`."""
+def all_measurements(workload: Workload, repeats: Sequence[Repeat], left_out: dict[str, str]) -> dict[str, object]:
+    """The content of the JSON file."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -177,48 +172,50 @@ def report(workload: Workload, repeats: Sequence[Repeat], left_out: dict[str, st
         for name, over, under, seconds in PAIRS
         if {over, under} <= letters
     ]
-    differ = [
+    disagreements = [
         {k: disagreement(o, repeat[first], workload.initial) for k, o in repeat.items() if k != first} for repeat in repeats
     ]
     return {
         "size": vars(workload.size), "versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
-        "left_out": left_out, "repeats": outcomes, "ratios": ratios, "disagreement": differ,
+        "left_out": left_out, "repeats": outcomes, "ratios": ratios, "disagreement": disagreements,
     }  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="fedmllm and its peers on the same work, as ratios of seconds")
+    parser = argparse.ArgumentParser(
+        description="Compare fedmllm with other implementations on the same work, as ratios of seconds."
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=8, help="all take part in every round")
-    parser.add_argument("--samples", type=int, default=16, help="of each client, a multiple of 4")
-    parser.add_argument("--questions", type=int, default=192, help="to evaluate on")
-    parser.add_argument("--cohort", type=int, help="clients that (e) trains in one pass; by default its own choice")
-    parser.add_argument("--threads", type=int, default=2, help="that a contender may use; (b) has as many clients at a time")
+    parser.add_argument("--clients", type=int, default=8, help="number of clients, all of which take part in every round")
+    parser.add_argument("--samples", type=int, default=16, help="samples per client, a multiple of 4")
+    parser.add_argument("--questions", type=int, default=192, help="number of test questions")
+    parser.add_argument("--cohort", type=int, help="clients that (e) trains in one pass; chosen automatically by default")
+    parser.add_argument("--threads", type=int, default=2, help="threads per contender; (b) trains as many clients at a time")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders to run, such as a,c,d")
-    parser.add_argument("--json", type=Path, help="where to write everything that was measured")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args()
-    wanted = options.only.split(",")
-    if unknown := set(wanted) - CONTENDERS.keys():
-        parser.error(f"--only: {min(unknown)!r} is none of {', '.join(CONTENDERS)}")
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - CONTENDERS.keys():
+        parser.error(f"--only: {min(unknown)!r} is not one of {', '.join(CONTENDERS)}")
     if options.samples % 4:
-        parser.error("--samples: must be a multiple of 4, so that every step has as many")
+        parser.error("--samples: must be a multiple of 4, so that every step has 4 samples")
     logging.disable_progress_bar()
-    left_out = {letter: why for letter in wanted if (why := missing(letter))}
-    letters = [letter for letter in CONTENDERS if letter in wanted and letter not in left_out]
+    left_out = {letter: why for letter in chosen if (why := unavailable(letter))}
+    letters = [letter for letter in CONTENDERS if letter in chosen and letter not in left_out]
     for letter, why in left_out.items():
-        print(f"({letter}) {CONTENDERS[letter].what} is left out: {why}.")
+        print(f"({letter}) {CONTENDERS[letter].description} is left out: {why}.")
     size = Size(options.rounds, options.clients, options.samples, options.questions, options.cohort or "auto")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        workload = make(size)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        workload = make_workload(size)
         workload.save(folder)
         repeats: list[Repeat] = []
         for number in range(options.repeats):
             repeats.append({})
             for letter in letters:
                 print(f"repeat {number + 1} of {options.repeats}: ({letter})", file=sys.stderr)
-                repeats[-1][letter] = run_one(letter, folder, folder / f"{letter}-{number}", options.threads)
+                repeats[-1][letter] = run_contender(letter, folder, folder / f"{letter}-{number}", options.threads)
     steps = size.rounds * size.clients * size.samples // 4
     print(f"\n{size.rounds} rounds of {size.clients} clients, {steps} steps of 4 samples")
     print(f"{len(repeats)} repeats, threads: {options.threads}")
@@ -226,9 +223,9 @@ def main() -> int:
         print(f"(e) trains {repeats[0]['e'].cohort} clients in one pass")
     print()
     agree = check(repeats, workload.initial)
-    table(repeats)
+    print_table(repeats)
     if options.json:
-        options.json.write_text(json.dumps(report(workload, repeats, left_out), indent=2) + "\n")
+        options.json.write_text(json.dumps(all_measurements(workload, repeats, left_out), indent=2) + "\n")
     return 0 if agree else 1
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.pocket [MODEL …] [--items 300] [--json FILE]
 
 Run it in the root of the repository. MODEL is "pocket" (the shipped model) or a folder. All models get the same items, none of
-which the recipe drew for training. An open question counts as right if the whole greedy answer is right; a yes/no or lettered
-question, if the right option has the highest likelihood. The test questions of easy-VQA and shapes-qa follow.
+which the recipe drew for training. An open question is answered correctly if the whole greedy answer is correct, a yes/no or
+lettered question if the correct option has the highest likelihood. The last rows are the test questions of easy-VQA and
+shapes-qa.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from recipes.pocket import questions, scenes, texts
 from recipes.pocket.wording import Pair, lettered
 from recipes.pocket.words import READABLE
 
-ONE = scenes.Mix(single=1.0, word=0.0, objects=0.0)
-OBJECT = replace(ONE, objects=1.0)
-SEVERAL = scenes.Mix(single=0.0, word=0.0, objects=0.0)
-WORD = scenes.Mix(word=1.0, word_alone=1.0)
+ONE_SHAPE = scenes.Mix(single=1.0, word=0.0, objects=0.0)
+ONE_OBJECT = replace(ONE_SHAPE, objects=1.0)
+SEVERAL_SHAPES = scenes.Mix(single=0.0, word=0.0, objects=0.0)
+ONE_WORD = scenes.Mix(word=1.0, word_alone=1.0)
 Picture = Image.Image | Path | None
 Item = tuple[Conversation, Picture]
 Make = Callable[[np.random.Generator], tuple[Pair | None, Picture]]
@@ -48,7 +49,7 @@ class Capability(NamedTuple):
 
 
 def conversation(pair: Pair, pictured: bool) -> Conversation:
-    """Yes/no and lettered questions are closed. The options of a lettered question are parsed from its lines."""
+    """Yes/no and lettered questions are closed; the options of a lettered question are read from its lines."""
     question, answer = pair
     options: tuple[str, ...] = ("yes", "no") if answer in ("yes", "no") else ()
     if answer.startswith("("):
@@ -56,7 +57,7 @@ def conversation(pair: Pair, pictured: bool) -> Conversation:
     return Conversation(question, answer, pictured, options)
 
 
-def about(mix: scenes.Mix, asker: questions.Asker, distractors: Sequence[str] = ()) -> Make:
+def about_picture(mix: scenes.Mix, asker: questions.Asker, distractors: Sequence[str] = ()) -> Make:
     """Questions about pictures, lettered if there are `distractors`. If `mix.single` is 0, each has at least two things."""
 
     def make(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
@@ -71,7 +72,7 @@ def about(mix: scenes.Mix, asker: questions.Asker, distractors: Sequence[str] = 
     return make
 
 
-def looked_up(as_options: bool, closed: bool) -> Make:
+def about_text(as_options: bool, closed: bool) -> Make:
     """Questions about facts in a text; `closed` selects the yes/no questions."""
 
     def make(rng: np.random.Generator) -> tuple[Pair | None, Picture]:
@@ -95,27 +96,27 @@ def without_picture(ask: Callable[[np.random.Generator], Pair], accepted: Callab
 
 
 CAPABILITIES: dict[str, Make] = {
-    "one shape: color": about(ONE, lambda s, _: ("Name the color of the object.", s.things[0].color)),
-    "one shape: shape": about(ONE, lambda s, _: ("Name the shape of the object.", s.things[0].shape)),
-    "one shape: place": about(ONE, questions.place_of),
-    "one shape: presence (yes/no)": about(ONE, questions.presence),
-    "2-3 shapes: color": about(SEVERAL, questions.color_of),
-    "2-3 shapes: shape": about(SEVERAL, questions.shape_of),
-    "2-3 shapes: place": about(SEVERAL, questions.place_of),
-    "2-3 shapes: number": about(SEVERAL, questions.counting),
-    "2-3 shapes: presence (yes/no)": about(SEVERAL, questions.presence),
-    "2-3 shapes: relation (yes/no)": about(SEVERAL, questions.relation),
-    "one object: name (42)": about(OBJECT, lambda s, _: ("What does one see?", s.things[0].shape)),
-    "one object: its kind (lettered, 2-9)": about(OBJECT, questions.kind_of),
-    "word: read (219)": about(WORD, questions.reading),
-    "word: lettered, 2-9": about(WORD, questions.reading, READABLE),
-    "word: is it written? (yes/no)": about(WORD, questions.written),
-    "random letters: spell": about(replace(WORD, letters=1.0), questions.spelling),
-    "one shape: color, lettered, 2-9": about(ONE, questions.color_of, list(scenes.COLORS)),
-    "picture and text agree?": about(replace(ONE, objects=0.5, word=0.3), questions.agreement),
-    "text: look-up": looked_up(False, False),
-    "text: look-up (yes/no)": looked_up(False, True),
-    "text: look-up, lettered, 2-9": looked_up(True, False),
+    "one shape: color": about_picture(ONE_SHAPE, lambda s, _: ("Name the color of the object.", s.things[0].color)),
+    "one shape: shape": about_picture(ONE_SHAPE, lambda s, _: ("Name the shape of the object.", s.things[0].shape)),
+    "one shape: place": about_picture(ONE_SHAPE, questions.place_of),
+    "one shape: presence (yes/no)": about_picture(ONE_SHAPE, questions.presence),
+    "2-3 shapes: color": about_picture(SEVERAL_SHAPES, questions.color_of),
+    "2-3 shapes: shape": about_picture(SEVERAL_SHAPES, questions.shape_of),
+    "2-3 shapes: place": about_picture(SEVERAL_SHAPES, questions.place_of),
+    "2-3 shapes: number": about_picture(SEVERAL_SHAPES, questions.counting),
+    "2-3 shapes: presence (yes/no)": about_picture(SEVERAL_SHAPES, questions.presence),
+    "2-3 shapes: relation (yes/no)": about_picture(SEVERAL_SHAPES, questions.relation),
+    "one object: name (42)": about_picture(ONE_OBJECT, lambda s, _: ("What does one see?", s.things[0].shape)),
+    "one object: its kind (lettered, 2-9)": about_picture(ONE_OBJECT, questions.kind_of),
+    "word: read (219)": about_picture(ONE_WORD, questions.reading),
+    "word: lettered, 2-9": about_picture(ONE_WORD, questions.reading, READABLE),
+    "word: is it written? (yes/no)": about_picture(ONE_WORD, questions.written),
+    "random letters: spell": about_picture(replace(ONE_WORD, letters=1.0), questions.spelling),
+    "one shape: color, lettered, 2-9": about_picture(ONE_SHAPE, questions.color_of, list(scenes.COLORS)),
+    "picture and text agree?": about_picture(replace(ONE_SHAPE, objects=0.5, word=0.3), questions.agreement),
+    "text: look-up": about_text(False, False),
+    "text: look-up (yes/no)": about_text(False, True),
+    "text: look-up, lettered, 2-9": about_text(True, False),
     "text: kind of a noun, lettered, 2-9": without_picture(texts.ask_noun, lambda p: p[0].startswith("Text:")),
     "text: option that repeats it, 2-9": without_picture(texts.ask_repetition, lambda p: p[1].startswith("(")),
 }
@@ -145,8 +146,8 @@ def published() -> Iterator[Capability]:
             yield Capability(f"{name}: {'yes/no' if closed else 'open'}", items)
 
 
-def right(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarray:
-    """(items) 1.0 where the model's answer is right, else 0.0."""
+def correctness(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarray:
+    """(items,): 1.0 if the model's answer is correct, otherwise 0.0."""
     scores = np.zeros(len(items))
     pictures: list[Path | bytes | None] = []
     for _, picture in items:
@@ -155,12 +156,10 @@ def right(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarray:
             pictures.append(file.getvalue())
         else:
             pictures.append(picture)
-    encoded = model.encode([talk for talk, _ in items], pictures, 500)
+    encoded = model.encode([conversation for conversation, _ in items], pictures, 500)
     model.prepare_features()
     for closed in (False, True):
-        order = sorted(
-            (i for i, (talk, _) in enumerate(items) if bool(talk.options) == closed), key=lambda i: encoded[i].length
-        )
+        order = sorted((i for i, item in enumerate(items) if bool(item[0].options) == closed), key=lambda i: encoded[i].length)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             if closed:
@@ -174,10 +173,10 @@ def right(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="zero-shot capabilities of pocket models")
+    parser = argparse.ArgumentParser(description="Measure the zero-shot accuracy of pocket models per capability.")
     parser.add_argument("models", nargs="*", default=["pocket"])
-    parser.add_argument("--items", type=int, default=300)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--items", type=int, default=300, help="generated questions per capability")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     options = parser.parse_args()
     models = [MLLM.load(ModelTable(name=name, cache_features=False), seed=0) for name in options.models]
     results: dict[str, dict[str, list[float]]] = {}
@@ -185,7 +184,7 @@ def main() -> None:
         results[name] = {}
         draws = resamples(len(items), 1000, 0)
         for path, model in zip(options.models, models, strict=True):
-            scores = 100 * right(model, items)
+            scores = 100 * correctness(model, items)
             results[name][path] = [float(scores.mean()), *mean_interval(scores, draws), len(items)]
         cells = " | ".join(f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high, _ in results[name].values())
         print(f"| {name} | {cells} |", flush=True)

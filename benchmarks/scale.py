@@ -1,20 +1,21 @@
-"""What a federation costs as its clients grow from 10 to 100,000 while 10 of them are sampled a round.
+"""What a federation costs as it grows from 10 to 100,000 clients, of which 10 are sampled per round.
 
     python benchmarks/scale.py [--clients 10 1000 100000] [--rounds 10] [--json FILE]
 
-One process a setting, so that the peak of its memory is its own: the pocket model, FedAvg and SCAFFOLD (whose clients
-remember a control variate each), through the same steps as `fedmllm run`, from reading the data to `result.json`.
+Each setting runs in a process of its own, so that its peak memory is measured alone. It trains the pocket model with FedAvg or
+SCAFFOLD (whose clients keep a control variate each) through the same steps as `fedmllm run`, from reading the data to
+`result.json`.
 
-All settings share one data set, 200,000 questions about 100 pictures, made beforehand and not timed. Dealt to 10 clients
-that is 20,000 samples each, to 100,000 clients 2 each. So that a sampled client does the same work in all settings, it is
-given the first 2 samples of what it holds, both to encode and to train on: what is compared is the cost of there being
-more clients. One difference stays: with 10 clients the same ones come back every round and SCAFFOLD reads what they
-remember, with 100,000 hardly anyone is met twice.
+All settings share one data set of 200,000 questions about 100 pictures, which is made beforehand and not timed. With 10 clients
+each holds 20,000 samples, with 100,000 clients 2. To give a sampled client the same work in all settings, only the first 2
+samples of each client are encoded and trained on, so the comparison shows what the number of clients costs. One difference
+remains: with 10 clients the same ones return every round and SCAFFOLD loads their state, while with 100,000 clients hardly any
+client is sampled twice.
 
-`setup` is the time from reading the data to the start of the first round, `memory` the growth of the process's peak over
-the smallest setting, `round` the median over the rounds after the first, checkpoint included, as a ratio to the smallest
-setting, and `CPU` the same of the process's own time: the settings run one after the other, and what else the machine does
-shows in the first. `remembering` is how many clients have a memory at the end.
+`setup` is the time from reading the data to the start of the first round, and `memory` how far the process's peak is above that
+of the smallest setting. `round` is the median time of the rounds after the first, including the checkpoint, relative to the
+smallest setting; `CPU` is the same ratio for processor time, which does not depend on what else the machine does while the
+settings run one after another. `with state` is the number of clients with stored state at the end.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-SAMPLES, PICTURES, TESTS, EACH, SAMPLED = 200_000, 100, 20, 2, 10
+SAMPLES, PICTURES, QUESTIONS = 200_000, 100, 20
+SAMPLED, SAMPLES_PER_CLIENT = 10, 2
 ALGORITHMS = ("fedavg", "scaffold")
 
 
 def make_data(folder: Path) -> None:
-    """`train.jsonl`, `test.jsonl` and the pictures they name."""
+    """Write `train.jsonl`, `test.jsonl` and the pictures to which they refer."""
     import numpy as np
     from PIL import Image
 
@@ -46,7 +48,7 @@ def make_data(folder: Path) -> None:
     colors = ("red", "blue", "green", "yellow")
     for number in range(PICTURES):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
-    for split, count in (("train", SAMPLES), ("test", TESTS)):
+    for split, count in (("train", SAMPLES), ("test", QUESTIONS)):
         with (folder / f"{split}.jsonl").open("w") as file:
             for i in range(count):
                 line = {
@@ -57,26 +59,14 @@ def make_data(folder: Path) -> None:
 
 
 def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict[str, Any]:
-    """One run in this process: seconds of setup, of each round after the first, and the peak memory in MB."""
+    """One run in this process: its setup time, the time of each round after the first, and the peak memory."""
     from transformers.utils import logging
 
     from fedmllm.config import validate
     from fedmllm.experiment.parts import build
     from fedmllm.runs.kinds import execute
     from fedmllm.runs.session import ClientData, Session
-    from fedmllm.storage.run_dir import RunDir
-    from fedmllm.tensors import State
-
-    class Watched(RunDir):
-        """Notes when the first round began and when each checkpoint was there."""
-
-        first_round = 0.0
-        saved: tuple[tuple[float, float], ...] = ()
-
-        def save_round(self, record: Mapping[str, Any], state: State, config_digest: str) -> None:
-            self.first_round = self.first_round or time.perf_counter() - record["seconds"]
-            super().save_round(record, state, config_digest)
-            self.saved += ((time.perf_counter(), time.process_time()),)
+    from harness import TimedRunDir
 
     logging.disable_progress_bar()
     parts = build(
@@ -86,67 +76,70 @@ def run_setting(folder: Path, algorithm: str, clients: int, rounds: int) -> dict
                 "task": {"name": "jsonl", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
                 "partition": {"name": "iid", "clients": clients},
                 "algorithm": {"name": algorithm},
-                "train": {"rounds": rounds, "clients_per_round": SAMPLED, "batch_size": EACH},
+                "train": {"rounds": rounds, "clients_per_round": SAMPLED, "batch_size": SAMPLES_PER_CLIENT},
                 "eval": {"bootstrap": 10},
             }
         )
     )
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         began = time.perf_counter()
         session = Session(parts, parts.prepare())
-        session.clients = ClientData(session.dataset.manifest, lambda holdings: session.encode(holdings[:EACH]))
-        run = Watched(Path(place) / "run")
-        result = execute("federated", session, run)
+        manifest = session.dataset.manifest
+        session.clients = ClientData(manifest, lambda holdings: session.encode(holdings[:SAMPLES_PER_CLIENT]))
+        directory = TimedRunDir(Path(temporary) / "run")
+        result = execute("federated", session, directory)
         assert len(result["per_client"]) == clients
-        assert {record["examples"] for record in run.rounds()} == {SAMPLED * EACH}
-        remembering = len(list((run.checkpoint / "clients").glob("client-*")))
+        assert {record["examples"] for record in directory.rounds()} == {SAMPLED * SAMPLES_PER_CLIENT}
+        with_state = len(list((directory.checkpoint / "clients").glob("client-*")))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {
         "algorithm": algorithm,
         "clients": clients,
-        "setup_seconds": run.first_round - began,
-        "round_seconds": [after[0] - before[0] for before, after in pairwise(run.saved)],
-        "round_cpu_seconds": [after[1] - before[1] for before, after in pairwise(run.saved)],
+        "setup_seconds": directory.began - began,
+        "round_seconds": [after.wall - before.wall for before, after in pairwise(directory.ends)],
+        "round_cpu_seconds": [after.cpu - before.cpu for before, after in pairwise(directory.ends)],
         "peak_mb": peak,
-        "remembering": remembering,
+        "remembering": with_state,
     }
 
 
 def measure(folder: Path, algorithm: str, clients: int, rounds: int) -> dict[str, Any]:
     """`run_setting` in a process of its own."""
-    asked = [sys.executable, __file__, "--one", str(folder), algorithm, str(clients), str(rounds)]
-    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "FEDMLLM_CACHE": str(folder / "cache")})
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    command = [sys.executable, __file__, "--one", str(folder), algorithm, str(clients), str(rounds)]
+    env = {**os.environ, "FEDMLLM_CACHE": str(folder / "cache")}
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    if process.returncode:
+        sys.exit(process.stderr)
+    measured: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return measured
 
 
-def against_smallest(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each setting beside that of the fewest clients under the same algorithm."""
+def compare_with_smallest(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each setting with its ratios to the setting of the same algorithm with the fewest clients."""
     rows = []
-    for one in settings:
-        base = min((other for other in settings if other["algorithm"] == one["algorithm"]), key=lambda s: int(s["clients"]))
+    for setting in settings:
+        same = [other for other in settings if other["algorithm"] == setting["algorithm"]]
+        smallest = min(same, key=lambda other: int(other["clients"]))
         wall, cpu = (
-            statistics.median(one[key]) / statistics.median(base[key]) for key in ("round_seconds", "round_cpu_seconds")
+            statistics.median(setting[key]) / statistics.median(smallest[key]) for key in ("round_seconds", "round_cpu_seconds")
         )
-        growth = one["peak_mb"] - base["peak_mb"]
-        rows.append({**one, "memory_growth_mb": growth, "round_ratio": wall, "round_cpu_ratio": cpu})
+        growth = setting["peak_mb"] - smallest["peak_mb"]
+        rows.append({**setting, "memory_growth_mb": growth, "round_ratio": wall, "round_cpu_ratio": cpu})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="setup, memory and rounds as the clients grow")
+    parser = argparse.ArgumentParser(description="Measure setup, memory and rounds as the number of clients grows.")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 1_000, 100_000])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write all measurements there")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         make_data(folder)
         settings = [measure(folder, name, clients, options.rounds) for name in ALGORITHMS for clients in options.clients]
-    rows = against_smallest(settings)
-    print(f"{'algorithm':10s} {'clients':>9s} {'setup':>9s} {'memory':>11s} {'round':>8s} {'CPU':>8s}   {'remembering':>11s}")
+    rows = compare_with_smallest(settings)
+    print(f"{'algorithm':10s} {'clients':>9s} {'setup':>9s} {'memory':>11s} {'round':>8s} {'CPU':>8s}   {'with state':>11s}")
     for row in rows:
         print(
             f"{row['algorithm']:10s} {row['clients']:9,d} {row['setup_seconds']:7.1f} s {row['memory_growth_mb']:+8.0f} MB "
@@ -158,7 +151,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        where, name, clients, rounds = sys.argv[2:]
-        print(json.dumps(run_setting(Path(where), name, int(clients), int(rounds))))
+        folder, name, clients, rounds = sys.argv[2:]
+        print(json.dumps(run_setting(Path(folder), name, int(clients), int(rounds))))
     else:
         main()

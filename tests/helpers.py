@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hypothesis import settings
@@ -26,7 +26,8 @@ from fedmllm.algorithms import (
     compressions,
     regularizations,
 )
-from fedmllm.data.samples import Problem, Sample, Task
+from fedmllm.data.loading import read_split, usable_samples
+from fedmllm.data.samples import Loaded, Problem, Sample, Split, Task
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, flatten
 
@@ -62,6 +63,18 @@ def mixed(count: int) -> list[Sample]:
 
 def task(*entries: Sample | Problem) -> Task:
     return Task("fake", "accuracy", lambda split: entries)
+
+
+def load_samples(
+    task: Task,
+    split: Split,
+    on_bad_sample: Literal["error", "skip"],
+    choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples,
+) -> Loaded:
+    """The samples and problems of a split. Raises DataError as a run would."""
+    loaded = read_split(task, split, choose)
+    usable_samples(loaded, task, split, on_bad_sample)
+    return loaded
 
 
 def tensors(**values: Any) -> Tensors:

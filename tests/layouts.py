@@ -1,4 +1,4 @@
-"""Small folders in the layouts in which the data sets are published, with their quirks; made by hand, not excerpts."""
+"""Small folders in the published layouts of the data sets, including their quirks. The contents are invented, not excerpts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def rad_entry(number: int, phrase: str = "freeform", **values: Any) -> dict[str,
 def rad(folder: Path) -> None:
     phrases = ["freeform", "para"] * 4 + ["test_freeform", "test_para"] * 3
     entries = [rad_entry(i, phrase) for i, phrase in enumerate(phrases)]
-    entries[10] |= {"question": "is this a ct or an mri?", "answer": "CT"}  # closed, but neither yes nor no
+    entries[10] |= {
+        "question": "is this a ct or an mri?",
+        "answer": "CT",
+    }  # a closed question whose answer is neither yes nor no
     write_json(folder / "VQA_RAD Dataset Public.json", entries)
     for number in range(3):
         picture(folder / "VQA_RAD Image Folder" / f"synpic{54610 + number}.jpg", number)

@@ -1,4 +1,4 @@
-"""A sweep in one file: the same bytes twice, the page and tables of its folder, taken up by `sweep`, and what is refused."""
+"""Archives of sweeps: reproducible bytes, the same reports as from the folder, continuation by `sweep`, and errors."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def hits(cell: Mapping[str, str], seed: int, pattern: str) -> float:
 
 
 def grid(folder: Path, missing: str = "") -> Path:
-    """A made-up sweep with a file of each sort that a run leaves."""
+    """A made-up sweep with a file of every kind that a run writes."""
     make_sweep(folder, AXES, hits, kinds={"zero-shot": "zero-shot"}, missing=missing)
     for result in list(folder.glob("*/result.json")):
-        one = result.parent
-        (folder / f"{one.name}.toml").write_text('name = "made"\n')
-        (one / "meta.json").write_text("{}\n")
-        (one / "adapter").mkdir()
-        (one / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-        (one / "manifest.parquet").write_bytes(b"samples")
-        if one.name.startswith("federated"):
+        run_folder = result.parent
+        (folder / f"{run_folder.name}.toml").write_text('name = "made"\n')
+        (run_folder / "meta.json").write_text("{}\n")
+        (run_folder / "adapter").mkdir()
+        (run_folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        (run_folder / "manifest.parquet").write_bytes(b"samples")
+        if run_folder.name.startswith("federated"):
             rounds = [
                 {"round": i, "loss": 1.0, "bytes_up": {"adapter": 5}, "bytes_down": {"adapter": 5}}
                 | {"metrics": {"both": {"accuracy": 0.4 + 0.1 * i}}}
                 for i in range(2)
             ]
-            (one / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounds))
+            (run_folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounds))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made: other processes make theirs elsewhere."""
+    """The folder for temporary folders; other processes use a different one."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     return tmp_path / "scratch"
@@ -60,9 +60,9 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sweep `runs/a folder` and its archive `grid.tar.xz`, of which each test gets a copy."""
-    made = tmp_path_factory.mktemp("original")
-    pack(grid(made / "runs" / "a folder"), made / "grid.tar.xz")
-    return made
+    root = tmp_path_factory.mktemp("original")
+    pack(grid(root / "runs" / "a folder"), root / "grid.tar.xz")
+    return root
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def members(file: Path) -> list[tarfile.TarInfo]:
 
 
 def write(file: Path, contents: Mapping[str, bytes], link: str = "") -> Path:
-    """An archive by another hand."""
+    """An archive that `pack` did not write."""
     with tarfile.open(file, "w:xz") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
@@ -94,12 +94,12 @@ def write(file: Path, contents: Mapping[str, bytes], link: str = "") -> Path:
     return file
 
 
-# What is in it
+# Contents
 
 
-def test_it_holds_what_was_asked_for_and_nothing_of_the_machine(packed: Path, folder: Path) -> None:
-    found = members(packed)
-    names = [m.name for m in found]
+def test_it_contains_the_kept_files_and_nothing_about_the_machine(packed: Path, folder: Path) -> None:
+    contents = members(packed)
+    names = [m.name for m in contents]
     ids = sorted(p.parent.name for p in folder.glob("*/result.json"))
     trained = [i for i in ids if i.startswith("federated")]
     assert len(ids) == 1 + 2 * 3 * 2
@@ -108,7 +108,7 @@ def test_it_holds_what_was_asked_for_and_nothing_of_the_machine(packed: Path, fo
         *(f"made/{i}/meta.json" for i in ids), *(f"made/{i}/config.toml" for i in ids),
         *(f"made/{i}/rounds.jsonl" for i in trained), *(f"made/{i}/predictions.jsonl" for i in ids),
     ]  # fmt: skip
-    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in found} == {(0, 0, 0, "", "", 0o644)}
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in contents} == {(0, 0, 0, "", "", 0o644)}
     with opened([packed]) as [there]:
         for name in names:
             inner = Path(name).relative_to("made")
@@ -127,7 +127,7 @@ def test_the_same_folder_gives_the_same_bytes(packed: Path, folder: Path, tmp_pa
     assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_runs_that_are_not_complete_stay_behind(tmp_path: Path) -> None:
+def test_incomplete_runs_are_left_out(tmp_path: Path) -> None:
     folder = grid(tmp_path / "grid", missing="Broken")
     result = next(folder.glob("federated-*/result.json"))
     result.unlink()
@@ -135,10 +135,10 @@ def test_runs_that_are_not_complete_stay_behind(tmp_path: Path) -> None:
     assert not [m.name for m in members(tmp_path / "grid.tar.xz") if result.parent.name in Path(m.name).parts]
 
 
-# What reads it
+# Commands that read it
 
 
-def test_the_page_is_that_of_the_folder(packed: Path, folder: Path, scratch: Path, tmp_path: Path) -> None:
+def test_the_report_equals_that_of_the_folder(packed: Path, folder: Path, scratch: Path, tmp_path: Path) -> None:
     for source, out in ((folder, "folder"), (packed, "archive")):
         done = call("report", source, "--out", tmp_path / out / "page.md")
         assert done.exit_code == 0, done.output
@@ -146,11 +146,11 @@ def test_the_page_is_that_of_the_folder(packed: Path, folder: Path, scratch: Pat
     assert pages[0] == pages[1]
     assert set(pages[0]) == {"page.md", "made.svg"}
     assert b"### Rounds and bytes to" in pages[0]["page.md"]
-    assert list(scratch.iterdir()) == [], "what was unpacked goes at the end"
+    assert list(scratch.iterdir()) == [], "unpacked folders are removed at the end"
 
 
 @pytest.mark.parametrize("options", [(), ("--baseline", "FedAvg"), ("--by-pattern",)], ids=" ".join)
-def test_compare_says_the_same(packed: Path, folder: Path, options: Sequence[str]) -> None:
+def test_compare_shows_the_same(packed: Path, folder: Path, options: Sequence[str]) -> None:
     assert run("compare", packed, *options) == run("compare", folder, *options)
     shown = call("compare", packed, *options)
     assert shown.exit_code == 0
@@ -163,7 +163,7 @@ def test_messages_name_the_archive(packed: Path, folder: Path, tmp_path: Path) -
     for arguments, sentence in [
         ((packed, "--baseline", "FedAvgg"), f"--baseline FedAvgg: {packed} has no cell of that name"),
         ((tmp_path / "less.tar.xz", "--baseline", "zero-shot"), f"error: {tmp_path}/less.tar.xz/zero-shot/predictions.jsonl"),
-        ((packed, folder), f"error: {packed} is not a run directory"),
+        ((packed, folder), f"note: {packed} is a sweep's folder, compare it alone; skipped"),
     ]:
         done = call("compare", *arguments)
         assert done.exit_code == 2
@@ -172,7 +172,7 @@ def test_messages_name_the_archive(packed: Path, folder: Path, tmp_path: Path) -
 
 
 class Maker:
-    """Runs nothing: each process leaves a made-up run."""
+    """Runs no process: every command writes a made-up run."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -186,7 +186,7 @@ class Maker:
         raise AssertionError
 
 
-def test_a_sweep_goes_on_from_what_is_unpacked(tmp_path: Path) -> None:
+def test_a_sweep_continues_from_an_unpacked_archive(tmp_path: Path) -> None:
     methods = ", ".join(f'{{ name = "{name}", set = {{ "algorithm.name" = "{name}" }} }}' for name in ("fedavg", "fedyogi"))
     cells = f'{{ name = "zero-shot", kind = "zero-shot" }}, {methods}'
     file = tmp_path / "grid.toml"
@@ -210,7 +210,7 @@ def test_a_sweep_goes_on_from_what_is_unpacked(tmp_path: Path) -> None:
     assert run_in(tmp_path / "runs" / "grid") == []
 
 
-# What is refused
+# Errors
 
 
 def index(*ids: str, name: str = "made") -> bytes:
@@ -227,7 +227,7 @@ def _end(packed: Path, file: Path) -> None:
 
 
 def _flipped(packed: Path, file: Path) -> None:
-    """A bit of the checksum: the last 8 bytes before the index, which is as long as the footer says."""
+    """Flip a bit of the checksum: it is the last 8 bytes before the index, whose length is in the footer."""
     content = bytearray(packed.read_bytes())
     length = 4 * (int.from_bytes(content[-8:-4], "little") + 1)
     content[-12 - length - 8] ^= 1
@@ -245,7 +245,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a path out": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/../../x": b""}), "leads out"),
     "an absolute path": (
         lambda packed, file: write(file, {"made/sweep.json": index(), "/tmp/x": b""}),
-        "is no sweep's archive",
+        "is not a sweep's archive",
     ),
     "a link": (lambda packed, file: write(file, {"made/sweep.json": index()}, link="made/x"), "'made/x' is a link"),
     "two folders": (lambda packed, file: write(file, {"a/sweep.json": index(), "b/sweep.json": index()}), "one folder with"),
@@ -263,7 +263,7 @@ def test_a_bad_archive_is_one_sentence_and_status_2(case: str, packed: Path, scr
     file = tmp_path / "m.tar.xz"
     make(packed, file)
     commands: list[tuple[object, ...]] = [("report", file, "--out", tmp_path / "out" / "page.md")]
-    if case != "no complete run":  # compare shows the empty grid, as it does of a folder
+    if case != "no complete run":  # compare shows the empty grid, as it does for a folder
         commands.append(("compare", file))
     for command in commands:
         done = call(*command)
@@ -277,7 +277,7 @@ def test_a_bad_archive_is_one_sentence_and_status_2(case: str, packed: Path, scr
     assert list(scratch.iterdir()) == []
 
 
-def test_a_folder_may_have_such_a_name(packed: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_may_be_named_like_an_archive(packed: Path, folder: Path, tmp_path: Path) -> None:
     named = folder.rename(tmp_path / "folder.tar.xz")
     assert run("compare", named) == run("compare", packed)
 
@@ -285,19 +285,19 @@ def test_a_folder_may_have_such_a_name(packed: Path, folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("case", "to", "sentence"),
     [
-        ("run", "x.tar.xz", "is no sweep's folder"),
-        ("nowhere", "x.tar.xz", "is no sweep's folder"),
-        ("archive", "x.tar.xz", "is no sweep's folder"),
+        ("run", "x.tar.xz", "is not a sweep's folder"),
+        ("nowhere", "x.tar.xz", "is not a sweep's folder"),
+        ("archive", "x.tar.xz", "is not a sweep's folder"),
         ("empty", "x.tar.xz", "has no complete run"),
         ("damaged", "x.tar.xz", "sweep.json cannot be read"),
         ("out", "x.tar.xz", "'../run' cannot be the name of a folder"),
         ("name", "x.tar.xz", "'a/b' cannot be the name of a folder"),
-        ("good", "x.tar.gz", "give a file's name that ends in .tar.xz"),
-        ("good", "x.xz", "give a file's name that ends in .tar.xz"),
-        ("good", "taken.tar.xz", "give a file's name that ends in .tar.xz"),
+        ("good", "x.tar.gz", "give a file name that ends in .tar.xz"),
+        ("good", "x.xz", "give a file name that ends in .tar.xz"),
+        ("good", "taken.tar.xz", "give a file name that ends in .tar.xz"),
     ],
 )
-def test_what_is_not_packed(case: str, to: str, sentence: str, packed: Path, folder: Path, tmp_path: Path) -> None:
+def test_bad_arguments_of_pack(case: str, to: str, sentence: str, packed: Path, folder: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", {"both": 0.5})
     (tmp_path / "other").mkdir()
     (tmp_path / "out" / "taken.tar.xz").mkdir(parents=True)
@@ -312,19 +312,19 @@ def test_what_is_not_packed(case: str, to: str, sentence: str, packed: Path, fol
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["taken.tar.xz"]
 
 
-def test_a_failure_on_the_way_leaves_the_file_as_it_was(folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = packed.read_bytes()
 
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("fedmllm.storage.archive.os.fsync", fail)
+    monkeypatch.setattr("fedmllm.storage.atomic.os.fsync", fail)
     assert call("pack", folder, "--to", packed).exit_code == 1
     assert packed.read_bytes() == before
     assert [p.name for p in packed.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_errors_of_others_pass_and_the_folder_goes(packed: Path, scratch: Path) -> None:
+def test_other_errors_pass_through_and_the_folder_is_removed(packed: Path, scratch: Path) -> None:
     with pytest.raises(ZeroDivisionError), opened([packed]) as [folder]:
         assert len(folder.parts) / 0
     assert list(scratch.iterdir()) == []

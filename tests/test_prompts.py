@@ -39,54 +39,54 @@ BARE = [
 
 @pytest.mark.parametrize(("strategy", "visible", "user"), LETTERED)
 def test_golden_prompts_of_a_lettered_sample(strategy: str, visible: frozenset[Modality], user: str) -> None:
-    made = render(MEME, visible, prompts.build(strategy, {}))
-    assert made.user == user
-    assert made.answer == "(B) hateful"
-    assert made.options == ("(A) fine", "(B) hateful")
-    assert made.image == ("image" in visible)
+    conversation = render(MEME, visible, prompts.build(strategy, {}))
+    assert conversation.user == user
+    assert conversation.answer == "(B) hateful"
+    assert conversation.options == ("(A) fine", "(B) hateful")
+    assert conversation.image == ("image" in visible)
 
 
 @pytest.mark.parametrize("strategy", prompts.names())
 @pytest.mark.parametrize(("visible", "user"), BARE)
 def test_golden_prompts_of_a_bare_question(strategy: str, visible: frozenset[Modality], user: str) -> None:
-    made = render(QUESTION, visible, prompts.build(strategy, {}))
-    assert made.user == user
-    assert made.answer == "red"
-    assert made.options == ()
-    assert made.image == ("image" in visible)
+    conversation = render(QUESTION, visible, prompts.build(strategy, {}))
+    assert conversation.user == user
+    assert conversation.answer == "red"
+    assert conversation.options == ()
+    assert conversation.image == ("image" in visible)
 
 
 def test_the_goldens_cover_every_strategy() -> None:
     assert {strategy for strategy, _, _ in LETTERED} == set(prompts.names())
 
 
-def test_what_a_sample_does_not_have_cannot_be_seen() -> None:
-    made = render(sample("s", "text", question="what?"), BOTH, prompts.build("modality-specific", {}))
-    assert (made.image, made.user) == (False, "a text\nwhat?")
+def test_missing_modalities_cannot_be_seen() -> None:
+    conversation = render(sample("s", "text", question="what?"), BOTH, prompts.build("modality-specific", {}))
+    assert (conversation.image, conversation.user) == (False, "a text\nwhat?")
     lettered = sample("s", "image", question="what?", answer="a", choices=("a", "b"), lettered=True)
-    made = render(lettered, BOTH, prompts.build("modality-specific", {}))
-    assert made.user.startswith("Based on the image, what?\n(A) a\n(B) b\n")
+    conversation = render(lettered, BOTH, prompts.build("modality-specific", {}))
+    assert conversation.user.startswith("Based on the image, what?\n(A) a\n(B) b\n")
 
 
 def test_choices_that_are_not_lettered_are_not_shown() -> None:
-    made = render(sample("s", "image", choices=("yes", "no")), BOTH, prompts.build("modality-agnostic", {}))
-    assert made.user == "what is it?"
-    assert made.options == ("yes", "no")
-    assert made.answer == "yes"
+    conversation = render(sample("s", "image", choices=("yes", "no")), BOTH, prompts.build("modality-agnostic", {}))
+    assert conversation.user == "what is it?"
+    assert conversation.options == ("yes", "no")
+    assert conversation.answer == "yes"
 
 
 def test_choices_without_a_question_ask_for_the_right_one() -> None:
-    made = render(
+    conversation = render(
         sample("s", "image", question="", choices=("yes", "no"), lettered=True), BOTH, prompts.build("modality-agnostic", {})
     )
-    assert made.user.startswith("Without considering the modality, which option is right?\n(A) yes\n(B) no\n")
+    assert conversation.user.startswith("Without considering the modality, which option is right?\n(A) yes\n(B) no\n")
 
 
 def test_letters_reach_to_z() -> None:
     choices = tuple(f"c{i}" for i in range(26))
-    made = render(sample(answer="c25", choices=choices, lettered=True), BOTH, prompts.build("modality-agnostic", {}))
-    assert made.answer == "(Z) c25"
-    assert "\n(Z) c25\n" in made.user
+    conversation = render(sample(answer="c25", choices=choices, lettered=True), BOTH, prompts.build("modality-agnostic", {}))
+    assert conversation.answer == "(Z) c25"
+    assert "\n(Z) c25\n" in conversation.user
 
 
 def test_the_picture_comes_before_the_text_in_the_users_turn() -> None:

@@ -1,4 +1,4 @@
-"""Each published layout becomes the right samples, and each damage to it one bad sample."""
+"""Each published layout gives the right samples, and each damaged entry gives one bad sample."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.samples import Loaded, Sample, Split, collect, survey
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Loaded, Sample, Split
 from fedmllm.data.tasks import tasks
 from fedmllm.data.tasks.crisismmd import CHOICES, without_urls
 from fedmllm.errors import ConfigError, DataError
+from helpers import load_samples
 from layouts import (
     LAYOUTS,
     TSV_COLUMNS,
@@ -29,7 +31,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """A function that makes the folder of a layout."""
+    """A function that creates the folder of a layout."""
 
     def make(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -40,7 +42,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def load(name: str, data_dir: Path, split: Split = "train", on_bad_sample: Any = "error", **options: Any) -> Loaded:
-    return collect(tasks.build(name, {"data_dir": str(data_dir), **options}), split, on_bad_sample)
+    return load_samples(tasks.build(name, {"data_dir": str(data_dir), **options}), split, on_bad_sample)
 
 
 def by_id(loaded: Loaded) -> dict[str, Sample]:
@@ -49,9 +51,9 @@ def by_id(loaded: Loaded) -> dict[str, Sample]:
 
 def test_hateful_memes(folder: Folder) -> None:
     data = folder("hateful-memes")
-    found = load("hateful-memes", data).samples
-    assert [s.id for s in found] == [f"hateful-memes/{40000 + i}" for i in range(1, 9)]
-    assert found[0] == Sample(
+    samples = load("hateful-memes", data).samples
+    assert [s.id for s in samples] == [f"hateful-memes/{40000 + i}" for i in range(1, 9)]
+    assert samples[0] == Sample(
         id="hateful-memes/40001",
         question="is this meme hateful?",
         answer="hateful",
@@ -63,7 +65,7 @@ def test_hateful_memes(folder: Folder) -> None:
         source="hateful-memes",
         where=f"{data / 'train.jsonl'}, line 1",
     )
-    assert found[1].answer == "not hateful"
+    assert samples[1].answer == "not hateful"
     assert len(load("hateful-memes", data, "test").samples) == 4
     assert len(load("hateful-memes", data, "test", test_set="dev_seen").samples) == 3
     task = tasks.build("hateful-memes", {"data_dir": str(data)})
@@ -72,12 +74,12 @@ def test_hateful_memes(folder: Folder) -> None:
 
 def test_crisismmd(folder: Folder) -> None:
     data = folder("crisismmd")
-    found = load("crisismmd", data).samples
+    samples = load("crisismmd", data).samples
     name = "crisismmd_datasplit_all/task_humanitarian_text_img_train.tsv"
-    assert found[0] == Sample(
+    assert samples[0] == Sample(
         id="crisismmd/917791044158185473_0",
         question="which kind of humanitarian information is this?",
-        answer="affected individuals",  # by the picture; the tweet's own label is another
+        answer="affected individuals",  # the label of the image; that of the tweet differs
         image=data / "data_image" / "hurricane_irma" / "6_9_2017" / "0_0.jpg",
         text='RT @someone: "Water everywhere, no. 0',
         choices=CHOICES,
@@ -86,16 +88,16 @@ def test_crisismmd(folder: Folder) -> None:
         source="hurricane_irma",
         where=f"{data / name}, line 2",
     )
-    assert len(found) == 8
+    assert len(samples) == 8
     assert len(CHOICES) == 8
-    assert {s.source for s in found} == {"hurricane_irma", "mexico_earthquake"}
+    assert {s.source for s in samples} == {"hurricane_irma", "mexico_earthquake"}
     assert len(load("crisismmd", data, "test").samples) == 4
     assert len(load("crisismmd", data, "test", test_set="dev").samples) == 2
     agreed = load("crisismmd", data, split_set="agreed").samples
     assert [s.image.name for s in agreed if isinstance(s.image, Path)] == [f"{100 + i}_0.jpg" for i in range(8)]
 
 
-def test_a_tweet_without_a_label_of_its_picture_has_its_own(folder: Folder) -> None:
+def test_without_an_image_label_the_label_of_the_tweet_is_used(folder: Folder) -> None:
     data = folder("crisismmd")
     path = data / "crisismmd_datasplit_all" / "task_humanitarian_text_img_train.tsv"
     write_table(path, [{**tweet(0), "label_image": ""}, tweet(4)])
@@ -116,7 +118,7 @@ def test_a_tweet_without_a_label_of_its_picture_has_its_own(folder: Folder) -> N
         ("https://t.co/x", ""),
     ],
 )
-def test_urls_are_taken_out_of_tweets(tweet: str, text: str) -> None:
+def test_urls_are_removed_from_tweets(tweet: str, text: str) -> None:
     assert without_urls(tweet) == text
 
 
@@ -160,7 +162,7 @@ def test_vqa_rad(folder: Folder) -> None:
         ("OPEN", 5.6, ("5.6", None, False)),
     ],
 )
-def test_closed_and_open_as_published(folder: Folder, kind: str, answer: Any, expected: tuple[Any, ...]) -> None:
+def test_closed_and_open_are_as_published(folder: Folder, kind: str, answer: Any, expected: tuple[Any, ...]) -> None:
     data = folder("vqa-rad")
     write_json(data / "VQA_RAD Dataset Public.json", [rad_entry(0, answer_type=kind, answer=answer)])
     (only,) = load("vqa-rad", data).samples
@@ -190,10 +192,10 @@ def test_slake_reads_one_language(folder: Folder) -> None:
 
 def test_medalpaca(folder: Folder) -> None:
     data = folder("medalpaca")
-    found = load("medalpaca", data).samples
-    assert [s.id for s in found] == [f"medalpaca/{i:05d}" for i in range(6)]
-    assert (found[1].question, found[1].text) == ("Answer this question truthfully", "What is sign no. 1?")
-    assert (found[1].answer, found[1].choices, found[1].is_closed) == ("A sign of 1.", None, False)
+    samples = load("medalpaca", data).samples
+    assert [s.id for s in samples] == [f"medalpaca/{i:05d}" for i in range(6)]
+    assert (samples[1].question, samples[1].text) == ("Answer this question truthfully", "What is sign no. 1?")
+    assert (samples[1].answer, samples[1].choices, samples[1].is_closed) == ("A sign of 1.", None, False)
     task = tasks.build("medalpaca", {"data_dir": str(data)})
     assert list(task.load("test")) == []
     assert task.splits == ("train",)
@@ -223,15 +225,15 @@ BAD: list[tuple[str, str, Any, Any, str, str]] = [
     ("hateful-memes", MEMES, MEME, {"img": "/x.png"}, "id 1: the path '/x.png' is absolute", "path outside the folder"),
     ("hateful-memes", MEMES, MEME, {"img": "train.jsonl"}, "train.jsonl cannot be decoded", "undecodable picture"),
     ("hateful-memes", MEMES, MEME, {"id": 40002}, "'hateful-memes/40002' is used twice", "duplicate id"),
-    ("crisismmd", TWEETS, ROW, {"label_image": "flood"}, "'label_image' is 'flood', which is none of", "wrong value"),
+    ("crisismmd", TWEETS, ROW, {"label_image": "flood"}, "'label_image' is 'flood', which is not one of", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"label_image": "", "label": ""}, "'label' is empty", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"image": "../../x.jpg"}, "the path '../../x.jpg' leads out of", "path outside the folder"),
     ("crisismmd", TWEETS, ROW, {"image": "data_image/no.jpg"}, "data_image/no.jpg is missing", "missing picture"),
     ("crisismmd", TWEETS, ROW, {"image_id": " "}, "'image_id' is empty", "wrong value"),
     ("crisismmd", TWEETS, ROW, {"tweet_text": "a\tb"}, "the line has 10 fields, not 9", "unreadable entry"),
     ("vqa-rad", RAD, ENTRY, {"answer_type": "YES"}, "id 1: 'answer_type' is 'YES', neither OPEN nor CLOSED", "wrong value"),
-    ("vqa-rad", RAD, ENTRY, {"phrase_type": "poem"}, "id 1: 'phrase_type' is 'poem', which is none of", "wrong value"),
-    ("vqa-rad", RAD, ENTRY, {"phrase_type": 4}, "id 1: 'phrase_type' is '4', which is none of", "wrong value"),
+    ("vqa-rad", RAD, ENTRY, {"phrase_type": "poem"}, "id 1: 'phrase_type' is 'poem', which is not one of", "wrong value"),
+    ("vqa-rad", RAD, ENTRY, {"phrase_type": 4}, "id 1: 'phrase_type' is '4', which is not one of", "wrong value"),
     ("vqa-rad", RAD, ENTRY, {"question": ["what?"]}, "id 1: 'question' is missing or is neither", "wrong value"),
     ("vqa-rad", RAD, ENTRY, {"answer": "  "}, "id 'vqa-rad/1': the answer is empty", "empty answer"),
     ("vqa-rad", RAD, ENTRY, {"answer": False}, "id 1: 'answer' is missing or is neither", "wrong value"),
@@ -246,7 +248,7 @@ BAD: list[tuple[str, str, Any, Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "file", "good", "change", "message", "kind"), BAD)
-def test_each_damage_is_one_bad_sample(
+def test_each_damaged_entry_is_one_bad_sample(
     folder: Folder, name: str, file: str, good: dict[str, Any], change: dict[str, Any], message: str, kind: str
 ) -> None:
     data = folder(name)
@@ -258,20 +260,20 @@ def test_each_damage_is_one_bad_sample(
     else:
         (write_lines if file.endswith(".jsonl") else write_json)(data / file, entries)
     where = f"{data / file}, {'index 1' if file.endswith('.json') else 'line 3' if file.endswith('.tsv') else 'line 2'}"
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load(name, data)
-    assert str(refused.value).startswith(where)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
-    skipped = load(name, data, on_bad_sample="skip")
-    assert len(skipped.samples) == 1
-    assert [p.kind for p in skipped.skipped] == [kind]
+    assert str(caught.value).startswith(where)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    loaded = load(name, data, on_bad_sample="skip")
+    assert len(loaded.samples) == 1
+    assert [p.kind for p in loaded.problems] == [kind]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_folder_that_is_not_there_or_a_level_off(folder: Folder, name: str) -> None:
+def test_a_folder_that_is_missing_or_one_level_off(folder: Folder, name: str) -> None:
     data = folder(name)
-    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is no folder that can be read"):
+    with pytest.raises(DataError, match=f"^task '{name}': data_dir = .* is not a readable folder"):
         load(name, data / "nowhere", on_bad_sample="skip")
     for wrong in (data.parent, next(p for p in sorted(data.iterdir()) if p.is_dir()) if name != "medalpaca" else data.parent):
         with pytest.raises(DataError, match=f"^task '{name}': there is no file .*; did you mean data_dir = '{data}'"):
@@ -285,7 +287,7 @@ def test_the_folder_must_be_given(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "file"), [("vqa-rad", RAD), ("slake", SLAKE), ("medalpaca", CARDS)])
-def test_a_broken_download_says_so(folder: Folder, name: str, file: str) -> None:
+def test_an_incomplete_download_is_reported(folder: Folder, name: str, file: str) -> None:
     path = folder(name) / file
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"not valid JSON, perhaps cut off \(.*\); download it again\.$"):
@@ -296,7 +298,7 @@ def test_a_bad_entry_of_a_file_with_both_splits_counts_once(folder: Folder) -> N
     data = folder("vqa-rad")
     write_json(data / RAD, [rad_entry(0), rad_entry(1, "test_para"), 7, rad_entry(2, "poem")])
     task = tasks.build("vqa-rad", {"data_dir": str(data)})
-    assert [len(survey(task, split).skipped) for split in ("train", "test")] == [2, 0]
+    assert [len(read_split(task, split).problems) for split in ("train", "test")] == [2, 0]
 
 
 @pytest.mark.parametrize("name", ["hateful-memes", "crisismmd", "vqa-rad", "slake"])
@@ -314,5 +316,5 @@ def test_a_picture_linked_from_elsewhere_is_a_bad_sample(folder: Folder) -> None
     picture(data.parent / "secret.png")
     (data / "img" / "40001.png").unlink()
     (data / "img" / "40001.png").symlink_to(data.parent / "secret.png")
-    (bad,) = load("hateful-memes", data, on_bad_sample="skip").skipped
+    (bad,) = load("hateful-memes", data, on_bad_sample="skip").problems
     assert bad.kind == "path outside the folder"

@@ -37,7 +37,7 @@ def square(*, size: float, color: str = "red", corners: int = 4):
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[Any]]:
-    """A registry over a package of two files, one part each."""
+    """A registry of a package with two files and one part in each."""
     package = tmp_path / "toybox"
     package.mkdir()
     (package / "__init__.py").write_text("from fedmllm.registry import Registry\ntoys = Registry('toy', __name__)\n")
@@ -78,9 +78,9 @@ def test_parts_are_found_through_entry_points(toys: Registry[Any], monkeypatch: 
     ("name", "options", "message"),
     [
         ("sqare", {}, "toy.name: there is no toy 'sqare'; did you mean 'square'?"),
-        ("zzz", {}, "toy.name: there is no toy 'zzz'; known are ball, square."),
+        ("zzz", {}, "toy.name: there is no toy 'zzz'; choose one of ball, square."),
         ("square", {"size": 1.0, "colour": "red"}, "toy.colour: unknown key for toy 'square'; did you mean 'color'?"),
-        ("ball", {"size": 1.0}, "toy.size: unknown key for toy 'ball'; none are known."),
+        ("ball", {"size": 1.0}, "toy.size: unknown key for toy 'ball'; none exist."),
         ("square", {}, "toy.size: this key is required by toy 'square'."),
         ("square", {"size": "big"}, "toy.size: input should be a valid number, got 'big'."),
         ("square", {"size": float("nan")}, "toy.size: input should be a finite number, got nan."),
@@ -92,18 +92,18 @@ def test_parts_are_found_through_entry_points(toys: Registry[Any], monkeypatch: 
     ],
 )
 def test_bad_names_and_options_are_one_sentence(toys: Registry[Any], name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         toys.build(name, options)
-    assert str(refused.value) == message
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("name", "options"), [("sqare", {}), ("square", {"sise": 1.0}), ("square", {"size": 1, "corners": 5})])
-def test_messages_name_the_table_where_the_part_stands(toys: Registry[Any], name: str, options: dict[str, Any]) -> None:
+def test_messages_name_the_table_of_the_part(toys: Registry[Any], name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^chest\.toy"):
         toys.build(name, options, where="chest.toy")
 
 
-def test_a_whole_number_serves_as_a_float(toys: Registry[Any]) -> None:
+def test_an_integer_is_accepted_for_a_float(toys: Registry[Any]) -> None:
     _, size, _ = toys.build("square", {"size": 2})
     assert isinstance(size, float)
 
@@ -125,7 +125,7 @@ def test_every_part_of_the_package_keeps_the_contract(part: Registry[Any], name:
     assert part.option_names(name) == sorted(set(hints) - {"return"})
 
 
-def test_suggest_names_the_nearest_else_all_else_none() -> None:
+def test_suggest_names_the_closest_or_all() -> None:
     assert suggest("hybird", ["hybrid", "cross"]) == "did you mean 'hybrid'?"
-    assert suggest("zzz", ["b", "a"]) == "known are a, b."
-    assert suggest("zzz", []) == "none are known."
+    assert suggest("zzz", ["b", "a"]) == "choose one of a, b."
+    assert suggest("zzz", []) == "none exist."

@@ -36,7 +36,7 @@ from fedmllm.remote.superlink import LocalOnly, is_local
 from fedmllm.remote.supernode import harmless, install
 from fedmllm.remote.supervisor import Supervisor
 from fedmllm.remote.wire import NoAnswer, ask, serve
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 from grids import DirectGrid
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +158,7 @@ def test_a_site_without_anything_that_it_may_use_is_one_sentence(folder: Path) -
 
 def test_a_site_is_at_work_once(folder: Path) -> None:
     site = SiteFile(folder / "north" / "site.toml")
-    with alone(site.state / "lock", RuntimeError()):
+    with locked(site.state / "lock", RuntimeError()):
         done = call("client", site.path)
     assert done.exit_code == 2
     assert "another `fedmllm client` is at work" in done.stderr

@@ -11,7 +11,7 @@ names = st.lists(st.one_of(st.integers(), st.text("ab:1", max_size=4)), max_size
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:
-    # Literals: every manifest, sampling and batch order of every published run hangs on them.
+    # These literals must not change: the manifests, sampling and batch order of all published runs depend on them.
     assert seed_for(0, 3) == 1763576802846543831
     assert seed_for(0) == 3696793467068528757
     assert stream(0, "sampling", 1).integers(0, 100, 5).tolist() == [34, 3, 95, 24, 28]
@@ -19,13 +19,13 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 
 @quick
 @given(names, names)
-def test_other_names_give_another_seed(a: tuple[str | int, ...], b: tuple[str | int, ...]) -> None:
+def test_different_names_give_different_seeds(a: tuple[str | int, ...], b: tuple[str | int, ...]) -> None:
     assert (seed_for(0, *a) == seed_for(0, *b)) == (a == b)
     assert seed_for(0, *a) != seed_for(1, *a)
     assert 0 <= seed_for(0, *a) < 2**63
 
 
-def test_a_number_is_not_its_text() -> None:
+def test_a_number_differs_from_its_text() -> None:
     assert seed_for(0, 1) != seed_for(0, "1")
 
 

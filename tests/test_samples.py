@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fedmllm.data.samples import Problem, Sample, collect, decode, image_key, survey, upright_size
+from fedmllm.data.images import decode, image_key, upright_size
+from fedmllm.data.loading import read_split
+from fedmllm.data.samples import Problem, Sample
 from fedmllm.errors import DataError
-from helpers import png, sample, task
+from helpers import load_samples, png, sample, task
 
 TEXT = sample("t", "text")
 
@@ -23,14 +25,14 @@ def encoded(image: Image.Image, format: str = "PNG") -> bytes:
 @pytest.mark.parametrize(
     ("kind", "names"), [("both", {"image", "text"}), ("image", {"image"}), ("text", {"text"}), ("none", set())]
 )
-def test_modalities_are_what_the_sample_has(kind: str, names: set[str]) -> None:
+def test_modalities_are_those_of_the_sample(kind: str, names: set[str]) -> None:
     assert sample("s", kind).modalities == names
 
 
-def test_samples_come_in_the_order_of_their_ids() -> None:
-    loaded = collect(task(*(sample(i, "text") for i in ("b", "c", "a"))), "train", "error")
+def test_samples_are_ordered_by_id() -> None:
+    loaded = load_samples(task(*(sample(i, "text") for i in ("b", "c", "a"))), "train", "error")
     assert [s.id for s in loaded.samples] == ["a", "b", "c"]
-    assert loaded.skipped == []
+    assert loaded.problems == []
 
 
 BAD = [
@@ -42,49 +44,49 @@ BAD = [
     (sample("x", "text", choices=("yes", *"abcdefghijklmnopqrstuvwxyz"), lettered=True),
      "id 'x': 27 choices are more than the 26 letters"),
     (TEXT, "id 't': the id 't' is used twice"),
-    (Problem("file, line 3", "it is odd"), "file, line 3: it is odd"),
+    (Problem("file, line 3", "it is broken"), "file, line 3: it is broken"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD)
 def test_a_bad_sample_is_an_error_in_one_sentence(bad: Sample | Problem, message: str) -> None:
-    with pytest.raises(DataError) as refused:
-        collect(task(TEXT, bad), "train", "error")
+    with pytest.raises(DataError) as caught:
+        load_samples(task(TEXT, bad), "train", "error")
     prefix = "" if isinstance(bad, Problem) else "fake, "
-    assert str(refused.value).startswith(prefix + message)
-    assert str(refused.value).endswith('; mend it, or set task.on_bad_sample = "skip" to go on without.')
-    assert "\n" not in str(refused.value)
+    assert str(caught.value).startswith(prefix + message)
+    assert str(caught.value).endswith('; fix it, or set task.on_bad_sample = "skip" to continue without it.')
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD)
 def test_a_bad_sample_is_skipped_and_counted(bad: Sample | Problem, message: str) -> None:
-    loaded = collect(task(TEXT, bad, sample("u", "text")), "train", "skip")
+    loaded = load_samples(task(TEXT, bad, sample("u", "text")), "train", "skip")
     assert [s.id for s in loaded.samples] == ["t", "u"]
-    assert len(loaded.skipped) == 1
-    assert message in str(loaded.skipped[0])
+    assert len(loaded.problems) == 1
+    assert message in str(loaded.problems[0])
 
 
 def test_many_bad_samples_are_counted_and_the_first_one_is_named() -> None:
-    odd = sample("x", "text", answer="", where="data.jsonl, line 2")
+    bad = sample("x", "text", answer="", where="data.jsonl, line 2")
     with pytest.raises(DataError, match=r"^3 bad samples, the first: data\.jsonl, line 2, id 'x': the answer is empty"):
-        collect(task(TEXT, odd, Problem("data.jsonl, line 3", "it is odd"), TEXT), "train", "error")
+        load_samples(task(TEXT, bad, Problem("data.jsonl, line 3", "it is broken"), TEXT), "train", "error")
 
 
 def test_nothing_usable_is_an_error_even_when_skipping() -> None:
     with pytest.raises(
-        DataError, match=r"^task 'fake' has no usable sample in its test split; the first problem: line 1: odd\.$"
+        DataError, match=r"^task 'fake' has no usable sample in its test split; the first problem: line 1: broken\.$"
     ):
-        collect(task(Problem("line 1", "odd")), "test", "skip")
+        load_samples(task(Problem("line 1", "broken")), "test", "skip")
     with pytest.raises(DataError, match=r"^task 'fake' has no usable sample in its train split\.$"):
-        collect(task(), "train", "error")
+        load_samples(task(), "train", "error")
 
 
-def test_a_picture_that_many_samples_share_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, looked = tmp_path / "p.png", []
+def test_a_picture_shared_by_many_samples_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, decoded_paths = tmp_path / "p.png", []
     path.write_bytes(png())
-    monkeypatch.setattr("fedmllm.data.samples.decode", looked.append)
-    collect(task(*(sample(str(i), image=path) for i in range(5))), "train", "error")
-    assert looked == [path]
+    monkeypatch.setattr("fedmllm.data.loading.decode", decoded_paths.append)
+    load_samples(task(*(sample(str(i), image=path) for i in range(5))), "train", "error")
+    assert decoded_paths == [path]
 
 
 def test_only_the_pictures_of_chosen_samples_are_decoded() -> None:
@@ -95,8 +97,8 @@ def test_only_the_pictures_of_chosen_samples_are_decoded() -> None:
         seen.append([s.id for s in samples])
         return samples[:1]
 
-    assert collect(task(broken, fine), "train", "error", choose).samples == [fine]
-    assert seen == [["a", "b"]], "the choice is made from the samples in the order of their ids"
+    assert load_samples(task(broken, fine), "train", "error", choose).samples == [fine]
+    assert seen == [["a", "b"]], "samples are chosen in the order of their ids"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
@@ -121,11 +123,11 @@ def corners(data: bytes) -> list[str]:
     """The nearest color at the four corners, row by row; JPEG is never exact."""
     picture = decode(data)
     near = {"red": LEFT, "blue": RIGHT, "white": (255, 255, 255)}
-    found = []
+    names = []
     for x, y in ((0, 0), (picture.width - 1, 0), (0, picture.height - 1), (picture.width - 1, picture.height - 1)):
         pixel = np.array(picture.getpixel((x, y)), dtype=int)
-        found.append(min(near, key=lambda name: int(np.abs(pixel - near[name]).sum())))
-    return found
+        names.append(min(near, key=lambda name: int(np.abs(pixel - near[name]).sum())))
+    return names
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -135,7 +137,7 @@ def corners(data: bytes) -> list[str]:
         (1, ["red", "blue", "red", "blue"]),
         (2, ["blue", "red", "blue", "red"]),
         (3, ["blue", "red", "blue", "red"]),
-        (6, ["red", "red", "blue", "blue"]),  # turned by 90 degrees: what was left is above
+        (6, ["red", "red", "blue", "blue"]),  # turned by 90 degrees: the left half is now at the top
         (8, ["blue", "blue", "red", "red"]),
         (77, ["red", "blue", "red", "blue"]),
     ],
@@ -149,7 +151,7 @@ def test_a_rotation_in_the_exif_data_is_applied(format: str, orientation: int, s
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "ICO"])
 @pytest.mark.parametrize("orientation", [None, *range(1, 9), 77])
-def test_the_size_of_a_picture_is_that_of_its_decoding(format: str, orientation: int | None) -> None:
+def test_the_upright_size_is_the_size_after_decoding(format: str, orientation: int | None) -> None:
     buffer, exif = io.BytesIO(), Image.Exif()
     if orientation is not None:
         exif[0x0112] = orientation
@@ -161,7 +163,7 @@ def test_the_size_of_a_picture_is_that_of_its_decoding(format: str, orientation:
 
 
 def late_exif(orientation: int) -> bytes:
-    """A PNG whose EXIF data come after the pixels, as the format allows."""
+    """A PNG with its EXIF data after the pixels, as the format allows."""
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     halves().save(buffer, "PNG", exif=exif)
@@ -203,7 +205,7 @@ def test_damaged_exif_data_do_not_hide_a_whole_picture(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, "JPEG", exif=exif)
         picture = sample("a", image=buffer.getvalue())
-        assert collect(task(picture), "train", "error").samples == [picture]
+        assert load_samples(task(picture), "train", "error").samples == [picture]
 
 
 def test_transparent_parts_are_white() -> None:
@@ -228,7 +230,7 @@ def test_a_palette_with_a_transparent_color(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_many_frames_the_first_is_seen(format: str) -> None:
+def test_only_the_first_of_several_frames_is_shown(format: str) -> None:
     buffer = io.BytesIO()
     kind = {"lossless": True} if format == "WEBP" else {}
     halves().save(buffer, format, save_all=True, append_images=[Image.new("RGB", (4, 2), "white")], **kind)
@@ -241,10 +243,10 @@ def test_a_cmyk_jpeg_keeps_its_colors() -> None:
 
 @pytest.mark.parametrize("pixels", [60, 20])
 def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
-    # Pillow warns of more than its limit and refuses more than twice as many; neither is a crash, or a picture.
+    # Pillow warns above its limit and raises an error above twice the limit; both must give a bad sample.
     bomb = sample("x", image=encoded(Image.new("RGB", (10, 10))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
-    (bad,) = collect(task(TEXT, bomb), "train", "skip").skipped
+    (bad,) = load_samples(task(TEXT, bomb), "train", "skip").problems
     assert bad.kind == "picture too large"
     assert str(bad).endswith(
         f"the picture (in memory) has more than {pixels} pixels, Pillow's limit against decompression bombs; make it smaller"
@@ -253,11 +255,11 @@ def test_a_decompression_bomb_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch, p
 
 def test_a_large_picture_below_the_limit_is_fine() -> None:
     large = sample("x", image=encoded(Image.new("1", (6000, 5000))))
-    assert collect(task(large), "train", "error").samples == [large]
+    assert load_samples(task(large), "train", "error").samples == [large]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_damaged_pictures_are_bad_samples_wherever_they_are_damaged(format: str) -> None:
+def test_damaged_pictures_are_bad_samples(format: str) -> None:
     whole = encoded(halves().resize((32, 32)), format)
     rng = np.random.default_rng(0)
     pictures = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 25))]
@@ -265,14 +267,14 @@ def test_damaged_pictures_are_bad_samples_wherever_they_are_damaged(format: str)
         damaged = bytearray(whole)
         damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
         pictures.append(bytes(damaged))
-    found = survey(task(*(sample(str(i), image=data) for i, data in enumerate(pictures))), "train")
-    assert len(found.samples) + len(found.skipped) == len(pictures)
-    assert {p.kind for p in found.skipped} <= {"undecodable picture", "picture too large"}
-    assert found.skipped
-    assert not any("\n" in str(p) for p in found.skipped)
+    loaded = read_split(task(*(sample(str(i), image=data) for i, data in enumerate(pictures))), "train")
+    assert len(loaded.samples) + len(loaded.problems) == len(pictures)
+    assert {p.kind for p in loaded.problems} <= {"undecodable picture", "picture too large"}
+    assert loaded.problems
+    assert not any("\n" in str(p) for p in loaded.problems)
 
 
-def test_closed_is_what_the_data_says_or_what_has_choices() -> None:
+def test_a_sample_is_closed_if_the_data_says_so_or_it_has_choices() -> None:
     assert [sample(choices=c, closed=k).is_closed for c in (("yes", "no"), None) for k in (None, True, False)] == [
         True, True, False, False, True, False,
     ]  # fmt: skip
@@ -280,20 +282,20 @@ def test_closed_is_what_the_data_says_or_what_has_choices() -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bits_of_grey_keep_their_range(format: str) -> None:
-    # X-ray pictures come like this; Pillow's own conversion would make all but the darkest white.
+    # X-ray images have 16 bits; Pillow's own conversion would turn all but the darkest pixels white.
     grey = Image.fromarray(np.array([[0, 0x1234, 0x8000, 0xFFFF]], dtype=np.uint16))
     decoded = decode(encoded(grey, format))
     assert [decoded.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 0x12, 0x80, 0xFF)]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_of_unknown_range_are_no_black_picture(mode: str) -> None:
+def test_pixels_of_unknown_range_are_an_error(mode: str) -> None:
     picture = encoded(Image.new(mode, (2, 2), 1), "TIFF")
     with pytest.raises(DataError, match=f"cannot be decoded .*mode {mode}"):
-        collect(task(sample("x", image=picture)), "train", "error")
+        load_samples(task(sample("x", image=picture)), "train", "error")
 
 
-def test_the_same_picture_has_one_key_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_key_of_a_picture_does_not_depend_on_its_path(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     assert image_key(tmp_path / "a.png") == image_key(tmp_path / "b.png") == image_key(png())

@@ -16,7 +16,7 @@ kinds = st.sampled_from(["both", "image", "text", "none"])
 
 
 def visible(name: str, kind: str = "both", seed: int = 0, **options: object) -> frozenset[str]:
-    return scenarios.build(name, options).visible(sample("s", kind), stream(seed, "test"))
+    return scenarios.build(name, options).visible(sample("s", kind), 0, stream(seed, "test"))
 
 
 def clients_of(name: str, number: int, seed: int = 0, **options: object) -> list[frozenset[str]]:
@@ -35,7 +35,7 @@ def test_every_scenario_keeps_the_contract(name: str, kind: str, number: int, se
     assert visible(name, kind, seed) == visible(name, kind, seed)
 
 
-def test_aligned_takes_nothing() -> None:
+def test_aligned_hides_nothing() -> None:
     assert clients_of("aligned", 3) == [BOTH] * 3
     assert visible("aligned") == BOTH
 
@@ -49,7 +49,7 @@ def test_missing_never_yields_an_empty_sample(kind: str, rate: float, seed: int)
     assert visible("missing", kind, seed, rate=rate)
 
 
-def test_missing_takes_each_modality_at_its_rate() -> None:
+def test_missing_removes_each_modality_at_its_rate() -> None:
     drawn = Counter(visible("missing", seed=seed, rate=0.3, never_empty=False) for seed in range(4000))
     share = {seen: count / 4000 for seen, count in drawn.items()}
     # Independently with probability 0.3: both stay in 0.7², one of them in 0.7·0.3, none in 0.3².
@@ -59,18 +59,18 @@ def test_missing_takes_each_modality_at_its_rate() -> None:
     assert share[frozenset()] == pytest.approx(0.09, abs=0.025)
 
 
-def test_missing_draws_again_what_lost_all() -> None:
+def test_missing_repeats_the_draw_for_empty_samples() -> None:
     drawn = Counter(visible("missing", seed=seed, rate=0.3) for seed in range(4000))
     assert drawn[BOTH] / 4000 == pytest.approx(0.49 / 0.91, abs=0.025)
 
 
-def test_missing_can_empty_samples_of_one_modality_where_it_may() -> None:
+def test_missing_can_empty_samples_if_allowed() -> None:
     drawn = Counter(visible("missing", "text", seed, rate=0.5, never_empty=False) for seed in range(400))
     assert drawn.keys() == {frozenset(), frozenset(("text",))}
     assert drawn[frozenset()] / 400 == pytest.approx(0.5, abs=0.1)
 
 
-def test_missing_draws_the_image_alike_whether_there_is_a_text_or_not() -> None:
+def test_missing_draws_the_image_independently_of_the_text() -> None:
     for seed in range(50):
         paired = visible("missing", "both", seed, rate=0.5, never_empty=False)
         alone = visible("missing", "image", seed, rate=0.5, never_empty=False)
@@ -95,7 +95,7 @@ def test_cross_draws_which_clients_from_the_seed() -> None:
 
 
 def test_cross_with_more_image_clients_than_clients_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_clients = 11 is more than the 10 clients there are"):
+    with pytest.raises(ValueError, match="image_clients = 11 is more than the number of clients, 10"):
         clients_of("cross", 10, image_clients=11)
 
 
@@ -103,14 +103,14 @@ def test_cross_with_more_image_clients_than_clients_is_refused() -> None:
 
 
 def test_hybrid_mixes_clients_by_presence() -> None:
-    found = Counter(clients_of("hybrid", 4000, presence=0.6))
+    counts = Counter(clients_of("hybrid", 4000, presence=0.6))
     # 0.6² have both; of the 0.4² that would have none a coin gives half to each.
-    assert found[BOTH] / 4000 == pytest.approx(0.36, abs=0.03)
+    assert counts[BOTH] / 4000 == pytest.approx(0.36, abs=0.03)
     for modality in MODALITIES:
-        assert found[frozenset((modality,))] / 4000 == pytest.approx(0.24 + 0.08, abs=0.03)
+        assert counts[frozenset((modality,))] / 4000 == pytest.approx(0.24 + 0.08, abs=0.03)
 
 
-def test_hybrid_at_its_ends() -> None:
+def test_hybrid_at_the_limits_of_presence() -> None:
     assert clients_of("hybrid", 20, presence=1.0) == [BOTH] * 20
     assert Counter(map(len, clients_of("hybrid", 20, presence=0.0))) == {1: 20}
 

@@ -23,7 +23,17 @@ def begun(path: Path, digest: str = "d", **meta: Any) -> RunDir:
     return run
 
 
-def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
+def cut_off_in_round_1(path: Path) -> RunDir:
+    """A run whose process was killed while it wrote the record of round 1."""
+    run = begun(path)
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
+    run.rounds()
+    with (path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 1, "lo')
+    return run
+
+
+def test_the_constructor_does_not_touch_the_disk(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert not run.exists
     assert not run.complete
@@ -46,10 +56,10 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
 
 
 def _no_constants(name: str) -> float:
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
-def test_nan_is_null_in_the_files_and_nan_again_when_read(tmp_path: Path) -> None:
+def test_nan_is_written_as_null_and_read_as_nan(tmp_path: Path) -> None:
     run, nan = begun(tmp_path), float("nan")
     metrics = {"both": {"auc": nan, "auc_ci": [nan, nan], "n": 3}}
     rows = [{"client": 0, "metrics": metrics}, {"client": 1}]
@@ -108,7 +118,7 @@ def test_the_checkpoint_holds_the_round_and_the_state(tmp_path: Path) -> None:
     assert same(loaded[1], {"adapter": tensors(x=2), "m": tensors(x=-2)})
 
 
-def test_a_round_done_again_replaces_its_record_and_those_after(tmp_path: Path) -> None:
+def test_a_repeated_round_replaces_its_record_and_all_later_ones(tmp_path: Path) -> None:
     run = begun(tmp_path)
     for number in (0, 1, 2):
         run.save_round({"round": number, "try": 1}, {"adapter": tensors(x=0)}, "d")
@@ -116,8 +126,8 @@ def test_a_round_done_again_replaces_its_record_and_those_after(tmp_path: Path) 
     assert run.rounds() == [{"round": 0, "try": 1}, {"round": 1, "try": 2}]
 
 
-def test_rounds_are_written_one_behind_and_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller goes on while a round is written, and a round later that one is on the disk."""
+def test_rounds_are_written_in_the_background_and_failures_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller continues while a round is written; the round is on disk when the next one is saved."""
     run, gates = begun(tmp_path), {"1": threading.Event(), "2": threading.Event()}
     save = store.save_state
 
@@ -126,13 +136,13 @@ def test_rounds_are_written_one_behind_and_what_fails_is_told(tmp_path: Path, mo
         save(path, state, metadata)
 
     monkeypatch.setattr(store, "save_state", slow)
-    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")  # comes back although nothing is written yet
+    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")  # returns although nothing is written yet
     assert not (tmp_path / "checkpoint" / "server.safetensors").exists()
     gates["1"].set()
     run.save_round({"round": 1}, {"adapter": tensors(x=1)}, "d")
-    made = RunDir(tmp_path).load_checkpoint()
-    assert made is not None
-    assert made[0] == 1
+    checkpoint = RunDir(tmp_path).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint[0] == 1
     gates["2"].set()
     run.rounds()
 
@@ -143,18 +153,14 @@ def test_rounds_are_written_one_behind_and_what_fails_is_told(tmp_path: Path, mo
     run.save_round({"round": 2}, {"adapter": tensors(x=2)}, "d")
     with pytest.raises(OSError, match="No space left"):
         run.save_round({"round": 3}, {"adapter": tensors(x=3)}, "d")
-    made = RunDir(tmp_path).load_checkpoint()
-    assert made is not None
-    assert made[0] == 2
+    checkpoint = RunDir(tmp_path).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint[0] == 2
 
 
-def test_rounds_go_behind_those_that_are_there(tmp_path: Path) -> None:
-    """A file cut by a kill is put in order first; from then on lines are added to it."""
-    run = begun(tmp_path)
-    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
-    run.rounds()
-    with (tmp_path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 1, "lo')
+def test_new_rounds_are_appended(tmp_path: Path) -> None:
+    """A file cut off by a kill is repaired first; after that, lines are appended."""
+    cut_off_in_round_1(tmp_path)
     again = RunDir(tmp_path)
     for number in (1, 2, 3):
         again.save_round({"round": number}, {"adapter": tensors(x=0)}, "d")
@@ -163,11 +169,7 @@ def test_rounds_go_behind_those_that_are_there(tmp_path: Path) -> None:
 
 
 def test_a_record_cut_by_a_kill_is_not_counted(tmp_path: Path) -> None:
-    run = begun(tmp_path)
-    run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")
-    run.rounds()
-    with (tmp_path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 1, "lo')
+    run = cut_off_in_round_1(tmp_path)
     assert run.rounds() == [{"round": 0}]
 
 
@@ -179,27 +181,27 @@ def test_parts_are_kept_for_resuming(tmp_path: Path) -> None:
     assert run.load_part("client-4") is None
 
 
-def test_results_that_are_not_there_say_why(tmp_path: Path) -> None:
+def test_a_missing_result_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run directory"):
         RunDir(tmp_path).result()
     run = begun(tmp_path)
-    with pytest.raises(RunError, match=r"is not complete; go on with `fedmllm run … --resume`"):
+    with pytest.raises(RunError, match=r"is not complete; continue it with `fedmllm run … --resume`"):
         run.result()
     (tmp_path / "result.json").write_text('{"cut')
-    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be made again"):
+    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be repeated"):
         run.result()
 
 
-def test_a_new_run_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_a_new_run_gets_a_free_name(tmp_path: Path) -> None:
     assert new_run(tmp_path / "runs", "exp").path == tmp_path / "runs" / "exp"
     for taken in ("exp", "exp-2", "exp-4"):
         (tmp_path / taken).mkdir()
     assert new_run(tmp_path, "exp").path == tmp_path / "exp-3"
 
 
-def test_runs_started_at_the_same_moment_have_a_directory_each(tmp_path: Path) -> None:
+def test_runs_started_at_the_same_time_get_different_directories(tmp_path: Path) -> None:
     runs = [new_run(tmp_path, "exp") for _ in range(3)]
-    assert list(tmp_path.iterdir()) == [], "a run that is refused leaves nothing"
+    assert list(tmp_path.iterdir()) == [], "a run that is not started leaves nothing"
     with runs[0].claimed(), runs[1].claimed():
         runs[0].begin("", {})
         assert {run.path.name for run in runs[:2]} == {"exp", "exp-2"}
@@ -213,15 +215,15 @@ def test_runs_started_at_the_same_moment_have_a_directory_each(tmp_path: Path) -
 def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     run = begun(tmp_path / "exp")
     with run.claimed():
-        found = unfinished(tmp_path, "exp", "d")
-        assert found is not None
-        with pytest.raises(RunError, match="another process is at work on this run"), found.claimed():
+        latest = unfinished(tmp_path, "exp", "d")
+        assert latest is not None
+        with pytest.raises(RunError, match="another process is working on this run"), latest.claimed():
             pass
     with pytest.raises(OSError, match="full"), run.claimed():
         raise OSError("full")
     (tmp_path / "exp" / "run.lock").touch()  # left by a kill
-    with found.claimed():
-        assert found.path == tmp_path / "exp"
+    with latest.claimed():
+        assert latest.path == tmp_path / "exp"
 
 
 def test_the_latest_unfinished_run_of_the_same_settings_is_found(tmp_path: Path) -> None:
@@ -233,9 +235,9 @@ def test_the_latest_unfinished_run_of_the_same_settings_is_found(tmp_path: Path)
     begun(tmp_path / "exp1")
     begun(tmp_path / "exp-old")
     (tmp_path / "exp-6").mkdir()
-    found = unfinished(tmp_path, "exp", "d")
-    assert found is not None
-    assert found.path.name == "exp-2"
+    latest = unfinished(tmp_path, "exp", "d")
+    assert latest is not None
+    assert latest.path.name == "exp-2"
 
 
 def test_no_unfinished_run(tmp_path: Path) -> None:
@@ -245,9 +247,9 @@ def test_no_unfinished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "a+b"])
-def test_signs_in_a_name_mean_themselves(tmp_path: Path, name: str) -> None:
+def test_special_characters_in_a_name_are_literal(tmp_path: Path, name: str) -> None:
     begun(tmp_path / name)
     begun(tmp_path / "ab")
-    found = unfinished(tmp_path, name, "d")
-    assert found is not None
-    assert found.path.name == name
+    latest = unfinished(tmp_path, name, "d")
+    assert latest is not None
+    assert latest.path.name == name

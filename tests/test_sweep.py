@@ -21,7 +21,7 @@ from fedmllm.experiment import sweep
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
 from fedmllm.report.grids import published, setting_of
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 from made_runs import make_sweep
 
@@ -179,7 +179,7 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
     states = {row["state"] for row in run("sweep", file, "--dry-run")["cells"]}
     assert "cut short" in states
     for folder in Path("runs/grid").glob("federated-*/"):
-        with alone(folder / "run.lock", AssertionError(f"{folder} is still being written"), seconds=5):
+        with locked(folder / "run.lock", AssertionError(f"{folder} is still being written"), wait_seconds=5):
             pass
 
 
@@ -214,7 +214,7 @@ def test_a_killed_run_fails_alone(write_sweep: Write) -> None:
 
 def test_two_sweeps_do_not_share_a_folder(write_sweep: Write) -> None:
     planned = sweep.plan_sweep(write_sweep())
-    with alone(Path("runs/grid/.lock"), RuntimeError()):
+    with locked(Path("runs/grid/.lock"), RuntimeError()):
         done = call("sweep", write_sweep())
     assert done.exit_code == 2
     assert "another sweep is running there" in done.stderr

@@ -25,7 +25,7 @@ states = st.dictionaries(
 )
 
 
-def test_arithmetic_goes_name_by_name() -> None:
+def test_arithmetic_is_done_per_name() -> None:
     a, b = tensors(x=[1, 2], y=3), tensors(x=[10, 20], y=30)
     assert same({"g": t.add(a, b)}, {"g": tensors(x=[11, 22], y=33)})
     assert same({"g": t.subtract(b, a)}, {"g": tensors(x=[9, 18], y=27)})
@@ -39,11 +39,11 @@ def test_different_names_are_refused_by_name(function: Callable[[Tensors, Tensor
         function(tensors(x=1, y=2), tensors(x=1, z=2))
 
 
-def test_inputs_are_never_written_to() -> None:
+def test_inputs_are_never_modified() -> None:
     a, b = tensors(x=[1, 2], y=3), tensors(x=[5, 6], y=7)
     before = t.digest(a), t.digest(b)
-    for made in (t.add(a, b), t.subtract(a, b), t.scale(a, 1), t.zeros_like(a), t.clone(a), t.weighted_mean([a], [1])):
-        for tensor in made.values():
+    for result in (t.add(a, b), t.subtract(a, b), t.scale(a, 1), t.zeros_like(a), t.clone(a), t.weighted_mean([a], [1])):
+        for tensor in result.values():
             tensor.fill_(99)
     assert (t.digest(a), t.digest(b)) == before
 
@@ -97,7 +97,7 @@ def test_norm_distance_and_bytes() -> None:
         (tensors(x=[1, 2], y=float("-inf")), "NaN or infinity in 'y'"),
     ],
 )
-def test_problem_with_says_what_does_not_fit(candidate: Tensors, why: str | None) -> None:
+def test_problem_with_gives_the_first_difference(candidate: Tensors, why: str | None) -> None:
     assert t.problem_with(candidate, tensors(x=[0, 0], y=0)) == why
 
 
@@ -113,7 +113,7 @@ def test_flatten_refuses_a_slash_in_a_group_and_drops_empty_groups() -> None:
     assert t.flatten({"a": tensors(x=1), "empty": {}}).keys() == {"a/x"}
 
 
-def test_digest_depends_on_all_but_the_order_of_names() -> None:
+def test_digest_does_not_depend_on_the_order_of_names() -> None:
     base = tensors(x=[[1, 2], [3, 4]], y=0)
     assert t.digest(base) == t.digest(dict(reversed(base.items())))
     assert t.digest(base) == t.digest({**base, "x": base["x"].t().contiguous().t()})  # another memory layout
@@ -127,11 +127,11 @@ def test_digest_depends_on_all_but_the_order_of_names() -> None:
 
 
 def test_digest_is_the_same_on_every_machine() -> None:
-    made = {"a": torch.tensor(1.0), "b": torch.ones(0, 3), "c": torch.ones(2, dtype=torch.bfloat16)}
-    assert t.digest(made) == "96961d37b663f6dcf7be7d15772df1c6e3b5c2d669a6f3aa5e4e4e46c7e79446"
+    mixed_types = {"a": torch.tensor(1.0), "b": torch.ones(0, 3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    assert t.digest(mixed_types) == "96961d37b663f6dcf7be7d15772df1c6e3b5c2d669a6f3aa5e4e4e46c7e79446"
 
 
-def test_a_saved_state_comes_back(tmp_path: Path) -> None:
+def test_a_saved_state_loads_equal(tmp_path: Path) -> None:
     state = {
         "adapter": {"a/b": torch.arange(6.0).reshape(2, 3).t(), "scalar": torch.tensor(2.0)},
         "m": {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.zeros(0, 2)},
@@ -173,6 +173,6 @@ def test_a_write_leaves_no_other_file(tmp_path: Path) -> None:
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"new")]
 
 
-def test_select_keeps_the_groups_there_are() -> None:
+def test_select_keeps_existing_groups() -> None:
     state = {"a": tensors(x=1), "b": tensors(x=2)}
     assert t.select(state, ["b", "c"]) == {"b": state["b"]}

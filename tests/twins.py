@@ -1,4 +1,4 @@
-"""Plain twins of what was made fast: each says in few lines what its namesake must give, at whatever cost."""
+"""Plain twins of optimised functions: short implementations with the same results, however slow."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What `peers.py` compares: one module a contender, each with `run(workload) -> Outcome`.
+"""The implementations that `peers.py` compares: one module per contender, each with `run(workload) -> Outcome`.
 
-`workload` is what all of them must do, `hf` what those written on transformers and PEFT alone share.
+`workload` defines the work that all of them do, `experiment` builds it, and `hf` has what the contenders that use only
+transformers and PEFT share.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Contender:
-    """`module` has its `run`; `evaluates` says whether its evaluation is timed too."""
+    """`module` is the name of the module in this package that has its `run`."""
 
     module: str
-    what: str
-    evaluates: bool = True
+    description: str
 
 
 CONTENDERS = {
     "a": Contender("published", "FedMLLM's published code: a Trainer per client and round"),
     "b": Contender("flowertune", "Flower's LLM example: simulation on Ray, model loaded per call"),
-    "c": Contender("bare", "a bare PyTorch and PEFT loop on ready batches: the yardstick", evaluates=False),
+    "c": Contender("bare", "a bare PyTorch and PEFT loop on prepared batches: the yardstick"),
     "d": Contender("ours", "fedmllm, one client at a time"),
     "e": Contender("ours_cohort", "fedmllm, clients in cohorts"),
 }

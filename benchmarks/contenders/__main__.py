@@ -1,4 +1,4 @@
-"""One contender in a process of its own: `python -m contenders LETTER WORKLOAD OUT`, folders both."""
+"""Run one contender in this process: `python -m contenders LETTER WORKLOAD OUT`, where the last two are folders."""
 
 from __future__ import annotations
 

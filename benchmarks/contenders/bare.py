@@ -1,9 +1,9 @@
-"""(c) The yardstick: nothing but forward, backward, clip and step on batches that lie ready.
+"""(c) The yardstick: only forward, backward, clipping and optimizer steps, on batches that are prepared beforehand.
 
-Outside the timing: reading, processing, collating, and the vision tower, whose output every batch carries. Inside: PEFT's
-layers, logits at the answers only, fused AdamW, an adapter reset for each client and a plain mean over clients. There is no
-round loop that could be resumed, no record, no checkpoint: what (d) takes beyond this is the price of being a framework. It may
-take less, for what PyTorch does to PEFT's many small tensors, it does to a flat one.
+Not timed: reading, processing, collating, and the vision tower, whose output is part of every batch. Timed: PEFT's layers,
+logits at the answers only, fused AdamW, resetting the adapter for each client, and the mean over clients. The rounds cannot be
+resumed and write neither records nor checkpoints: the time that (d) needs in addition is the price of a framework. (d) can also
+be faster, because it updates one flat tensor where PyTorch here updates PEFT's many small ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Batch = tuple[dict[str, Any], Tensor, Tensor]
 
 @torch.no_grad()
 def collate(model: Any, processor: Any, items: Sequence[Item]) -> Batch:
-    """(model inputs, labels: (samples, longest answer), answer tokens of each sample); answers end together."""
+    """(model inputs, labels: (samples, longest answer), number of answer tokens per sample). Answers are right-aligned."""
     texts = [item.prompt + item.answer for item in items]
     inputs = process(processor, texts, items, padding=True, padding_side="left")
     counts = answer_lengths(processor, items)
@@ -47,18 +47,18 @@ def mean_loss(model: Any, batch: Batch) -> Tensor:
 
 def run(workload: Workload) -> Outcome:
     model, processor = load(workload)
-    ready = [
+    prepared = [
         [[collate(model, processor, [workload.train[i] for i in step]) for step in client] for client in clients]
         for clients in workload.steps
     ]
-    # PEFT hands out the parameters' own memory.
+    # These tensors share memory with the parameters, so that `copy_` below sets the adapter.
     adapter = get_peft_model_state_dict(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mean_loss(model, ready[0][0][0]).backward()  # warm up
+    mean_loss(model, prepared[0][0][0]).backward()  # warm up
     losses = []
     began = time.perf_counter()
     shared = {name: t.clone() for name, t in adapter.items()}
-    for clients in ready:
+    for clients in prepared:
         trained, sizes, total = [], [], torch.zeros(())
         for steps in clients:
             for name, tensor in adapter.items():

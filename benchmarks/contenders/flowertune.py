@@ -1,15 +1,15 @@
 """(b) The pattern of Flower's example FlowerTune LLM (github.com/adap/flower, examples/flowertune-llm).
 
-Kept: ClientApp and ServerApp in Flower's simulation on Ray; in each call the client loads the model and wraps it with PEFT,
-sets the adapter that the message brings, makes a Trainer and answers with the adapter and `num-examples`; FedAvg; evaluation
-loads the model once more and generates in batches, as its benchmarks' evaluation does.
-Changed, so that the numbers are comparable: our model and samples with pictures, processed by the collator as vision-language
-fine-tuning with a Trainer does; batches of 4; float32 instead of 4 bits; a constant learning rate; each sample weighs the
-same; their order is given. TRL's SFTTrainer, which adds the tokenising of a text data set to Trainer, is Trainer itself here.
-Gradient checkpointing and saving, which only cost time here, are off, and so is Flower's telemetry.
+Kept: ClientApp and ServerApp in Flower's simulation on Ray; in each call the client loads the model, wraps it with PEFT, sets
+the adapter from the message, makes a Trainer and replies with the adapter and `num-examples`; FedAvg; evaluation loads the
+model once more and generates in batches, as the evaluation of Flower's LLM benchmarks does.
+Changed, so that the numbers are comparable: our model and samples with pictures, processed by the collator as is usual when a
+Trainer fine-tunes vision-language models; batches of 4; float32 instead of 4 bits; a constant learning rate; equal weight for
+each sample; a given order of samples. TRL's SFTTrainer, which adds only the tokenising of a text data set to Trainer, is
+replaced by Trainer. Gradient checkpointing and saving, which would only cost time here, and Flower's telemetry are off.
 
-Every thread gets a client of its own, for that is faster here than one client on all of them. The simulation asks for replies
-every 0.1 s, so a round's time comes in such steps.
+Each client trains with one thread, which is faster here than one client at a time on all threads. The simulation polls for
+replies every 0.1 s, so the time of a round is a multiple of that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from flwr.simulation import run_simulation
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn import functional
@@ -39,7 +39,7 @@ client_app = ClientApp()
 
 
 def collate(processor: Any, items: Sequence[Item]) -> dict[str, Any]:
-    """A batch, its pictures processed anew; labels at the answers."""
+    """A batch with newly processed pictures and labels at the answers."""
     inputs = process(processor, [item.prompt + item.answer for item in items], items, padding=True, padding_side="right")
     labels = torch.full_like(inputs["input_ids"], -100)
     counts = answer_lengths(processor, items)
@@ -49,7 +49,7 @@ def collate(processor: Any, items: Sequence[Item]) -> dict[str, Any]:
 
 
 class SampleWeightedTrainer(Trainer):
-    """Each sample weighs the same, whatever the length of its answer; Trainer's own mean is over all tokens."""
+    """Weights each sample equally, however long its answer is; Trainer's own loss is the mean over all tokens."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         labels = inputs.pop("labels")[:, 1:]
@@ -61,13 +61,13 @@ class SampleWeightedTrainer(Trainer):
 
 @functools.cache
 def workload_in(folder: str) -> Workload:
-    """The example, too, keeps the data set in a global of the client's process."""
+    """Cached, because the example also keeps its data set in a global of the client's process."""
     return Workload.load(Path(folder))
 
 
 @client_app.query()
 def wake(message: Message, context: Context) -> Message:
-    """What a client's process does only once: imports, and PyTorch's first step."""
+    """Do what a client's process does only once: imports and PyTorch's first step."""
     torch.set_num_threads(1)
     workload = workload_in(message.content["config"]["workload"])
     model, processor = load(workload)
@@ -97,37 +97,39 @@ def train(message: Message, context: Context) -> Message:
 
 
 def aggregate_metrics(replies: Sequence[RecordDict], weighted_by: str) -> MetricRecord:
-    """The loss as FedAvg's own mean, and the memory of all client processes together."""
+    """The loss, averaged as FedAvg does, and the sum of the memory of all client processes."""
     metrics = [reply["metrics"] for reply in replies]
     loss = sum(m["train_loss"] * m[weighted_by] for m in metrics) / sum(m[weighted_by] for m in metrics)
-    processes = {m["pid"]: m["memory"] for m in sorted(metrics, key=lambda m: m["memory"])}
-    return MetricRecord({"train_loss": loss, "memory": sum(processes.values())})
+    memory = {m["pid"]: m["memory"] for m in sorted(metrics, key=lambda m: m["memory"])}  # a process's largest is last
+    return MetricRecord({"train_loss": loss, "memory": sum(memory.values())})
 
 
 def wake_all(grid: Grid, clients: int, config: ConfigRecord) -> None:
-    """Wait for the simulation's clients, and for their processes to be ready."""
+    """Wait until the simulation has its clients and their processes are ready."""
     while len(nodes := list(grid.get_node_ids())) < clients:
         time.sleep(0.1)
-    asked = [Message(content=RecordDict({"config": config}), message_type="query", dst_node_id=node) for node in nodes]
-    for reply in grid.send_and_receive(asked):
+    queries = [Message(content=RecordDict({"config": config}), message_type="query", dst_node_id=node) for node in nodes]
+    for reply in grid.send_and_receive(queries):
         if reply.has_error():
             raise RuntimeError(f"a client did not start: {reply.error}")
 
 
 def run(workload: Workload) -> Outcome:
-    size, threads, found = workload.size, torch.get_num_threads(), {}
+    size, threads = workload.size, torch.get_num_threads()
+    times: dict[str, float] = {}
+    results: list[Result] = []
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         config = ConfigRecord({"workload": folder})
         wake_all(grid, size.clients, config)
-        found["awake"] = time.perf_counter()
+        times["awake"] = time.perf_counter()
         initial = ArrayRecord(get_peft_model_state_dict(load(workload)[0]))
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, train_metrics_aggr_fn=aggregate_metrics)
-        found["ready"] = time.perf_counter()
-        found["result"] = strategy.start(grid, initial, num_rounds=size.rounds, train_config=config)
-        found["done"] = time.perf_counter()
+        times["ready"] = time.perf_counter()
+        results.append(strategy.start(grid, initial, num_rounds=size.rounds, train_config=config))
+        times["done"] = time.perf_counter()
 
     backend = {
         "init_args": {"address": "local", "num_cpus": threads, "log_to_driver": False},
@@ -137,7 +139,7 @@ def run(workload: Workload) -> Outcome:
         workload.save(Path(folder))
         began = time.perf_counter()
         run_simulation(server_app, client_app, size.clients, backend_config=backend)
-    result = found["result"]
+    (result,) = results
     per_round = [result.train_metrics_clientapp[number + 1] for number in range(size.rounds)]
     adapter = result.arrays.to_torch_state_dict()
     model, processor = load(workload)
@@ -146,11 +148,11 @@ def run(workload: Workload) -> Outcome:
     return Outcome(
         losses=[metrics["train_loss"] for metrics in per_round],
         adapter=adapter,
-        train_seconds=found["done"] - found["ready"],
+        train_seconds=times["done"] - times["ready"],
         eval_seconds=eval_seconds,
         accuracy=accuracy,
         threads=threads,
-        # Pages that the processes share are counted in each; Ray's own processes are not counted.
+        # Pages that processes share are counted once per process; Ray's own processes are not counted.
         peak_memory_mb=peak_memory_mb() + max(metrics["memory"] for metrics in per_round),
-        startup_seconds=found["awake"] - began,
+        startup_seconds=times["awake"] - began,
     )

@@ -1,4 +1,4 @@
-"""What the contenders on transformers and PEFT share: loading, processing, generating, as their documentation shows it."""
+"""Loading, processing and generating as in the documentation of transformers and PEFT, for contenders (a) to (c)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logging.disable_progress_bar()
 
 
 def load(workload: Workload) -> tuple[Any, Any]:
-    """The model with a LoRA adapter at its common start, and the processor."""
+    """The model with the workload's initial LoRA adapter, and the processor."""
     processor = AutoProcessor.from_pretrained(workload.model)
     model = AutoModelForImageTextToText.from_pretrained(workload.model, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=workload.target, lora_dropout=0.0, bias="none")
@@ -27,18 +27,18 @@ def load(workload: Workload) -> tuple[Any, Any]:
     return model, processor
 
 
-def arguments(folder: str, **more: Any) -> TrainingArguments:
-    """The optimizer of the workload, and no disk, progress bar, or report that would only cost the Trainer time."""
+def arguments(folder: str, **options: Any) -> TrainingArguments:
+    """The workload's optimizer settings, without checkpoints, progress bars and logs, which would only cost time."""
     return TrainingArguments(
         output_dir=folder, num_train_epochs=1, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
         adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP,
         train_sampling_strategy="sequential", remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **more,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
 
 
 def process(processor: Any, texts: Sequence[str], items: Sequence[Item], **options: Any) -> dict[str, Any]:
-    """Texts with the items' pictures, read from their files. The chat template has already written the begin mark."""
+    """Model inputs for the texts and the items' picture files. The texts already contain the begin token."""
     pictures = []
     for item in items:
         with Image.open(item.image) as picture:
@@ -48,7 +48,7 @@ def process(processor: Any, texts: Sequence[str], items: Sequence[Item], **optio
 
 def answer_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
     ids = processor.tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
-    return [len(one) for one in ids]
+    return [len(tokens) for tokens in ids]
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def generate(model: Any, processor: Any, items: Sequence[Item]) -> list[str]:
     """Greedy answers to one batch of questions."""
     inputs = process(processor, [item.prompt for item in items], items, padding=True, padding_side="left")
     pad = processor.tokenizer.pad_token_id
-    made = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad)
-    texts = processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad)
+    texts = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -66,13 +66,13 @@ def evaluate(model: Any, processor: Any, items: Sequence[Item], batch: int) -> t
     model.eval()
     generate(model, processor, items[:batch])  # warm up
     began = time.perf_counter()
-    said = [text for i in range(0, len(items), batch) for text in generate(model, processor, items[i : i + batch])]
+    answers = [text for i in range(0, len(items), batch) for text in generate(model, processor, items[i : i + batch])]
     seconds = time.perf_counter() - began
-    return seconds, sum(text == item.truth for text, item in zip(said, items, strict=True)) / len(items)
+    return seconds, sum(text == item.truth for text, item in zip(answers, items, strict=True)) / len(items)
 
 
 def warm_up(model: Any, processor: Any, items: Sequence[Item]) -> None:
-    """One step's forward and backward passes, thrown away: what PyTorch does only once is not a pattern's own cost."""
+    """One discarded step, so that PyTorch's one-time work is not counted against a contender."""
     inputs = process(processor, [item.prompt + item.answer for item in items], items, padding=True)
     model(**inputs, use_cache=False).logits.float().mean().backward()
     model.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
-"""(d) fedmllm as `fedmllm run` does it: experiment, data, encoded samples, the round loop with its checkpoints, evaluation.
+"""(d) fedmllm in the same way as `fedmllm run`: experiment, data, encoded samples, rounds with checkpoints, evaluation.
 
-`train.cohort = 1`: clients train one after the other. The time of the rounds includes every checkpoint and record that a
-run directory gets; tokenising and the vision tower run once before, and that time is given beside it.
+With `train.cohort = 1`, clients train one after another. The time of the rounds includes all checkpoints and records that go to
+a run directory. Tokenising and the vision tower run once beforehand, and their time is reported separately.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
 
 
-class Clock:
-    """A `Report` that notes when each stage was last told of."""
+class StageTimes:
+    """A `ProgressCallback` that records when each stage last reported."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
@@ -31,42 +31,42 @@ class Clock:
 
 
 def _warm_up(session: Session) -> None:
-    """One forward and backward pass that leaves nothing behind."""
+    """One forward and backward pass without effect on the training."""
     session.model.loss(session.clients[0][:BATCH]).backward()
     for parameter in session.model.adapter.parameters.values():
         parameter.grad = None
 
 
 def run(workload: Workload, cohort: int | str = 1) -> Outcome:
-    config, clock = experiment(workload.size, cohort), Clock()
+    config, stages = experiment(workload.size, cohort), StageTimes()
     parts = build(config)
-    session = Session(parts, parts.prepare(), clock)
-    questions = time.perf_counter() - clock.last["encoding questions"]
+    session = Session(parts, parts.prepare(), stages)
+    encoding_questions = time.perf_counter() - stages.last["encoding questions"]
     with tempfile.TemporaryDirectory() as folder:
-        directory, started = RunDir(Path(folder) / "run"), time.perf_counter()
+        directory, began = RunDir(Path(folder) / "run"), time.perf_counter()
         prepared = prepare_run("federated", session, directory)
-        encoded = time.perf_counter()
+        encoding_samples = time.perf_counter() - began
         _warm_up(session)
         with directory.claimed():
             begin(prepared)
-            began = time.perf_counter()
+            rounds_began = time.perf_counter()
             train_rounds(prepared, parts.algorithm, session.clients, federation_plan(session), "rounds")
         records = directory.rounds()
-        state = directory.load_checkpoint()
-    assert state is not None
-    adapter = state[1]["adapter"]
-    list(session.test_set.predict_each(config.eval, [adapter]))  # warm-up
-    evaluating = time.perf_counter()
+        checkpoint = directory.load_checkpoint()
+    assert checkpoint is not None
+    adapter = checkpoint[1]["adapter"]
+    list(session.test_set.predict_each(config.eval, [adapter]))  # warm up
+    began = time.perf_counter()
     (predictions,) = session.test_set.predict_each(config.eval, [adapter])
-    eval_seconds = time.perf_counter() - evaluating
+    eval_seconds = time.perf_counter() - began
     return Outcome(
         losses=[float(record["loss"]) for record in records],
         adapter=adapter,
-        train_seconds=clock.last["rounds"] - began,
+        train_seconds=stages.last["rounds"] - rounds_began,
         eval_seconds=eval_seconds,
         accuracy=sum(p.correct for p in predictions) / len(predictions),
         threads=torch.get_num_threads(),
         peak_memory_mb=peak_memory_mb(),
-        prepare_seconds=questions + encoded - started,
+        prepare_seconds=encoding_questions + encoding_samples,
         cohort=prepared.cohort,
     )

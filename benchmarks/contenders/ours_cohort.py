@@ -1,4 +1,4 @@
-"""(e) As (d), with clients that train in one pass over the shared frozen model: `train.cohort` as the command line says."""
+"""(e) The same as (d), but several clients train in one pass over the shared frozen model: `--cohort` sets `train.cohort`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """(a) The pattern of FedMLLM's published code (github.com/1xbq1/FedMLLM, finetune/finetune.py, trainer.py, eval_*.py).
 
-Kept: one resident model; a new `Trainer` for each client and round; one sample a batch, four accumulated; each picture read,
-processed and put through the vision tower whenever its sample is drawn; logits at every position; `adamw_torch`; state
-dicts copied for each client; one question at a time generated in evaluation.
-Changed, so that the numbers are comparable: LoRA alone is trained (not the embeddings and the resampler), without dropout,
+Kept: one resident model; a new `Trainer` per client and round; batches of one sample, four of them accumulated per step;
+each picture is read, processed and passed through the vision tower whenever its sample is used; logits at every position;
+`adamw_torch`; state dicts copied for each client; evaluation generates the answer to one question at a time.
+Changed, so that the numbers are comparable: only LoRA is trained (not the embeddings and the resampler), without dropout,
 weight decay and warm-up; the order of the samples is given; answers are greedy and short; FedAvg is the weighted mean
-(theirs adds most tensors on top of the old ones). Gradient checkpointing, logging and saving, which only cost time here, are
-off.
+(the original adds most tensors to the old ones). Gradient checkpointing, logging and saving, which would only cost time
+here, are off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from contenders.workload import BATCH, Item, Outcome, Workload, average, peak_me
 
 
 class SupervisedDataset(Dataset[dict[str, Any]]):
-    """Samples that are read, processed and tokenised each time they are asked for."""
+    """Samples that are read, processed and tokenised on every access."""
 
     def __init__(self, items: Sequence[Item], processor: Any) -> None:
         self._items, self._processor = items, processor
@@ -51,11 +51,11 @@ def only(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class PublishedTrainer(Trainer):
-    """Computes the loss as theirs does: the mean over the answer tokens of the batch."""
+    """Computes the loss as the original does: the mean over the answer tokens of the batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Theirs is from before transformers divided by the tokens of all accumulated batches: divide by their number.
+        # The original predates the division by the tokens of all accumulated batches; it divides by the number of batches.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:

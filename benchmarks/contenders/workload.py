@@ -1,7 +1,7 @@
-"""What all contenders do: the same samples in the same order, the same optimizer, the same adapter to start from.
+"""The work that all contenders do: the same samples in the same order, the same optimizer, the same initial adapter.
 
-Plain texts, picture files and lists of indices, so that contenders other than ours need nothing of the package, nor its
-memory. `making` makes it.
+A workload consists of plain texts, picture files and lists of indices, so that the contenders (a) to (c) do not need to import
+fedmllm, which would add to their memory. The module `experiment` builds it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ MAX_NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Size:
-    """`samples` of each client, a multiple of 4 so that every step has as many; `questions` to evaluate on.
-
-    `cohort` is `train.cohort` of the contender that has cohorts.
-    """
+    """`samples` is the number per client, a multiple of 4 so that every step has 4 samples; `questions` the number of test
+    questions; `cohort` the `train.cohort` of contender (e)."""
 
     rounds: int
     clients: int
@@ -39,7 +37,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Item:
-    """`prompt` as the chat template writes it, `answer` with its end mark, `image` a file, `truth` the bare answer."""
+    """`prompt` is in the chat template, `answer` includes the end token, `image` is a file, and `truth` is the bare answer."""
 
     prompt: str
     answer: str
@@ -49,9 +47,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a contender reached and what it took. `prepare_seconds` is work done once before the rounds, whose fruits the
-    rounds use; `startup_seconds` is the start of a runtime. Neither is part of `train_seconds`. `cohort` is how many clients
-    trained in one pass."""
+    """What a contender reached and how long it took.
+
+    `prepare_seconds` is work done once before the rounds whose results they use, `startup_seconds` the start of a runtime;
+    neither is part of `train_seconds`. `cohort` is the number of clients that trained in one pass.
+    """
 
     losses: list[float]
     adapter: Tensors
@@ -75,7 +75,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Workload:
-    """`steps[round][client]` is a list of optimizer steps, each a list of places in `train`."""
+    """`steps[round][client]` is a list of optimizer steps, each a list of indices into `train`. `model` is a folder, `target`
+    selects the modules that get LoRA, and `initial` is the adapter from which all contenders start."""
 
     size: Size
     model: str
@@ -86,33 +87,33 @@ class Workload:
     initial: Tensors
 
     def order(self, number: int, client: int) -> list[Item]:
-        """A client's samples in one round, in the order they are trained on."""
+        """A client's samples in one round, in training order."""
         return [self.train[i] for step in self.steps[number][client] for i in step]
 
     def save(self, folder: Path) -> None:
         save_file(self.initial, folder / "initial.safetensors")
-        plain = {
+        fields = {
             "size": asdict(self.size), "model": self.model, "target": self.target, "steps": self.steps,
             "train": [asdict(item) for item in self.train], "test": [asdict(item) for item in self.test],
         }  # fmt: skip
-        (folder / "workload.json").write_text(json.dumps(plain))
+        (folder / "workload.json").write_text(json.dumps(fields))
 
     @classmethod
     def load(cls, folder: Path) -> Workload:
-        plain = json.loads((folder / "workload.json").read_text())
-        plain["size"] = Size(**plain["size"])
+        fields = json.loads((folder / "workload.json").read_text())
+        fields["size"] = Size(**fields["size"])
         for part in ("train", "test"):
-            plain[part] = [Item(**item) for item in plain[part]]
-        return cls(initial=load_file(folder / "initial.safetensors"), **plain)
+            fields[part] = [Item(**item) for item in fields[part]]
+        return cls(initial=load_file(folder / "initial.safetensors"), **fields)
 
 
 def average(adapters: list[Tensors], weights: list[int]) -> Tensors:
-    """FedAvg: the mean weighted by samples."""
+    """FedAvg: the mean of the adapters, weighted by numbers of samples."""
     total = sum(weights)
     return {name: sum(a[name] * (w / total) for a, w in zip(adapters, weights, strict=True)) for name in adapters[0]}
 
 
 def peak_memory_mb() -> int:
-    """The process's largest resident size."""
+    """The largest resident size that this process has had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints their message and leaves with status 2, without a traceback."""
+"""Errors that a user can fix. The command line prints their message, without a traceback, and exits with status 2."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One sentence: what is wrong, where, and what to do about it."""
+    """Its message is one sentence: what is wrong, where, and what to do about it."""
 
 
 class ConfigError(UserError):
-    """The experiment file, or a `--set`, asks for something that does not exist or cannot be."""
+    """The experiment file or a `--set` names something that does not exist or is not possible."""
 
 
 class DataError(UserError):
-    """A data set is missing, or holds samples that cannot be used."""
+    """A data set is missing or contains samples that cannot be used."""
 
 
 class RunError(UserError):
-    """A run directory cannot be used as asked."""
+    """A run directory, a sweep or an archive cannot be used as requested."""
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """A clause to end a message with: the nearest known name, else all of them."""
+    """A clause for the end of a message: the closest known name, or all of them if none is close."""
     names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"known are {', '.join(names)}." if names else "none are known."
+    closest = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    if closest:
+        return f"did you mean {closest[0]!r}?"
+    return f"choose one of {', '.join(names)}." if names else "none exist."

@@ -1,14 +1,14 @@
-"""Names to factories. A part is added by one new file with one decorated function; nothing else is edited.
+"""Registries map names to factories. A part is added as one new file with one decorated function; nothing else is edited.
 
     tasks = Registry("task", package="fedmllm.data.tasks")
 
     @tasks.register("easy-vqa")
     def easy_vqa(*, split_seed: int = 0) -> Task:
-        \"\"\"First line: what `fedmllm list` shows.\"\"\"
+        \"\"\"The first line is shown by `fedmllm list` and in the documentation.\"\"\"
 
-Files are found by walking the package in sorted order, then through the entry points `fedmllm.<kind>s` of installed
-packages, then among the plug-in files of `load_plugin`. A factory takes keyword options only; they are checked against its
-signature, types included, before it runs.
+Parts are found by importing the modules of the package in sorted order, then the entry points `fedmllm.<kind>s` of installed
+packages, then the plug-in files of `load_plugin`. The options of a factory are keyword arguments; their names and types are
+checked against its signature before it is called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedmllm.errors import ConfigError, suggest
 T = TypeVar("T")
 
 PLUGINS = "FEDMLLM_PLUGINS"
-"""The environment variable with the plug-in files, so that processes started from this one load them too."""
+"""The environment variable that lists the plug-in files, so that child processes load them too."""
 
 
 @cache
@@ -48,7 +48,7 @@ def plugin_files() -> list[Path]:
 
 
 def load_plugin(path: Path) -> None:
-    """Import a file that registers parts, once; processes that this one starts import it as well. Raises ConfigError."""
+    """Import a file that registers parts, once, here and in child processes. Raises ConfigError if that fails."""
     path = path.absolute()
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: there is no such file.")
@@ -57,38 +57,42 @@ def load_plugin(path: Path) -> None:
         return
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--plugin {path}: is not a Python file; give one that ends in .py.")
+        raise ConfigError(f"--plugin {path}: this is not a Python file; give one that ends in .py.")
     module = sys.modules[name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file raises
+    except Exception as error:  # a plug-in can raise anything
         del sys.modules[name]
         reason = " ".join(str(error).split())
-        raise ConfigError(f"--plugin {path}: cannot be imported ({type(error).__name__}: {reason}).") from None
+        raise ConfigError(f"--plugin {path}: it cannot be imported ({type(error).__name__}: {reason}).") from None
     if path not in plugin_files():
         os.environ[PLUGINS] = os.pathsep.join(map(str, [*plugin_files(), path]))
 
 
 class Registry(Generic[T]):
+    """The parts of one kind, such as all tasks, by name."""
+
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
-        self.plural = re.sub(r"([^aeiou])y$", r"\1ie", kind) + "s"  # a family, families; a toy, toys
+        self.plural = re.sub(r"([^aeiou])y$", r"\1ie", kind) + "s"  # family → families, but toy → toys
         self._package = package
         self._factories: dict[str, Callable[..., T]] = {}
         self._options: dict[str, type[BaseModel]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        def keep(factory: Callable[..., T]) -> Callable[..., T]:
+        """Decorate the factory of a part. Raises ConfigError if the name is taken."""
+
+        def decorate(factory: Callable[..., T]) -> Callable[..., T]:
             if name in self._factories:
                 modules = f"{self._factories[name].__module__} and {factory.__module__}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice, by {modules}; rename one of them.")
             self._factories[name] = factory
             return factory
 
-        return keep
+        return decorate
 
     @cached_property
-    def _found(self) -> dict[str, Callable[..., T]]:
+    def _discovered(self) -> dict[str, Callable[..., T]]:
         package = importlib.import_module(self._package)
         for module in sorted(m.name for m in pkgutil.iter_modules(getattr(package, "__path__", []))):
             importlib.import_module(f"{self._package}.{module}")
@@ -99,22 +103,23 @@ class Registry(Generic[T]):
         return self._factories
 
     def names(self) -> list[str]:
-        return sorted(self._found)
+        return sorted(self._discovered)
 
     def describe(self, name: str) -> str:
         """The first line of the factory's docstring."""
         return (inspect.getdoc(self.factory(name)) or "").partition("\n")[0]
 
     def factory(self, name: str, where: str | None = None) -> Callable[..., T]:
-        if name not in self._found:
-            raise ConfigError(f"{where or self.kind}.name: there is no {self.kind} {name!r}; {suggest(name, self._found)}")
-        return self._found[name]
+        """Raises ConfigError for an unknown name."""
+        if name not in self._discovered:
+            raise ConfigError(f"{where or self.kind}.name: there is no {self.kind} {name!r}; {suggest(name, self._discovered)}")
+        return self._discovered[name]
 
     def option_names(self, name: str) -> list[str]:
         return sorted(self._model(name).model_fields)
 
     def defaults(self, name: str) -> dict[str, Any]:
-        """The options that need not be given, with what they are then."""
+        """The options that are not required, with their defaults."""
         return {key: field.default for key, field in sorted(self._model(name).model_fields.items()) if not field.is_required()}
 
     def _model(self, name: str) -> type[BaseModel]:
@@ -130,7 +135,7 @@ class Registry(Generic[T]):
         return self._options[name]
 
     def check(self, name: str, options: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-        """All options of the part, defaults filled in. Raises ConfigError naming the one, as `where.option`, that is unfit."""
+        """All options of the part, including defaults. Raises ConfigError, naming the first invalid one as `where.option`."""
         where = where or self.kind
         self.factory(name, where)
         model = self._model(name)
@@ -141,14 +146,14 @@ class Registry(Generic[T]):
         return {key: getattr(checked, key) for key in model.model_fields}
 
     def build(self, name: str, options: Mapping[str, Any], where: str | None = None) -> T:
-        """Make the part. Raises ConfigError naming the option, as `where.option`, where one is unknown or unfit."""
+        """Build the part. Raises ConfigError, naming the first invalid option as `where.option`."""
         where = where or self.kind
         checked = self.check(name, options, where)
         try:
             return self.factory(name)(**checked)
         except ConfigError:
             raise
-        except ValueError as error:  # a factory's own check of its values
+        except ValueError as error:  # from the factory's own check of its options
             raise ConfigError(f"{where}: {error}") from None
 
 
@@ -158,8 +163,8 @@ def explain(
     known: Callable[[tuple[int | str, ...]], Mapping[str, Any]],
     owner: str = "",
 ) -> str:
-    """The first problem of a pydantic error as one sentence with its dotted path; `known(path)` lists the keys there."""
-    # A key that is not known first: where one is misspelt, the right one is missing too.
+    """The first problem of a pydantic error as one sentence with its dotted path; `known(path)` has the valid keys there."""
+    # Unknown keys come first: if a required key is misspelt, it is also missing.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = ".".join(part for part in (where, *(str(p) for p in first["loc"])) if part)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,7 +1,7 @@
-"""Named random streams: every draw depends on the experiment's seed and on what it is for, on nothing else.
+"""Named random streams: every draw depends only on the experiment's seed and the purpose of the draw.
 
-`stream(seed, "batches", client, round)` gives the same numbers whatever was drawn before it, in whatever
-order clients run or files are listed. Nothing in the package touches a global generator.
+`stream(seed, "batches", client, round)` gives the same numbers whatever was drawn before and in whatever order clients run or
+files are listed. The package never uses a global generator.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def seed_for(seed: int, *names: Name) -> int:
 
     Example: `torch.manual_seed(seed_for(0, "dropout", client, round))` inside `fork_rng`.
     """
-    # The type goes into the key so that the stream of client 1 is not the stream of a client called "1".
+    # The key contains the type, so that the stream of client 1 differs from that of a client named "1".
     key = "\x1f".join(f"{type(name).__name__}:{name}" for name in (seed, *names))
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def stream(seed: int, *names: Name) -> np.random.Generator:
-    """An independent generator for the purpose that `names` spell out."""
+    """An independent generator for the purpose given by `names`."""
     return np.random.Generator(np.random.PCG64(seed_for(seed, *names)))

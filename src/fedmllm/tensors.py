@@ -1,8 +1,8 @@
-"""The one currency: named tensors, and named groups of them.
+"""Named tensors, and named groups of them: the one representation of everything that is trained, sent or saved.
 
-`Tensors` is an adapter, a gradient offset, a momentum. `State` holds several under group names (`adapter`, `control`,
-`fold`, `m`, `v` …) and serves unchanged as message, server state, client memory and checkpoint. All functions here are
-pure: they return new dictionaries and never write to their inputs.
+`Tensors` holds an adapter, a gradient offset or a momentum. `State` holds several of them under group names (`adapter`,
+`control`, `fold`, `m`, `v`, …); the same type is the message, the server state, the client memory and the checkpoint. The
+functions in this module are pure: they return new dictionaries and never modify their inputs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _SEPARATOR = "/"
 
 def _same_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     if a.keys() != b.keys():
-        odd = sorted(a.keys() ^ b.keys())
-        raise ValueError(f"tensors differ in {len(odd)} names, the first is {odd[0]!r}")
+        unmatched = sorted(a.keys() ^ b.keys())
+        raise ValueError(f"tensors differ in {len(unmatched)} names, the first is {unmatched[0]!r}")
 
 
 def add(a: Tensors, b: Tensors) -> Tensors:
-    """a + b, name by name. Raises ValueError unless both have the same names."""
+    """a + b for each name. Raises ValueError unless both have the same names."""
     _same_names(a, b)
     return {name: a[name] + b[name] for name in a}
 
 
 def subtract(a: Tensors, b: Tensors) -> Tensors:
-    """a − b, name by name. Raises ValueError unless both have the same names."""
+    """a − b for each name. Raises ValueError unless both have the same names."""
     _same_names(a, b)
     return {name: a[name] - b[name] for name in a}
 
@@ -53,10 +53,10 @@ def clone(a: Tensors) -> Tensors:
 def weighted_mean(items: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     """Σ wᵢ xᵢ / Σ wᵢ, summed in float64 and returned in each tensor's own dtype.
 
-    Raises ValueError where there is nothing to average, names differ, or the weights do not sum to a positive number.
+    Raises ValueError if there is nothing to average, if names differ, or if the weights do not sum to a positive number.
     """
     if not items or len(items) != len(weights):
-        raise ValueError(f"{len(items)} items and {len(weights)} weights: need as many of each, at least one")
+        raise ValueError(f"{len(items)} items and {len(weights)} weights: the numbers must be equal and at least one")
     total = float(sum(weights))
     if not total > 0:
         raise ValueError(f"weights must sum to a positive number, not {total}")
@@ -72,7 +72,7 @@ def weighted_mean(items: Sequence[Tensors], weights: Sequence[float]) -> Tensors
 
 
 def norm(a: Tensors) -> float:
-    """The Euclidean norm of all entries together, in float64."""
+    """The Euclidean norm over all entries, computed in float64."""
     return math.sqrt(sum(float(t.to(torch.float64).square().sum()) for t in a.values()))
 
 
@@ -91,7 +91,7 @@ def bytes_by_group(state: State) -> dict[str, int]:
 
 
 def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
-    """Why `candidate` cannot stand where `reference` stood: names, shapes, dtypes, or NaN and infinity; else None."""
+    """Why `candidate` cannot replace `reference`: other names, shapes or dtypes, or NaN or infinity. None if it can."""
     for names, word in ((reference.keys() - candidate.keys(), "missing"), (candidate.keys() - reference.keys(), "unknown")):
         if names:
             return f"{word} tensor {min(names)!r}"
@@ -106,10 +106,10 @@ def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
 
 
 def flatten(state: State) -> Tensors:
-    """{"group/name": tensor}. Raises ValueError for a group name with a slash; empty groups are not kept."""
+    """{"group/name": tensor}. Empty groups are lost. Raises ValueError for a group name with a slash."""
     for group in state:
         if _SEPARATOR in group:
-            raise ValueError(f"group name {group!r} holds {_SEPARATOR!r}")
+            raise ValueError(f"group name {group!r} contains {_SEPARATOR!r}")
     return {f"{group}{_SEPARATOR}{name}": t for group, tensors in state.items() for name, t in tensors.items()}
 
 
@@ -123,7 +123,7 @@ def unflatten(flat: Tensors) -> State:
 
 
 def digest(a: Tensors) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and bytes, in sorted order of the names."""
     sha = hashlib.sha256()
     for name in sorted(a):
         tensor = a[name].detach().cpu().contiguous()
@@ -133,5 +133,5 @@ def digest(a: Tensors) -> str:
 
 
 def select(state: State, groups: Iterable[str]) -> State:
-    """The named groups that `state` has."""
+    """Those of the named groups that `state` has."""
     return {group: state[group] for group in groups if group in state}

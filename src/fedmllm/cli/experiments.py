@@ -43,20 +43,20 @@ def baseline(
 
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model without training anything."""
-    from fedmllm.data.summary import client_rows, described, summarise
+    from fedmllm.data.summary import client_rows, summarise, summary_lines
     from fedmllm.experiment.parts import build
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.session import Session
 
     silence_libraries()
     parts = build(load_experiment(file, overrides))
-    surveyed = parts.look()
-    splits = summarise([(part.split, part.loaded) for part in surveyed])
+    loaded_splits = parts.read_splits()
+    splits = summarise([(part.split, part.loaded) for part in loaded_splits])
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
-        typer.echo("\n".join(described(splits)))
+        typer.echo("\n".join(summary_lines(splits)))
     try:
-        dataset = parts.prepare(surveyed)
+        dataset = parts.prepare(loaded_splits)
     except UserError:
         if as_json:  # the summary shows what is wrong with data that cannot be used
             print_json(summary | {"splits": splits})
@@ -98,7 +98,7 @@ def partition(
     as_json: Json = False,
 ) -> None:
     """Write the manifest: which client holds which sample and which modalities it sees."""
-    from fedmllm.data.picture import draw_manifest
+    from fedmllm.data.manifest_page import draw_manifest
     from fedmllm.data.summary import client_rows
     from fedmllm.experiment.parts import build
     from fedmllm.storage.atomic import write_atomically

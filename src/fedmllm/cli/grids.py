@@ -33,7 +33,7 @@ def compare(
         elif by_pattern:
             raise RunError("--by-pattern is for a sweep: give one folder that a sweep wrote, or its archive.")
         else:
-            _compare_runs(folders, baseline, as_json)
+            _compare_runs(folders, directories, baseline, as_json)
 
 
 def _compare_grid(folder: Path, baseline: str | None, by_pattern: bool, as_json: bool) -> None:
@@ -51,25 +51,28 @@ def _compare_grid(folder: Path, baseline: str | None, by_pattern: bool, as_json:
         print_table(significance.significance_table(grid["significance"], grid["axes"][0]))
 
 
-def _complete_runs(directories: list[Path]) -> list[Path]:
-    """The complete runs among several directories; the others are skipped with a note. Raises RunError if none is left."""
+def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
+    """The complete runs among several directories; the others are skipped with a note. Raises RunError if none is left.
+
+    `names` are the paths to show: an archive has the name of its file, not of the folder that it is unpacked into.
+    """
     complete = []
-    for directory in directories:
+    for directory, name in zip(directories, names, strict=True):
         if RunDir(directory).complete:
             complete.append(directory)
             continue
         reason = "is a sweep's folder, compare it alone" if (directory / INDEX).is_file() else "is not a complete run"
-        typer.echo(f"note: {directory} {reason}; skipped", err=True)
+        typer.echo(f"note: {name} {reason}; skipped", err=True)
     if not complete:
         raise RunError("none of the directories is a complete run; give some that are.")
     return complete
 
 
-def _compare_runs(directories: list[Path], baseline: str | None, as_json: bool) -> None:
+def _compare_runs(directories: list[Path], names: list[Path], baseline: str | None, as_json: bool) -> None:
     from fedmllm.report import significance
     from fedmllm.report.tables import comparison
 
-    runs = directories if len(directories) == 1 else _complete_runs(directories)
+    runs = directories if len(directories) == 1 else _complete_runs(directories, names)
     results = [RunDir(directory).result() for directory in runs]
     tests = significance.runs_against(runs, Path(baseline)) if baseline else []
     if not as_json:

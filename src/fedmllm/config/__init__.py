@@ -1,4 +1,4 @@
-"""The experiment file: its tables, how it is read, and the digest that names an experiment."""
+"""The experiment file: its tables, reading and validating it, and the digest that identifies an experiment."""
 
 from fedmllm.config.file import Setting, apply_overrides, apply_settings, parse_override, read, validate
 from fedmllm.config.schema import (

@@ -1,4 +1,4 @@
-"""Reading an experiment file: TOML, `--set key=value` overrides, and the first error as one sentence."""
+"""Reading an experiment file: TOML, `--set key=value` overrides, and validation with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from fedmllm.errors import ConfigError
 from fedmllm.registry import explain
 
 Setting = tuple[list[str], Any]
-"""(["train", "rounds"], 5)"""
+"""(path of a key, value), such as (["train", "rounds"], 5)."""
 
 
 def parse_override(text: str) -> Setting:
-    """`train.rounds=5` into (["train", "rounds"], 5). The value is read as TOML; what is not TOML is a string."""
+    """Parse `train.rounds=5` into (["train", "rounds"], 5). The value is read as TOML, or as a string if it is not TOML.
+
+    Raises ConfigError if there is no equals sign or a part of the key is empty.
+    """
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or not all(path):
@@ -31,25 +34,26 @@ def parse_override(text: str) -> Setting:
 
 
 OptionNames = Callable[[str, str], Sequence[str]]
-"""(table, part name) -> the options of that part; raises ConfigError for an unknown part."""
+"""(table, name of a part) -> the options of that part; raises ConfigError for an unknown part."""
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: OptionNames) -> tuple[dict[str, Any], list[str]]:
-    """`apply_settings` of what `--set` gave, as text."""
+    """Apply overrides given as text, as `apply_settings` does."""
     return apply_settings(raw, [parse_override(override) for override in overrides], options_of)
 
 
 def apply_settings(
     raw: dict[str, Any], settings: Sequence[Setting], options_of: OptionNames
 ) -> tuple[dict[str, Any], list[str]]:
-    """`raw` with the settings put in, and a note for each option that a setting made meaningless.
+    """(a copy of `raw` with the settings applied, a note for each option that was dropped).
 
-    `--set scenario.name=cross` on a file that says hybrid drops hybrid's own options, which cross does not know;
-    what the user wrote wrongly stays and is refused later.
+    A setting that changes the name of a part drops the options that only the old part has: `--set scenario.name=cross` on a
+    file with the scenario hybrid drops `presence`. Misspelt options are kept, so that validation reports them. Raises
+    ConfigError for an unknown part or a path through a value.
     """
     result = json.loads(json.dumps(raw, default=str))
     notes: list[str] = []
-    # Names first, so that an option set in the same command belongs to the new part whatever the order.
+    # Names first, so that an option in the same command belongs to the new part, whatever the order of the two.
     for path, value in sorted(settings, key=lambda pv: pv[0][-1] != "name"):
         table = result
         for depth, part in enumerate(path[:-1], start=1):
@@ -59,17 +63,17 @@ def apply_settings(
         old = table.get("name")
         if len(path) == 2 and path[-1] == "name" and isinstance(old, str) and isinstance(value, str) and old != value:
             try:
-                gone = set(options_of(path[0], old)) - set(options_of(path[0], value))
+                obsolete = set(options_of(path[0], old)) - set(options_of(path[0], value))
             except ConfigError as error:
                 raise ConfigError(f"--set {'.'.join(path)}={value}: {error}") from None
-            for option in sorted(gone & table.keys()):
+            for option in sorted(obsolete & table.keys()):
                 notes.append(f"{path[0]}.{option} = {table.pop(option)!r} is an option of {old!r} and was dropped")
         table[path[-1]] = value
     return result, notes
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The raw tables of a TOML file. Raises ConfigError where there is none or it does not parse."""
+    """The raw tables of a TOML file. Raises ConfigError if the file does not exist or is not valid TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,14 +85,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
-    """The frozen experiment. Raises ConfigError, naming `where` and the key, for the first thing that is wrong."""
+    """The experiment as frozen models. Raises ConfigError for the first invalid key, with its path and `where`."""
     try:
         return Experiment.model_validate(dict(raw))
     except ValidationError as error:
         message = explain(error, "", _keys_at)
         if error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]:
-            message = str(error.errors()[0]["ctx"]["error"])
-            message += "; lower the first or raise the second." if " is more than " in message else "; leave one of them out."
+            message = str(error.errors()[0]["ctx"]["error"])  # a check of several keys, which is a complete sentence
         raise ConfigError(f"{where}: {message}" if where else message) from None
 
 

@@ -1,7 +1,7 @@
-"""The experiment file: TOML into frozen models, `key=value` overrides, and the digest that names an experiment.
+"""The tables of the experiment file as frozen models, and the digest that identifies an experiment.
 
-The skeleton (which tables there are, the settings of the engine) is checked here; the options of a named part, such as
-`alpha` of the Dirichlet partition, are checked by that part's registry when it is built.
+This module checks which tables there are and the settings of the engine. The options of a named part, such as `alpha` of the
+Dirichlet partition, are checked by the part's registry when it is built.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from fedmllm.kinds import Pattern
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+_LOWER_OR_RAISE = "lower the first or raise the second."
 
 
 class Table(BaseModel):
-    """A table whose keys are all known here."""
+    """A table with a fixed set of keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Named(BaseModel):
-    """A table {name, …}: what is not a field of the table is an option of the part called `name`."""
+    """A table {name, …} that names a part: keys that are not fields of the table are options of that part."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     name: str
@@ -38,11 +39,11 @@ class Named(BaseModel):
 
 class TaskTable(Named):
     train_samples: Positive | None = None
-    """Keep a seeded draw of this many training samples."""
+    """Keep only this many training samples, drawn at random; by default all. The draw does not depend on the seed."""
     test_samples: Positive | None = None
     on_bad_sample: Literal["error", "skip"] = "error"
     companion: TaskTable | None = None
-    """A second task whose samples join the first: the text-only source beside a picture task."""
+    """A second task whose samples are added, such as a text-only companion of an image task."""
 
 
 class PartitionTable(Named):
@@ -52,7 +53,7 @@ class PartitionTable(Named):
 
 class ClientsTable(Table):
     rank: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
-    """LoRA ranks: client k has the entry k modulo their number. Empty: all have `model.lora.rank`, which none may exceed."""
+    """LoRA ranks: client k has entry k modulo their number. By default, and at most, `model.lora.rank`."""
 
 
 class LoraTable(Table):
@@ -60,41 +61,42 @@ class LoraTable(Table):
     alpha: Rate = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: str | None = None
-    """A regular expression over module names; by default the model family's: q, k, v, o of the text model's attention."""
+    """A regular expression for module names; by default that of the model family: q, k, v, o of the text model's attention."""
 
 
 class AdapterTable(Table):
     kind: Literal["lora", "rslora", "dora", "ia3", "prompt-tuning"] = "lora"
-    """What is trained. The first three take their settings from `model.lora`."""
+    """The kind of adapter that is trained. The first three use the settings of `model.lora`."""
     virtual_tokens: Positive = 8
-    """Learned vectors in front of every prompt, for "prompt-tuning"."""
+    """The number of trained vectors before every prompt, for "prompt-tuning"."""
 
 
 class ModelTable(Table):
     name: str = "pocket"
-    """"pocket", a Hugging Face id, or a local folder."""
+    """"pocket", the id of a Hugging Face model, or a local folder."""
     adapter: AdapterTable = AdapterTable()
     lora: LoraTable = LoraTable()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     cache_features: bool = True
     quantize: Literal["none", "4bit"] = "none"
-    """"4bit" keeps the frozen weights as nf4 (bitsandbytes, on a GPU)."""
+    """"4bit" stores the frozen weights as nf4 (bitsandbytes, on a GPU)."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Allow code from the model's repository to run."""
 
 
 class TrainTable(Table):
     rounds: Positive = 10
     clients_per_round: Positive = 2
     min_updates: Positive = 1
-    """A round fails when fewer usable updates than this come back."""
+    """A round fails if fewer usable updates than this are returned."""
     epochs: Positive = 1
     batch_size: Positive = 4
     accumulate: Positive = 1
-    """Batches whose gradients add up to one optimizer step."""
+    """The number of batches whose gradients are accumulated for one optimizer step."""
     cohort: Positive | Literal["auto"] = "auto"
-    """Clients that train in one pass; their results are the same as one by one. "auto": as many as fit and as pay."""
+    """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
+    and still speed up training."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -103,25 +105,25 @@ class TrainTable(Table):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """The maximum gradient norm; 0 disables clipping."""
     max_length: Positive = 1200
     """A longer prompt is a bad sample."""
 
 
 class EvalTable(Table):
     every: Annotated[int, Field(ge=0)] = 0
-    """Evaluate after every so many rounds as well as at the end; 0: at the end only."""
+    """Evaluate after every this many rounds and at the end; 0: only at the end."""
     patterns: Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)] = ("both",)
     split: Literal["test", "validation"] = "test"
-    """"validation" holds a share of the training data out and leaves the test set alone: for choosing settings."""
+    """"validation" evaluates on held-out training data instead of the test set, for choosing settings."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     batch_size: Positive = 64
     bootstrap: Positive = 1000
     max_new_tokens: Positive = 16
     clients: Positive | None = None
-    """Where each client has a model of its own, evaluate a seeded draw of this many; by default all."""
+    """If every client has its own model, evaluate only this many clients, drawn from the seed; by default all."""
     transfer: Annotated[tuple[TaskTable, ...], Field(strict=False, min_length=1)] | None = None
-    """Other tasks whose test sets the final model meets as well; nothing is trained on them."""
+    """Other tasks on whose test sets the final model is also evaluated, without training on them."""
 
     @field_validator("transfer")
     @classmethod
@@ -155,7 +157,7 @@ class Experiment(Table):
     @model_validator(mode="before")
     @classmethod
     def _default_parts(cls, tables: Any) -> Any:
-        """A table that sets options without a name means the default part."""
+        """Insert the default name into a table that sets options without a name."""
         if not isinstance(tables, dict):
             return tables
         defaults = {key: field.default.name for key, field in cls.model_fields.items() if isinstance(field.default, Named)}
@@ -170,22 +172,28 @@ class Experiment(Table):
         return name
 
     @model_validator(mode="after")
-    def _sampled_clients_exist(self) -> Experiment:
+    def _consistent(self) -> Experiment:
         if self.train.clients_per_round > self.partition.clients:
             raise ValueError(
                 f"train.clients_per_round = {self.train.clients_per_round} is more than "
-                f"partition.clients = {self.partition.clients}"
+                f"partition.clients = {self.partition.clients}; {_LOWER_OR_RAISE}"
             )
         if self.train.min_updates > self.train.clients_per_round:
             raise ValueError(
                 f"train.min_updates = {self.train.min_updates} is more than "
-                f"train.clients_per_round = {self.train.clients_per_round}"
+                f"train.clients_per_round = {self.train.clients_per_round}; {_LOWER_OR_RAISE}"
             )
         if self.model.lora.target is not None and self.model.adapter.kind in ("ia3", "prompt-tuning"):
-            raise ValueError(f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it")
+            raise ValueError(
+                f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it; "
+                "leave one of them out."
+            )
         highest = max(self.clients.rank, default=0)
         if highest > self.model.lora.rank:
-            raise ValueError(f"clients.rank = {highest} is more than model.lora.rank = {self.model.lora.rank}, the server's")
+            raise ValueError(
+                f"clients.rank = {highest} is more than model.lora.rank = {self.model.lora.rank}, the rank of the server; "
+                f"{_LOWER_OR_RAISE}"
+            )
         return self
 
     def rank_of(self, client: int) -> int:
@@ -194,14 +202,14 @@ class Experiment(Table):
         return ranks[client % len(ranks)] if ranks else self.model.lora.rank
 
     def resolved(self) -> dict[str, Any]:
-        """All settings, defaults filled in, as plain values; keys that are None are left out."""
+        """All settings as plain values, including defaults; keys that are None are left out."""
         return {key: _without_none(value) for key, value in self.model_dump(mode="json").items() if value is not None}
 
     def toml(self) -> str:
         return tomli_w.dumps(self.resolved())
 
     def digest(self) -> str:
-        """SHA-256 of the resolved settings: two files that mean the same experiment have the same digest."""
+        """SHA-256 of the resolved settings: two files that describe the same experiment have the same digest."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
 

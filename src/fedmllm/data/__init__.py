@@ -1,1 +1,1 @@
-"""Samples, tasks, partitions, scenarios, manifests and prompts: who holds what, and how it is asked."""
+"""Samples, tasks, partitions, scenarios, manifests and prompts: the data of each client and how the model sees it."""

@@ -1,4 +1,4 @@
-"""The data of an experiment: read from its tasks, checked, and dealt out to the clients."""
+"""The data of an experiment: read from its tasks, checked, and distributed over the clients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 
 from fedmllm.config import Experiment, TaskTable
 from fedmllm.data import manifest as manifests
+from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.partitions import Deal
-from fedmllm.data.samples import Loaded, Sample, Split, Task, demand, survey
+from fedmllm.data.samples import Loaded, Sample, Split, Task
 from fedmllm.data.scenarios import Scenario
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from fedmllm.rng import stream
 
 @dataclass(frozen=True)
 class Source:
-    """A task, its table in the experiment file at `where` (such as "task.companion"), and the companion that joins it."""
+    """A task, its table in the experiment file at `where` (such as "task.companion"), and its companion."""
 
     task: Task
     table: TaskTable
@@ -28,8 +29,9 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SurveyedSplit:
-    """One split of one task with its good and bad samples: `check` reports it before `prepare` may refuse it."""
+class LoadedSplit:
+    """One split of one task with its usable samples and its problems, so that `check` can report all problems before
+    `prepare` raises on the first."""
 
     task: Task
     split: Split
@@ -39,7 +41,8 @@ class SurveyedSplit:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`test` is evaluated: the test split, or the part of the training data that `eval.split = "validation"` holds out."""
+    """The samples of an experiment. `test` is the test split, or the part of the training data that
+    `eval.split = "validation"` holds out."""
 
     task: Task
     train: list[Sample]
@@ -55,53 +58,57 @@ def open_source(table: TaskTable, where: str = "task") -> Source:
 
 
 def draw_subset(samples: list[Sample], count: int | None, names: Sequence[str]) -> list[Sample]:
-    """`count` of the samples, drawn alike for every seed of the experiment, so that seeds are compared on the same data."""
+    """Draw `count` of the samples, the same for every seed of the experiment, so that seeds are compared on the same data."""
     if count is None or count >= len(samples):
         return samples
     chosen = stream(0, "subset", *names).choice(len(samples), size=count, replace=False)
     return [samples[i] for i in sorted(chosen.tolist())]
 
 
-def look(source: Source, splits: Sequence[Split]) -> list[SurveyedSplit]:
-    """Read the splits with all their bad samples. Raises ConfigError or DataError if nothing can be read."""
+def read_splits(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
+    """Read the splits of the task and its companion. Raises ConfigError or DataError if a split cannot be read at all."""
     task, table = source.task, source.table
-    lacking = [split for split in splits if split not in task.splits]
-    if lacking and not source.where.endswith("companion"):
-        remedy = 'make it the task.companion of another, or set eval.split = "validation"'
+    missing = [split for split in splits if split not in task.splits]
+    if missing and not source.where.endswith("companion"):
+        remedy = 'use it as the task.companion of another task, or set eval.split = "validation"'
         if source.where != "task":
             remedy = "choose a task that has one"
-        raise ConfigError(f"{source.where}.name: {table.name!r} has no {lacking[0]} split; {remedy}.")
+        raise ConfigError(f"{source.where}.name: {table.name!r} has no {missing[0]} split; {remedy}.")
     companion = source.companion
     if companion is not None and companion.task.metric != task.metric:  # checked before any data is read
         raise ConfigError(
             f"{companion.where}: {companion.task.name!r} is measured by {companion.task.metric}, "
             f"{task.name!r} by {task.metric}; choose a companion with the same metric."
         )
-    surveyed = []
+    loaded_splits = []
     for split in splits:
-        if split not in lacking:
+        if split not in missing:
             count = table.train_samples if split == "train" else table.test_samples
             choose = partial(draw_subset, count=count, names=(table.name, split))
-            surveyed.append(SurveyedSplit(task, split, table, survey(task, split, choose)))
-    return surveyed if companion is None else surveyed + look(companion, splits)
+            loaded_splits.append(LoadedSplit(task, split, table, read_split(task, split, choose)))
+    return loaded_splits if companion is None else loaded_splits + read_splits(companion, splits)
 
 
-def join(surveyed: Sequence[SurveyedSplit], split: Split) -> list[Sample]:
-    """The samples of one split of all tasks, ordered by id. Raises DataError for bad samples, unless they are skipped."""
+def join_tasks(loaded_splits: Sequence[LoadedSplit], split: Split) -> list[Sample]:
+    """The samples of one split of all tasks, ordered by id. Raises DataError for bad samples unless they are to be skipped."""
     joined: dict[str, Sample] = {}
-    for part in surveyed:
+    for part in loaded_splits:
         if part.split == split:
-            usable = demand(part.loaded, part.task, split, part.table.on_bad_sample).samples
-            if shared := joined.keys() & {s.id for s in usable}:
-                raise DataError(f"task.companion: the id {min(shared)!r} is in both tasks; make the ids differ.")
-            joined |= {s.id: s for s in usable}
+            samples = usable_samples(part.loaded, part.task, split, part.table.on_bad_sample)
+            if shared := joined.keys() & {s.id for s in samples}:
+                raise DataError(f"task.companion: the id {min(shared)!r} occurs in both tasks; make the ids differ.")
+            joined |= {s.id: s for s in samples}
     return [joined[sample_id] for sample_id in sorted(joined)]
+
+
+def count_problems(loaded_splits: Sequence[LoadedSplit]) -> int:
+    return sum(len(part.loaded.problems) for part in loaded_splits)
 
 
 def load_split(source: Source, split: Split) -> tuple[Task, list[Sample], int]:
     """(the task, its samples of one split ordered by id, the number of skipped samples). Raises ConfigError or DataError."""
-    surveyed = look(source, (split,))
-    return surveyed[0].task, join(surveyed, split), sum(len(part.loaded.skipped) for part in surveyed)
+    loaded_splits = read_splits(source, (split,))
+    return loaded_splits[0].task, join_tasks(loaded_splits, split), count_problems(loaded_splits)
 
 
 def splits_of(config: Experiment) -> tuple[Split, ...]:
@@ -109,19 +116,19 @@ def splits_of(config: Experiment) -> tuple[Split, ...]:
     return ("train",) if config.eval.split == "validation" else ("train", "test")
 
 
-def prepare(config: Experiment, surveyed: Sequence[SurveyedSplit], deal: Deal, scenario: Scenario) -> Dataset:
-    """Split the samples into training and test data and draw the manifest. Raises ConfigError or DataError."""
-    task, samples = surveyed[0].task, join(surveyed, "train")
+def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal, scenario: Scenario) -> Dataset:
+    """Separate training and test samples and draw the manifest. Raises ConfigError or DataError."""
+    task, samples = loaded_splits[0].task, join_tasks(loaded_splits, "train")
     if config.eval.split == "validation":
         count = max(1, round(len(samples) * config.eval.validation_share))
         held_out = {s.id for s in draw_subset(samples, count, ("validation",))}
         test = [s for s in samples if s.id in held_out]
         samples = [s for s in samples if s.id not in held_out]
     else:
-        test = join(surveyed, "test")
+        test = join_tasks(loaded_splits, "test")
     if config.task.companion is not None:
         task = replace(task, ceiling={})  # the ceiling of one task does not hold for a mixture
     if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
         raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
     manifest = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
-    return Dataset(task, samples, test, sum(len(part.loaded.skipped) for part in surveyed), manifest)
+    return Dataset(task, samples, test, count_problems(loaded_splits), manifest)

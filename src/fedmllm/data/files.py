@@ -1,7 +1,7 @@
-"""Reading the files of a data set: where they are, what is in them, and no way out of their folder.
+"""Reading the files of a data set: finding them, parsing them, and keeping every path inside their folder.
 
-What holds for all formats is here, so that a task's file says only what its own layout is. A file that cannot be read at
-all is a DataError; one entry of it that cannot is a `Problem`.
+This module holds what all formats share, so that a task's file describes only its own layout. A file that cannot be read at
+all raises DataError; a single bad entry becomes a `Problem`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from fedmllm.errors import DataError
 
 
 class EntryError(ValueError):
-    """One entry of a file cannot be a sample; `kind` groups it with others of its sort."""
+    """An entry of a file cannot become a sample; `kind` is the kind under which it is counted."""
 
     def __init__(self, what: str, kind: ProblemKind = "wrong value") -> None:
         super().__init__(what)
         self.kind = kind
 
 
-def inside(folder: Path, *names: str, absolute: bool = False) -> Path:
-    """`folder / names`, wherever its file is. Raises EntryError where that would be outside of `folder`.
+def path_inside(folder: Path, *names: str, absolute: bool = False) -> Path:
+    """`folder / names`. Raises EntryError if the path leads out of `folder`.
 
-    A data file is somebody else's: an absolute path, `..`, or a symbolic link could otherwise read any picture here. Names
-    are joined one after the other; an absolute one, also in the way of Windows, is refused even where it leads inside,
-    unless `absolute` says that a library makes them so.
+    A data file may come from anybody: an absolute path, `..` or a symbolic link could otherwise read any image on this
+    machine. An absolute name, also in Windows notation, is refused even if it leads inside, unless `absolute` is set because
+    a library returns absolute paths.
     """
     path = folder.joinpath(*names)
     shown = "/".join(names)
@@ -38,41 +38,41 @@ def inside(folder: Path, *names: str, absolute: bool = False) -> Path:
     if not absolute and any(Path(name).is_absolute() or PureWindowsPath(name).drive for name in names):
         raise EntryError(f"the path {shown!r} is absolute; write it relative to {folder}", kind)
     try:
-        leaves = not path.resolve().is_relative_to(folder.resolve())
-        if not leaves:
-            path.is_file()  # raises where the name is too long for a file
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, half a surrogate pair, links in a circle
+        escapes = not path.resolve().is_relative_to(folder.resolve())
+        if not escapes:
+            path.is_file()  # raises if the name is too long for a file
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, an unpaired surrogate, a cycle of links
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise EntryError(f"the path {shown[:99]!r} cannot be used ({reason})", "missing picture") from None
-    if leaves:
+    if escapes:
         raise EntryError(f"the path {shown!r} leads out of {folder}; put the file inside", kind)
     return path
 
 
 def is_file(path: Path) -> bool:
-    """As `Path.is_file`, and False where one may not look or the name is too long."""
+    """Like `Path.is_file`, but False if access is denied or the name is too long."""
     try:
         return path.is_file()
     except OSError:
         return False
 
 
-def find(task: str, data_dir: str | Path, name: str) -> Path:
-    """The file `name` of the unpacked download. Raises DataError, with a guess where `data_dir` is a level off."""
+def find_file(task: str, data_dir: str | Path, name: str) -> Path:
+    """The file `name` of the unpacked download. Raises DataError, with a suggestion if `data_dir` is one level off."""
     folder = Path(data_dir)
     path = folder / name
     if is_file(path):
         return path
     try:
-        around = [folder.resolve().parent, *sorted(child for child in folder.iterdir() if child.is_dir())]
+        neighbours = [folder.resolve().parent, *sorted(child for child in folder.iterdir() if child.is_dir())]
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(
-            f"task {task!r}: data_dir = {str(data_dir)!r} is no folder that can be read ({reason}); give the one that holds "
+            f"task {task!r}: data_dir = {str(data_dir)!r} is not a readable folder ({reason}); give the folder that contains "
             f"{name!r}."
         ) from None
-    near = next((other for other in around if is_file(other / name)), None)
-    hint = f"did you mean data_dir = {str(near)!r}?" if near else f"data_dir must be the folder that holds {name!r}."
+    near = next((neighbour for neighbour in neighbours if is_file(neighbour / name)), None)
+    hint = f"did you mean data_dir = {str(near)!r}?" if near else f"data_dir must be the folder that contains {name!r}."
     raise DataError(f"task {task!r}: there is no file {path}; {hint}")
 
 
@@ -83,31 +83,32 @@ def _content(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
-def parse(raw: bytes) -> Any:
-    """The value of a JSON text. Raises EntryError."""
+def _parse_json(raw: bytes) -> Any:
+    """The value of a JSON text. Raises EntryError with the reason alone."""
     try:
         value = json.loads(raw)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair parses, but is no text
+        json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate parses, but cannot be encoded
     except (ValueError, RecursionError) as error:
-        raise EntryError(f"the line is not valid JSON ({error})", "unreadable entry") from None
+        raise EntryError(str(error), "unreadable entry") from None
     return value
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of a JSON file or one row of a table: `where` names the file and `index`, the line or the place in a list."""
+    """One object of a JSON file or one row of a table. `where` names the file and the position, which is also in `index`."""
 
     where: str
     values: Mapping[str, Any]
     index: int
 
     def problem(self, error: EntryError) -> Problem:
-        """The entry as a bad sample, named by what its layout calls the id."""
-        known = next((f", id {self.values[key]!r}" for key in ("id", "qid", "image_id") if key in self.values), "")
-        return Problem(self.where + known, str(error), error.kind)
+        """The entry as a bad sample, with its id if it has one."""
+        sample_id = next((f", id {self.values[key]!r}" for key in ("id", "qid", "image_id") if key in self.values), "")
+        return Problem(self.where + sample_id, str(error), error.kind)
 
     def text(self, key: str, required: bool = True) -> str:
-        """The value as text without space around it; a number is written out. "" for what is not there and need not be."""
+        """The value as text without surrounding white space; a number is converted. If it is not required, a missing value
+        is ""."""
         value = self.values.get(key)
         if isinstance(value, float) and not math.isfinite(value):
             raise EntryError(f"{key!r} is {value}")
@@ -115,14 +116,15 @@ class Entry:
             return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise EntryError(f"{key!r} is missing or is neither text nor a number")
-        found = str(value).strip()
-        if required and not found:
+        text = str(value).strip()
+        if required and not text:
             raise EntryError(f"{key!r} is empty")
-        return found
+        return text
 
 
 def samples_of(entries: Iterable[Entry | Problem], make: Callable[[Entry], Sample | None]) -> Iterator[Sample | Problem]:
-    """`make` of each entry; None leaves it out, and EntryError makes it a Problem."""
+    """Apply `make` to each entry. An entry for which it returns None is left out; one for which it raises EntryError becomes
+    a Problem."""
     for entry in entries:
         if isinstance(entry, Problem):
             yield entry
@@ -136,6 +138,15 @@ def samples_of(entries: Iterable[Entry | Problem], make: Callable[[Entry], Sampl
             yield sample
 
 
+def parse_choices(value: Any, subject: str) -> tuple[str, ...]:
+    """A list of at least two different texts. Raises EntryError, which begins with `subject`."""
+    if not (isinstance(value, list) and len(value) > 1 and all(isinstance(choice, str) and choice for choice in value)):
+        raise EntryError(f"{subject} must be a list of at least two texts")
+    if len(set(value)) < len(value):
+        raise EntryError(f"{subject} must not contain the same text twice")
+    return tuple(value)
+
+
 def _entry(path: Path, noun: Literal["line", "index"], index: int, value: Any) -> Entry | Problem:
     where = f"{path}, {noun} {index}"
     if isinstance(value, dict):
@@ -144,39 +155,38 @@ def _entry(path: Path, noun: Literal["line", "index"], index: int, value: Any) -
 
 
 def json_lines(path: Path) -> Iterator[Entry | Problem]:
-    """The objects of a file with one JSON object a line; empty lines count as lines."""
+    """The objects of a file with one JSON object per line. Empty lines are skipped but counted."""
     for number, raw in enumerate(_content(path).splitlines(), start=1):
         if not raw.strip():
             continue
         try:
-            yield _entry(path, "line", number, parse(raw))
+            yield _entry(path, "line", number, _parse_json(raw))
         except EntryError as error:
-            yield Problem(f"{path}, line {number}", str(error), error.kind)
+            yield Problem(f"{path}, line {number}", f"the line is not valid JSON ({error})", error.kind)
 
 
 def json_list(path: Path) -> list[Entry | Problem]:
-    """The objects of a file that is one JSON list. Raises DataError where it is none, such as after a broken download."""
+    """The objects of a file that is one JSON list. Raises DataError if it is not, for example after an incomplete download."""
     try:
-        values = parse(_content(path))
+        values = _parse_json(_content(path))
     except EntryError as error:
-        reason = str(error).removeprefix("the line is not valid JSON (").removesuffix(")")
-        raise DataError(f"{path}: not valid JSON, perhaps cut off ({reason}); download it again.") from None
+        raise DataError(f"{path}: not valid JSON, perhaps cut off ({error}); download it again.") from None
     if not isinstance(values, list):
-        raise DataError(f"{path}: must be a JSON list of objects; is it another file of that name?")
+        raise DataError(f"{path}: must be a JSON list of objects; is it a different file of that name?")
     return [_entry(path, "index", index, value) for index, value in enumerate(values)]
 
 
 def tab_separated(path: Path, columns: tuple[str, ...]) -> Iterator[Entry | Problem]:
-    """The rows of a table whose first line names its columns, `columns` at least.
+    """The rows of a table whose first line names its columns, which must include `columns`.
 
-    Quotes are characters like any other: tweets hold single ones, and a CSV reader would swallow lines up to the next.
-    Raises DataError where a column is missing.
+    Quotation marks are ordinary characters: tweets contain unpaired ones, and a CSV reader would swallow all lines up to the
+    next. Raises DataError if a column is missing.
     """
     lines = _content(path).split(b"\n")
     header = lines[0].rstrip(b"\r").decode(errors="replace").split("\t")
-    lacking = [column for column in columns if column not in header]
-    if lacking:
-        raise DataError(f"{path}, line 1: there is no column {lacking[0]!r} among {', '.join(header)}; is it another file?")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise DataError(f"{path}, line 1: there is no column {missing[0]!r} among {', '.join(header)}; is it a different file?")
     for number, raw in enumerate(lines[1:], start=2):
         if not raw.strip():
             continue

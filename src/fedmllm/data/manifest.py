@@ -1,6 +1,6 @@
-"""Partition and scenario together, as one table `sample_id, client, has_image, has_text` with a digest.
+"""The manifest: the result of partition and scenario as a table `sample_id, client, has_image, has_text` with a digest.
 
-The same settings and seed give the same bytes on every machine, in whatever order files were listed.
+The same settings and seed give the same bytes on every machine, independent of the order in which files are listed.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fedmllm.data.minimum import ensure_minimum
-from fedmllm.data.partitions import Deal, Together
+from fedmllm.data.min_samples import ensure_minimum
+from fedmllm.data.partitions import Deal, GroupedDeal
 from fedmllm.data.samples import MODALITIES, Sample
-from fedmllm.data.scenarios import BOTH, Modalities, Scenario
+from fedmllm.data.scenarios import Modalities, Scenario
 from fedmllm.errors import DataError
 from fedmllm.rng import stream
 from fedmllm.storage.atomic import write_atomically
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("client", pa.int32()), ("has_image", pa.bool_()), ("has_text", pa.bool_())])
 Pool = frozenset[Modalities]
-"""Samples that are dealt out together, by the modalities that they have."""
+"""Samples that are distributed together, identified by the sets of modalities that they have."""
 _CHUNK = 1 << 14
-"""Rows that are objects at a time where all are gone over."""
+"""Rows that are converted to Python objects at a time when all rows are iterated over."""
 _VISIBLE: dict[tuple[bool, bool], Modalities] = {
-    (image, text): frozenset(m for m, there in zip(MODALITIES, (image, text), strict=True) if there)
+    (image, text): frozenset(m for m, present in zip(MODALITIES, (image, text), strict=True) if present)
     for image, text in product((False, True), repeat=2)
 }
-_SHOWN = {seen: str(sorted(visible)) for seen, visible in _VISIBLE.items()}
-"""A row's modalities as the digest has them."""
+"""(has image, has text) -> the modalities."""
+_DIGESTED = {flags: str(sorted(visible)) for flags, visible in _VISIBLE.items()}
+"""(has image, has text) -> the modalities as they enter the digest."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """One row: client `client` holds the sample and sees `visible` of it."""
+    """One row: client `client` holds the sample and sees its modalities `visible`."""
 
     sample_id: str
     client: int
@@ -49,22 +50,23 @@ class Holding:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The rows as columns of equal length, sorted by client: a client's rows are a slice, and a row takes the bytes of its id
-    and ten more. Going over a manifest makes its Holdings one by one.
+    """The rows as columns of equal length, sorted by client, so that a client's rows are a slice.
 
-    `ids` is an Arrow array of strings, `owner` has the client of each row, `image` and `text` whether it sees them;
-    `clients` is the number of clients, of which some may hold nothing.
+    Columns keep a row at ten bytes plus those of its id; iteration creates one `Holding` at a time.
     """
 
     ids: pa.StringArray
     owner: NDArray[np.int32]
+    """The client of each row."""
     image: NDArray[np.bool_]
+    """Whether the client sees the image, for each row."""
     text: NDArray[np.bool_]
     clients: int
+    """The number of clients, some of which may hold nothing."""
 
     @classmethod
     def of(cls, holdings: Iterable[Holding], clients: int) -> Manifest:
-        """Rows in the order of the clients, those of one client in the order that they come in."""
+        """Rows sorted by client; the rows of one client keep their order."""
         rows = sorted(holdings, key=lambda h: h.client)
         return cls(
             pa.array([h.sample_id for h in rows], pa.string()),
@@ -85,19 +87,14 @@ class Manifest:
             return NotImplemented
         columns = ((self.owner, other.owner), (self.image, other.image), (self.text, other.text))
         same = self.clients == other.clients and self.ids.equals(other.ids)
-        return bool(same) and all(np.array_equal(mine, its) for mine, its in columns)
+        return bool(same) and all(np.array_equal(a, b) for a, b in columns)
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[str, int, bool, bool]]:
-        """(sample id, client, sees the image, sees the text) of the rows from `start` up to `stop`."""
+        """(sample id, client, has image, has text) of the rows from `start` up to `stop`."""
         for first in range(start, stop, _CHUNK):
             part = slice(first, min(stop, first + _CHUNK))
-            yield from zip(
-                self.ids[part].to_pylist(),
-                self.owner[part].tolist(),
-                self.image[part].tolist(),
-                self.text[part].tolist(),
-                strict=True,
-            )
+            columns = (self.ids[part].to_pylist(), *(c[part].tolist() for c in (self.owner, self.image, self.text)))
+            yield from zip(*columns, strict=True)
 
     def _holdings(self, start: int, stop: int) -> Iterator[Holding]:
         for sample_id, client, image, text in self._rows(start, stop):
@@ -108,33 +105,33 @@ class Manifest:
         return list(self._holdings(start, stop))
 
     def counts(self) -> NDArray[np.int64]:
-        """(clients, 3): how many samples each client holds, of how many it sees the image, of how many the text."""
-        weights = (None, self.image, self.text)
-        columns = [np.bincount(self.owner, weights=w, minlength=self.clients).astype(np.int64) for w in weights]
-        return np.stack(columns, axis=1)
+        """(clients, 3): the number of samples that each client holds, of visible images, and of visible texts."""
+        return self._count_by_client((None, self.image, self.text))
 
     def patterns(self) -> NDArray[np.int64]:
-        """(clients, 3): of how many samples each client sees both modalities, the image alone, the text alone."""
-        masks = (self.image & self.text, self.image & ~self.text, ~self.image & self.text)
+        """(clients, 3): the number of samples of which each client sees both modalities, the image only, the text only."""
+        return self._count_by_client((self.image & self.text, self.image & ~self.text, ~self.image & self.text))
+
+    def _count_by_client(self, masks: Sequence[NDArray[np.bool_] | None]) -> NDArray[np.int64]:
         columns = [np.bincount(self.owner, weights=m, minlength=self.clients).astype(np.int64) for m in masks]
         return np.stack(columns, axis=1)
 
     def sizes(self) -> list[int]:
-        """Samples held by each client."""
+        """The number of samples that each client holds."""
         sizes: list[int] = self.counts()[:, 0].tolist()
         return sizes
 
     def digest(self) -> str:
-        """SHA-256 over the rows, independent of the Parquet library's version."""
+        """SHA-256 over the rows, independent of the version of the Parquet library."""
         sha = hashlib.sha256()
         for sample_id, client, image, text in self._rows(0, len(self)):
-            sha.update(f"{sample_id}\t{client}\t{_SHOWN[image, text]}\n".encode())
+            sha.update(f"{sample_id}\t{client}\t{_DIGESTED[image, text]}\n".encode())
         return sha.hexdigest()
 
     def pooled(self, samples: Sequence[Sample]) -> Manifest:
-        """All samples with all their modalities on one client: what centralised training sees."""
-        has = {s.id: s.modalities for s in samples}
-        return Manifest.of((Holding(sample_id, 0, has[sample_id]) for sample_id in sorted(self.ids.to_pylist())), 1)
+        """All samples with all their modalities on one client, for centralised training."""
+        modalities = {s.id: s.modalities for s in samples}
+        return Manifest.of((Holding(sample_id, 0, modalities[sample_id]) for sample_id in sorted(self.ids.to_pylist())), 1)
 
     def write(self, path: Path) -> None:
         table = pa.table([self.ids, self.owner, self.image, self.text], schema=SCHEMA)
@@ -145,7 +142,7 @@ class Manifest:
 
 
 def read(path: Path) -> Manifest:
-    """Raises DataError where the file is missing, no manifest, or was changed since it was written."""
+    """Raises DataError if the file is missing, is not a manifest, or was changed after it was written."""
     try:
         table = pq.read_table(path)
         metadata = table.schema.metadata or {}
@@ -156,73 +153,86 @@ def read(path: Path) -> Manifest:
         raise DataError(f"{path}: cannot be read as a manifest ({error}).") from None
     owner, image, text = (column.to_numpy(zero_copy_only=False) for column in columns[1:])
     manifest = Manifest(columns[0], owner, image, text, int(metadata[b"clients"]))
-    # Rows out of order are rows that were changed: a client's would not be found.
-    whole = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
-    if not whole or manifest.digest() != metadata[b"digest"].decode():
+    # Unsorted rows also mean that the file was changed, and `of_client` would not find the rows of a client.
+    intact = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
+    if not intact or manifest.digest() != metadata[b"digest"].decode():
         raise DataError(f"{path}: its rows do not match its digest; write it again with `fedmllm partition`.")
     return manifest
 
 
-def _named(pool: Pool) -> list[list[str]]:
-    return sorted(sorted(kind) for kind in pool)
+def _sorted_names(pool: Pool) -> list[list[str]]:
+    return sorted(sorted(modalities) for modalities in pool)
 
 
 def _pools(
-    samples: Sequence[Sample], had: Sequence[Modalities], able: Mapping[Modalities, frozenset[int]], deal: Deal
-) -> list[Pool]:
-    """Of each sample the pool it is dealt out in: its own modalities, or those of all that it is kept together with, where
-    some client is able to hold them all."""
-    own = {kind: frozenset((kind,)) for kind in able}
-    if not isinstance(deal, Together):
-        return [own[kind] for kind in had]
-    keys, kinds = [deal.key(s) for s in samples], dict[str, set[Modalities]]()
-    for key, kind in zip(keys, had, strict=True):
-        kinds.setdefault(key, set()).add(kind)
-    whole = {key: frozenset(found) for key, found in kinds.items() if frozenset.intersection(*(able[kind] for kind in found))}
-    return [whole.get(key, own[kind]) for key, kind in zip(keys, had, strict=True)]
+    kinds: Sequence[Modalities], eligible: Mapping[Modalities, frozenset[int]], samples: Sequence[Sample], deal: Deal
+) -> dict[Pool, list[int]]:
+    """The indices of the samples in each pool, where sample i has the modalities `kinds[i]`.
+
+    A sample is pooled with those of equal modalities. Samples that the deal keeps together are in one pool, if there is a
+    client that may hold all of them.
+    """
+    own: dict[Modalities, Pool] = {kind: frozenset((kind,)) for kind in eligible}
+    pool_of = [own[kind] for kind in kinds]
+    if isinstance(deal, GroupedDeal):
+        keys, kinds_by_key = [deal.key(s) for s in samples], dict[str, set[Modalities]]()
+        for key, kind in zip(keys, kinds, strict=True):
+            kinds_by_key.setdefault(key, set()).add(kind)
+        shared = {
+            key: frozenset(group)
+            for key, group in kinds_by_key.items()
+            if frozenset.intersection(*(eligible[kind] for kind in group))
+        }
+        pool_of = [shared.get(key, pool) for key, pool in zip(keys, pool_of, strict=True)]
+    pools: dict[Pool, list[int]] = {}
+    for index, pool in enumerate(pool_of):
+        pools.setdefault(pool, []).append(index)
+    return pools
+
+
+def _assign(samples: Sequence[Sample], deal: Deal, has: Sequence[Modalities], min_samples: int, seed: int) -> NDArray[np.int64]:
+    """The client of each sample, where client c has the modalities `has[c]`."""
+    # One object per distinct set: a separate one for each of 100,000 samples would take much memory.
+    interned: dict[Modalities, Modalities] = {}
+    kinds = [interned.setdefault(modalities, modalities) for modalities in (s.modalities for s in samples)]
+    eligible = {kind: frozenset(c for c in range(len(has)) if not kind or kind & has[c]) for kind in interned}
+    owner = np.empty(len(samples), dtype=np.int64)
+    pools = _pools(kinds, eligible, samples, deal)
+    for pool in sorted(pools, key=_sorted_names):
+        indices, names = pools[pool], _sorted_names(pool)
+        clients = sorted(frozenset.intersection(*(eligible[kind] for kind in pool)))
+        if not clients:
+            raise DataError(
+                f"{len(indices)} samples have only {' and '.join(names[0])}, which no client has; change the "
+                "scenario's options, the seed, or the number of clients."
+            )
+        rng = stream(seed, "partition", *(names[0] if len(names) == 1 else map("+".join, names)))
+        owner[indices] = deal([samples[i] for i in indices], clients, rng)
+    return ensure_minimum(
+        owner, [eligible[kind] for kind in kinds], len(has), min_samples, stream(seed, "partition", "minimum")
+    )
 
 
 def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int, min_samples: int, seed: int) -> Manifest:
-    """Who holds what and sees what of it.
+    """Draw which client holds each sample and which of its modalities the client sees.
 
-    Samples are dealt out within pools of equal modalities, each pool among the clients that have at least one of its
-    modalities: a text-only question goes to a client that has text. What a partition keeps together is in one pool, where
-    some client may hold all of it. Raises DataError where a pool has no client, or there are too few samples.
+    Samples are distributed in pools of equal modalities, each pool over the clients that have at least one of them: a
+    text-only question goes to a client that has text. Raises DataError if no client may hold a pool, or if there are too few
+    samples.
     """
     ordered = sorted(samples, key=lambda s: s.id)
     try:
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
-    found: dict[Modalities, Modalities] = {}  # one object for all equal sets: a hundred thousand of them are heavy
-    had = [found.setdefault(modalities, modalities) for modalities in (s.modalities for s in ordered)]
-    able_to_hold = {kind: frozenset(c for c in range(clients) if not kind or kind & has[c]) for kind in found}
-    eligible = [able_to_hold[kind] for kind in had]
-    owner = np.empty(len(ordered), dtype=np.int64)
-    pools: dict[Pool, list[int]] = {}
-    for index, pool in enumerate(_pools(ordered, had, able_to_hold, deal)):
-        pools.setdefault(pool, []).append(index)
-    for pool in sorted(pools, key=_named):
-        members, names = pools[pool], _named(pool)
-        able = sorted(frozenset.intersection(*(able_to_hold[kind] for kind in pool)))
-        if not able:
-            raise DataError(
-                f"{len(members)} samples have only {' and '.join(names[0])} and no client has that; change the "
-                "scenario's options, the seed, or the number of clients."
-            )
-        pool_rng = stream(seed, "partition", *(names[0] if len(names) == 1 else map("+".join, names)))
-        owner[members] = deal([ordered[i] for i in members], able, pool_rng)
-    owner = ensure_minimum(owner, eligible, clients, min_samples, stream(seed, "partition", "minimum"))
+    owner = _assign(ordered, deal, has, min_samples, seed)
     image, text = np.zeros((2, len(ordered)), dtype=np.bool_)
     for index, (sample, client) in enumerate(zip(ordered, owner.tolist(), strict=True)):
-        there = scenario.visible(sample, stream(seed, "visible", sample.id))
-        seen = there & has[client]
-        if there and not seen:  # the client's one modality is the one the sample lost: it keeps what the client can see
-            seen = had[index] & has[client]
-        image[index], text[index] = "image" in seen, "text" in seen
-    by_client = np.argsort(owner, kind="stable")  # and by id within a client, as `ordered` is
+        present = scenario.visible(sample, client, stream(seed, "visible", sample.id))
+        visible = present & has[client]
+        if present and not visible:  # the client has only the modality that the sample lost: the client still sees it
+            visible = sample.modalities & has[client]
+        image[index], text[index] = "image" in visible, "text" in visible
+    by_client = np.argsort(owner, kind="stable")  # and by id within a client, because `ordered` is sorted by id
     ids = pa.array([s.id for s in ordered], pa.string()).take(by_client)
     return Manifest(ids, owner[by_client].astype(np.int32), image[by_client], text[by_client], clients)
-
-
-__all__ = ["BOTH", "SCHEMA", "Holding", "Manifest", "draw", "read"]

@@ -1,4 +1,4 @@
-"""Counts of what a data set holds, of its bad samples, and of what each client holds."""
+"""Counts of the samples of a data set, of its problems, and of the samples of each client."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Loaded, Sample, Split
 
-SHOWN = 5
-"""Classes that the text names; a question-answering set can have hundreds."""
+MAX_CLASSES_SHOWN = 5
+"""The text names no more classes than this; a question-answering set can have hundreds."""
 
 
 def _pattern(sample: Sample) -> str:
     return "both" if len(sample.modalities) == 2 else next(iter(sample.modalities), "none")
 
 
-def summarise(found: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[str, Any]]:
-    """{split: {"samples": usable ones, "classes": {label: samples}, "modalities": {both, image, text, none: samples},
-    "bad_samples": {kind: number}}}, the largest first. A split that is in `found` twice (a companion) is added up.
+def summarise(loaded_splits: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[str, Any]]:
+    """{split: {"samples": number of usable samples, "classes": {label: samples}, "modalities": {both, image, text, none:
+    samples}, "bad_samples": {kind: number}}}, the largest class and kind first. A split that occurs twice, because the task
+    has a companion, is added up.
     """
     splits: dict[str, dict[str, Any]] = {}
-    for split in dict.fromkeys(split for split, _ in found):
-        samples = [s for name, loaded in found if name == split for s in loaded.samples]
-        problems = [p for name, loaded in found if name == split for p in loaded.skipped]
+    for split in dict.fromkeys(split for split, _ in loaded_splits):
+        samples = [s for name, loaded in loaded_splits if name == split for s in loaded.samples]
+        problems = [p for name, loaded in loaded_splits if name == split for p in loaded.problems]
         patterns = Counter(map(_pattern, samples))
         splits[split] = {
             "samples": len(samples),
@@ -39,28 +40,28 @@ def _largest_first(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def described(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The summary in lines of text."""
+def summary_lines(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The summary as lines of text."""
     words = {"both": "with image and text", "image": "with image only", "text": "with text only", "none": "with neither"}
-    for split, about in splits.items():
-        patterns = [f"{count} {words[name]}" for name, count in about["modalities"].items() if count]
-        yield f"{split}: {about['samples']} samples" + (f", {', '.join(patterns)}" if patterns else "")
-        classes = about["classes"]
-        named = [f"{label or '(none)'} {count}" for label, count in list(classes.items())[:SHOWN]]
-        more = [f"and {len(classes) - SHOWN} more"] if len(classes) > SHOWN else []
-        yield f"  classes ({len(classes)}): {', '.join(named + more)}" if classes else "  no classes"
-        bad = about["bad_samples"]
+    for split, counts in splits.items():
+        patterns = [f"{count} {words[name]}" for name, count in counts["modalities"].items() if count]
+        yield f"{split}: {counts['samples']} samples" + (f", {', '.join(patterns)}" if patterns else "")
+        classes = counts["classes"]
+        shown = [f"{label or '(none)'} {count}" for label, count in list(classes.items())[:MAX_CLASSES_SHOWN]]
+        rest = [f"and {len(classes) - MAX_CLASSES_SHOWN} more"] if len(classes) > MAX_CLASSES_SHOWN else []
+        yield f"  classes ({len(classes)}): {', '.join(shown + rest)}" if classes else "  no classes"
+        bad = counts["bad_samples"]
         if bad:
             yield f"  bad samples ({sum(bad.values())}): {', '.join(f'{kind} {count}' for kind, count in bad.items())}"
 
 
 def gaps(manifest: Manifest) -> list[float]:
-    """For each client the share of its (sample, modality) slots that are empty; 1 if it holds nothing."""
+    """For each client, the share of its (sample, modality) slots that are empty; 1 if it holds nothing."""
     return [round(1 - (image + text) / (2 * n), 6) if n else 1.0 for n, image, text in manifest.counts().tolist()]
 
 
 def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """One row per client: its `samples`, how many have a visible `image` and `text`, and its `gap`."""
+    """One row per client: its number of `samples`, how many have a visible `image` and `text`, and its `gap`."""
     rows = zip(manifest.counts().tolist(), gaps(manifest), strict=True)
     return [
         {"client": client, "samples": n, "image": image, "text": text, "gap": gap}

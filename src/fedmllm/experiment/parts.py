@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
 from fedmllm.config import Experiment, Named, TaskTable
-from fedmllm.data.dataset import Dataset, Source, SurveyedSplit, look, open_source, prepare, splits_of
+from fedmllm.data.dataset import Dataset, LoadedSplit, Source, open_source, prepare, read_splits, splits_of
 from fedmllm.data.partitions import Deal, partitions
 from fedmllm.data.prompts import Strategy, prompts
 from fedmllm.data.scenarios import Scenario, scenarios
@@ -53,13 +53,15 @@ class Parts:
     judge: Judge | None
     fleet: FleetOptions
 
-    def look(self) -> list[SurveyedSplit]:
-        """Read the splits that the experiment uses, with all their bad samples. Raises ConfigError or DataError."""
-        return look(self.source, splits_of(self.config))
+    def read_splits(self) -> list[LoadedSplit]:
+        """Read the splits that the experiment uses. Raises ConfigError or DataError if one cannot be read at all."""
+        return read_splits(self.source, splits_of(self.config))
 
-    def prepare(self, surveyed: Sequence[SurveyedSplit] | None = None) -> Dataset:
-        """The samples, dealt out to the clients; `surveyed` saves reading them again. Raises ConfigError or DataError."""
-        return prepare(self.config, self.look() if surveyed is None else surveyed, self.deal, self.scenario)
+    def prepare(self, loaded_splits: Sequence[LoadedSplit] | None = None) -> Dataset:
+        """The samples, distributed over the clients; pass `loaded_splits` if they were read before. Raises ConfigError or
+        DataError."""
+        splits = self.read_splits() if loaded_splits is None else loaded_splits
+        return prepare(self.config, splits, self.deal, self.scenario)
 
     @cached_property
     def ranks(self) -> dict[int, int]:

@@ -25,7 +25,7 @@ from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import write_atomically
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
 
@@ -171,7 +171,7 @@ class Sweeper:
         """Execute all incomplete runs, `jobs` at a time, continuing past failures; the index. Raises KeyboardInterrupt."""
         launcher = launcher or Processes(jobs)
         refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
-        with alone(self._out / ".lock", refusal):
+        with locked(self._out / ".lock", refusal):
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
             with ThreadPoolExecutor(max_workers=jobs) as pool:

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
+from fedmllm.data.images import Picture
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import Picture
 from fedmllm.errors import DataError
 from fedmllm.models import fused_llama as lean
 from fedmllm.models import lora

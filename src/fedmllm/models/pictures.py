@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fedmllm.data.images import Picture, decode, image_key, upright_size
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import Picture, decode, image_key, upright_size
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from fedmllm.data.images import Picture, decode
 from fedmllm.data.prompts import Conversation
-from fedmllm.data.samples import Picture, decode
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.pictures import PIXELS
 

@@ -15,7 +15,7 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.errors import DataError, RunError
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.supervisor import Stop, Supervisor, environment, free_port
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 
 
 def check(site: SiteFile) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def check(site: SiteFile) -> dict[str, Any]:
 
 def keep(site: SiteFile, say: Callable[[str], None]) -> None:
     """Run until SIGTERM or Ctrl-C. All that was started is ended then. Raises RunError where the site is at work already."""
-    with alone(site.state / "lock", RunError(f"another `fedmllm client` is at work in {site.state}; end it first.")):
+    with locked(site.state / "lock", RunError(f"another `fedmllm client` is at work in {site.state}; end it first.")):
         _keep(site, say)
 
 

@@ -19,7 +19,7 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.remote.files import FederationFile
 from fedmllm.remote.supervisor import Stop, Supervisor, environment, tool
 from fedmllm.storage.atomic import write_atomically
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
 CONNECTION = "here"
@@ -78,7 +78,7 @@ class Server:
     def run(self) -> dict[str, Any]:
         """The run's result. Raises ConfigError or RunError for what a user can mend, RunFailed, and Interrupted."""
         state = self._federation.state
-        with alone(state / "lock", RunError(f"another `fedmllm server` is at work in {state}; end it first.")):
+        with locked(state / "lock", RunError(f"another `fedmllm server` is at work in {state}; end it first.")):
             self._probe()
             write_atomically(self._experiment, self._federation.experiment.toml().encode())
             shutil.rmtree(self._app, ignore_errors=True)

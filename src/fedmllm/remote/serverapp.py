@@ -36,7 +36,7 @@ from fedmllm.runs.kinds import execute
 from fedmllm.runs.progress import ProgressBars, ProgressCallback
 from fedmllm.runs.session import Session
 from fedmllm.storage.atomic import write_atomically
-from fedmllm.storage.lock import alone
+from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
 
@@ -105,7 +105,7 @@ def run(grid: Grid, settings: Mapping[str, Any], report: ProgressCallback) -> di
         return directory.result()
     path = directory.path
     # One that was given up may still write: two at once would spoil it.
-    with alone(path.with_name(f".{path.name}.lock"), RuntimeError(f"another run still writes to {path}"), seconds=60.0):
+    with locked(path.with_name(f".{path.name}.lock"), RuntimeError(f"another run still writes to {path}"), wait_seconds=60.0):
         return _run(grid, parts, directory, report)
 
 

@@ -11,7 +11,7 @@ from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.federation import sum_groups
-from fedmllm.runs.provenance import peak_memory_mb
+from fedmllm.runs.meta import peak_memory_mb
 from fedmllm.runs.rounds import Run
 from fedmllm.storage.run_dir import SCHEMA
 from fedmllm.tensors import Tensors, digest

@@ -16,7 +16,7 @@ from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.models.encoded import Encoded
 from fedmllm.runs.evaluator import Evaluator
-from fedmllm.runs.provenance import describe
+from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State

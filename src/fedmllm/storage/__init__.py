@@ -1,1 +1,1 @@
-"""What is on disk: run directories, checkpoints, archives, and how they are written safely."""
+"""Run directories, checkpoints and archives on disk, and how they are written safely."""

@@ -1,4 +1,4 @@
-"""Locks between processes, as locked files."""
+"""Locks between processes, held on files with `flock`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-
-@contextlib.contextmanager
-def alone(lock: Path, refusal: Exception, seconds: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a file, which goes with the process. Raises `refusal` where another has it for so many seconds."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
-    with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= end:
-                    raise refusal from None
-                time.sleep(0.5)
-        yield
+_POLL_SECONDS = 0.5
 
 
-class Lock:
-    """A file that at most one process has locked; the file is there while one does, or was killed."""
+class FileLock:
+    """A lock that at most one process holds. Its file exists while the lock is held, or after its holder was killed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def take(self) -> bool:
-        """Whether it is ours now. Makes the folder."""
+    def acquire(self, wait_seconds: float = 0.0) -> bool:
+        """Try to take the lock for up to `wait_seconds`; return whether this process holds it. Creates the folder.
+
+        The operating system releases the lock when the process ends. A file system without locks always grants it.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_seconds
+        while not self._try_acquire():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def _try_acquire(self) -> bool:
         while True:
             self._file = self._path.open("w")
             try:
@@ -43,14 +39,27 @@ class Lock:
             except BlockingIOError:
                 self._file.close()
                 return False
-            except OSError:  # a file system that knows no locks
+            except OSError:  # the file system does not support locks
                 return True
-            # Who held it before may have removed the file since we opened it; then ours protects nothing.
+            # The previous holder may have removed the file after it was opened here; a lock on a removed file protects nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                     return True
             self._file.close()
 
     def release(self) -> None:
-        self._path.unlink(missing_ok=True)  # before it is unlocked, so that it is nobody else's
+        """Remove the file and release the lock."""
+        self._path.unlink(missing_ok=True)  # before unlocking, because afterwards the file may belong to another process
         self._file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: Exception, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock on `path`. Raises `refusal` if another process still holds it after `wait_seconds`."""
+    lock = FileLock(path)
+    if not lock.acquire(wait_seconds):
+        raise refusal
+    try:
+        yield
+    finally:
+        lock.release()

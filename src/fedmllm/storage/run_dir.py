@@ -1,6 +1,6 @@
-"""Run directories: what a run leaves on disk, written so that a kill at any moment loses at most the round under way and the
-one before it, whose checkpoint may still be on its way to the disk.
+"""Run directories: the files of a run, written so that a kill at any moment loses little work.
 
+At most two rounds are lost: the one in progress, and the one before it if its checkpoint is still being written.
 `result.json` is written last: its presence means that the run is complete.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.errors import RunError
 from fedmllm.storage.atomic import write_atomically
-from fedmllm.storage.lock import Lock
+from fedmllm.storage.lock import FileLock
 from fedmllm.storage.state_file import load_state, save_state
 from fedmllm.storage.strict_json import dump, json_line, restored
 
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
     from fedmllm.tensors import State
 
 SCHEMA = 1
-"""Version of `result.json`; it grows when a key changes its meaning, not when one is added."""
+"""Version of `result.json`. It changes if a key changes its meaning, not if a key is added."""
 
 
-class _Writer:
-    """Writes in the background, one thing at a time in the order asked, at most one ahead."""
+class _BackgroundWriter:
+    """Runs writes in a background thread, in the order submitted, with at most one in progress."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Raises what went wrong with the write before, which is finished then."""
+        """Wait for the previous write, raise its error if it failed, and start this one."""
         self.wait()
-        # A thread of the pool, unlike a daemon, is waited for when the interpreter leaves: Ctrl-C loses no checkpoint.
+        # Unlike a daemon thread, a pool's thread is joined when the interpreter exits: Ctrl-C loses no checkpoint.
         self._pool = self._pool or ThreadPoolExecutor(1, "checkpoint")
-        self._under_way = self._pool.submit(write)
+        self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
-        last, self._under_way = self._under_way, None
-        if last is not None:
-            last.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 class RunDir:
-    """The files of one run. Making the object touches nothing."""
+    """The files of one run. The constructor does not touch the disk."""
 
-    def __init__(self, path: Path, others: Iterator[Path] | None = None) -> None:
-        """`others` are for a new run, endless: the directories to take where another run takes `path` before `claimed` does."""
-        self._others = others
-        self._writer = _Writer()
-        self._next_round: int | None = None  # the one whose record goes at the end of the file as it is
-        self._at(path)
+    def __init__(self, path: Path, alternatives: Iterator[Path] | None = None) -> None:
+        """`alternatives` is given for a new run: an endless iterator over the directories to try if another run takes `path`
+        before `claimed` does."""
+        self._alternatives = alternatives
+        self._writer = _BackgroundWriter()
+        self._next_round: int | None = None  # the round whose record can be appended to the file without rewriting it
+        self._set_path(path)
 
-    def _at(self, path: Path) -> None:
+    def _set_path(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"
         self.manifest = path / "manifest.parquet"
@@ -69,6 +70,7 @@ class RunDir:
         self._result = path / "result.json"
         self._meta = path / "meta.json"
         self._rounds = path / "rounds.jsonl"
+        self._predictions = path / "predictions.jsonl"
         self._server = self.checkpoint / "server.safetensors"
 
     @property
@@ -81,34 +83,36 @@ class RunDir:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Make the directory, and hold it against all other processes.
+        """Create the directory and lock it against all other processes.
 
-        A new run whose directory another took meanwhile moves on to one that is free. Raises RunError for any other
-        directory that a process is at work in.
+        A new run whose directory was taken in the meantime moves on to the next free one. Otherwise, raises RunError if
+        another process is working on the run.
         """
-        lock = self._take()
+        lock = self._acquire_lock()
         try:
             yield
             self._writer.wait()
         finally:
-            with contextlib.suppress(Exception):  # of the error that ended the run, the first is told
+            with contextlib.suppress(Exception):  # if the block raised, report that error and not the writer's
                 self._writer.wait()
             lock.release()
 
-    def _take(self) -> Lock:
+    def _acquire_lock(self) -> FileLock:
         while True:
-            lock = Lock(self.path / "run.lock")
-            if lock.take():
-                if self._others is None or not self.config.exists():
-                    self._others = None
+            lock = FileLock(self.path / "run.lock")
+            if lock.acquire():
+                if self._alternatives is None or not self.config.exists():
+                    self._alternatives = None
                     return lock
                 lock.release()
-            if self._others is None:
-                raise RunError(f"{self.path}: another process is at work on this run; wait for its end, or give another --out.")
-            self._at(next(path for path in self._others if not path.exists()))
+            if self._alternatives is None:
+                raise RunError(
+                    f"{self.path}: another process is working on this run; wait until it ends, or give another --out."
+                )
+            self._set_path(next(path for path in self._alternatives if not path.exists()))
 
     def begin(self, config_toml: str, meta: Mapping[str, Any]) -> None:
-        """`meta.json` is written after `config.toml`: with it, the directory is a run's."""
+        """Write `config.toml`, then `meta.json`, whose presence makes the directory a run directory."""
         write_atomically(self.config, config_toml.encode())
         write_atomically(self._meta, dump(meta))
 
@@ -116,60 +120,57 @@ class RunDir:
         return self._read(self._meta)
 
     def result(self) -> dict[str, Any]:
-        """Raises RunError where the run is not complete, or the folder is no run's."""
+        """The content of `result.json`. Raises RunError if the run is not complete or the folder is not a run directory."""
         if not self.complete:
-            state = "is not complete; go on with `fedmllm run … --resume`" if self.exists else "is not a run directory"
+            state = "is not complete; continue it with `fedmllm run … --resume`" if self.exists else "is not a run directory"
             raise RunError(f"{self.path} {state}.")
         return restored(self._read(self._result))
 
     def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read ({error}); the run must be made again.") from None
-        return value
+        content: dict[str, Any] = _parsed(path, json.loads)
+        return content
 
     # Rounds and the checkpoint
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The records of all whole lines; a line cut by a kill is not one."""
+        """The records of all complete lines; a line cut off by a kill is ignored."""
         self._writer.wait()
-        return self._whole_lines()
+        return self._complete_lines()
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
+    def _complete_lines(self) -> list[dict[str, Any]]:
         if not self._rounds.is_file():
             return []
-        found = []
+        records = []
         for line in self._rounds.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(restored(json.loads(line)))
+                records.append(restored(json.loads(line)))
             except ValueError:
                 break
-        return found
+        return records
 
     def save_round(self, record: Mapping[str, Any], state: State, config_digest: str) -> None:
-        """Begin to write a round's record and checkpoint; neither argument may change afterwards.
+        """Start writing a round's record and checkpoint in the background; `record` and `state` must not change afterwards.
 
-        The round before is safe on disk when this returns. Raises OSError where that could not be written.
+        The previous round is safely on disk when this returns. Raises OSError if it could not be written.
         """
         self._writer.submit(lambda: self._save_round(dict(record), state, config_digest))
 
     def _save_round(self, record: dict[str, Any], state: State, config_digest: str) -> None:
-        # First the record, then the checkpoint: a record without its checkpoint is dropped on resume.
+        # The record is written before the checkpoint: a record without its checkpoint is dropped on resume.
         if record["round"] == self._next_round:
             with self._rounds.open("a", encoding="utf-8") as file:
                 file.write(json_line(record))
                 file.flush()
                 os.fsync(file.fileno())
         else:
-            kept = [r for r in self._whole_lines() if r["round"] < record["round"]]
-            self._write_lines(self._rounds, [*kept, record])
+            earlier = [r for r in self._complete_lines() if r["round"] < record["round"]]
+            _write_lines(self._rounds, [*earlier, record])
         self._next_round = record["round"] + 1
         metadata = {"rounds_done": str(self._next_round), "config_digest": config_digest}
         save_state(self._server, state, metadata)
 
     def load_checkpoint(self) -> tuple[int, State] | None:
-        """(rounds done, the server's state after them), or None before the first round's end."""
+        """(rounds done, the server's state after them), or None before the end of the first round."""
         self._writer.wait()
         if not self._server.is_file():
             return None
@@ -179,7 +180,7 @@ class RunDir:
     # Results
 
     def save_part(self, name: str, value: Mapping[str, Any]) -> None:
-        """A finished piece of a run that has no rounds, kept for resuming."""
+        """Save a finished piece of a run without rounds, for resuming."""
         write_atomically(self.checkpoint / f"{name}.json", dump(value))
 
     def load_part(self, name: str) -> dict[str, Any] | None:
@@ -187,37 +188,43 @@ class RunDir:
         return restored(self._read(path)) if path.is_file() else None
 
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
-        self._write_lines(self.path / "predictions.jsonl", predictions)
+        _write_lines(self._predictions, predictions)
 
     def predictions(self) -> list[dict[str, Any]]:
-        """A row a test question and pattern. Raises RunError where the file is gone or damaged."""
-        path = self.path / "predictions.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read ({error}); the run must be made again.") from None
+        """One row per test question and pattern. Raises RunError if the file is missing or damaged."""
+        rows: list[dict[str, Any]] = _parsed(self._predictions, lambda text: [json.loads(line) for line in text.splitlines()])
+        return rows
 
     def save_judgements(self, judgements: Iterable[Mapping[str, Any]]) -> None:
-        self._write_lines(self.path / "judgements.jsonl", judgements)
+        _write_lines(self.path / "judgements.jsonl", judgements)
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        """Write `result.json`, which completes the run."""
         self._writer.wait()
         write_atomically(self._result, dump(result))
 
-    def _write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-        write_atomically(path, "".join(map(json_line, lines)).encode())
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); the run must be repeated.") from None
+
+
+def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(map(json_line, lines)).encode())
 
 
 def new_run(parent: Path, stem: str) -> RunDir:
-    """`parent/stem`, or with -2, -3, … where that is taken: a run never writes over another."""
-    names = (parent / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
-    return RunDir(next(path for path in names if not path.exists()), names)
+    """`parent/stem`, or with -2, -3, … if that exists: a run never overwrites another."""
+    paths = (parent / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
+    return RunDir(next(path for path in paths if not path.exists()), paths)
 
 
 def unfinished(parent: Path, stem: str, config_digest: str) -> RunDir | None:
     """The latest incomplete run of this experiment under `parent`."""
     pattern = re.compile(re.escape(stem) + r"(-\d+)?")
-    # Not glob(stem): a name may hold a bracket or a star.
+    # Not glob(stem): a name may contain a bracket or an asterisk.
     runs = [RunDir(path) for path in parent.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
-    mine = [run for run in runs if run.exists and not run.complete and run.meta().get("config_digest") == config_digest]
-    return max(mine, key=lambda run: run.config.stat().st_mtime, default=None)
+    matching = [run for run in runs if run.exists and not run.complete and run.meta().get("config_digest") == config_digest]
+    return max(matching, key=lambda run: run.config.stat().st_mtime, default=None)

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, written atomically; `metadata` goes into its header."""
+    """Write the state atomically as one safetensors file with `metadata` in its header."""
     import torch
     from safetensors.torch import save
 
     from fedmllm.tensors import flatten
 
-    # Copies, because safetensors refuses tensors that share memory, as two groups with one tensor do.
+    # The tensors are cloned because safetensors refuses tensors that share memory, such as one tensor in two groups.
     flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
-    # None, because safetensors writes a broken header for no tensors with empty metadata.
+    # None instead of {}: without tensors, safetensors writes an invalid header for empty metadata.
     write_atomically(path, save(flat, metadata=dict(metadata) if metadata else None))
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """The state and the header's metadata."""
+    """(the state, the metadata in the header)."""
     from safetensors import safe_open
 
     from fedmllm.tensors import unflatten

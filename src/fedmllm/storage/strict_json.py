@@ -1,4 +1,4 @@
-"""JSON without NaN and infinities: null on disk, NaN again when read."""
+"""JSON without NaN and infinities: they are written as null, and null is read back as NaN where a number is expected."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 
 def strict(value: Any) -> Any:
-    """A copy with null for every float that JSON has no sign for: NaN and the infinities."""
+    """A copy with null in place of NaN and infinities, which JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: strict(one) for key, one in value.items()}
-    return [strict(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: strict(entry) for key, entry in value.items()}
+    return [strict(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def dump(value: Any) -> bytes:
-    # Piece by piece: `json.dumps` keeps all pieces of a hundred thousand rows until it joins them.
+    """The value as indented JSON with a final newline."""
+    # Written in pieces: `json.dumps` would hold the pieces of a hundred thousand rows in memory until it joins them.
     content = io.BytesIO()
     text = io.TextIOWrapper(content, encoding="utf-8", newline="\n")
     try:
         json.dump(value, text, indent=2, allow_nan=False)
-    except ValueError:  # a NaN is rare, and looking for one copies everything
+    except ValueError:  # NaN is rare, and `strict` copies everything, so it is called only when needed
         return dump(strict(value))
     text.write("\n")
     text.flush()
@@ -32,6 +33,7 @@ def dump(value: Any) -> bytes:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
+    """The value as one line of JSON."""
     try:
         return json.dumps(value, allow_nan=False) + "\n"
     except ValueError:
@@ -39,16 +41,16 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def _with_nan(value: Any) -> Any:
-    """The inverse of `strict` where all values are numbers: NaN for null."""
+    """The inverse of `strict` for a value that contains only numbers: NaN in place of null."""
     if isinstance(value, dict):
-        return {key: _with_nan(one) for key, one in value.items()}
+        return {key: _with_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_with_nan(one) for one in value]
+        return [_with_nan(entry) for entry in value]
     return math.nan if value is None else value
 
 
 def restored(record: dict[str, Any]) -> dict[str, Any]:
-    """A result, a client's row or a round as it was written: null is NaN among its metrics and in its loss."""
+    """Turn null back into NaN in the metrics and the loss of a result, a client's row or a round; changes `record`."""
     if isinstance(record.get("metrics"), dict):
         record["metrics"] = _with_nan(record["metrics"])
     if "loss" in record:

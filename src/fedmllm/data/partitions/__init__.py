@@ -1,4 +1,4 @@
-"""Who holds which sample: each partition deals a pool of samples out to the clients that may hold them."""
+"""Partitions: how the samples are distributed over the clients. One file per partition."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedmllm.data.samples import Sample
 from fedmllm.registry import Registry
 
 Deal = Callable[[Sequence[Sample], Sequence[int], np.random.Generator], NDArray[np.int64]]
-"""(samples in the order of their ids, the clients that may hold them, a generator) -> the client of each sample."""
+"""(samples ordered by id, clients that may hold them, generator) -> the client of each sample."""
 
 
 @dataclass(frozen=True)
-class Together:
-    """A deal that keeps samples of equal `key` together, whatever modalities they have."""
+class GroupedDeal:
+    """A deal that keeps samples with the same `key` together, whatever modalities they have."""
 
     deal: Deal
     key: Callable[[Sample], str]
@@ -29,8 +29,9 @@ class Together:
 partitions: Registry[Deal] = Registry("partition", __name__)
 
 
-def members_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    members: dict[str, list[int]] = {}
+def indices_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """value -> the indices at which it occurs; values are sorted."""
+    indices: dict[str, list[int]] = {}
     for index, value in enumerate(values):
-        members.setdefault(value, []).append(index)
-    return {value: np.array(members[value], dtype=np.int64) for value in sorted(members)}
+        indices.setdefault(value, []).append(index)
+    return {value: np.array(indices[value], dtype=np.int64) for value in sorted(indices)}

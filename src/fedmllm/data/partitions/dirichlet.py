@@ -7,26 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmllm.data.partitions import Deal, members_by_value, partitions
+from fedmllm.data.partitions import Deal, indices_by_value, partitions
 from fedmllm.data.samples import Sample
 
 
 @partitions.register("dirichlet")
 def dirichlet(*, alpha: float = 0.5) -> Deal:
-    """Label skew: each label's samples are shared out in proportions drawn from Dirichlet(alpha) (Hsu 2019, 1909.06335).
+    """Label skew: each label's samples are distributed in proportions drawn from Dirichlet(alpha) (Hsu 2019, 1909.06335).
 
-    With 3 clients, alpha = 100 gives each about a third of every label; alpha = 0.1 gives most of a label to one client.
+    Example with 3 clients: alpha = 100 gives each about a third of every label; alpha = 0.1 gives most of a label to one.
     """
     if not alpha > 0:
         raise ValueError(f"alpha = {alpha} must be above 0")
 
     def deal(samples: Sequence[Sample], clients: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
-        owner, takers = np.empty(len(samples), dtype=np.int64), np.array(clients, dtype=np.int64)
-        for members in members_by_value([s.label for s in samples]).values():
-            shuffled = rng.permutation(members)
-            shares = rng.dirichlet(np.full(len(takers), alpha))
-            cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-            owner[shuffled] = np.repeat(takers, np.diff(cuts, prepend=0, append=len(members)))
+        owner, client_array = np.empty(len(samples), dtype=np.int64), np.array(clients, dtype=np.int64)
+        for indices in indices_by_value([s.label for s in samples]).values():
+            shuffled = rng.permutation(indices)
+            shares = rng.dirichlet(np.full(len(client_array), alpha))
+            cuts = np.round(np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
+            owner[shuffled] = np.repeat(client_array, np.diff(cuts, prepend=0, append=len(indices)))
         return owner
 
     return deal

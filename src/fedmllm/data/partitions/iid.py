@@ -13,10 +13,10 @@ from fedmllm.data.samples import Sample
 
 @partitions.register("iid")
 def iid() -> Deal:
-    """Samples are shuffled and dealt out evenly: 10 samples to 3 clients give 4, 3 and 3."""
+    """Samples are shuffled and distributed evenly: of 10 samples, 3 clients get 4, 3 and 3."""
 
     def deal(samples: Sequence[Sample], clients: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
-        seats = np.resize(np.array(clients, dtype=np.int64), len(samples))
-        return rng.permutation(seats)
+        owner = np.resize(np.array(clients, dtype=np.int64), len(samples))
+        return rng.permutation(owner)
 
     return deal

@@ -1,6 +1,7 @@
-"""A sample and what is visible of it, as one turn of a conversation, in the words of the prompt strategy.
+"""Prompt strategies: how a sample and its visible modalities become one turn of a conversation. One file per strategy.
 
-The same strategy words training and evaluation. The question of a question-answering sample is left as it is.
+The same strategy is used in training and evaluation. It rewords only the question of a sample with lettered choices; other
+questions are left unchanged.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from fedmllm.registry import Registry
 DEFAULT_QUESTION = "which option is right?"
 
 Strategy = Callable[[str, frozenset[Modality]], str]
-"""(question, visible modalities) -> the question as it is asked."""
+"""(question, visible modalities) -> the question in the prompt."""
 
 prompts: Registry[Strategy] = Registry("prompt", __name__)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`user` is the text of the user's turn; where `image`, the picture comes before it. `answer` is the assistant's turn.
-
-    `options` are the answers of a closed question, worded as the assistant words them; empty for an open one.
-    """
+    """A user's turn and the assistant's answer."""
 
     user: str
+    """The text of the user's turn."""
     answer: str
     image: bool
+    """Whether the image is placed before the user's text."""
     options: tuple[str, ...] = ()
+    """The possible answers of a closed question, worded like `answer`; empty for an open question."""
 
     def messages(self) -> list[dict[str, object]]:
         """The user's turn for `apply_chat_template`."""
@@ -37,15 +38,15 @@ class Conversation:
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.user}]}]
 
 
-def worded(sample: Sample, answer: str) -> str:
-    """An answer as the assistant says it: "(B) hateful" for a lettered sample, else the bare answer."""
+def format_answer(sample: Sample, answer: str) -> str:
+    """The answer as the assistant words it: "(B) hateful" for a sample with lettered choices, otherwise the plain answer."""
     if sample.lettered and sample.choices and answer in sample.choices:
         return f"({LETTERS[sample.choices.index(answer)]}) {answer}"
     return answer
 
 
 def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> Conversation:
-    """The conversation for `sample` when only `visible` of it may be seen."""
+    """The conversation for `sample` if only the modalities in `visible` may be shown."""
     shown = visible & sample.modalities
     lines = []
     if "text" in shown and sample.text is not None:
@@ -56,5 +57,5 @@ def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> 
         lines.append("Answer with the letter of the right option.")
     elif sample.question:
         lines.append(sample.question)
-    options = tuple(worded(sample, choice) for choice in sample.choices or ())
-    return Conversation("\n".join(lines), worded(sample, sample.answer), "image" in shown, options)
+    options = tuple(format_answer(sample, choice) for choice in sample.choices or ())
+    return Conversation("\n".join(lines), format_answer(sample, sample.answer), "image" in shown, options)

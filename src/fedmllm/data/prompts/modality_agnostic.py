@@ -7,5 +7,5 @@ from fedmllm.data.prompts import Strategy, prompts
 
 @prompts.register("modality-agnostic")
 def modality_agnostic() -> Strategy:
-    """The paper's prompt strategy: one question for every pattern, "without considering the modality" (2411.14717)."""
+    """The paper's strategy: one wording for every pattern, "Without considering the modality, …" (2411.14717)."""
     return lambda question, visible: f"Without considering the modality, {question}"

@@ -1,4 +1,4 @@
-"""modality-specific: name the modalities that the sample has."""
+"""modality-specific: the question names the visible modalities."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedmllm.data.samples import Modality
 
 @prompts.register("modality-specific")
 def modality_specific() -> Strategy:
-    """The question names the modalities that are there: "Based on the image, …"."""
+    """The question names the visible modalities: "Based on the image, …"."""
 
-    def ask(question: str, visible: frozenset[Modality]) -> str:
+    def strategy(question: str, visible: frozenset[Modality]) -> str:
         named = " and ".join(f"the {modality}" for modality in sorted(visible))
         return f"Based on {named}, {question}" if named else question
 
-    return ask
+    return strategy

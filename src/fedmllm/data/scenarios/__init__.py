@@ -1,4 +1,4 @@
-"""One file a scenario: which modalities a client has at all, and which of a sample's it sees."""
+"""Scenarios: which modalities each client has, and which modalities of each sample are visible. One file per scenario."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ Modalities = frozenset[Modality]
 BOTH: Modalities = frozenset(MODALITIES)
 
 
-def see_all(sample: Sample, rng: np.random.Generator) -> Modalities:
+def see_all(sample: Sample, client: int, rng: np.random.Generator) -> Modalities:
+    """All modalities of the sample."""
     return sample.modalities
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`clients(number, generator)`: the modalities that each client has, which decides who may hold a sample.
-    `visible(sample, generator)`: what of the sample is there, before the client's own limits; the generator is the
-    sample's own, so the draw does not depend on the order of the samples.
-    """
+    """How modalities are missing, on clients and in samples."""
 
     clients: Callable[[int, np.random.Generator], Sequence[Modalities]]
-    visible: Callable[[Sample, np.random.Generator], Modalities] = see_all
+    """(number of clients, generator) -> the modalities that each client has, which decide which samples it may hold."""
+    visible: Callable[[Sample, int, np.random.Generator], Modalities] = see_all
+    """(sample, client that holds it, generator) -> the sample's modalities that are present there, before those that the client
+    lacks are removed. The generator belongs to the sample: its numbers depend neither on the client nor on other samples."""
 
 
 scenarios: Registry[Scenario] = Registry("scenario", __name__)

@@ -1,4 +1,4 @@
-"""aligned: heterogeneity in the labels only, which is the partition's affair."""
+"""aligned: no modality is missing, so clients differ only through the partition."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from fedmllm.data.scenarios import BOTH, Scenario, scenarios
 
 @scenarios.register("aligned")
 def aligned() -> Scenario:
-    """Every client sees every modality that a sample has."""
+    """Every client sees every modality of its samples."""
     return Scenario(clients=lambda number, rng: [BOTH] * number)

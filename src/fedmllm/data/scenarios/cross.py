@@ -11,7 +11,7 @@ from fedmllm.data.scenarios import Modalities, Scenario, scenarios
 
 @scenarios.register("cross")
 def cross(*, image_clients: int | float = 0.5) -> Scenario:
-    """Image-only and text-only clients; `image_clients` is a count, or a share when it is written with a point.
+    """Image-only and text-only clients; `image_clients` is a count, or a share if it is written with a decimal point.
 
     The paper's ratios 3:7, 5:5 and 7:3 among 10 clients are 3, 5 and 7, or 0.3, 0.5 and 0.7.
     """
@@ -20,10 +20,10 @@ def cross(*, image_clients: int | float = 0.5) -> Scenario:
         raise ValueError(f"image_clients = {image_clients} must be a count, or a share between 0.0 and 1.0")
 
     def clients(number: int, rng: np.random.Generator) -> Sequence[Modalities]:
-        with_image = int(image_clients) if is_count else round(image_clients * number)
-        if with_image > number:
-            raise ValueError(f"image_clients = {image_clients} is more than the {number} clients there are")
-        chosen = set(rng.permutation(number)[:with_image].tolist())
+        count = int(image_clients) if is_count else round(image_clients * number)
+        if count > number:
+            raise ValueError(f"image_clients = {image_clients} is more than the number of clients, {number}")
+        chosen = set(rng.permutation(number)[:count].tolist())
         return [frozenset(("image",)) if client in chosen else frozenset(("text",)) for client in range(number)]
 
     return Scenario(clients=clients)

@@ -12,16 +12,17 @@ from fedmllm.data.scenarios import Modalities, Scenario, scenarios
 
 @scenarios.register("hybrid")
 def hybrid(*, presence: float = 0.7) -> Scenario:
-    """Each client has each modality with probability `presence`; one that would have none gets one by a coin."""
+    """Each client has each modality with probability `presence`; a client without any gets one of them at random."""
     if not 0 <= presence <= 1:
         raise ValueError(f"presence = {presence} must be between 0 and 1")
 
     def clients(number: int, rng: np.random.Generator) -> Sequence[Modalities]:
-        found = []
+        modalities: list[Modalities] = []
         for _ in range(number):
-            has = rng.random(2) < presence
-            coin = MODALITIES[int(rng.integers(2))]  # drawn whether needed or not: later clients do not shift
-            found.append(frozenset(m for m, there in zip(MODALITIES, has, strict=True) if there) or frozenset((coin,)))
-        return found
+            present = rng.random(2) < presence
+            fallback = MODALITIES[int(rng.integers(2))]  # always drawn, so that the draws of later clients do not shift
+            drawn = frozenset(m for m, is_present in zip(MODALITIES, present, strict=True) if is_present)
+            modalities.append(drawn or frozenset((fallback,)))
+        return modalities
 
     return Scenario(clients=clients)

@@ -1,6 +1,12 @@
-"""One file a task. A task is registered with `@tasks.register("name")` and takes keyword options."""
+"""Tasks: the data sets. One file per task, registered with `@tasks.register("name")`; options are keyword arguments."""
 
 from fedmllm.data.samples import Task
 from fedmllm.registry import Registry
 
 tasks: Registry[Task] = Registry("task", __name__)
+
+
+def check_positive(metric: str, positive: str | None) -> None:
+    """Raises ValueError if AUC is requested without the positive answer."""
+    if metric == "auc" and positive is None:
+        raise ValueError('metric = "auc" needs positive = "…", the answer whose probability is the score')

@@ -1,9 +1,10 @@
-"""CrisisMMD, the humanitarian task: what do a tweet and its picture from a disaster show? (Alam et al. 2018, 1805.00713.)
+"""CrisisMMD, the humanitarian task: what do a tweet and its image from a disaster show? (Alam et al. 2018, 1805.00713.)
 
-The published folder holds `crisismmd_datasplit_all/task_humanitarian_text_img_{train,dev,test}.tsv` (or, where the labels of
-text and picture agree, `crisismmd_datasplit_agreed_label/task_humanitarian_text_img_agreed_lab_{train,dev,test}.tsv`) beside
-`data_image/`, to which the column `image` leads. The class is `label_image`; a row without one has the class of its tweet,
-`label`. URLs are taken out of the tweets: many lead to a page that names the event. A tweet that is nothing else has no text.
+The published folder contains `crisismmd_datasplit_all/task_humanitarian_text_img_{train,dev,test}.tsv` (or, for the samples
+whose text and image have the same label, `crisismmd_datasplit_agreed_label/task_humanitarian_text_img_agreed_lab_….tsv`) and
+`data_image/`, where the paths in the column `image` begin. The class is `label_image`; if it is empty, it is `label`, the
+class of the tweet. URLs are removed from the tweets, because many lead to a page that names the event; a tweet that consists
+of URLs only has no text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.files import Entry, EntryError, find, inside, samples_of, tab_separated
+from fedmllm.data.files import Entry, EntryError, find_file, path_inside, samples_of, tab_separated
 from fedmllm.data.samples import Problem, Sample, Split, Task
 from fedmllm.data.tasks import tasks
 
@@ -33,11 +34,13 @@ FILES = {
     "all": "crisismmd_datasplit_all/task_humanitarian_text_img_{}.tsv",
     "agreed": "crisismmd_datasplit_agreed_label/task_humanitarian_text_img_agreed_lab_{}.tsv",
 }
-URL = re.compile(r"(?:https?:|www\.|pic\.twitter\.com/)\S*|https?…", re.IGNORECASE)  # a long tweet ends in half of one
+URL = re.compile(
+    r"(?:https?:|www\.|pic\.twitter\.com/)\S*|https?…", re.IGNORECASE
+)  # a long tweet ends in the beginning of a URL
 
 
 def without_urls(tweet: str) -> str:
-    """The tweet's words, one space between them."""
+    """The words of the tweet without URLs, separated by single spaces."""
     return " ".join(URL.sub(" ", tweet).split())
 
 
@@ -45,13 +48,13 @@ def _sample(entry: Entry, folder: Path) -> Sample:
     column = "label_image" if entry.text("label_image", required=False) else "label"
     label = entry.text(column)
     if label not in CLASSES:
-        raise EntryError(f"{column!r} is {label!r}, which is none of {', '.join(CLASSES)}")
+        raise EntryError(f"{column!r} is {label!r}, which is not one of {', '.join(CLASSES)}")
     answer = CHOICES[CLASSES.index(label)]
     return Sample(
         id=f"crisismmd/{entry.text('image_id')}",
         question="which kind of humanitarian information is this?",
         answer=answer,
-        image=inside(folder, entry.text("image")),
+        image=path_inside(folder, entry.text("image")),
         text=without_urls(entry.text("tweet_text", required=False)) or None,
         choices=CHOICES,
         lettered=True,
@@ -63,10 +66,10 @@ def _sample(entry: Entry, folder: Path) -> Sample:
 
 @tasks.register("crisismmd")
 def crisismmd(*, data_dir: str, split_set: Literal["all", "agreed"] = "all", test_set: Literal["test", "dev"] = "test") -> Task:
-    """Tweets with pictures from disasters in 8 classes, from the published files in `data_dir`; macro-F1."""
+    """Tweets with images from disasters, in 8 classes; the published files in `data_dir`; macro-F1."""
 
     def load(split: Split) -> Iterator[Sample | Problem]:
-        path = find("crisismmd", data_dir, FILES[split_set].format("train" if split == "train" else test_set))
+        path = find_file("crisismmd", data_dir, FILES[split_set].format("train" if split == "train" else test_set))
         return samples_of(tab_separated(path, COLUMNS), lambda entry: _sample(entry, Path(data_dir)))
 
     return Task("crisismmd", "macro-f1", load)

@@ -1,7 +1,7 @@
-"""easy-VQA: 64 × 64 pictures of one coloured shape with questions, from the `easy-vqa` package (Zhou 2019).
+"""easy-VQA: images of one coloured shape, 64 × 64 pixels, with questions, from the `easy-vqa` package (Zhou 2019).
 
-4,000 training pictures with 38,575 questions, 1,000 test pictures with 9,673; 13 answers. The package carries the files,
-so nothing is downloaded.
+4,000 training images with 38,575 questions, 1,000 test images with 9,673 questions, 13 answers. The package contains the
+files, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def _load(split: Split) -> Iterator[Sample]:
         if split == "train"
         else (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths)
     )
-    pictures = {number: Path(path) for number, path in paths().items()}
-    for index, (question, answer, picture) in enumerate(zip(*questions(), strict=True)):
+    images = {number: Path(path) for number, path in paths().items()}
+    for index, (question, answer, number) in enumerate(zip(*questions(), strict=True)):
         yield Sample(
             id=f"easy-vqa/{split}/{index:05d}",
             question=question,
             answer=answer,
-            # A path that is not there is found and reported by `collect`.
-            image=pictures.get(picture) or Path(f"{picture}.png"),
+            # A file that does not exist is reported as a problem when the images are checked.
+            image=images.get(number) or Path(f"{number}.png"),
             choices=YES_NO if answer in YES_NO else None,
             label=answer,
             source="easy-vqa",
@@ -40,5 +40,5 @@ def _load(split: Split) -> Iterator[Sample]:
 
 @tasks.register("easy-vqa")
 def easy_vqa_task() -> Task:
-    """Pictures of one coloured shape with questions; 13 answers; accuracy, closed and open."""
+    """Images of one coloured shape with questions that have 13 answers; accuracy on closed and open questions."""
     return Task("easy-vqa", "accuracy", _load)

@@ -1,8 +1,8 @@
-"""Any data set of the Hugging Face hub, or a folder in one of its formats, and a map from its columns to a sample's parts.
+"""Any data set of the Hugging Face hub, or a folder in one of its formats, with options that map its columns to samples.
 
-It goes through the `datasets` library (`pip install "fedmllm[hub]"`), which runs no code of a data set's author. A folder is
-read as the hub would read it (Parquet files, an image folder, …) or as `save_to_disk` left it. Pictures stay where the library
-has them, on disk, and are read when they are decoded.
+Data sets are loaded with the `datasets` library (`pip install "fedmllm[hub]"`), which does not run code of a data set's
+author. A folder can have any format that the hub reads (Parquet files, an image folder, …) or be written by `save_to_disk`.
+Images stay in the library's files and are read when they are decoded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmllm.data.files import Entry, EntryError, inside, samples_of
-from fedmllm.data.samples import LETTERS, Picture, Problem, Sample, Split, Stored, Task
-from fedmllm.data.tasks import tasks
+from fedmllm.data.files import Entry, EntryError, parse_choices, path_inside, samples_of
+from fedmllm.data.images import Picture, StoredPicture
+from fedmllm.data.samples import LETTERS, Problem, Sample, Split, Task
+from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import ConfigError, DataError, suggest
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; None where the data set has nothing of the kind."""
+    """The column for each part of a sample; None if the data set has none."""
 
     answer: str
     question: str | None
@@ -37,7 +38,7 @@ class Columns:
     ask: str
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """(option, column) of those that are given."""
+        """(option, column) of each option that names a column."""
         for option in ("answer", "question", "image", "text", "choices", "id", "label", "source"):
             if isinstance(column := getattr(self, option), str):
                 yield option, column
@@ -51,31 +52,31 @@ def _library() -> Any:
             f"task 'hub': the library datasets cannot be imported ({error}); install it with pip install \"fedmllm[hub]\"."
         ) from None
     library.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry; what comes of them is told once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; a failure is reported once, below
     return library
 
 
 def _open(library: Any, dataset: str, subset: str | None, revision: str | None, split: str) -> Any:
-    """The rows of one split. Raises DataError with the library's own reason where there are none."""
+    """The rows of one split. Raises DataError with the library's own reason if they cannot be loaded."""
     folder = Path(dataset)
     try:
         if (folder / "dataset_dict.json").is_file():
             return library.load_from_disk(dataset)[split]
         if (folder / "state.json").is_file():
-            raise DataError(f"task 'hub': {dataset!r} is one split alone; save a DatasetDict that has train and test.")
+            raise DataError(f"task 'hub': {dataset!r} is a single split; save a DatasetDict with the splits train and test.")
         return library.load_dataset(dataset, subset, split=split, revision=revision)
     except DataError:
         raise
-    except Exception as error:  # the library's many errors have no common class, and are all about what was asked for
+    except Exception as error:  # the library's many errors have no common class, and all concern the requested data
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"task 'hub': the split {split!r} of {dataset!r} cannot be loaded ({type(error).__name__}: {reason}); check the "
-            "name or folder, task.subset, task.train_split and task.test_split, or fetch it first where there is a network."
+            "name or folder, task.subset, task.train_split and task.test_split, or download it first where there is a network."
         ) from None
 
 
-def _folder(library: Any, dataset: str) -> Path:
-    """Where pictures that are paths may lie: in the folder itself, or where the library puts what it fetches."""
+def _image_folder(library: Any, dataset: str) -> Path:
+    """The folder that images given by path must be in: the data set's own folder, or the library's download cache."""
     return Path(dataset) if Path(dataset).is_dir() else Path(library.config.HF_CACHE_HOME)
 
 
@@ -86,15 +87,15 @@ def _bytes_or_path(value: Any) -> Any:
 
 
 def _picture(entry: Entry, folder: Path, stored: Any) -> Picture | None:
-    """`stored` has the same rows, and the column of pictures alone."""
+    """The image of an entry. `stored` has the same rows with the image column only, for reading the bytes later."""
     value, index = _bytes_or_path(entry.values.get("image")), entry.index
     if value is None:
         return None
     if isinstance(value, bytes):
-        return Stored(hashlib.sha256(value).hexdigest(), lambda: bytes(_bytes_or_path(*stored[index].values())))
+        return StoredPicture(hashlib.sha256(value).hexdigest(), lambda: bytes(_bytes_or_path(*stored[index].values())))
     if not isinstance(value, str):
         raise EntryError(f"the picture is of type {type(value).__name__}, neither bytes nor a path")
-    return inside(folder, value, absolute=True)  # the pictures of an image folder come as absolute paths
+    return path_inside(folder, value, absolute=True)  # the library gives absolute paths for the images of an image folder
 
 
 def _answer(entry: Entry, columns: Columns, choices: tuple[str, ...] | None) -> str:
@@ -102,25 +103,19 @@ def _answer(entry: Entry, columns: Columns, choices: tuple[str, ...] | None) -> 
     if not columns.answer_is_index:
         return answer
     if choices is None or not answer.isdecimal() or int(answer) >= len(choices):
-        raise EntryError(f"the answer {answer!r} is no index of {len(choices or ())} choices")
+        raise EntryError(f"the answer {answer!r} is not an index into {len(choices or ())} choices")
     return choices[int(answer)]
 
 
 def _choices(entry: Entry, columns: Columns, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if columns.choices is None:
         return classes
-    found = columns.choices if isinstance(columns.choices, list) else entry.values.get("choices")
-    if not found:
-        return None
-    if not (isinstance(found, list) and len(found) > 1 and all(isinstance(c, str) and c for c in found)):
-        raise EntryError("the choices are no list of at least two texts")
-    if len(set(found)) < len(found):
-        raise EntryError("the choices hold the same text twice")
-    return tuple(found)
+    choices = columns.choices if isinstance(columns.choices, list) else entry.values.get("choices")
+    return parse_choices(choices, "the choices") if choices else None
 
 
 def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
-    """From an entry to its sample; the class names of the column of answers are choices where there are few."""
+    """A function from an entry to its sample. If the answers are class labels, at most 26 class names become the choices."""
     names = tuple(getattr(rows.features[columns.answer], "names", None) or ())
     stored = rows.select_columns([columns.image] if columns.image else [])
     classes = names if 1 < len(names) <= len(LETTERS) else None
@@ -128,12 +123,12 @@ def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Spli
     def read(entry: Entry) -> Sample:
         choices = _choices(entry, columns, classes)
         answer = _answer(entry, columns, choices)
-        asked = entry.text("question") if columns.question else columns.ask
-        if not asked and not (lettered and choices):
-            raise EntryError("nothing is asked: set task.question to a column, or task.ask to one question for all")
+        question = entry.text("question") if columns.question else columns.ask
+        if not question and not (lettered and choices):
+            raise EntryError("there is no question: set task.question to a column, or task.ask to one question for all rows")
         return Sample(
             id=entry.text("id") if columns.id else f"{Path(dataset).name}/{split}/{entry.index:06d}",
-            question=asked,
+            question=question,
             answer=answer,
             image=_picture(entry, folder, stored),
             text=entry.text("text", required=False) or None,
@@ -148,7 +143,7 @@ def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Spli
 
 
 def _undecoded(library: Any, rows: Any, columns: Columns, dataset: str) -> Any:
-    """The rows with pictures as bytes or paths. Raises ConfigError for a column that is not there."""
+    """The rows with images as bytes or paths. Raises ConfigError for a column that does not exist."""
     for option, column in columns.named():
         if column not in rows.column_names:
             raise ConfigError(f"task.{option}: {dataset!r} has no column {column!r}; {suggest(column, rows.column_names)}")
@@ -158,14 +153,14 @@ def _undecoded(library: Any, rows: Any, columns: Columns, dataset: str) -> Any:
 
 
 def _entries(rows: Any, columns: Columns, dataset: str, split: str) -> Iterator[Entry]:
-    """Each row under the names of our options, class labels by their names."""
+    """The rows with option names as keys and the names of class labels as values."""
     named = [(option, column, getattr(rows.features[column], "int2str", None)) for option, column in columns.named()]
     for index, row in enumerate(rows):
         values = {}
         for option, column, name_of in named:
             value = row[column]
             if name_of and value is not None:
-                value = name_of(value) if value >= 0 else None  # the hub hides the labels of a test split behind −1
+                value = name_of(value) if value >= 0 else None  # on the hub, −1 marks the hidden labels of a test split
             values[option] = value
         yield Entry(f"{dataset}, split {split!r}, row {index}", values, index)
 
@@ -192,16 +187,15 @@ def hub(
     metric: Literal["accuracy", "macro-f1", "auc"] = "accuracy",
     positive: str | None = None,
 ) -> Task:
-    """A data set of the Hugging Face hub, or a folder in its format; options name the columns of a sample's parts."""
-    if metric == "auc" and positive is None:
-        raise ValueError('metric = "auc" needs positive = "…", the answer whose probability is the score')
+    """A data set of the Hugging Face hub, or a folder in one of its formats; options name the columns to use."""
+    check_positive(metric, positive)
     columns = Columns(answer, question, image, text, choices, id, label, source, answer_is_index, ask)
     named: dict[Split, str] = {"train": train_split, "test": test_split}
 
     def load(split: Split) -> Iterator[Sample | Problem]:
         library = _library()
         rows = _undecoded(library, _open(library, dataset, subset, revision, named[split]), columns, dataset)
-        read = _reader(rows, columns, dataset, _folder(library, dataset), split, lettered)
+        read = _reader(rows, columns, dataset, _image_folder(library, dataset), split, lettered)
         return samples_of(_entries(rows, columns, dataset, named[split]), read)
 
     return Task("hub", metric, load, positive, splits=("train", "test") if test_split else ("train",))

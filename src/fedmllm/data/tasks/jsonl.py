@@ -1,8 +1,8 @@
-"""The user's own data: one JSON object a line,
+"""The user's own data: one JSON object per line,
 `{"id", "image"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
 
-Picture paths are relative to the file they stand in and stay in its folder. A line that does not parse or lacks a key is
-a bad sample.
+Image paths are relative to the folder of the file and must stay inside it. A line that cannot be parsed or lacks a key is a
+bad sample.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmllm.data.files import Entry, EntryError, inside, is_file, json_lines, samples_of
+from fedmllm.data.files import Entry, EntryError, is_file, json_lines, parse_choices, path_inside, samples_of
 from fedmllm.data.samples import Problem, Sample, Split, Task
-from fedmllm.data.tasks import tasks
+from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import DataError, suggest
 
 KEYS = ("id", "image", "text", "question", "choices", "answer", "label", "source")
@@ -23,39 +23,32 @@ def _is_text_or_number(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
-def _flaw(line: Mapping[str, Any], lettered: bool) -> str | None:
+def _check_values(line: Mapping[str, Any]) -> None:
+    """Raises EntryError for a missing key, an unknown key or a wrong type, except in `choices`."""
     for key in ("id", "answer"):
         if not _is_text_or_number(line.get(key)):
-            return f"the key {key!r} is missing or is neither text nor a whole number"
+            raise EntryError(f"the key {key!r} is missing or is neither text nor a whole number")
     if line.get("label") not in (None, "") and not _is_text_or_number(line["label"]):
-        return "the key 'label' is neither text nor a whole number"
+        raise EntryError("the key 'label' is neither text nor a whole number")
     for key in line:
         if key not in KEYS:
-            return f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip(".")
+            raise EntryError(f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip("."))
     for key in ("image", "text", "question", "source"):
         if line.get(key) is not None and not isinstance(line[key], str):
-            return f"the key {key!r} must be text"
-    choices = line.get("choices")
-    if choices is not None:
-        if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
-            return "the key 'choices' must be a list of at least two texts"
-        if len(set(choices)) < len(choices):
-            return "the key 'choices' holds the same text twice"
-    if not line.get("question") and not (lettered and choices):
-        return "a sample needs a 'question', or lettered 'choices' to choose from"
-    return None
+            raise EntryError(f"the key {key!r} must be text")
 
 
 def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
     line = entry.values
-    if what := _flaw(line, lettered):
-        raise EntryError(what)
-    choices = tuple(line["choices"]) if line.get("choices") else None
+    _check_values(line)
+    choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
+    if not line.get("question") and not (lettered and choices):
+        raise EntryError("a sample needs a 'question', or lettered 'choices'")
     return Sample(
         id=str(line["id"]),
         question=line.get("question") or "",
         answer=str(line["answer"]),
-        image=inside(folder, line["image"]) if line.get("image") else None,
+        image=path_inside(folder, line["image"]) if line.get("image") else None,
         text=line.get("text") or None,
         choices=choices,
         lettered=lettered and choices is not None,
@@ -66,7 +59,7 @@ def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
 
 
 def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
-    """The samples of one file. Raises DataError where there is no such file."""
+    """The samples of one file. Raises DataError if there is no such file."""
     if not is_file(path):
         raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
     return samples_of(json_lines(path), lambda entry: _sample(entry, path.parent, lettered))
@@ -81,8 +74,7 @@ def jsonl(
     positive: str | None = None,
     lettered: bool = True,
 ) -> Task:
-    """Your own data: one JSON object a line with id, image, text, question, choices, answer."""
-    if metric == "auc" and positive is None:
-        raise ValueError('metric = "auc" needs positive = "…", the answer whose probability is the score')
+    """Your own data: one JSON object per line with id, image, text, question, choices and answer."""
+    check_positive(metric, positive)
     files: dict[Split, Path] = {"train": Path(train), "test": Path(test)}
     return Task("jsonl", metric, lambda split: read_lines(files[split], lettered), positive)

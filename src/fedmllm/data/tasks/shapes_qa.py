@@ -1,7 +1,7 @@
-"""shapes-qa: text-only questions in easy-VQA's answer space, generated from a seed.
+"""shapes-qa: text-only questions with the answers of easy-VQA, generated from a seed.
 
-"A red circle is above a blue rectangle. what color is the circle?" It is the text-only source that pairs with easy-VQA
-as MedAlpaca pairs with VQA-RAD: the same question forms and answers, the facts in words instead of a picture.
+Example: "A red circle is above a blue rectangle. what color is the circle?" It is the text-only companion of easy-VQA, as
+MedAlpaca is of VQA-RAD: the same kinds of questions and answers, with the facts in words instead of an image.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ YES_NO = ("yes", "no")
 
 
 def _draw(rng: np.random.Generator) -> tuple[str, str, str]:
-    """(text, question, answer): two things of different shape and colour; half of the questions are yes/no."""
+    """(text, question, answer) about two objects of different shape and colour; half of the questions are yes/no questions."""
     shapes = [SHAPES[int(i)] for i in rng.permutation(len(SHAPES))[:2]]
     colors = [COLORS[int(i)] for i in rng.permutation(len(COLORS))[:2]]
     relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
     text = f"A {colors[0]} {shapes[0]} is {relation} a {colors[1]} {shapes[1]}."
-    one = int(rng.integers(2))
+    index = int(rng.integers(2))
     kind = int(rng.integers(4))
     if kind == 0:
-        return text, f"what color is the {shapes[one]}?", colors[one]
+        return text, f"what color is the {shapes[index]}?", colors[index]
     if kind == 1:
-        return text, f"what is the {colors[one]} shape?", shapes[one]
+        return text, f"what is the {colors[index]} shape?", shapes[index]
     exists = rng.random() < 0.5
-    if rng.random() < 0.5:  # a pair that is there, or the right shape in the other's color
-        said = f"{colors[one] if exists else colors[1 - one]} {shapes[one]}"
+    if rng.random() < 0.5:  # an object of the text, or its shape in the color of the other object
+        described = f"{colors[index] if exists else colors[1 - index]} {shapes[index]}"
     else:
         absent = [c for c in COLORS if c not in colors]
-        said = f"{colors[one] if exists else absent[int(rng.integers(len(absent)))]} shape"
+        described = f"{colors[index] if exists else absent[int(rng.integers(len(absent)))]} shape"
     if kind == 2:
-        return text, f"is there a {said}?", "yes" if exists else "no"
-    return text, f"is there not a {said}?", "no" if exists else "yes"
+        return text, f"is there a {described}?", "yes" if exists else "no"
+    return text, f"is there not a {described}?", "no" if exists else "yes"
 
 
 @tasks.register("shapes-qa")
 def shapes_qa(*, train: int = 4000, test: int = 1000, seed: int = 0) -> Task:
-    """Text-only questions about shapes and colours, in easy-vqa's answer space; generated; accuracy."""
+    """Text-only questions about shapes and colours with the answers of easy-vqa; generated; accuracy."""
     for name, count in (("train", train), ("test", test)):
         if count < 1:
             raise ValueError(f"{name} = {count} must be at least 1")

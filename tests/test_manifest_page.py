@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.manifest_page import draw_manifest
 from fedmllm.data.partitions import partitions
-from fedmllm.data.picture import draw_manifest
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import scenarios
 from helpers import mixed, sample
@@ -17,7 +17,7 @@ BAR = re.compile(r'width="([\d.]+)%" height="17" fill="(#\w+)"><title>client (\d
 
 
 class Checker(HTMLParser):
-    """Remembers all tags, and fails on one that is closed without having been opened."""
+    """Records all tags and fails on a closing tag without an opening one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +34,10 @@ class Checker(HTMLParser):
 
 
 def page(samples: list[Sample], clients: int = 3) -> tuple[Manifest, str]:
-    made = draw(samples, partitions.build("dirichlet", {}), scenarios.build("missing", {"never_empty": False}), clients, 1, 0)
-    return made, draw_manifest(made, samples, "a title")
+    manifest = draw(
+        samples, partitions.build("dirichlet", {}), scenarios.build("missing", {"never_empty": False}), clients, 1, 0
+    )
+    return manifest, draw_manifest(manifest, samples, "a title")
 
 
 def bars(html: str) -> dict[tuple[int, str], int]:
@@ -44,14 +46,14 @@ def bars(html: str) -> dict[tuple[int, str], int]:
 
 def test_the_bars_are_the_counts() -> None:
     samples = mixed(60)
-    made, html = page(samples)
+    manifest, html = page(samples)
     labels = {s.id: s.label for s in samples}
     expected: Counter[tuple[int, str]] = Counter()
-    for h in made:
+    for h in manifest:
         expected[h.client, "both" if len(h.visible) == 2 else "".join(h.visible) or "neither"] += 1
         expected[h.client, labels[h.sample_id]] += 1
     assert bars(html) == dict(expected)
-    assert f"60 samples on 3 clients; manifest {made.digest()[:12]}" in html
+    assert f"60 samples on 3 clients; manifest {manifest.digest()[:12]}" in html
 
 
 def test_a_bars_length_is_its_count() -> None:
@@ -60,7 +62,7 @@ def test_a_bars_length_is_its_count() -> None:
     assert max(per_sample) - min(per_sample) <= 0.01
 
 
-def test_it_is_one_page_that_loads_nothing_and_runs_nothing() -> None:
+def test_the_page_has_no_scripts_and_no_external_files() -> None:
     checker = Checker()
     html = page(mixed(30))[1]
     checker.feed(html)
@@ -73,8 +75,8 @@ def test_it_is_one_page_that_loads_nothing_and_runs_nothing() -> None:
 @pytest.mark.parametrize("name", ["<b>&\"'", "</title><script>alert(1)</script>"])
 def test_names_cannot_break_out_of_the_page(name: str) -> None:
     samples = [sample(f"{i}", label=name) for i in range(6)]
-    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
-    html = draw_manifest(made, samples, name)
+    manifest = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
+    html = draw_manifest(manifest, samples, name)
     assert name not in html
     checker = Checker()
     checker.feed(html)
@@ -83,10 +85,10 @@ def test_names_cannot_break_out_of_the_page(name: str) -> None:
     assert not checker.seen["b"]
 
 
-def test_rare_labels_are_drawn_together_and_common_ones_each_in_its_own_colour() -> None:
+def test_rare_labels_are_merged_and_common_labels_have_distinct_colours() -> None:
     samples = [sample(f"{i}", label=f"l{min(i % 20, 15):02d}") for i in range(200)]
-    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
-    drawn = [(name, color, int(count)) for _, color, _, name, count in BAR.findall(draw_manifest(made, samples, "t"))][1:]
+    manifest = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
+    drawn = [(name, color, int(count)) for _, color, _, name, count in BAR.findall(draw_manifest(manifest, samples, "t"))][1:]
     assert len(drawn) == 13
     assert len({color for _, color, _ in drawn}) == 13
     assert drawn[-1] == ("other", "#dddddd", 40)
@@ -94,19 +96,19 @@ def test_rare_labels_are_drawn_together_and_common_ones_each_in_its_own_colour()
     assert ("l15", 50) in [(name, count) for name, _, count in drawn]
 
 
-def test_a_label_that_names_a_colour_has_it_and_no_other_label_does() -> None:
+def test_a_label_that_names_a_colour_has_that_colour() -> None:
     names = ["Blue", "red", "yes", "no", "circle", "grey", "gray"]
     samples = [sample(f"{i}", label=name) for i, name in enumerate(names)]
-    made = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
-    colors = {name: color for _, color, _, name, _ in BAR.findall(draw_manifest(made, samples, "t"))[1:]}
+    manifest = Manifest.of((Holding(s.id, 0, s.modalities) for s in samples), 1)
+    colors = {name: color for _, color, _, name, _ in BAR.findall(draw_manifest(manifest, samples, "t"))[1:]}
     assert colors["Blue"] == "#2a52be"
     assert len(set(colors.values())) == len(names)
 
 
-def test_only_what_occurs_is_in_the_legend_and_not_all_of_very_many_clients_are_drawn() -> None:
+def test_the_legend_has_only_used_names_and_the_number_of_clients_is_limited() -> None:
     samples = [sample(f"{i:03d}", "image", label="l") for i in range(600)]
-    made = Manifest.of((Holding(s.id, i, s.modalities) for i, s in enumerate(samples)), 600)
-    html = draw_manifest(made, samples, "t")
+    manifest = Manifest.of((Holding(s.id, i, s.modalities) for i, s in enumerate(samples)), 600)
+    html = draw_manifest(manifest, samples, "t")
     assert re.findall(r"</i>([^<]+)</span>", html) == ["image", "l"]
     assert "on 600 clients; the first 500 are drawn;" in html
     assert len(bars(html)) == 2 * 500

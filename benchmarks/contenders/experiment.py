@@ -1,4 +1,4 @@
-"""The workload, made by fedmllm's own data path, and the experiment that is the same thing to fedmllm."""
+"""The workload, built with fedmllm's own data path, and the fedmllm experiment that does the same work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmllm.training.batches import batch_epoch
 
 
 def experiment(size: Size, cohort: int | str = 1) -> Experiment:
-    """The experiment that fedmllm runs."""
+    """The experiment that (d) and (e) run."""
     train: dict[str, Any] = {
         "rounds": size.rounds, "clients_per_round": size.clients, "batch_size": BATCH,
         "lr": LR, "schedule": "constant", "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": 0.0, "clip": CLIP,
@@ -35,29 +35,30 @@ def experiment(size: Size, cohort: int | str = 1) -> Experiment:
     )
 
 
-def make(size: Size) -> Workload:
-    """The workload, from the data, the manifest and the order of samples that fedmllm draws."""
+def make_workload(size: Size) -> Workload:
+    """The same data, assignment of samples to clients and order of samples as in the experiment."""
     config = experiment(size)
-    data, model = build(config).prepare(), MLLM.load(config.model, config.seed)
-    by_id = {sample.id: sample for sample in data.train}
-    held = [(holding.client, by_id[holding.sample_id]) for holding in data.manifest]
-    samples = [sample for _, sample in held] + data.test
-    talks = [render(s, s.modalities, prompts.build(config.prompt.name, {})) for s in samples]
-    encoded = model.encode(talks, [s.image for s in samples], config.train.max_length)
+    dataset, model = build(config).prepare(), MLLM.load(config.model, config.seed)
+    by_id = {sample.id: sample for sample in dataset.train}
+    train = [by_id[holding.sample_id] for holding in dataset.manifest]
+    samples = train + dataset.test
+    conversations = [render(s, s.modalities, prompts.build(config.prompt.name, {})) for s in samples]
+    encoded = model.encode(conversations, [s.image for s in samples], config.train.max_length)
     items = [
-        Item(model.backbone.prompt(talk), model.backbone.tokenizer.decode(list(one.answer)), str(s.image), s.answer)
-        for s, talk, one in zip(samples, talks, encoded, strict=True)
+        Item(model.backbone.prompt(conversation), model.backbone.tokenizer.decode(list(e.answer)), str(s.image), s.answer)
+        for s, conversation, e in zip(samples, conversations, encoded, strict=True)
     ]
-    places = [[i for i, (owner, _) in enumerate(held) if owner == client] for client in range(size.clients)]
+    owners = [holding.client for holding in dataset.manifest]
+    held = [[i for i, owner in enumerate(owners) if owner == client] for client in range(size.clients)]
     steps = []
     for number in range(size.rounds):
         assert sample_clients(FederationPlan.of(config.train, range(size.clients), 0), number) == tuple(range(size.clients))
-        orders = []
-        for client, mine in enumerate(places):
-            drawn = stream(config.seed, "batches", client, number, 0)
-            planned = batch_epoch([encoded[i].length for i in mine], BATCH, 1, drawn).steps
-            orders.append([[mine[i] for batch in step for i in batch] for step in planned])
-        steps.append(orders)
+        by_client = []
+        for client, indices in enumerate(held):
+            rng = stream(config.seed, "batches", client, number, 0)
+            epoch = batch_epoch([encoded[i].length for i in indices], BATCH, 1, rng).steps
+            by_client.append([[indices[i] for batch in step for i in batch] for step in epoch])
+        steps.append(by_client)
     folder = str(POCKET) if size.model == "pocket" else size.model
     target = model.backbone.family.target
-    return Workload(size, folder, target, items[: len(held)], items[len(held) :], steps, model.adapter.get())
+    return Workload(size, folder, target, items[: len(train)], items[len(train) :], steps, model.adapter.get())
