@@ -3,8 +3,8 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
-# Processes of the test run; 2 take about half the time on two cores.
-WORKERS ?= 0
+# Processes of the test run; 0 runs the tests in pytest itself, as a debugger needs.
+WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export TOKENIZERS_PARALLELISM := false
 
@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not gpu and not browser"
 
 test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds
 	$(BIN)/python -m pytest -m "not gpu and not browser"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner, Result
 
 from fedmllm.cli.app import app
+from fedmllm.experiment import processes
 
 
 def call(*arguments: object) -> Result:
@@ -19,3 +25,26 @@ def run(*arguments: object) -> dict[str, Any]:
     assert done.exit_code == 0, done.output
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+@contextmanager
+def forked(stderr: Path, *arguments: object, prepare: Callable[[], None] | None = None) -> Iterator[BaseProcess]:
+    """The command in a process of its own, with its standard error in a file; `prepare` is called there first.
+
+    The process is forked, as a sweep's runs are, from a server that has imported torch and transformers already.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOAD)
+    process = context.Process(target=_prepared, args=(prepare, stderr, [str(a) for a in arguments]))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _prepared(prepare: Callable[[], None] | None, stderr: Path, command: list[str]) -> None:
+    if prepare is not None:
+        prepare()
+    processes._run(command, str(stderr), threads=1)

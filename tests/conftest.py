@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from fedmllm.config import LoraTable, ModelTable
+from fedmllm.config import AdapterTable, LoraTable, ModelTable
+from fedmllm.models import mllm
+from fedmllm.models.backbone import Backbone
 from fedmllm.models.mllm import MLLM
 from recipes.pocket import architecture as parts
 
@@ -55,6 +58,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     parts.build_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _backbones(tiny: Path) -> Iterator[None]:
+    """The two models that most tests load are read from disk once per test process; each load after that gets a copy."""
+    load, loaded = mllm.load_backbone, dict[str, Backbone]()
+
+    def load_copy(settings: ModelTable) -> Backbone:
+        if settings.name not in ("pocket", str(tiny)) or settings.trust_remote_code:
+            return load(settings)
+        key = settings.model_copy(update={"lora": LoraTable(), "adapter": AdapterTable()}).model_dump_json()
+        if key not in loaded:
+            loaded[key] = load(settings)
+        return copy.deepcopy(loaded[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mllm, "load_backbone", load_copy)
+        yield
 
 
 @pytest.fixture

@@ -17,8 +17,11 @@ from contenders.experiment import make_workload
 from contenders.workload import Outcome, Size, Workload, average
 
 RUNS = {"a": published.run, "c": bare.run, "d": ours.run, "e": ours_cohort.run}
-# PEFT uses an old name of a property of transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    # PEFT uses an old name of a property of transformers.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.xdist_group("benchmarks"),  # in one worker, so that each contender trains once
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,11 @@ from naive_training import train_naively
 from tiny_families import FAMILIES, save
 from tiny_models import CLOSED, OPTIONS, last_logits, perturb
 
-# PaliGemma's processor converts a tensor to a numpy array in a deprecated way.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+pytestmark = [
+    # PaliGemma's processor converts a tensor to a numpy array in a deprecated way.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.xdist_group("families"),  # in one worker, so that each family is loaded once
+]
 
 WIDE, SMALL, TALL = (96, 48), (32, 32), (40, 80)
 TALKS = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -142,3 +144,25 @@ def test_a_circle_is_found() -> None:
     modules = {"fedmllm.a": "def f():\n    from fedmllm.b import x", "fedmllm.b": "from fedmllm import c", "fedmllm.c": ""}
     assert circle(modules) == []
     assert set(circle(modules | {"fedmllm.c": "import fedmllm.a"})) == {"fedmllm.a", "fedmllm.b", "fedmllm.c"}
+
+
+# What a process imports
+
+LIGHT = HEAVY | {"numpy", "pyarrow", "safetensors", "pydantic", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import fedmllm", LIGHT | {"typer", "rich"}),
+        ("import fedmllm; fedmllm.load; fedmllm.run", LIGHT | {"typer", "rich"}),
+        ("import sys; sys.argv = ['fedmllm', '--help']; from fedmllm.cli.app import app; app(standalone_mode=False)", LIGHT),
+        ("import fedmllm.cli.app, fedmllm.report.writeup, fedmllm.report.tables, fedmllm.storage.archive", HEAVY),
+    ],
+    ids=["package", "api", "help", "reading results"],
+)
+def test_only_what_needs_a_library_imports_it(code: str, absent: set[str]) -> None:
+    script = f"{code}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.split()) & absent == set()

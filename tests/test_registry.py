@@ -65,10 +65,11 @@ def test_parts_are_found_through_entry_points(toys: Registry[Any], monkeypatch: 
         def load(self) -> None:
             toys.register("kite")(lambda: "kite")
 
-    def points(group: str) -> list[Point]:
-        return [Point()] if group == "fedmllm.toys" else []
+    class Points:
+        def select(self, group: str) -> list[Point]:
+            return [Point()] if group == "fedmllm.toys" else []
 
-    monkeypatch.setattr(registry, "entry_points", points)
+    monkeypatch.setattr(registry, "installed_parts", Points)
     assert toys.names() == ["ball", "kite", "square"]
     assert toys.build("kite", {}) == "kite"
 

@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from commands import call, run
+from commands import call, forked, run
 from fedmllm.cli.list import PartKinds
 from fedmllm.runs import kinds
+from fedmllm.storage import run_dir
 from fedmllm.storage.run_dir import RunDir
+from fedmllm.tensors import State
 
 Write = Callable[..., Path]
 
@@ -75,30 +76,6 @@ def test_twice_the_same_and_a_new_directory_each_time(write_experiment: Write) -
     assert other["adapter_sha256"] != first["adapter_sha256"]
 
 
-# One thread as in this process (conftest): float sums are ordered by the number of threads.
-KILLER = """
-import os, signal, sys
-import torch
-from fedmllm.cli import app as cli
-from fedmllm.storage import run_dir as store
-torch.set_num_threads(1)
-save, after, when = store.RunDir.save_round, int(sys.argv[1]), sys.argv[2]
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def save_and_die(self, record, state, digest):
-    if record["round"] == after and when == "between record and checkpoint":
-        store.save_state = die
-    save(self, record, state, digest)
-    if record["round"] == after:
-        if when == "written":
-            self.rounds()
-        die()
-store.RunDir.save_round = save_and_die
-sys.argv = ["fedmllm", *sys.argv[3:]]
-cli.app()
-"""
-
-
 def test_two_runs_started_at_the_same_moment(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is done from start to end while the first one loads its model."""
     file, prepare, inner = write_experiment(rounds=1), kinds.prepare_run, list[dict[str, Any]]()
@@ -117,14 +94,35 @@ def test_two_runs_started_at_the_same_moment(write_experiment: Write, monkeypatc
     assert sorted(p.name for p in Path("runs").iterdir()) == [folder.path.name for folder in folders]
 
 
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_round(after: int, when: str) -> None:
+    """From here on this process is killed in that round, when its record and checkpoint are written or before."""
+    save = RunDir.save_round
+
+    def save_and_die(self: RunDir, record: Mapping[str, Any], state: State, digest: str) -> None:
+        if record["round"] == after and when == "between record and checkpoint":
+            run_dir.save_state = die  # type: ignore[assignment]
+        save(self, record, state, digest)
+        if record["round"] == after:
+            if when == "written":
+                self.rounds()
+            die()
+
+    RunDir.save_round = save_and_die  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     ("after", "when"), [(0, "written"), (1, "written"), (1, "being written"), (1, "between record and checkpoint")]
 )
 def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int, when: str) -> None:
     file = write_experiment(name="killed")
     whole = run("run", file, "--out", "whole")
-    killed = subprocess.run([sys.executable, "-c", KILLER, str(after), when, "run", str(file)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    with forked(Path("stderr"), "run", file, prepare=partial(die_in_round, after, when)) as process:
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
     folder = RunDir(Path("runs/killed-federated-seed0"))
     assert not folder.complete
     assert len(folder.rounds()) in ((after + 1,) if when == "written" else (after, after + 1))
@@ -138,16 +136,17 @@ def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after:
 
 def test_interrupted_is_130_and_resumable(write_experiment: Write) -> None:
     file = write_experiment(rounds=200, name="stopped")
-    command = [sys.executable, "-m", "fedmllm", "run", str(file), "--out", "stopped"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     folder, deadline = RunDir(Path("stopped")), time.monotonic() + 120
-    while folder.load_checkpoint() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume" in said
-    assert "Traceback" not in said
+    with forked(Path("stderr"), "run", file, "--out", "stopped") as process:
+        while folder.load_checkpoint() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+    stderr = Path("stderr").read_text()
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
     assert folder.load_checkpoint() is not None
 
 

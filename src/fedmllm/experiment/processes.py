@@ -18,7 +18,13 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["fedmllm.runs.kinds", "fedmllm.report.tables", "peft", "transformers.models.idefics3.modeling_idefics3"]
+PRELOAD = [
+    "fedmllm.cli.app",
+    "fedmllm.runs.kinds",
+    "fedmllm.report.tables",
+    "peft",
+    "transformers.models.idefics3.modeling_idefics3",
+]
 """What nearly every run imports; the last one is for the pocket model."""
 
 

@@ -45,7 +45,7 @@ MANY = ["--set", "partition.clients=12", "--set", "scenario.name=aligned", "--se
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Holding]:
-    """All that a bench encoded for clients, in order."""
+    """All that a session encoded for clients, in order."""
     found: list[Holding] = []
     encode = Session.encode
 
