@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -38,7 +38,7 @@ PLUGINS = "FEDMLLM_PLUGINS"
 
 
 @cache
-def installed_parts() -> EntryPoints:
+def installed_parts() -> Any:  # EntryPoints, which Python 3.11 wraps in a class that later versions lack
     """The entry points of all installed packages, read once because reading them takes tens of milliseconds."""
     return entry_points()
 
