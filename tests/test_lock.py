@@ -50,7 +50,8 @@ def test_a_file_left_by_a_kill_can_be_locked(tmp_path: Path) -> None:
 
 
 def test_a_lock_on_a_removed_file_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+    path, flock = tmp_path / "lock", fcntl.flock
+    calls: list[int] = []
 
     def removed_before_the_first(file: int, operation: int) -> None:
         if not calls:
