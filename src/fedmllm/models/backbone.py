@@ -108,7 +108,7 @@ def pick_dtype(precision: str, device: torch.device, width: int) -> torch.dtype:
 
 
 def load_backbone(settings: ModelTable) -> Backbone:
-    """Raises ConfigError if there is no such model, it accepts no pictures, or the settings do not allow what it needs."""
+    """Load the model. Raises ConfigError if it does not exist, accepts no pictures, or needs what the settings do not allow."""
     source = str(POCKET) if settings.name == "pocket" else settings.name
     device = _device(settings.device)
     trust = settings.trust_remote_code

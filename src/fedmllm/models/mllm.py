@@ -63,7 +63,7 @@ class MLLM:
 
     @classmethod
     def load(cls, settings: ModelTable, seed: int) -> MLLM:
-        """Raises ConfigError if the model cannot be found or is not of a supported kind."""
+        """Load the model and attach the adapter. Raises ConfigError if the model cannot be found or is not supported."""
         return cls(load_backbone(settings), settings, seed)
 
     # Which adapter the model computes with
