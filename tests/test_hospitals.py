@@ -1,4 +1,4 @@
-"""The example of three hospitals: its folders hold what real machines have, and it runs, as does `flwr run` on its app."""
+"""The example of three hospitals: its folders contain what real machines would have, and it runs; so does `flwr run`."""
 
 from __future__ import annotations
 
