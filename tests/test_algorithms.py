@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedmllm.algorithms import Algorithm, Update, algorithms
 from fedmllm.algorithms.base import in_order
 from fedmllm.algorithms.traffic import traffic_of
-from fedmllm.federation import usable
+from fedmllm.federation import screen
 from fedmllm.tensors import State, digest, flatten, problem_with, unflatten
 from helpers import (
     CLIENTS,
@@ -76,7 +76,7 @@ def test_what_clients_send_is_what_the_server_expects(parts: Parts) -> None:
     algorithm, state, updates = after_a_round(parts)
     for client in CLIENTS:
         assert algorithm.message(state, client, INFO).keys() <= state.keys()
-    assert usable(updates, algorithm, state, INFO) == (updates, [])
+    assert screen(updates, algorithm, state, INFO) == (updates, [])
 
 
 @every_algorithm
@@ -150,7 +150,7 @@ def test_an_update_with_nan_or_infinity_anywhere_is_refused(parts: Parts, data: 
     place = data.draw(st.integers(0, flat[name].numel() - 1))
     flat[name].view(-1)[place] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     spoilt = Update(updates[1].client, unflatten(flat), updates[1].examples, updates[1].steps)
-    good, refused = usable([updates[0], spoilt, updates[2]], algorithm, state, INFO)
+    good, refused = screen([updates[0], spoilt, updates[2]], algorithm, state, INFO)
     assert [u.client for u in good] == [updates[0].client, updates[2].client]
     assert [r["client"] for r in refused] == [spoilt.client]
     assert "NaN or infinity" in str(refused[0]["why"])
@@ -161,7 +161,7 @@ def test_a_client_that_took_no_part_before_can_join_late(parts: Parts) -> None:
     algorithm, state, _ = after_a_round(parts)
     info = round_info(1, (2, 4))
     updates = a_round(algorithm, state, {}, info)
-    assert usable(updates, algorithm, state, info)[1] == []
+    assert screen(updates, algorithm, state, info)[1] == []
     assert problem_with(algorithm.aggregate(state, updates, info)["adapter"], lora_adapter()) is None
 
 
