@@ -201,7 +201,7 @@ def test_the_loss_before_training_is_that_of_the_received_adapter(tiny: Path, da
         model.model.eval()
         model.adapter.set(work.received)
         samples = held(model, dataset, client, count)
-        expected = float(sum(model.loss([one]) for one in samples)) / len(samples) if samples else 0.0
+        expected = sum(model.loss([one]).item() for one in samples) / max(len(samples), 1)
         assert result.loss_before == pytest.approx(expected, rel=1e-5)
 
 

@@ -235,7 +235,7 @@ def test_a_step_that_overflows_is_refused() -> None:
     groups = {**updates[0].groups, "step": {**updates[0].groups["step"], name: torch.tensor([3e38])}}
     bad = Update(updates[0].client, groups, 1, 1)
     _, refused = screen([bad, *updates[1:]], algorithm, state, round_info(0, CLIENTS))
-    assert "once restored" in str(refused[0]["why"])
+    assert "after decompression" in str(refused[0]["why"])
 
 
 @pytest.mark.parametrize("name", [n for n in algorithms.names() if algorithms.build(n, {}).refactors])

@@ -6,8 +6,8 @@ Client k minimises ½ ‖w − target_k‖² by plain gradient descent, under th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -18,9 +18,10 @@ from fedmllm.tensors import State, Tensors, clone, zeros_like
 LR = 0.1
 
 
-def target(client: int, name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The minimum of the client's loss for this tensor."""
-    return torch.tensor(stream(7, "target", client, name).normal(size=tuple(shape)), dtype=torch.float32)
+@lru_cache(maxsize=4096)
+def target(client: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The minimum of the client's loss for this tensor. Shared between calls, so it must not be modified."""
+    return torch.tensor(stream(7, "target", client, name).normal(size=shape), dtype=torch.float32)
 
 
 def steps_of(client: int) -> int:
@@ -32,7 +33,7 @@ def examples_of(client: int) -> int:
 
 
 def loss_of(client: int, w: Tensors) -> float:
-    return sum(0.5 * float((t - target(client, name, t.shape)).square().sum()) for name, t in w.items())
+    return sum(0.5 * float((t - target(client, name, tuple(t.shape))).square().sum()) for name, t in w.items())
 
 
 def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -> LocalResult:
@@ -41,7 +42,7 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -
     for _ in range(steps_of(client)):
         losses.append(loss_of(client, w))
         for name in (n for n in w if rule.trainable(n)):
-            g = w[name] - target(client, name, w[name].shape)
+            g = w[name] - target(client, name, tuple(w[name].shape))
             gradients[name] += g / steps_of(client)
             g = g + rule.proximal.get(name, 0.0) * (w[name] - received[name])
             if rule.offset is not None and name in rule.offset:
