@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -23,8 +22,9 @@ from fedmllm.testing.toy_federation import run_rounds as rounds_of
 from fedmllm.testing.toy_federation import train_round as a_round
 
 __all__ = [
-    "ADAPTER_INFO", "CLIENTS", "COMBINATIONS", "LR", "FakeFleet", "a_round", "built", "examples_of", "local_sgd", "lora_adapter",
-    "mixed", "png", "quick", "round_info", "rounds_of", "same", "sample", "steps_of", "target", "task", "tensors", "update",
+    "ADAPTER_INFO", "CLIENTS", "COMBINATIONS", "LR", "FakeFleet", "a_round", "built", "examples_of", "local_sgd",
+    "lora_adapter", "mixed", "png", "quick", "round_info", "rounds_of", "same", "sample", "steps_of", "target", "task",
+    "tensors", "update",
 ]  # fmt: skip
 
 # Derandomised, so that a green suite stays green; without a deadline, so that a busy machine does not matter.

@@ -207,7 +207,9 @@ def test_the_loss_before_training_is_that_of_the_received_adapter(tiny: Path, da
 
 def test_the_loss_before_training_is_the_same_in_a_cohort(model: MLLM, dataset: Path) -> None:
     rules = [LocalRule(observe_loss=True), LocalRule(), LocalRule(observe_loss=True)]
-    works = [work_of(model, dataset, c, count, 3, 1, rule) for c, (count, rule) in enumerate(zip((4, 9, 7), rules, strict=True))]
+    works = [
+        work_of(model, dataset, c, count, 3, 1, rule) for c, (count, rule) in enumerate(zip((4, 9, 7), rules, strict=True))
+    ]
     together = train_cohort(model, works, ADAMW)
     alone = [train_cohort(model, [work], ADAMW)[0] for work in works]
     assert [result.loss_before for result in together] == [result.loss_before for result in alone]

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 PLUGINS = "FEDMLLM_PLUGINS"
 """The environment variable with the plug-in files, so that processes started from this one load them too."""
+_PLUGIN_MODULE = "fedmllm_plugin_"
 
 
 def plugin_files() -> list[Path]:
@@ -46,7 +47,7 @@ def load_plugin(path: Path) -> None:
     path = path.absolute()
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: there is no such file.")
-    name = f"fedmllm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = f"{_PLUGIN_MODULE}{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return
     spec = spec_from_file_location(name, path)
@@ -63,6 +64,12 @@ def load_plugin(path: Path) -> None:
         os.environ[PLUGINS] = os.pathsep.join(map(str, [*plugin_files(), path]))
 
 
+def _origin(factory: Callable[..., object]) -> str:
+    """The module of a factory, or the file of a plug-in."""
+    module = factory.__module__
+    return str(sys.modules[module].__file__) if module.startswith(_PLUGIN_MODULE) else module
+
+
 class Registry(Generic[T]):
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
@@ -74,8 +81,8 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def keep(factory: Callable[..., T]) -> Callable[..., T]:
             if name in self._factories:
-                modules = f"{self._factories[name].__module__} and {factory.__module__}"
-                raise ConfigError(f"{self.kind} {name!r} is registered twice, by {modules}; rename one of them.")
+                origins = f"{_origin(self._factories[name])} and {_origin(factory)}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice, by {origins}; rename one of them.")
             self._factories[name] = factory
             return factory
 

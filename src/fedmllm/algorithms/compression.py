@@ -6,7 +6,8 @@ are sent unchanged. The server restores w + Δ̂_k before it aggregates.
 int8    Δ̂ = s q with s = max|Δ| / 127 for each tensor and q = ⌊Δ / s + u⌋, u uniform in [0, 1): E[Δ̂] = Δ. QSGD's stochastic
         rounding (Alistarh et al. 2017, 1610.02132).
 top-k   the k = ⌈share · n⌉ entries of largest absolute value of each tensor, with error feedback: the client remembers the
-        entries that were left out and adds them to its next change (Stich et al. 2018, 1809.07599; Karimireddy et al. 2019, 1901.09847).
+        entries that were left out and adds them to its next change (Stich et al. 2018, 1809.07599; Karimireddy et al. 2019,
+        1901.09847).
 """
 
 from __future__ import annotations

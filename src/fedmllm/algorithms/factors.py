@@ -41,7 +41,7 @@ def modules(adapter: Tensors) -> list[str]:
 
 
 def lora_state(adapter: Tensors) -> State:
-    """The initial server state of a method that keeps nothing but the adapter. Raises ValueError unless it is a LoRA adapter."""
+    """The initial server state of a method that keeps the adapter only. Raises ValueError unless it is a LoRA adapter."""
     modules(adapter)
     return {"adapter": clone(adapter)}
 

@@ -47,9 +47,7 @@ def traffic_of(algorithm: Algorithm) -> dict[str, list[str]]:
         updates = []
         for client in _CLIENTS:
             message = algorithm.message(state, client, info)
-            update, memories[client] = train_toy_client(
-                algorithm, client, message, memories.get(client, {}), info, initial
-            )
+            update, memories[client] = train_toy_client(algorithm, client, message, memories.get(client, {}), info, initial)
             updates.append(update)
             down.append(_groups_in(message))
             up.append(_groups_in(update.groups))

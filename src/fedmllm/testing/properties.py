@@ -57,7 +57,9 @@ def check_unequal_ranks(algorithm: Algorithm) -> None:
         assert not refused, f"an update of the client's own rank is refused: {refused[0]['why']}"
         for update in updates:
             sent = rank_of(algorithm.message(state, update.client, info)["adapter"])
-            assert sent == rank_of(update.groups["adapter"]) == RANKS[update.client], "a client was sent another rank than its own"
+            assert sent == rank_of(update.groups["adapter"]) == RANKS[update.client], (
+                "a client was sent another rank than its own"
+            )
         assert rank_of(after["adapter"]) == 3, "the rank of the server's adapter has changed"
         assert same(algorithm.aggregate(state, updates[::-1], info), after), "the order of updates matters at unequal ranks"
 
