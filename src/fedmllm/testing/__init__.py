@@ -14,6 +14,6 @@ from fedmllm.testing.families import check_family
 from fedmllm.testing.toy_federation import ToyFleet, lora_adapter, round_info, run_rounds, train_round
 
 __all__ = [
-    "ToyFleet", "check_algorithm", "check_compression", "check_family", "check_partition", "check_prompt", 
+    "ToyFleet", "check_algorithm", "check_compression", "check_family", "check_partition", "check_prompt",
     "check_regularization", "check_scenario", "check_task", "lora_adapter", "round_info", "run_rounds", "train_round",
 ]  # fmt: skip
