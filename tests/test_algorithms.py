@@ -17,6 +17,7 @@ from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.algorithms.traffic import traffic_of
 from fedmllm.tensors import State
 from fedmllm.testing import check_algorithm, check_compression, check_regularization, contract, properties
+from fedmllm.testing.registered import check_registered
 from helpers import built, lora_adapter, round_info, tensors, update
 
 
@@ -25,14 +26,21 @@ def test_every_algorithm_keeps_the_contract(name: str) -> None:
     check_algorithm(name)
 
 
-@pytest.mark.parametrize("name", regularizations.names())
+@pytest.mark.parametrize("name", [name for name in regularizations.names() if name != "none"])
 def test_every_regularization_keeps_the_contract(name: str) -> None:
     check_regularization(name)
 
 
-@pytest.mark.parametrize("name", compressions.names())
+@pytest.mark.parametrize("name", [name for name in compressions.names() if name != "none"])
 def test_every_compression_keeps_the_contract(name: str) -> None:
     check_compression(name)
+
+
+def test_the_wrappers_called_none_change_nothing() -> None:
+    algorithm = fedavg()
+    for registry in (regularizations, compressions):
+        check_registered(registry, "none")
+        assert registry.build("none", {})(algorithm) is algorithm
 
 
 def test_top_k_without_feedback_keeps_the_contract() -> None:

@@ -45,8 +45,8 @@ def check_scenario(name: str, **options: Any) -> None:
         for sample, client in product(_samples(5), range(number)):
             visible = scenario.visible(sample, client, stream(seed, sample.id))
             assert visible <= sample.modalities, f"{part}: {sorted(visible)} of a sample with {sorted(sample.modalities)}"
-            again = scenario.visible(sample, client, stream(seed, sample.id))
-            assert visible == again, f"{part}: `visible` depends on more than its arguments"
+            repeated = scenario.visible(sample, client, stream(seed, sample.id))
+            assert visible == repeated, f"{part}: `visible` depends on more than its arguments"
     assert suited, f"{part}: no number of clients up to 12 suits its options"
 
 
