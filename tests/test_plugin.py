@@ -176,7 +176,7 @@ def test_a_part_of_each_kind_is_listed_checked_and_run(tmp_path: Path, tiny: Pat
     assert result["refused_updates"] == 0
     # The sweep's run is a process of its own, which gets the plug-in through the environment.
     assert swept[0] == 0, swept[2]
-    (child,) = (tmp_path / "runs" / "grid").glob("*/result.json")
+    (child,) = (tmp_path / "runs" / "grid").rglob("result.json")
     assert json.loads(child.read_text())["adapter_sha256"] == result["adapter_sha256"]
     assert_one_sentence(
         twice, "algorithm 'fedavg' is registered twice, by fedmllm.algorithms.fedavg and ", "twice.py; rename one"
