@@ -1,188 +1,222 @@
-"""One contract for every algorithm in every wrapper, found through the registries."""
+"""Algorithms and their wrappers keep the contract of `fedmllm.testing`, and the contract finds what breaks it."""
 
 from __future__ import annotations
 
-import math
-import random
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedmllm.algorithms import Algorithm, Update, algorithms
-from fedmllm.algorithms.base import in_order
+from fedmllm.algorithms import Algorithm, LocalRule, RoundInfo, Update, algorithms, compressions, regularizations
+from fedmllm.algorithms.base import in_order, send_adapter
+from fedmllm.algorithms.factors import lora_state
+from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.algorithms.traffic import traffic_of
-from fedmllm.federation import usable
-from fedmllm.tensors import State, digest, flatten, problem_with, unflatten
-from helpers import (
-    CLIENTS,
-    COMBINATIONS,
-    a_round,
-    built,
-    lora_adapter,
-    quick,
-    round_info,
-    same,
-    tensors,
-    update,
-)
-
-every_algorithm = pytest.mark.parametrize("parts", COMBINATIONS, ids="-".join)
-Parts = tuple[str, str, str]
-brief = settings(quick, max_examples=8)
-INFO = round_info(1, CLIENTS)
-
-
-@cache
-def _after_a_round(parts: Parts) -> tuple[Algorithm, State, tuple[Update, ...]]:
-    algorithm = built(*parts)
-    memories: dict[int, State] = {}
-    state = algorithm.init(lora_adapter())
-    state = algorithm.aggregate(state, a_round(algorithm, state, memories, round_info(0, CLIENTS)), round_info(0, CLIENTS))
-    return algorithm, state, tuple(a_round(algorithm, state, memories, INFO))
-
-
-def after_a_round(parts: Parts) -> tuple[Algorithm, State, list[Update]]:
-    """The algorithm, its state after one round, and the updates of the next: nothing is still at its start."""
-    algorithm, state, updates = _after_a_round(parts)
-    return algorithm, state, list(updates)
-
-
-def prints(state: State, updates: list[Update]) -> list[str]:
-    return [digest(flatten(groups)) for groups in (state, *(u.groups for u in updates))]
-
-
-@every_algorithm
-def test_names_shapes_and_dtypes_of_the_adapter_are_kept(parts: Parts) -> None:
-    algorithm, adapter = built(*parts), lora_adapter()
-    _, first, updates = after_a_round(parts)
-    second = algorithm.aggregate(first, updates, INFO)
-    for state in (algorithm.init(adapter), first, second):
-        assert problem_with(state["adapter"], adapter) is None
-
-
-@every_algorithm
-def test_the_adapter_learns(parts: Parts) -> None:
-    _, state, _ = after_a_round(parts)
-    flat, start = flatten(state), {f"adapter/{name}": tensor for name, tensor in lora_adapter().items()}
-    assert any(name not in start or not torch.equal(tensor, start[name]) for name, tensor in flat.items())
-
-
-@every_algorithm
-def test_what_clients_send_is_what_the_server_expects(parts: Parts) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    for client in CLIENTS:
-        assert algorithm.message(state, client, INFO).keys() <= state.keys()
-    assert usable(updates, algorithm, state, INFO) == (updates, [])
-
-
-@every_algorithm
-def test_no_function_writes_to_its_inputs(parts: Parts) -> None:
-    algorithm, adapter = built(*parts), lora_adapter()
-    before = digest(adapter)
-    state = algorithm.init(adapter)
-    for tensor in state["adapter"].values():
-        tensor.add_(1)
-    assert digest(adapter) == before, "init gave the caller's own tensors away"
-    _, state, updates = after_a_round(parts)
-    seen = prints(state, updates)
-    memories: dict[int, State] = {}
-    a_round(algorithm, state, memories, INFO)
-    kept = dict(memories)
-    remembered = [digest(flatten(memory)) for memory in kept.values()]
-    a_round(algorithm, state, memories, round_info(2, CLIENTS))
-    assert [digest(flatten(memory)) for memory in kept.values()] == remembered
-    for one in updates:
-        algorithm.uploads(state, one.client, INFO)
-        algorithm.refuse(one, state, INFO)
-    algorithm.aggregate(state, updates, INFO)
-    assert prints(state, updates) == seen
-
-
-@every_algorithm
-@brief
-@given(st.randoms(use_true_random=False))
-def test_the_order_of_updates_does_not_show_and_nothing_is_random(parts: Parts, order: random.Random) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    expected = algorithm.aggregate(state, updates, INFO)
-    torch.manual_seed(order.randrange(1000))
-    order.shuffle(updates)
-    assert same(algorithm.aggregate(state, updates, INFO), expected)
-
-
-@every_algorithm
-@brief
-@given(factor=st.integers(2, 1000))
-def test_only_the_proportions_of_examples_count(parts: Parts, factor: int) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    more = [Update(u.client, u.groups, u.examples * factor, u.steps, u.metrics) for u in updates]
-    expected, found = (flatten(algorithm.aggregate(state, u, INFO)) for u in (updates, more))
-    for tensor in expected:
-        torch.testing.assert_close(found[tensor], expected[tensor], rtol=1e-6, atol=1e-7)
-
-
-@every_algorithm
-def test_a_state_that_travelled_flat_goes_on_the_same(parts: Parts) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    travelled = [Update(u.client, unflatten(flatten(u.groups)), u.examples, u.steps, u.metrics) for u in updates]
-    expected = algorithm.aggregate(state, updates, INFO)
-    assert same(algorithm.aggregate(unflatten(flatten(state)), travelled, INFO), expected)
-
-
-@every_algorithm
-def test_no_update_and_two_of_one_client_are_refused(parts: Parts) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    for bad in ([], [*updates, updates[0]]):
-        with pytest.raises(ValueError, match="one from each client"):
-            algorithm.aggregate(state, bad, INFO)
-
-
-@every_algorithm
-@brief
-@given(data=st.data())
-def test_an_update_with_nan_or_infinity_anywhere_is_refused(parts: Parts, data: st.DataObject) -> None:
-    algorithm, state, updates = after_a_round(parts)
-    flat = {name: tensor.clone() for name, tensor in flatten(updates[1].groups).items()}
-    name = data.draw(st.sampled_from(sorted(n for n, t in flat.items() if t.is_floating_point())))
-    place = data.draw(st.integers(0, flat[name].numel() - 1))
-    flat[name].view(-1)[place] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    spoilt = Update(updates[1].client, unflatten(flat), updates[1].examples, updates[1].steps)
-    good, refused = usable([updates[0], spoilt, updates[2]], algorithm, state, INFO)
-    assert [u.client for u in good] == [updates[0].client, updates[2].client]
-    assert [r["client"] for r in refused] == [spoilt.client]
-    assert "NaN or infinity" in str(refused[0]["why"])
-
-
-@every_algorithm
-def test_a_client_that_took_no_part_before_can_join_late(parts: Parts) -> None:
-    algorithm, state, _ = after_a_round(parts)
-    info = round_info(1, (2, 4))
-    updates = a_round(algorithm, state, {}, info)
-    assert usable(updates, algorithm, state, info)[1] == []
-    assert problem_with(algorithm.aggregate(state, updates, info)["adapter"], lora_adapter()) is None
+from fedmllm.tensors import State
+from fedmllm.testing import check_algorithm, check_compression, check_regularization, contract, properties
+from fedmllm.testing.registered import check_registered
+from helpers import built, lora_adapter, round_info, tensors, update
 
 
 @pytest.mark.parametrize("name", algorithms.names())
-def test_every_algorithm_says_what_travels(name: str) -> None:
-    told = traffic_of(algorithms.build(name, {}))
-    assert told["up"]
-    assert all(
-        entry.partition(" ")[0] in ("adapter", "control", "fold", "normaliser") for way in told.values() for entry in way
-    )
+def test_every_algorithm_keeps_the_contract(name: str) -> None:
+    check_algorithm(name)
 
 
-def test_what_travels_is_what_the_papers_say() -> None:
-    told = {name: traffic_of(algorithms.build(name, {})) for name in algorithms.names()}
-    assert told["fedavg"] == {"down": ["adapter"], "up": ["adapter"]}
-    assert told["ffa-lora"] == {"down": ["adapter (B)"], "up": ["adapter (B)"]}
-    assert told["fedsa-lora"] == {"down": ["adapter (A)"], "up": ["adapter (A)"]}
-    assert told["rolora"] == {"down": ["adapter"], "up": ["adapter (A)", "adapter (B)"]}
-    assert told["fedsvd"] == {"down": ["adapter"], "up": ["adapter (B)"]}
-    assert told["flora"] == told["fedex-lora"] == {"down": ["adapter", "fold"], "up": ["adapter"]}
-    assert told["scaffold"] == {"down": ["adapter", "control"], "up": ["adapter", "control"]}
+@pytest.mark.parametrize("name", [name for name in regularizations.names() if name != "none"])
+def test_every_regularization_keeps_the_contract(name: str) -> None:
+    check_regularization(name)
+
+
+@pytest.mark.parametrize("name", [name for name in compressions.names() if name != "none"])
+def test_every_compression_keeps_the_contract(name: str) -> None:
+    check_compression(name)
+
+
+def test_the_wrappers_called_none_change_nothing() -> None:
+    algorithm = fedavg()
+    for registry in (regularizations, compressions):
+        check_registered(registry, "none")
+        assert registry.build("none", {})(algorithm) is algorithm
+
+
+def test_top_k_without_feedback_keeps_the_contract() -> None:
+    """Under every algorithm, those included that make new factors each round."""
+    check_compression("top-k", feedback=False)
+
+
+# What the contract finds
+
+Change = Callable[[Algorithm], dict[str, Any]]
+
+
+def no_copy(plain: Algorithm) -> dict[str, Any]:
+    return {"init": lambda adapter: {"adapter": adapter}}
+
+
+def unsorted_sum(plain: Algorithm) -> dict[str, Any]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        in_order(updates)
+        first = updates[0].groups["adapter"]
+        return {"adapter": {name: t + torch.rand(()) * 0 for name, t in first.items()}}
+
+    return {"aggregate": aggregate}
+
+
+def in_place(plain: Algorithm) -> dict[str, Any]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        after = plain.aggregate(state, updates, info)
+        for tensor in state["adapter"].values():
+            tensor.mul_(0.5)
+        return after
+
+    return {"aggregate": aggregate}
+
+
+def by_count(plain: Algorithm) -> dict[str, Any]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        after = plain.aggregate(state, updates, info)
+        total = sum(u.examples for u in updates)
+        return {"adapter": {name: t * (1 + 1e-3 * total) for name, t in after["adapter"].items()}}
+
+    return {"aggregate": aggregate}
+
+
+def unannounced(plain: Algorithm) -> dict[str, Any]:
+    def finish(result: Any, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        return {**send_adapter(result, received, memory, info)[0], "extra": tensors(x=1)}, {}
+
+    return {"finish": finish}
+
+
+def keeps_zeros(plain: Algorithm) -> dict[str, Any]:
+    return {"aggregate": lambda state, updates, info: {"adapter": {n: t + 0 for n, t in state["adapter"].items()}} | {}}
+
+
+def any_number(plain: Algorithm) -> dict[str, Any]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        first = min(updates, key=lambda u: u.client) if updates else update(0, state["adapter"])
+        return {"adapter": {name: t + 0 for name, t in first.groups["adapter"].items()}}
+
+    return {"aggregate": aggregate}
+
+
+def other_dtype(plain: Algorithm) -> dict[str, Any]:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        return {"adapter": {n: t.double() for n, t in plain.aggregate(state, updates, info)["adapter"].items()}}
+
+    return {"aggregate": aggregate}
+
+
+BROKEN = [
+    (no_copy, "instead of copies"),
+    (unsorted_sum, "order of updates"),
+    (in_place, "modified|saved and loaded|order of updates"),
+    (by_count, "times as many examples"),
+    (unannounced, "an update of `finish` is refused"),
+    (keeps_zeros, "as it was"),
+    (any_number, "must raise ValueError"),
+    (other_dtype, "dtype torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BROKEN, ids=[change.__name__ for change, _ in BROKEN])
+def test_the_contract_finds_a_broken_algorithm(change: Change, sentence: str) -> None:
+    plain = fedavg()
+    with pytest.raises(AssertionError, match=sentence):
+        contract.check(replace(plain, **change(plain)))
+
+
+def test_the_contract_finds_a_compression_that_packs_other_dtypes_than_it_announces() -> None:
+    int8 = built("fedavg", compression="int8")
+
+    def finish(result: Any, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        upload, memory = int8.finish(result, received, memory, info)
+        return {**upload, "step": {name: step.double() for name, step in upload["step"].items()}}, memory
+
+    with pytest.raises(AssertionError, match="dtype"):
+        contract.check(replace(int8, finish=finish))
+
+
+def median(**properties_: Any) -> Algorithm:
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        stacks = [u.groups["adapter"] for u in in_order(updates)]
+        return {"adapter": {name: torch.stack([s[name] for s in stacks]).median(0).values for name in stacks[0]}}
+
+    return replace(fedavg(), aggregate=aggregate, averages=None, **properties_)
+
+
+PROMISES = [
+    (lambda: replace(median(), averages="examples"), "more than the mean"),
+    (lambda: replace(fedavg(), needs_lora=True), "accepts an adapter that is not LoRA"),
+    (lambda: replace(fedavg(), init=lora_state), "not a LoRA adapter"),
+    (lambda: replace(fedavg(), unequal_ranks=True), "another rank than its own|shape"),
+    (lambda: replace(fedavg(), personal=True), "`personal` is True"),
+    (lambda: replace(algorithms.build("fedsa-lora", {}), personal=False), "`personal` is False"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), PROMISES, ids=[sentence for _, sentence in PROMISES])
+def test_the_contract_finds_a_property_that_does_not_hold(make: Callable[[], Algorithm], sentence: str) -> None:
+    properties.check(median())
+    with pytest.raises((AssertionError, ValueError), match=sentence):
+        properties.check(make())
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_every_algorithm_has_traffic(name: str) -> None:
+    algorithm, initial, info = algorithms.build(name, {}), lora_adapter(), round_info()
+    traffic = traffic_of(algorithm)
+    assert {entry.partition(" ")[0] for entry in traffic["up"]} == algorithm.uploads(algorithm.init(initial), 0, info).keys()
+    assert {entry.partition(" ")[0] for entry in traffic["down"]} >= algorithm.message(algorithm.init(initial), 0, info).keys()
+
+
+def test_traffic_is_what_the_papers_say() -> None:
+    traffic = {name: traffic_of(algorithms.build(name, {})) for name in algorithms.names()}
+    assert traffic["fedavg"] == {"down": ["adapter"], "up": ["adapter"]}
+    assert traffic["ffa-lora"] == {"down": ["adapter (B)"], "up": ["adapter (B)"]}
+    assert traffic["fedsa-lora"] == {"down": ["adapter (A)"], "up": ["adapter (A)"]}
+    assert traffic["rolora"] == {"down": ["adapter"], "up": ["adapter (A)", "adapter (B)"]}
+    assert traffic["fedsvd"] == {"down": ["adapter"], "up": ["adapter (B)"]}
+    assert traffic["flora"] == traffic["fedex-lora"] == {"down": ["adapter", "fold"], "up": ["adapter"]}
+    assert traffic["scaffold"] == {"down": ["adapter", "control"], "up": ["adapter", "control"]}
+
+
+def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
+    """Metrics, the learning rate, layers, and what the rule asks for; nothing that it did not ask for."""
+    plain, seen = fedavg(), []
+
+    def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
+        assert info.lr > 0
+        assert info.me.client in info.sampled
+        assert 0 <= info.me.client < info.clients
+        assert set(info.adapter.layer.values()) == set(range(info.adapter.layers)) == {0, 1}
+        assert info.adapter.layer.keys() == received["adapter"].keys()
+        return LocalRule(observe_loss=True)
+
+    def finish(result: Any, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
+        assert result.mean_gradient is None
+        assert result.loss_before > result.metrics["loss"] > 0, "plain gradient descent lowers the loss"
+        assert result.lr == info.lr
+        return send_adapter(result, received, memory, info)
+
+    def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
+        seen.extend((u.metrics["loss"], u.metrics["padding"], u.examples, u.steps) for u in updates)
+        return plain.aggregate(state, updates, info)
+
+    assert traffic_of(replace(plain, rule=rule, finish=finish, aggregate=aggregate)) == {"down": ["adapter"], "up": ["adapter"]}
+    assert len(seen) == 6
+    assert len({loss for loss, *_ in seen}) == 6
+    assert all(padding == 0 and examples > 0 and steps > 0 for _, padding, examples, steps in seen)
+
+
+# Order
 
 
 def test_updates_are_summed_in_the_order_of_their_clients() -> None:
@@ -193,3 +227,9 @@ def test_updates_are_summed_in_the_order_of_their_clients() -> None:
     algorithm = built("fedavg")
     found = {float(algorithm.aggregate(state, list(u), round_info())["adapter"]["x"]) for u in permutations(updates)}
     assert len(found) == 1
+
+
+def test_no_update_and_two_of_one_client_are_refused_with_the_clients() -> None:
+    for bad in ([], [update(4, tensors(x=1)), update(4, tensors(x=1))]):
+        with pytest.raises(ValueError, match="one from each client"):
+            in_order(bad)

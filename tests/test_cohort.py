@@ -181,6 +181,43 @@ def test_clients_of_unequal_rank(tiny: Path, dataset: Path) -> None:
         assert_same(result, train_naively(model, work, ADAMW))
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_loss_before_training_is_that_of_the_received_adapter(tiny: Path, dataset: Path, kind: str) -> None:
+    """Measured on request over the first of two passes, without dropout, and with no effect on the result of training."""
+    model = load(tiny, kind, dropout=0.3)
+    plain, asked = LocalRule(), LocalRule(observe_loss=True)
+    for client, count in enumerate((7, 1, 0)):
+        work = work_of(model, dataset, client, count, 2, 1, plain)
+        if kind == "dora":
+            work = replace(work, received=model.adapter.get())
+        twice = replace(work, steps=[*work.steps, *work.steps], steps_per_pass=len(work.steps))
+        without = train_cohort(model, [twice], ADAMW)[0]
+        drawn = torch.get_rng_state()
+        result = train_cohort(model, [replace(twice, rule=asked)], ADAMW)[0]
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert without.loss_before is None
+        assert distance(result.trained, without.trained) == 0
+        assert result.metrics == without.metrics
+        model.model.eval()
+        model.adapter.set(work.received)
+        samples = samples_of(model, dataset, client, count)
+        expected = sum(model.loss([one]).item() for one in samples) / max(len(samples), 1)
+        assert result.loss_before == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_before_training_is_the_same_in_a_cohort(model: MLLM, dataset: Path) -> None:
+    rules = [LocalRule(observe_loss=True), LocalRule(), LocalRule(observe_loss=True)]
+    works = [
+        work_of(model, dataset, c, count, 3, 1, rule) for c, (count, rule) in enumerate(zip((4, 9, 7), rules, strict=True))
+    ]
+    together = train_cohort(model, works, ADAMW)
+    alone = [train_cohort(model, [work], ADAMW)[0] for work in works]
+    assert [result.loss_before for result in together] == [result.loss_before for result in alone]
+    assert together[1].loss_before is None
+    without = train_cohort(model, [replace(work, rule=LocalRule()) for work in works], ADAMW)
+    assert [distance(a.trained, b.trained) for a, b in zip(together, without, strict=True)] == [0, 0, 0]
+
+
 def test_a_client_that_diverged_does_not_affect_the_others(model: MLLM, dataset: Path) -> None:
     works = [work_of(model, dataset, c, 6, 3, 1, LocalRule()) for c in range(3)]
     broken = {k: torch.full_like(t, torch.nan) for k, t in works[1].received.items()}

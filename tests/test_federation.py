@@ -98,8 +98,9 @@ def test_a_round_is_committed_when_its_driver_has_come_back_twice() -> None:
 
 
 def test_a_record_adds_up_what_the_clients_did() -> None:
-    record = run(FakeFleet(fedavg()), replace(PLAN, clients=(0, 1, 2)))[0][0]
-    # The pretended clients k have 10 (k + 1) examples, 2 + k mod 3 steps and a loss of k.
+    fleet = FakeFleet(fedavg(), lambda _, updates: [replace(u, metrics={"loss": float(u.client)}) for u in updates])
+    record = run(fleet, replace(PLAN, clients=(0, 1, 2)))[0][0]
+    # Toy client k has 10 (k + 1) examples and 2 + k mod 3 steps; its loss is set to k.
     assert (record.examples, record.steps) == (60, 9)
     assert record.loss == pytest.approx((10 * 0 + 20 * 1 + 30 * 2) / 60)
     assert record.refused == []

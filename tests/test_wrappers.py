@@ -22,7 +22,7 @@ from fedmllm.algorithms import (
 )
 from fedmllm.algorithms.adaptive import middle
 from fedmllm.errors import ConfigError
-from fedmllm.federation import usable
+from fedmllm.federation import screen
 from fedmllm.tensors import digest, nbytes, subtract
 from helpers import CLIENTS, a_round, built, lora_adapter, quick, round_info, rounds_of
 
@@ -224,7 +224,7 @@ def test_places_that_no_honest_client_sends_are_refused(places: list[int], why: 
     assert spoilt.groups["places"][name].numel() == 2
     groups = {**spoilt.groups, "places": {**spoilt.groups["places"], name: torch.tensor(places, dtype=torch.int32)}}
     bad = Update(spoilt.client, groups, spoilt.examples, spoilt.steps)
-    good, refused = usable([bad, *updates[1:]], algorithm, state, round_info(0, CLIENTS))
+    good, refused = screen([bad, *updates[1:]], algorithm, state, round_info(0, CLIENTS))
     assert len(good) == 2
     assert why in str(refused[0]["why"])
 
@@ -234,8 +234,8 @@ def test_a_step_that_overflows_is_refused() -> None:
     name = min(state["adapter"])
     groups = {**updates[0].groups, "step": {**updates[0].groups["step"], name: torch.tensor([3e38])}}
     bad = Update(updates[0].client, groups, 1, 1)
-    _, refused = usable([bad, *updates[1:]], algorithm, state, round_info(0, CLIENTS))
-    assert "once restored" in str(refused[0]["why"])
+    _, refused = screen([bad, *updates[1:]], algorithm, state, round_info(0, CLIENTS))
+    assert "after decompression" in str(refused[0]["why"])
 
 
 @pytest.mark.parametrize("name", [n for n in algorithms.names() if algorithms.build(n, {}).refactors])

@@ -1,7 +1,7 @@
-"""The one round loop: sample clients, let a fleet train them, refuse what cannot be used, aggregate, record, go on.
+"""The round loop: sample clients, let a fleet train them, refuse invalid updates, aggregate, and record the round.
 
-A fleet only answers "train these clients from this state"; whether in this process or over a network is its affair. The
-loop is a generator: whoever drives it evaluates, writes to disk, and may stop after any round.
+A fleet trains the clients that it is given from the states that it is given, in this process or over a network. The loop is a
+generator: its caller evaluates, writes to disk, and may stop after any round.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from fedmllm.tensors import State, Tensors, bytes_by_group, problem_with
 
 
 class Fleet(Protocol):
-    """`train` answers with the updates of the clients in `messages`, which has what each is sent, in any order; they are all
-    that `info.sampled` names, or those of them that this fleet serves.
-    `forget(round, clients)` says that their updates were refused: what they remember of that round must go with them.
-    `commit(round)` says that the server's state after that round is safe, and comes one round late: client memory from
-    before it may go.
-    `personal` is the adapter of a client that keeps part of it, after `done` rounds and with this message."""
+    """Where clients train."""
 
-    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]: ...
+    def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
+        """The updates of the clients in `messages`, in any order. `messages` has what each client is sent; its clients are
+        those of `info.sampled`, or the ones among them that this fleet serves."""
 
-    def forget(self, round: int, clients: Sequence[int]) -> None: ...
+    def forget(self, round: int, clients: Sequence[int]) -> None:
+        """Delete what these clients remembered in that round, because their updates were refused."""
 
-    def commit(self, round: int) -> None: ...
+    def commit(self, round: int) -> None:
+        """The server's state after that round is saved, so client memory from earlier rounds may be deleted. Called one round
+        late."""
 
-    def personal(self, client: int, message: State, done: int) -> Tensors: ...
+    def personal(self, client: int, message: State, done: int) -> Tensors:
+        """The adapter of a client that keeps part of it, after `done` rounds and with this message."""
 
 
-class TooFewUpdates(RuntimeError):  # noqa: N818 (it says what happened)
-    """A round brought fewer usable updates than `train.min_updates`."""
+class TooFewUpdates(RuntimeError):  # noqa: N818 (named after the event, as StopIteration is)
+    """A round had fewer valid updates than `train.min_updates`."""
 
 
 @dataclass(frozen=True)
 class FederationPlan:
-    """`clients` are the ids of all clients; `per_round` of them are sampled each round without replacement.
+    """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement.
 
-    `ranks` has the LoRA rank of each client where they differ, and is empty where they do not.
+    `ranks` has the LoRA rank of each client if ranks differ, else it is empty.
     """
 
     clients: Sequence[int]
@@ -57,7 +58,7 @@ class FederationPlan:
     ranks: Mapping[int, int] = field(default_factory=dict)
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
-        """What the algorithm is told of a round in which `sampled` take part."""
+        """The info of a round in which `sampled` take part."""
         ranks = {client: self.ranks[client] for client in sampled if client in self.ranks}
         lr = learning_rate(self, round)
         return RoundInfo(round, self.rounds, len(self.clients), tuple(sampled), self.seed, self.adapter, ranks, lr=lr)
@@ -71,16 +72,19 @@ class FederationPlan:
         adapter: AdapterInfo | None = None,
         ranks: Mapping[int, int] | None = None,
     ) -> FederationPlan:
+        """The plan of the experiment's [train] table, with `clients_per_round` and `min_updates` limited to the number of
+        clients."""
         ids = clients if isinstance(clients, range) else tuple(clients)
         per_round = min(train.clients_per_round, len(ids))
-        enough = min(train.min_updates, per_round)
+        min_updates = min(train.min_updates, per_round)
         info = adapter or AdapterInfo()
-        return cls(ids, per_round, train.rounds, train.lr, train.schedule, enough, seed, info, ranks or {})
+        return cls(ids, per_round, train.rounds, train.lr, train.schedule, min_updates, seed, info, ranks or {})
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What one round did; bytes are counted from the tensors that travel, by group and over all sampled clients."""
+    """The record of one round. `loss` and `padding` are means over the examples of the valid updates. Bytes are counted from
+    the tensors that were sent, by group, and summed over all sampled clients."""
 
     round: int
     lr: float
@@ -97,41 +101,42 @@ class RoundRecord:
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:
-    """The local learning rate of a round, constant within it: lr · ½(1 + cos(π t / T)) or lr."""
+    """The local learning rate of a round, which is constant within the round: lr · ½(1 + cos(π t / T)), or lr."""
     if plan.schedule == "constant":
         return plan.lr
     return plan.lr * 0.5 * (1 + math.cos(math.pi * round / plan.rounds))
 
 
 def sample_clients(plan: FederationPlan, round: int) -> tuple[int, ...]:
-    """Drawn from the experiment's seed and the round's number, so that a resumed run draws the same."""
-    chosen = stream(plan.seed, "sampling", round).choice(len(plan.clients), size=plan.per_round, replace=False)
-    return tuple(sorted(plan.clients[int(i)] for i in chosen))
+    """The clients of a round, sorted. The draw depends on the experiment's seed and the round only, so a resumed run draws the
+    same clients."""
+    indices = stream(plan.seed, "sampling", round).choice(len(plan.clients), size=plan.per_round, replace=False)
+    return tuple(sorted(plan.clients[int(i)] for i in indices))
 
 
 def participants(plan: FederationPlan) -> list[int]:
-    """All clients that will take part in some round; known beforehand, as each draw depends on seed and round alone."""
+    """All clients that take part in any round; known in advance, because a draw depends on the seed and the round only."""
     return sorted({client for number in range(plan.rounds) for client in sample_clients(plan, number)})
 
 
-def usable(
+def screen(
     updates: Sequence[Update], algorithm: Algorithm, state: State, info: RoundInfo
 ) -> tuple[list[Update], list[dict[str, str | int]]]:
-    """The updates that can be aggregated, and for each other one its client and why it was refused."""
-    good: list[Update] = []
+    """The valid updates, and for each other update its client and why it was refused."""
+    valid: list[Update] = []
     refused: list[dict[str, str | int]] = []
     for update in sorted(updates, key=lambda u: u.client):
-        why = _problem(update, algorithm, state, info)
-        if why is None and any(update.client == other.client for other in good):
+        why = _reason_to_refuse(update, algorithm, state, info)
+        if why is None and any(update.client == other.client for other in valid):
             why = "a second update in the same round"
         if why is None:
-            good.append(update)
+            valid.append(update)
         else:
             refused.append({"client": update.client, "why": why})
-    return good, refused
+    return valid, refused
 
 
-def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> str | None:
+def _reason_to_refuse(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> str | None:
     if update.client not in info.sampled:
         return "not sampled in this round"
     if update.problem:
@@ -147,10 +152,10 @@ def _problem(update: Update, algorithm: Algorithm, state: State, info: RoundInfo
     return algorithm.refuse(update, state, info)
 
 
-def _travelled(messages: Mapping[int, State], updates: Sequence[Update]) -> tuple[dict[str, int], dict[str, int]]:
-    """The bytes that went down and came up, by group."""
-    told = {update.client: update.travelled for update in updates if update.travelled}
-    down = (told[client][0] if client in told else bytes_by_group(state) for client, state in messages.items())
+def _bytes_sent(messages: Mapping[int, State], updates: Sequence[Update]) -> tuple[dict[str, int], dict[str, int]]:
+    """The bytes that were sent down and up, by group."""
+    reported = {update.client: update.travelled for update in updates if update.travelled}
+    down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
     up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
     return sum_groups(down), sum_groups(up)
 
@@ -164,42 +169,42 @@ def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def _absorb(
+def _aggregate(
     updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, info: RoundInfo
 ) -> tuple[State, list[Update], list[dict[str, str | int]]]:
-    """The state after a round with these updates, those it was made of, and why others were refused. Raises TooFewUpdates."""
-    good, refused = usable(updates, algorithm, state, info)
-    # Before the round is recorded: a control variate whose update never arrived must not outlive it, nor a NaN.
-    fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in good}))
-    if len(good) < plan.min_updates:
+    """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates."""
+    valid, refused = screen(updates, algorithm, state, info)
+    # Before the round is recorded: a client must not remember a control variate whose update was not used, nor a NaN.
+    fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in valid}))
+    if len(valid) < plan.min_updates:
         reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
         raise TooFewUpdates(
-            f"round {info.round}: {len(good)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
+            f"round {info.round}: {len(valid)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
         )
-    return algorithm.aggregate(state, good, info), good, refused
+    return algorithm.aggregate(state, valid, info), valid, refused
 
 
 def _record(
-    good: Sequence[Update],
+    valid: Sequence[Update],
     refused: list[dict[str, str | int]],
     info: RoundInfo,
-    travelled: tuple[dict[str, int], dict[str, int]],
+    bytes_sent: tuple[dict[str, int], dict[str, int]],
     seconds: float,
 ) -> RoundRecord:
-    """`travelled` are the bytes down and up."""
-    examples = sum(u.examples for u in good)
+    """`bytes_sent` has the bytes down and those up."""
+    examples = sum(u.examples for u in valid)
     return RoundRecord(
         round=info.round,
         lr=info.lr,
         sampled=list(info.sampled),
         examples=examples,
-        steps=sum(u.steps for u in good),
-        loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in good) / examples,
-        bytes_down=travelled[0],
-        bytes_up=travelled[1],
+        steps=sum(u.steps for u in valid),
+        loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in valid) / examples,
+        bytes_down=bytes_sent[0],
+        bytes_up=bytes_sent[1],
         refused=refused,
         seconds=seconds,
-        padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in good) / examples,
+        padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in valid) / examples,
     )
 
 
@@ -208,17 +213,18 @@ def federate(
 ) -> Iterator[tuple[RoundRecord, State]]:
     """Yield each round's record and the server's state after it.
 
-    Asking for round t + 1 says that the state after round t − 1 is safe: one may be written while clients train.
-    `resume` is (rounds already done, the server's state after them). Raises TooFewUpdates where a round cannot go on.
+    A caller that asks for round t + 1 has saved the state after round t − 1: the state after round t may still be being
+    written while clients train. `resume` is (rounds already done, the server's state after them). Raises TooFewUpdates if a
+    round has too few valid updates.
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
-    for round in range(done, plan.rounds):  # noqa: A001 (the field's word)
+    for round in range(done, plan.rounds):  # noqa: A001 (the standard term)
         began = time.monotonic()
         info = plan.info(round, sample_clients(plan, round))
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         updates = fleet.train(info, messages)
-        state, good, refused = _absorb(updates, algorithm, fleet, plan, state, info)
-        yield _record(good, refused, info, _travelled(messages, updates), time.monotonic() - began), state
+        state, valid, refused = _aggregate(updates, algorithm, fleet, plan, state, info)
+        yield _record(valid, refused, info, _bytes_sent(messages, updates), time.monotonic() - began), state
         if round > done:
             fleet.commit(round - 1)
 
@@ -226,23 +232,24 @@ def federate(
 def each_alone(
     algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, adapters: Mapping[int, Tensors]
 ) -> Iterator[dict[int, tuple[RoundRecord, State]]]:
-    """As many federations of one client as there are `adapters`, side by side, so that a fleet may train them in one pass.
+    """Run a separate federation of one client for each of `adapters`, all in step, so that a fleet may train the clients in one
+    pass.
 
-    Yield after each round what `federate` yields, for each client; the seconds are an equal share of what all took. Raises
-    TooFewUpdates where a client's round brought nothing usable.
+    After each round, yield for each client what `federate` yields; the round's seconds are divided equally. Raises
+    TooFewUpdates if a client's update is not valid.
     """
     states = {client: algorithm.init(adapter) for client, adapter in adapters.items()}
     plans = {client: replace(plan, clients=(client,), per_round=1, min_updates=1) for client in adapters}
-    for round in range(plan.rounds):  # noqa: A001 (the field's word)
+    for round in range(plan.rounds):  # noqa: A001 (the standard term)
         began = time.monotonic()
-        infos = {client: own.info(round, (client,)) for client, own in plans.items()}
+        infos = {client: own_plan.info(round, (client,)) for client, own_plan in plans.items()}
         messages = {client: algorithm.message(states[client], client, info) for client, info in infos.items()}
         updates = fleet.train(replace(plan, clients=tuple(adapters)).info(round, tuple(adapters)), messages)
-        made = {}
+        results = {}
         for client, info in infos.items():
-            mine = [update for update in updates if update.client == client]
-            states[client], good, refused = _absorb(mine, algorithm, fleet, plans[client], states[client], info)
+            own_updates = [update for update in updates if update.client == client]
+            states[client], valid, refused = _aggregate(own_updates, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
-            travelled = _travelled({client: messages[client]}, mine)
-            made[client] = _record(good, refused, info, travelled, seconds), states[client]
-        yield made
+            bytes_sent = _bytes_sent({client: messages[client]}, own_updates)
+            results[client] = _record(valid, refused, info, bytes_sent, seconds), states[client]
+        yield results

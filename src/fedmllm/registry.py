@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 PLUGINS = "FEDMLLM_PLUGINS"
 """The environment variable that lists the plug-in files, so that child processes load them too."""
+_PLUGIN_MODULE = "fedmllm_plugin_"
 
 
 @cache
@@ -52,7 +53,7 @@ def load_plugin(path: Path) -> None:
     path = path.absolute()
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: there is no such file.")
-    name = f"fedmllm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = f"{_PLUGIN_MODULE}{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return
     spec = spec_from_file_location(name, path)
@@ -67,6 +68,12 @@ def load_plugin(path: Path) -> None:
         raise ConfigError(f"--plugin {path}: it cannot be imported ({type(error).__name__}: {reason}).") from None
     if path not in plugin_files():
         os.environ[PLUGINS] = os.pathsep.join(map(str, [*plugin_files(), path]))
+
+
+def _origin(factory: Callable[..., object]) -> str:
+    """The module of a factory, or the file of a plug-in."""
+    module = factory.__module__
+    return str(sys.modules[module].__file__) if module.startswith(_PLUGIN_MODULE) else module
 
 
 class Registry(Generic[T]):
@@ -84,8 +91,8 @@ class Registry(Generic[T]):
 
         def decorate(factory: Callable[..., T]) -> Callable[..., T]:
             if name in self._factories:
-                modules = f"{self._factories[name].__module__} and {factory.__module__}"
-                raise ConfigError(f"{self.kind} {name!r} is registered twice, by {modules}; rename one of them.")
+                origins = f"{_origin(self._factories[name])} and {_origin(factory)}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice, by {origins}; rename one of them.")
             self._factories[name] = factory
             return factory
 

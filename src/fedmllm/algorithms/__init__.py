@@ -1,4 +1,4 @@
-"""Federated algorithms, one file each, server half and client half together. They know tensors, not models."""
+"""Federated algorithms, one file each, server half and client half together. They work on tensors and know no model."""
 
 from fedmllm.algorithms.base import (
     AdapterInfo,

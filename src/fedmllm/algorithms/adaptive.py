@@ -1,11 +1,11 @@
 """The adaptive regularisation of FedMLLM (2411.14717): only the middle layers are tied to the global adapter.
 
 g ← g + μ_k (w_local − w) for tensors of the layers edge ≤ layer ≤ L − 1 − edge; the outer layers, which read the
-modalities and write the answer, stay free. L is the model's own number of layers. Strengths:
+modalities and write the answer, stay free. L is the number of layers of the model. Strengths:
 
-    "fixed"          μ_k = μ · μ_w, the published code's
-    "modality-gap"   μ_k = μ · μ_w · (1 + κ · gap_k), this project's: gap_k is the share of the client's (sample, modality)
-                     slots that are empty, so that clients further from the aligned case are held closer
+    "fixed"          μ_k = μ · μ_w, as in the published code
+    "modality-gap"   μ_k = μ · μ_w · (1 + κ · gap_k), an addition of this project: gap_k is the share of the client's (sample,
+                     modality) slots that are empty, so clients that lack more modalities are tied more strongly
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fedmllm.algorithms.fedprox import tied
 from fedmllm.tensors import State
 
 
-@lru_cache  # said once, not in every client's round
+@lru_cache  # so that the warning is logged once, not for every client and round
 def middle(layers: int, edge: int) -> range:
-    """The layers that are tied. Where 2·edge leaves none, the edge shrinks to ⌊L/4⌋ and a warning is logged."""
+    """The layers that are tied. If 2·edge leaves none, ⌊L/4⌋ is used as the edge and a warning is logged."""
     if layers <= 2 * edge:
         logging.getLogger(__name__).warning(
             "adaptive regularisation: edge = %d leaves none of %d layers; using %d", edge, layers, layers // 4
@@ -40,7 +40,7 @@ def adaptive(
     strength: Literal["fixed", "modality-gap"] = "fixed",
     kappa: float = 1.0,
 ) -> Wrapper:
-    """Tie the middle layers only, optionally the more a client lacks modalities (2411.14717)."""
+    """Tie the middle layers only, optionally more strongly for clients that lack modalities (2411.14717)."""
     not_negative(mu=mu, mu_w=mu_w, edge=edge, kappa=kappa)
 
     def change(rule: LocalRule, received: State, info: RoundInfo) -> LocalRule:

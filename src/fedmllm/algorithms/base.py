@@ -1,7 +1,7 @@
-"""What an algorithm is: a few pure functions over States, and the data that passes between server and clients.
+"""The definition of an algorithm: a few pure functions over States, and the data that the server and the clients exchange.
 
-Every function is pure: it returns new dictionaries, draws from no global generator, and gives the same result in whatever
-order the updates arrive (they are sorted by client before anything is summed).
+Every function is pure: it returns new dictionaries, draws from no global generator, and its result does not depend on the
+order in which updates arrive (they are sorted by client before anything is summed).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fedmllm.tensors import State, Tensors, clone, select
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an algorithm may know of the adapter beyond its tensors.
+    """What an algorithm may know about the adapter besides its tensors.
 
-    `layers` of the text model; `layer[name]` the one a tensor belongs to, absent where it belongs to none. LoRA adds
-    `scale(rank)`·B A to a weight: α / r, or α / √r where it is rank-stabilised (rsLoRA, 2312.03732).
+    `layers` is the number of layers of the text model. `layer[name]` is the layer of a tensor; tensors of no layer are not in
+    it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
     """
 
     layers: int = 0
@@ -34,7 +34,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a client knows of itself. `gap` is the share of its (sample, modality) slots that are empty, 0 to 1."""
+    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1."""
 
     client: int
     gap: float
@@ -42,10 +42,11 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """Round `round` of `rounds`, counted from 0; `clients` in the federation, `sampled` of them in this round.
+    """Everything that an algorithm may know about a round.
 
-    `ranks` has the LoRA rank of each sampled client if ranks differ, else it is empty. `client` is set on the client's side
-    only. `lr` is the local learning rate of the round.
+    `round` counts from 0 to `rounds` − 1. `clients` is the number of clients in the federation, `sampled` has the ids of those
+    that take part in this round. `ranks` has the LoRA rank of each sampled client if ranks differ, else it is empty. `client`
+    is set on the client's side only. `lr` is the local learning rate of the round.
     """
 
     round: int
@@ -60,15 +61,15 @@ class RoundInfo:
 
     @property
     def me(self) -> ClientInfo:
-        """The client. Raises ValueError on the server's side, which is every client's and no one's."""
+        """The client that this info was made for. Raises ValueError on the server's side."""
         if self.client is None:
-            raise ValueError("this is known on a client's side only")
+            raise ValueError("the server's RoundInfo belongs to no client; `me` exists on the client's side only")
         return self.client
 
 
 @dataclass(frozen=True)
 class LocalRule:
-    """How local training differs from plain gradient descent; data, so that one client or a stacked cohort can apply it.
+    """How local training differs from plain gradient descent, as data that a single client or a stacked cohort can apply.
 
     The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`.
     """
@@ -78,15 +79,21 @@ class LocalRule:
     offset: Tensors | None = None
     observe_gradient: bool = False
     """Ask for `LocalResult.mean_gradient`."""
+    observe_loss: bool = False
+    """Ask for `LocalResult.loss_before`, which costs one more forward pass over the client's samples."""
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training hands to `Algorithm.finish`.
+    """The result of local training, as `Algorithm.finish` receives it.
 
-    `received` and `trained` are the adapter before and after, `steps` the optimizer steps taken, `lr` their learning rate,
-    `momentum` that of plain SGD (0 under AdamW), `mean_gradient` the average of the raw gradients, before clipping and
-    before the rule changed them; None unless the rule asked for it.
+    `received` and `trained` are the adapter before and after training, `steps` is the number of optimizer steps, `lr` their
+    learning rate and `momentum` the momentum of plain SGD (0 under AdamW). `metrics` has "loss", the mean loss during
+    training, and "padding", the share of token slots that were padding.
+
+    `mean_gradient` is the average of the raw gradients, before clipping and before the rule changed them. `loss_before` is the
+    mean loss of the received adapter over the client's samples, each counted once. Both are None unless the rule asked for
+    them.
     """
 
     received: Tensors
@@ -97,15 +104,16 @@ class LocalResult:
     lr: float
     metrics: Mapping[str, float]
     momentum: float = 0.0
+    loss_before: float | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends back: groups of tensors, and the counts that weighting needs.
+    """A client's reply: groups of tensors, and the counts that weighting needs.
 
-    `problem` says why there is nothing, for a client that could not train or did not answer; the update is refused then.
-    `travelled` has the bytes that went to the client and came from it, by group, where they are not those of its message and
-    of `groups`.
+    If the client could not train or did not answer, `problem` says why, and the update is refused. `travelled` has the bytes
+    that were sent to the client and those received from it, by group, if they differ from the sizes of its message and of
+    `groups`.
     """
 
     client: int
@@ -122,7 +130,7 @@ def plain_rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
 
 
 def send_adapter(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
-    """Upload the trained adapter, remember nothing."""
+    """Upload the trained adapter and remember nothing."""
     return {"adapter": clone(result.trained)}, {}
 
 
@@ -130,7 +138,8 @@ Message = Callable[[State, int, RoundInfo], State]
 
 
 def groups(*names: str) -> Message:
-    """The named groups of the server's state, the same for every client; those that are not there yet are left out."""
+    """A message of the named groups of the server's state, the same for every client. Groups that do not exist yet are left
+    out."""
     return lambda state, client, info: select(state, names)
 
 
@@ -139,15 +148,17 @@ _adapter = groups("adapter")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`init(adapter)` -> server state · `aggregate(server state, updates, info)` -> server state, on the server;
-    `rule(received, memory, info)` before and `finish(result, received, memory, info)` -> (upload, new memory) after local
-    training, on the client.
+    """The server's half and the client's half of a method.
 
-    `message(server state, client, info)` is what travels down to a client, `uploads(server state, client, info)` what an
-    honest update looks like, group by group: the reference for refusing others. `refuse(update, server state, info)` says
-    why an update that has the right shapes cannot be used all the same, or None.
+    On the server, `init(adapter)` and `aggregate(server state, updates, info)` return the server's state. On the client,
+    `rule(received, memory, info)` is called before local training, and `finish(result, received, memory, info)` after it:
+    it returns the groups to upload and the client's new memory.
 
-    A client starts from `complete(message, memory, initial)`, so a message may leave out what the client has.
+    `message(server state, client, info)` is sent to a client. `uploads(server state, client, info)` has the groups, names,
+    shapes and dtypes of a valid update; updates that differ are refused. `refuse(update, server state, info)` returns why an
+    update of the right shapes still cannot be used, or None.
+
+    A client starts from `complete(message, memory, initial)`, so a message may leave out tensors that the client has.
     """
 
     init: Callable[[Tensors], State]
@@ -158,22 +169,23 @@ class Algorithm:
     uploads: Message = _adapter
     refuse: Callable[[Update, State, RoundInfo], str | None] = lambda update, state, info: None
     needs_lora: bool = False
-    """It works on the factors A and B; other adapters have none."""
+    """The algorithm works on LoRA's factors A and B, which other adapters do not have."""
     needs_layers: bool = False
-    """It tells layers apart; an adapter that belongs to none cannot be used."""
+    """The algorithm treats layers differently, so the adapter's tensors must belong to layers."""
     unequal_ranks: bool = False
     """Clients may hold LoRA adapters of different ranks."""
     refactors: bool = False
-    """An entry of the adapter does not mean the same from one round to the next, as the server makes new factors."""
+    """The server computes new factors every round, so an entry of the adapter means something else in the next round."""
     averages: Literal["examples", "uniform"] | None = None
-    """`aggregate` uses no more of the updates than their mean of this weighting and their number: as many copies of the mean
-    give the same. None where it looks at single updates."""
+    """The weighting of the mean, if `aggregate` depends on nothing but the mean of the updates and their number: the same
+    number of copies of the mean gives the same result. None if it needs the single updates."""
     personal: bool = False
-    """Part of each client's adapter never leaves it: every client has a model of its own."""
+    """Part of each client's adapter stays with the client, so every client has its own model."""
 
 
 def complete(message: State, memory: State, initial: Tensors) -> State:
-    """The message with the adapter a client starts from: what was sent, else what it kept, else the shared start."""
+    """The message with the whole adapter that a client starts from. Each tensor comes from the message if it is there, else
+    from the client's memory, else from the shared initial adapter."""
     return {**message, "adapter": {**initial, **memory.get("adapter", {}), **message.get("adapter", {})}}
 
 
@@ -197,16 +209,16 @@ def no_compression() -> Wrapper:
 
 
 def in_order(updates: Sequence[Update]) -> list[Update]:
-    """Sorted by client. Raises ValueError where there is none, or one client reports twice."""
+    """The updates sorted by client. Raises ValueError if there is none, or if a client sent two."""
     ordered = sorted(updates, key=lambda update: update.client)
     clients = [update.client for update in ordered]
     if not ordered or len(set(clients)) != len(clients):
-        raise ValueError(f"need at least one update and one from each client, not clients {clients}")
+        raise ValueError(f"need at least one update, and one from each client; these are from clients {clients}")
     return ordered
 
 
 def changed_rule(algorithm: Algorithm, change: Callable[[LocalRule, State, RoundInfo], LocalRule]) -> Algorithm:
-    """`algorithm` with its local rule passed through `change(rule, received, info)`."""
+    """`algorithm` with its local rule replaced by `change(rule, received, info)`."""
 
     def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
         return change(algorithm.rule(received, memory, info), received, info)
@@ -215,21 +227,21 @@ def changed_rule(algorithm: Algorithm, change: Callable[[LocalRule, State, Round
 
 
 def positive(**values: float) -> None:
-    """Raises ValueError, naming the option, for a value that is not above 0."""
+    """Raise ValueError, naming the option, for a value that is not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} = {value} must be above 0")
 
 
 def not_negative(**values: float) -> None:
-    """Raises ValueError, naming the option, for a value below 0."""
+    """Raise ValueError, naming the option, for a negative value."""
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{name} = {value} must not be negative")
 
 
 def fraction(**values: float) -> None:
-    """Raises ValueError, naming the option, for a value outside [0, 1)."""
+    """Raise ValueError, naming the option, for a value outside [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} = {value} must be at least 0 and below 1")

@@ -1,12 +1,13 @@
-"""Compressed updates: wrappers around any algorithm that shrink what a client sends up.
+"""Compressed updates: wrappers around any algorithm that reduce the size of a client's upload.
 
-What is compressed is the change of the adapter against what the server sent, Δ_k = w_k − w; other groups (control variates,
-step counts) travel as they are. The server restores w + Δ̂_k before it aggregates.
+The change of the adapter since the server sent it, Δ_k = w_k − w, is compressed; other groups (control variates, step counts)
+are sent unchanged. The server restores w + Δ̂_k before it aggregates.
 
-int8    Δ̂ = s q with s = max|Δ| / 127 a tensor and q = ⌊Δ / s + u⌋, u uniform in [0, 1): E[Δ̂] = Δ. QSGD's stochastic
+int8    Δ̂ = s q with s = max|Δ| / 127 for each tensor and q = ⌊Δ / s + u⌋, u uniform in [0, 1): E[Δ̂] = Δ. QSGD's stochastic
         rounding (Alistarh et al. 2017, 1610.02132).
-top-k   the k = ⌈share · n⌉ entries of largest size a tensor, with error feedback: what was left out is remembered by the
-        client and added to its next change (Stich et al. 2018, 1809.07599; Karimireddy et al. 2019, 1901.09847).
+top-k   the k = ⌈share · n⌉ entries of largest absolute value of each tensor, with error feedback: the client remembers the
+        entries that were left out and adds them to its next change (Stich et al. 2018, 1809.07599; Karimireddy et al. 2019,
+        1901.09847).
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from fedmllm.tensors import State, Tensors, add, subtract, zeros_like
 Packed = State
 Pack = Callable[[Tensors, RoundInfo], Packed]
 Unpack = Callable[[Packed, Tensors], Tensors]
-"""(what was sent, shapes to restore) -> changes. Raises ValueError for what no honest client sends."""
+"""(packed groups, tensors of the shapes to restore) -> changes. Raises ValueError for invalid groups."""
 
 
 def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool) -> Algorithm:
-    """`algorithm` whose uploaded adapter travels as `pack` makes it; what got lost is made up for later with `feedback`."""
+    """`algorithm` with its uploaded adapter packed by `pack`. With `feedback`, each client adds what the packing lost to its
+    next change."""
 
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
-        left_over = memory.get("residual", {})
+        residual = memory.get("residual", {})
         upload, remembered = algorithm.finish(result, received, {g: t for g, t in memory.items() if g != "residual"}, info)
         change = {name: tensor - received["adapter"][name] for name, tensor in upload["adapter"].items()}
         if feedback:
-            change = {name: tensor + left_over[name] if name in left_over else tensor for name, tensor in change.items()}
+            change = {name: tensor + residual[name] if name in residual else tensor for name, tensor in change.items()}
         packed = pack(change, info)
         if feedback:
             lost = subtract(change, unpack(packed, change))
-            remembered = {**remembered, "residual": {**left_over, **lost}}
+            remembered = {**remembered, "residual": {**residual, **lost}}
         return {**{g: t for g, t in upload.items() if g != "adapter"}, **packed}, remembered
 
     def restored(update: Update, state: State, info: RoundInfo) -> Update:
@@ -59,23 +61,23 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
 
     def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
         try:
-            plain = restored(update, state, info)
+            uncompressed = restored(update, state, info)
         except ValueError as error:
             return str(error)
-        for name, tensor in sorted(plain.groups["adapter"].items()):
+        for name, tensor in sorted(uncompressed.groups["adapter"].items()):
             if not bool(torch.isfinite(tensor).all()):
-                return f"NaN or infinity in {name!r} once restored"
-        return algorithm.refuse(plain, state, info)
+                return f"NaN or infinity in {name!r} after decompression"
+        return algorithm.refuse(uncompressed, state, info)
 
     return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, averages=None)
 
 
 @compressions.register("int8")
 def int8() -> Wrapper:
-    """One byte a number: a scale a tensor and stochastic rounding, unbiased (1610.02132)."""
+    """One byte per number: one scale per tensor and stochastic rounding, unbiased (1610.02132)."""
 
     def pack(change: Tensors, info: RoundInfo) -> Packed:
-        client = info.client.client if info.client else -1  # the server packs shapes only
+        client = info.client.client if info.client else -1  # the server packs zeros, for their shapes
         codes: Tensors = {}
         steps: Tensors = {}
         for name, tensor in sorted(change.items()):
@@ -98,7 +100,7 @@ def _kept(tensor: Tensor, share: float) -> int:
 
 @compressions.register("top-k")
 def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
-    """The largest entries of each tensor; what is left out is remembered and sent later (1809.07599)."""
+    """The largest entries of each tensor; the others are remembered and sent later (1809.07599)."""
     if not 0 < share <= 1:
         raise ValueError(f"share = {share} must be above 0 and at most 1")
 
@@ -107,7 +109,7 @@ def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
         values: Tensors = {}
         for name, tensor in change.items():
             flat = tensor.flatten()
-            # A stable sort, because topk breaks ties as it likes.
+            # A stable sort, because torch.topk breaks ties arbitrarily.
             largest = torch.argsort(flat.abs(), descending=True, stable=True)[: _kept(tensor, share)].sort().values
             places[name], values[name] = largest.to(torch.int32), flat[largest]
         return {"places": places, "values": values}
@@ -117,7 +119,7 @@ def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
         for name, shape in shapes.items():
             places = packed["places"][name].long()
             if bool((places < 0).any()) or bool((places >= shape.numel()).any()) or bool((places.diff() <= 0).any()):
-                raise ValueError(f"places of {name!r} are not increasing numbers below {shape.numel()}")
+                raise ValueError(f"the places of {name!r} are not increasing numbers below {shape.numel()}")
             flat = torch.zeros(shape.numel(), dtype=shape.dtype)
             flat[places] = packed["values"][name]
             change[name] = flat.view(shape.shape)
@@ -126,8 +128,8 @@ def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
     def wrap(algorithm: Algorithm) -> Algorithm:
         if feedback and algorithm.refactors:
             raise ValueError(
-                "error feedback adds last round's remainder to this round's change, but the server makes new factors between "
-                "them; set feedback = false or use int8"
+                "error feedback adds last round's remainder to this round's change, but the server computes new factors "
+                "between them; set feedback = false or use int8"
             )
         return compressed(algorithm, pack, unpack, feedback)
 

@@ -1,7 +1,7 @@
-"""LoRA's factors as algorithms see them: pairs A: (r, d_in) and B: (d_out, r) of modules, products, truncation, folds.
+"""Arithmetic on LoRA's factors A: (r, d_in) and B: (d_out, r): products, truncation, changes of rank, folds.
 
-A module's weight is W₀ + s(r) B A. Where clients hold different ranks, each trains with its own s(r_k), so what can be
-compared and summed is the effective s(r_k) B_k A_k; `resized` keeps it when the rank changes. Sums are taken in float64.
+A module's weight is W₀ + s(r) B A. If clients have different ranks, each trains with its own s(r_k), so only the effective
+changes s(r_k) B_k A_k can be compared and summed; `resized` keeps them when the rank changes. Sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 FOLD_A, FOLD_B, FOLD = ".fold_A", ".fold_B", ".fold"
 
 Factors = dict[str, tuple[Tensor, Tensor]]
-"""module -> (left: (d_out, k), right: (k, d_in)), whose product is meant."""
+"""module -> (left: (d_out, k), right: (k, d_in)), which stand for their product."""
 
 
 def is_a(name: str) -> bool:
@@ -31,17 +31,17 @@ def is_b(name: str) -> bool:
 
 def modules(adapter: Tensors) -> list[str]:
     """The adapted modules, sorted. Raises ValueError for tensors that are not pairs of LoRA factors."""
-    found = sorted(name.removesuffix(A) for name in adapter if is_a(name))
-    odd = adapter.keys() - {m + half for m in found for half in (A, B)}
-    if odd or not found or any(m + B not in adapter for m in found):
-        raise ValueError(f"not a LoRA adapter of pairs A and B: see {min(odd, default='its names')!r}")
-    if deep := [name for name, tensor in adapter.items() if tensor.dim() != 2]:
-        raise ValueError(f"not a LoRA adapter of linear layers only: see {min(deep)!r}")
-    return found
+    names = sorted(name.removesuffix(A) for name in adapter if is_a(name))
+    others = adapter.keys() - {m + suffix for m in names for suffix in (A, B)}
+    if others or not names or any(m + B not in adapter for m in names):
+        raise ValueError(f"not a LoRA adapter of pairs A and B: see {min(others, default='its names')!r}")
+    if not_linear := [name for name, tensor in adapter.items() if tensor.dim() != 2]:
+        raise ValueError(f"not a LoRA adapter of linear layers only: see {min(not_linear)!r}")
+    return names
 
 
 def lora_state(adapter: Tensors) -> State:
-    """The server's state at the start of a method that has no other. Raises ValueError for what is no LoRA adapter."""
+    """The initial server state of a method that keeps the adapter only. Raises ValueError unless it is a LoRA adapter."""
     modules(adapter)
     return {"adapter": clone(adapter)}
 
@@ -51,14 +51,15 @@ def rank_of(adapter: Tensors) -> int:
 
 
 def half(adapter: Tensors, suffix: str) -> Tensors:
-    """All A or all B."""
+    """The tensors whose names end with `suffix`: all factors A, or all factors B."""
     return {name: tensor for name, tensor in adapter.items() if name.endswith(suffix)}
 
 
 def resized(adapter: Tensors, rank: int, info: AdapterInfo) -> Tensors:
-    """The first `rank` rows of each A and columns of each B, or as many with zeros behind; s(r)·B A of these is unchanged.
+    """The adapter at another rank: the first `rank` rows of each A and columns of each B, or all of them followed by zeros.
 
-    B carries the ratio of the scales: a client of lower rank has the larger α / r.
+    s(r)·B A of the rows that stay is unchanged: B is multiplied by the ratio of the scales, because the scale α / r is larger
+    at a lower rank.
     """
     old = rank_of(adapter)
     if rank == old:
@@ -66,9 +67,9 @@ def resized(adapter: Tensors, rank: int, info: AdapterInfo) -> Tensors:
     new: Tensors = {}
     for m in modules(adapter):
         a, b = adapter[m + A], adapter[m + B] * (info.scale(old) / info.scale(rank))
-        more = max(rank - old, 0)
-        new[m + A] = torch.cat((a[:rank], a.new_zeros(more, a.shape[1])), dim=0)
-        new[m + B] = torch.cat((b[:, :rank], b.new_zeros(b.shape[0], more)), dim=1)
+        added = max(rank - old, 0)
+        new[m + A] = torch.cat((a[:rank], a.new_zeros(added, a.shape[1])), dim=0)
+        new[m + B] = torch.cat((b[:, :rank], b.new_zeros(b.shape[0], added)), dim=1)
     return new
 
 
@@ -88,8 +89,9 @@ def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterIn
 def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B = U_r Σ_r: (d_out, r) and A = V_rᵀ: (r, d_in) of the SVD of left·right, by QR of the two thin factors.
 
-    All of the size is in B: rows of A stay orthonormal, so a direction without weight yet still has a gradient. Signs are
-    fixed by each row's largest entry. Fewer than `rank` rows come back where the factors are thinner than that.
+    The singular values are in B: the rows of A are orthonormal, so that a direction that has no weight yet still has a
+    gradient. The largest entry of each row of A is positive, which fixes the signs. If the factors are thinner than `rank`,
+    fewer than `rank` rows are returned.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
@@ -101,14 +103,14 @@ def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor
     return q_left @ u[:, :k] * sigma[:k] * signs.T, a * signs
 
 
-def folded(fold: Tensors, more: Factors) -> Tensors:
-    """The fold with left·right of each module added: the longer factors, or the dense change once that is smaller.
+def folded(fold: Tensors, change: Factors) -> Tensors:
+    """The fold with left·right of each module added: as longer factors, or as a dense matrix once that is smaller.
 
     Names are `<module>.fold_A`: (k, d_in) with `<module>.fold_B`: (d_out, k), or `<module>.fold`: (d_out, d_in); the LoRA
-    scale is inside. Cumulative, so that a client sets it and needs no history.
+    scale is included. A fold is cumulative: a client sets it and needs no earlier one.
     """
     new = dict(fold)
-    for m, (left, right) in more.items():
+    for m, (left, right) in change.items():
         if m + FOLD in new:
             new[m + FOLD] = (new[m + FOLD].double() + left @ right).float()
             continue
@@ -124,5 +126,5 @@ def folded(fold: Tensors, more: Factors) -> Tensors:
 
 
 def fold_of(state: State) -> Tensors:
-    """The fold so far; a state that never folded has no such group."""
+    """The fold so far; empty if the state has none yet."""
     return state.get("fold", {})

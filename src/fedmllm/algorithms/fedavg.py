@@ -1,7 +1,7 @@
 """FedAvg: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (1602.05629).
 
-w ← w + η_g Σ_k p_k (w_k − w), with p_k = n_k / Σ n_j over the clients that reported. On LoRA this averages A and B apart
-(FedIT, 2305.05644), which is not the average of the products B_k A_k.
+w ← w + η_g Σ_k p_k (w_k − w), with p_k = n_k / Σ n_j over the clients that sent an update. On LoRA this averages A and B
+separately (FedIT, 2305.05644), which is not the average of the products B_k A_k.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Weighting = Literal["examples", "uniform"]
 
 
 def weights_of(ordered: Sequence[Update], weighting: Weighting) -> list[float]:
-    """What each update counts: its examples, or 1. Not normalised."""
+    """The weight of each update: its examples, or 1. Not normalised."""
     return [float(u.examples) if weighting == "examples" else 1.0 for u in ordered]
 
 
 def mean_adapter(updates: Sequence[Update], weighting: Weighting) -> Tensors:
-    """Σ_k p_k w_k over the tensors that were uploaded, p_k ∝ n_k or all equal."""
+    """Σ_k p_k w_k for the uploaded tensors, with p_k ∝ n_k or all equal."""
     ordered = in_order(updates)
     return weighted_mean([u.groups["adapter"] for u in ordered], weights_of(ordered, weighting))
 
 
 def mean_change(state: State, updates: Sequence[Update], weighting: Weighting) -> Tensors:
-    """Δ̄ = Σ_k p_k (w_k − w), p_k ∝ n_k or all equal."""
+    """Δ̄ = Σ_k p_k (w_k − w), with p_k ∝ n_k or all equal."""
     return subtract(mean_adapter(updates, weighting), state["adapter"])
 
 

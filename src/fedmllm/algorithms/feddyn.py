@@ -3,8 +3,8 @@
     client   g ← g + a (w_local − w) − h_k;   h_k⁺ = h_k − a (w_k − w)
     server   h ← h − a (1/K) Σ_{k sampled} (w_k − w),   w ← mean of the w_k − h / a
 
-The means are plain ones: the method minimises the unweighted mean of the clients' objectives, and h and w must agree on it.
-h / a does not depend on a, so the server's step does not approach FedAvg's as a → 0; only the local rule becomes plain.
+The means are unweighted: the method minimises the unweighted mean of the clients' objectives, and h and w must use the same
+mean. h / a does not depend on a, so as a → 0 the server's step does not approach FedAvg's; only the local rule becomes plain.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """FedEx-LoRA: Singhal et al. 2024, "Exact Aggregation for Federated and Efficient Fine-Tuning …" (2410.09432).
 
-Ā and B̄ as in FedIT, and what that misses is folded into the base. As Σ_k p_k (B_k − B̄) = 0,
+Ā and B̄ are computed as in FedIT, and the residual of the products is folded into the base. Because Σ_k p_k (B_k − B̄) = 0,
 
     Σ_k p_k B_k A_k − B̄ Ā = Σ_k p_k (B_k − B̄) (A_k − Ā),
 
-so the residual travels as factors of rank S·r instead of a dense matrix, and nothing cancels in float32.
+so the residual is sent as factors of rank S·r instead of a dense matrix, and nothing cancels in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fedex_lora(*, weighting: Weighting = "examples") -> Algorithm:
         scale = info.adapter.scale(rank_of(mean))
         residual: Factors = {}
         for m in modules(mean):
-            # From the means as they are sent, in float32; what that rounding leaves out is of its own order.
+            # The means as they are sent, in float32: using them keeps the error at the size of that rounding.
             lefts = [scale * (u.groups["adapter"][m + B].double() - mean[m + B].double()) for u in ordered]
             rights = [
                 (w / sum(weights)) * (u.groups["adapter"][m + A].double() - mean[m + A].double())

@@ -1,10 +1,10 @@
 """FediLoRA: Yang et al. 2025, "Heterogeneous LoRA for Federated Multimodal Fine-tuning under Missing Modalities" (2509.06984).
 
-Server: each row of A and column of B is averaged over the clients whose rank reaches it, p_k made to sum to 1 over those, so
-that low ranks do not dilute the high rows with zeros. A row that nobody reached this round keeps its value.
+Server: each row of A and column of B is averaged over the clients whose rank includes it, with p_k normalised over those
+clients, so that low ranks do not dilute the high rows with zeros. A row of no sampled client keeps its value.
 
-Client: after training, a client that lacks modalities finds the A whose cosine similarity c with the received one is lowest
-and repairs it: A ← c A + (1 − c) A_received, with c cut to [0, 1]. Not in the first round, when nothing has been learnt.
+Client: after training, a client that lacks modalities finds the A with the lowest cosine similarity c to the received one and
+repairs it: A ← c A + (1 − c) A_received, with c clamped to [0, 1]. The first round is left out, as nothing was learnt before.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fedmllm.tensors import State, Tensors, clone
 
 
 def repaired(trained: Tensors, received: Tensors) -> Tensors:
-    """`trained` with its A that is least like the received one drawn towards it."""
-    likeness = {
+    """`trained`, with the A that is least similar to the received one moved towards it."""
+    similarity = {
         m: float(cosine_similarity(trained[m + A].double().flatten(), received[m + A].double().flatten(), dim=0))
         for m in modules(trained)
     }
-    worst = min(likeness, key=lambda m: likeness[m])
-    c = min(max(likeness[worst], 0.0), 1.0)
+    worst = min(similarity, key=lambda m: similarity[m])
+    c = min(max(similarity[worst], 0.0), 1.0)
     return {**clone(trained), worst + A: c * trained[worst + A] + (1 - c) * received[worst + A]}
 
 
 @algorithms.register("fedilora")
 def fedilora(*, repair: bool = True, weighting: Weighting = "examples") -> Algorithm:
-    """Average each rank's row over the clients that have it; repair layers where modalities lack (2509.06984)."""
+    """Average each rank's row over the clients that have it; clients without a modality repair a layer (2509.06984)."""
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, adapter = in_order(updates), state["adapter"]
@@ -54,8 +54,8 @@ def fedilora(*, repair: bool = True, weighting: Weighting = "examples") -> Algor
         return {**state, "adapter": new}
 
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
-        mend = repair and info.round > 0 and info.me.gap > 0
-        return {"adapter": repaired(result.trained, result.received) if mend else clone(result.trained)}, {}
+        repairs = repair and info.round > 0 and info.me.gap > 0
+        return {"adapter": repaired(result.trained, result.received) if repairs else clone(result.trained)}, {}
 
     return Algorithm(
         lora_state, aggregate, finish=finish, message=to_own_rank, uploads=to_own_rank, needs_lora=True, unequal_ranks=True

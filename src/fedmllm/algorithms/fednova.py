@@ -1,11 +1,11 @@
 """FedNova: Wang et al. 2020, "Tackling the Objective Inconsistency Problem in … Federated Optimization" (2007.07481).
 
-Clients that take more local steps pull harder under FedAvg. Each change is divided by its own number of effective steps and
-the mean is multiplied by the average of those numbers:
+Under FedAvg, clients that take more local steps have more influence. FedNova divides each change by its own number of
+effective steps and multiplies the mean by the average of those numbers:
 
     d_k = Δ_k / a_k,   a_eff = Σ_k p_k a_k,   w ← w + η_g a_eff Σ_k p_k d_k
 
-a_k = τ_k for plain SGD and for AdamW (whose steps have about one length whatever the gradient); for SGD with momentum ρ
+a_k = τ_k for plain SGD and for AdamW (whose steps have about the same length for any gradient); for SGD with momentum ρ
 a_k = (τ − ρ (1 − ρ^τ) / (1 − ρ)) / (1 − ρ). A client reports the a_k of the optimizer it used.
 """
 
@@ -45,9 +45,9 @@ def fednova(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Alg
         return {**state, "adapter": add(state["adapter"], scale(weighted_mean(changes, weights), server_lr))}
 
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
-        upload, remembered = send_adapter(result, received, memory, info)
+        upload, new_memory = send_adapter(result, received, memory, info)
         a = torch.tensor([effective_steps(result.steps, result.momentum)], dtype=torch.float32)
-        return {**upload, "normaliser": {"a": a}}, remembered
+        return {**upload, "normaliser": {"a": a}}, new_memory
 
     def uploads(state: State, client: int, info: RoundInfo) -> State:
         return {"adapter": state["adapter"], "normaliser": {"a": torch.ones(1)}}
@@ -55,5 +55,5 @@ def fednova(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Alg
     def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
         return None if float(update.groups["normaliser"]["a"]) > 0 else "effective steps are not above 0"
 
-    # Σ p_k a_eff Δ_k / a_k needs each Δ_k beside its a_k.
+    # Σ p_k a_eff Δ_k / a_k needs each Δ_k together with its a_k.
     return replace(plain, aggregate=aggregate, finish=finish, uploads=uploads, refuse=refuse, averages=None)

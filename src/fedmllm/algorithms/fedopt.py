@@ -59,7 +59,7 @@ def fedyogi(
     tau: float = 1e-3,
     weighting: Weighting = "examples",
 ) -> Algorithm:
-    """Yogi on the server: Adam whose second moment moves by a bounded amount (2003.00295)."""
+    """Yogi on the server: Adam with a bounded change of the second moment (2003.00295)."""
     fraction(beta2=beta2)
 
     def second(v: Tensor, square: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """FedProx: Li et al. 2020, "Federated Optimization in Heterogeneous Networks" (1812.06127).
 
-Each client minimises its loss plus μ/2 ‖w_local − w‖², whose gradient is μ (w_local − w). It changes local training only,
-so it is a wrapper around any algorithm; the name `fedprox` among the algorithms is that wrapper around FedAvg.
+Each client minimises its loss plus μ/2 ‖w_local − w‖², whose gradient is μ (w_local − w). Only local training
+changes, so FedProx is a wrapper around any algorithm; the algorithm `fedprox` is that wrapper around FedAvg.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fedmllm.tensors import State
 
 
 def tied(rule: LocalRule, strengths: Mapping[str, float]) -> LocalRule:
-    """`rule` with these proximal strengths on top of its own."""
+    """`rule` with these proximal strengths added to its own."""
     return replace(rule, proximal={**rule.proximal, **{n: rule.proximal.get(n, 0.0) + mu for n, mu in strengths.items()}})
 
 
 def proximal(algorithm: Algorithm, mu: float) -> Algorithm:
-    """`algorithm` with μ added to the proximal strength of every tensor it received."""
+    """`algorithm` with μ added to the proximal strength of every received tensor."""
     not_negative(mu=mu)
 
     def change(rule: LocalRule, received: State, info: RoundInfo) -> LocalRule:

@@ -1,10 +1,10 @@
 """FedSVD: Lee et al. 2025, "Adaptive Orthogonalization for Private Federated Learning with LoRA" (2505.12805).
 
-Clients train B with A fixed, as in FFA-LoRA; the server then takes the product apart anew:
+Clients train B with A fixed, as in FFA-LoRA; the server then factorises the product again:
 
     B̄ = Σ_k p_k B_k,   U Σ Vᵀ = SVD(B̄ A),   A ← V_rᵀ,   B ← U_r Σ_r
 
-so that A follows what was learnt and its rows stay orthonormal, while the averaging stays exact.
+so A adapts to what was learnt, its rows stay orthonormal, and the averaging stays exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedmllm.tensors import State, Tensors
 
 @algorithms.register("fedsvd")
 def fedsvd(*, weighting: Weighting = "examples") -> Algorithm:
-    """Train and average B, then renew A by the SVD of their product (2505.12805)."""
+    """Train and average B, then compute a new A from the SVD of the product (2505.12805)."""
     plain = ffa_lora(weighting=weighting)
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:

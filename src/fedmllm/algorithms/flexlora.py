@@ -1,7 +1,7 @@
 """FlexLoRA: Bai et al. 2024, "Federated Fine-tuning of LLMs under Heterogeneous Tasks and Client Resources" (2402.11505).
 
 s B A ← SVD_r(Σ_k p_k s_k B_k A_k): the mean of the products, truncated to the server's rank; each client is sent the
-truncation to its own rank. The paper puts √Σ or Σ with B without saying why; here Σ is with B (see `best_factors`).
+truncation to its own rank. The paper multiplies B by √Σ or by Σ without giving a reason; here B has Σ (see `best_factors`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from fedmllm.tensors import State, Tensors
 
 
 def to_own_rank(state: State, client: int, info: RoundInfo) -> State:
-    """The adapter as a client of this rank holds it."""
+    """The adapter at the rank of the client."""
     adapter = state["adapter"]
     return {"adapter": resized(adapter, info.ranks.get(client, rank_of(adapter)), info.adapter)}
 
 
 def truncated(state: Tensors, module: str, left: torch.Tensor, right: torch.Tensor) -> Tensors:
-    """The best factors of left·right at the server's rank; rows of A that the product does not fill stay the server's."""
+    """The best factors of left·right at the server's rank. If the product has a lower rank, the other rows of A keep the
+    server's values."""
     old_a, old_b = state[module + A], state[module + B]
     b, a = best_factors(left, right, old_a.shape[0])
     b = torch.cat((b, b.new_zeros(b.shape[0], old_b.shape[1] - b.shape[1])), dim=1)
@@ -32,7 +33,7 @@ def truncated(state: Tensors, module: str, left: torch.Tensor, right: torch.Tens
 
 @algorithms.register("flexlora")
 def flexlora(*, weighting: Weighting = "examples") -> Algorithm:
-    """Average the products B A and take them apart again by SVD; ranks may differ (2402.11505)."""
+    """Average the products B A and factorise them again by SVD; ranks may differ (2402.11505)."""
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, adapter = in_order(updates), state["adapter"]

@@ -1,7 +1,7 @@
 """FLoRA: Wang et al. 2024, "Federated Fine-Tuning LLMs with Heterogeneous Low-Rank Adaptations" (2409.05976).
 
-Stacking instead of averaging: with left = [s_1 B_1 … s_S B_S] and right = [p_1 A_1; …; p_S A_S], left·right is
-Σ_k p_k s_k B_k A_k exactly, whatever the ranks. It is folded into the base, and the adapter starts anew with A random, B = 0.
+Updates are stacked instead of averaged: with left = [s_1 B_1 … s_S B_S] and right = [p_1 A_1; …; p_S A_S], left·right is
+Σ_k p_k s_k B_k A_k exactly, whatever the ranks. It is folded into the base, and a new adapter starts with A random and B = 0.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors
 
 
-def _anew(adapter: Tensors, info: RoundInfo) -> Tensors:
-    """B = 0 and A uniform in ±1/√d_in, as PEFT starts it, from a stream of the round's own."""
+def _new_adapter(adapter: Tensors, info: RoundInfo) -> Tensors:
+    """B = 0 and A uniform in ±1/√d_in, as PEFT initialises it, drawn from the round's own stream."""
     new: Tensors = {}
     for name, tensor in adapter.items():
-        drawn = torch.zeros_like(tensor)
+        values = torch.zeros_like(tensor)
         if is_a(name):
             bound = tensor.shape[1] ** -0.5
-            drawn = torch.from_numpy(stream(info.seed, "flora", info.round, name).uniform(-bound, bound, tuple(tensor.shape)))
-        new[name] = drawn.to(tensor.dtype)
+            values = torch.from_numpy(stream(info.seed, "flora", info.round, name).uniform(-bound, bound, tuple(tensor.shape)))
+        new[name] = values.to(tensor.dtype)
     return new
 
 
 @algorithms.register("flora")
 def flora(*, weighting: Weighting = "examples") -> Algorithm:
-    """Stack the clients' factors into the base and start the adapter anew; ranks may differ (2409.05976)."""
+    """Fold the clients' stacked factors into the base and start a new adapter; ranks may differ (2409.05976)."""
     fold_down = groups("fold")
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered = in_order(updates)
         fold = folded(fold_of(state), stacked(ordered, weights_of(ordered, weighting), info.adapter))
-        return {**state, "adapter": _anew(state["adapter"], info), "fold": fold}
+        return {**state, "adapter": _new_adapter(state["adapter"], info), "fold": fold}
 
     def message(state: State, client: int, info: RoundInfo) -> State:
         return {**to_own_rank(state, client, info), **fold_down(state, client, info)}

@@ -1,8 +1,8 @@
 """HetLoRA: Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (2401.06432).
 
 Each client's factors are padded with zeros to the server's rank and averaged with weights ∝ ‖s_k B_k A_k‖_F, taken over all
-modules together, so that clients that learnt more count more; each client is sent the truncation to its own rank. The paper's
-pruning of a client's own rank during training is left out: ranks are the experiment's.
+modules together, so that clients that learnt more have more weight; each client is sent the truncation to its own rank. The
+paper also prunes a client's rank during training; that is left out, because the experiment file sets the ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmllm.tensors import State, Tensors, weighted_mean
 
 
 def product_norm(adapter: Tensors, info: AdapterInfo) -> float:
-    """‖s B A‖_F over all modules, from the (r, r) products: ‖B A‖² = Σ (Bᵀ B) ∘ (A Aᵀ)."""
+    """‖s B A‖_F over all modules, computed from (r, r) products: ‖B A‖² = Σ (Bᵀ B) ∘ (A Aᵀ)."""
     total = 0.0
     for m in modules(adapter):
         a, b = adapter[m + A].double(), adapter[m + B].double()
@@ -27,12 +27,12 @@ def product_norm(adapter: Tensors, info: AdapterInfo) -> float:
 
 @algorithms.register("hetlora")
 def hetlora() -> Algorithm:
-    """Average factors padded with zeros, weighted by the size of what was learnt; ranks may differ (2401.06432)."""
+    """Average factors padded with zeros, weighted by the norm of their product; ranks may differ (2401.06432)."""
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered, rank = in_order(updates), rank_of(state["adapter"])
         weights = [product_norm(u.groups["adapter"], info.adapter) for u in ordered]
-        if not any(weights):  # nobody learnt anything
+        if not any(weights):  # every product is zero
             weights = [1.0] * len(ordered)
         padded = [resized(u.groups["adapter"], rank, info.adapter) for u in ordered]
         return {**state, "adapter": weighted_mean(padded, weights)}

@@ -1,11 +1,11 @@
-"""Methods that train or send one LoRA factor at a time, so that averaging the factors is averaging the products.
+"""Methods that train or send one LoRA factor at a time, so that averaging the factors averages the products.
 
 FFA-LoRA   Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (2403.12313).
            A stays at its shared initial value; B is trained, sent and averaged: mean(B_k) A = mean(B_k A).
 RoLoRA     Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA" (2502.01755).
-           Even rounds train, send and average B with A fixed, odd rounds A with B fixed.
+           Even rounds train, send and average B with A fixed, odd rounds train A with B fixed.
 FedSA-LoRA Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning" (2410.01463).
-           Both are trained; A is sent and averaged, B_k stays with its client.
+           Both are trained; A is sent and averaged, and B_k stays with its client.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _only(suffix_of: Callable[[RoundInfo], str]) -> Message:
     return lambda state, client, info: {"adapter": half(state["adapter"], suffix_of(info))}
 
 
-def _half_uploaded(
+def _uploading(
     suffix_of: Callable[[RoundInfo], str],
 ) -> Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]]:
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
@@ -39,7 +39,7 @@ def _half_uploaded(
     return finish
 
 
-def _training_one(suffix_of: Callable[[RoundInfo], str]) -> Callable[[State, State, RoundInfo], LocalRule]:
+def _training(suffix_of: Callable[[RoundInfo], str]) -> Callable[[State, State, RoundInfo], LocalRule]:
     def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
         suffix = suffix_of(info)
         return LocalRule(trainable=lambda name: name.endswith(suffix))
@@ -49,13 +49,13 @@ def _training_one(suffix_of: Callable[[RoundInfo], str]) -> Callable[[State, Sta
 
 @algorithms.register("ffa-lora")
 def ffa_lora(*, weighting: Weighting = "examples") -> Algorithm:
-    """Freeze A at its shared start; train, send and average B alone (2403.12313)."""
+    """Freeze A at its initial value; train, send and average B alone (2403.12313)."""
 
     def b(info: RoundInfo) -> str:
         return B
 
     aggregate, only = _averaging(weighting), _only(b)
-    rule, finish = _training_one(b), _half_uploaded(b)
+    rule, finish = _training(b), _uploading(b)
     return Algorithm(lora_state, aggregate, rule, finish, message=only, uploads=only, needs_lora=True, averages=weighting)
 
 
@@ -66,16 +66,16 @@ def rolora(*, weighting: Weighting = "examples") -> Algorithm:
     def turn(info: RoundInfo) -> str:
         return A if info.round % 2 else B
 
-    # Both go down: a client that was not sampled last round lacks the half that changed then.
-    down = groups("adapter")
+    # Both factors are sent down: a client that was not sampled last round lacks the factor that changed then.
+    both = groups("adapter")
     aggregate = _averaging(weighting)
-    rule, finish = _training_one(turn), _half_uploaded(turn)
-    return Algorithm(lora_state, aggregate, rule, finish, down, _only(turn), needs_lora=True, averages=weighting)
+    rule, finish = _training(turn), _uploading(turn)
+    return Algorithm(lora_state, aggregate, rule, finish, both, _only(turn), needs_lora=True, averages=weighting)
 
 
 @algorithms.register("fedsa-lora")
 def fedsa_lora(*, weighting: Weighting = "examples") -> Algorithm:
-    """Average A; every client keeps its own B, and so has a model of its own (2410.01463)."""
+    """Average A; every client keeps its own B, and so has its own model (2410.01463)."""
 
     def a(info: RoundInfo) -> str:
         return A

@@ -3,12 +3,12 @@
     client   g ← g + c − c_k;   c_k⁺ = the mean of the raw gradients g over the local steps
     server   w ← w + η_g mean of the (w_k − w),   c ← c + (1/K) Σ_{k sampled} (c_k⁺ − c_k)
 
-Both means are plain, as in the paper. Weighing clients by size in the first alone does not work: where Σ p_k g_k = 0, c is
-not 0, and every client is pushed along −c for ever (docs/log.md has what that costs).
+Both means are unweighted, as in the paper. Weighting clients by size in the first mean alone does not work: at a point with
+Σ p_k g_k = 0, c is not 0, and every client keeps drifting along −c (docs/log.md has the cost).
 
-Under plain SGD that c_k⁺ is the paper's option II, c_k − c + (w − w_k) / (τ_k η_l), number for number: the steps sum to
-η_l Σ (g + c − c_k). Under AdamW, momentum, clipping, weight decay or a proximal term the path no longer tells the
-gradients, so observing them is the form that stays right (the idea of option I, along the path instead of at w).
+Under plain SGD this c_k⁺ equals the paper's option II, c_k − c + (w − w_k) / (τ_k η_l), because the steps sum to
+η_l Σ (g + c − c_k). Under AdamW, momentum, clipping, weight decay or a proximal term, the gradients cannot be derived from the
+path, so they are observed (as in option I, but along the path instead of at w).
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def scaffold(*, server_lr: float = 1.0) -> Algorithm:
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         control: Tensors = {}
         for name, c in state["control"].items():
-            moved = sum((u.groups["control"][name].double() for u in in_order(updates)), torch.zeros((), dtype=torch.float64))
-            control[name] = (c.double() + moved / info.clients).to(c.dtype)
+            change = sum((u.groups["control"][name].double() for u in in_order(updates)), torch.zeros((), dtype=torch.float64))
+            control[name] = (c.double() + change / info.clients).to(c.dtype)
         return {**plain.aggregate(state, updates, info), "control": control}
 
     def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
-        mine = memory.get("control", zeros_like(received["control"]))
-        return LocalRule(offset=subtract(received["control"], mine), observe_gradient=True)
+        own = memory.get("control", zeros_like(received["control"]))
+        return LocalRule(offset=subtract(received["control"], own), observe_gradient=True)
 
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
         if result.mean_gradient is None:
-            raise ValueError("SCAFFOLD needs the mean gradient that its rule asks for")
+            raise ValueError("SCAFFOLD needs the mean gradient that its rule requests")
         before = memory.get("control", zeros_like(received["control"]))
         upload, _ = send_adapter(result, received, memory, info)
         after = {name: tensor.clone() for name, tensor in result.mean_gradient.items()}

@@ -1,4 +1,4 @@
-"""What traffic_of under an algorithm, found out by watching it for two rounds on a small made-up adapter."""
+"""The groups of tensors that an algorithm sends, observed in three rounds of toy clients."""
 
 from __future__ import annotations
 
@@ -6,47 +6,50 @@ from collections.abc import Iterable
 
 import torch
 
-from fedmllm.algorithms.base import Algorithm, ClientInfo, LocalResult, RoundInfo, Update, complete
+from fedmllm.algorithms.base import AdapterInfo, Algorithm, RoundInfo
 from fedmllm.algorithms.factors import A, B, is_a, is_b
+from fedmllm.algorithms.toy_client import LR, train_toy_client
 from fedmllm.tensors import State, Tensors
 
-_CLIENTS = (0, 1)
+_CLIENTS, _ROUNDS, _LAYERS = (0, 1), 3, 2
 
 
-def _toy() -> Tensors:
-    return {"layers.0.q_proj" + A: torch.eye(2, 5), "layers.0.q_proj" + B: torch.zeros(5, 2)}
+def _toy_adapter() -> tuple[Tensors, AdapterInfo]:
+    """A LoRA adapter of two layers, of rank 2, d_in = d_out = 5."""
+    adapter: Tensors = {}
+    for layer in range(_LAYERS):
+        module = f"layers.{layer}.q_proj"
+        adapter |= {module + A: torch.eye(2, 5), module + B: torch.zeros(5, 2)}
+    return adapter, AdapterInfo(_LAYERS, {name: int(name.split(".")[1]) for name in adapter}, alpha=2.0)
 
 
-def _what(state: State) -> set[str]:
-    """The groups, those that hold one half of the LoRA factors alone with its letter."""
-    found = set()
+def _groups_in(state: State) -> set[str]:
+    """The names of the groups. A group that holds only one of the LoRA factors has the factor's letter after its name."""
+    names = set()
     for group, tensors in state.items():
-        halves = {"A" if is_a(name) else "B" for name in tensors if is_a(name) or is_b(name)}
-        found.add(f"{group} ({halves.pop()})" if len(halves) == 1 else group)
-    return found
+        factors = {"A" if is_a(name) else "B" for name in tensors if is_a(name) or is_b(name)}
+        names.add(f"{group} ({factors.pop()})" if len(factors) == 1 else group)
+    return names
 
 
-def _told(by_round: Iterable[set[str]]) -> list[str]:
-    return sorted(set().union(*by_round))
+def _union(groups: Iterable[set[str]]) -> list[str]:
+    return sorted(set().union(*groups))
 
 
 def traffic_of(algorithm: Algorithm) -> dict[str, list[str]]:
-    """{"down": …, "up": …}: the groups of tensors that travel in some round; "adapter (B)" where half of it does."""
-    initial = _toy()
+    """{"down": …, "up": …}: the groups of tensors that are sent in any round, such as "adapter", or "adapter (B)" if only the
+    factors B are sent."""
+    initial, adapter_info = _toy_adapter()
     state, memories = algorithm.init(initial), dict[int, State]()
     down, up = [], []
-    for number in range(3):
-        info, updates = RoundInfo(number, 3, 2, _CLIENTS, seed=0), []
+    for number in range(_ROUNDS):
+        info = RoundInfo(number, _ROUNDS, len(_CLIENTS), _CLIENTS, seed=0, adapter=adapter_info, lr=LR)
+        updates = []
         for client in _CLIENTS:
-            own = RoundInfo(number, 3, 2, _CLIENTS, seed=0, client=ClientInfo(client, 0.5))
             message = algorithm.message(state, client, info)
-            received = complete(message, memories.get(client, {}), initial)
-            trained = {name: t + 0.1 * (client + 1) for name, t in received["adapter"].items()}
-            gradient = {name: torch.ones_like(t) for name, t in trained.items()}
-            result = LocalResult(received["adapter"], trained, gradient, 1, 1, 0.1, {})
-            upload, memories[client] = algorithm.finish(result, received, memories.get(client, {}), own)
-            updates.append(Update(client, upload, 1, 1))
-            down.append(_what(message))
-            up.append(_what(upload))
+            update, memories[client] = train_toy_client(algorithm, client, message, memories.get(client, {}), info, initial)
+            updates.append(update)
+            down.append(_groups_in(message))
+            up.append(_groups_in(update.groups))
         state = algorithm.aggregate(state, updates, info)
-    return {"down": _told(down), "up": _told(up)}
+    return {"down": _union(down), "up": _union(up)}

@@ -90,7 +90,8 @@ class InProcessFleet:
             for step in batch_epoch(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
         ]
         seed = seed_for(info.seed, "dropout", client, info.round)
-        return _Ready(info, received, memory, fold_of(message), Work(steps, received["adapter"], rule, seed))
+        work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)
+        return _Ready(info, received, memory, fold_of(message), work)
 
 
 IN_PROCESS = FleetBackend(InProcessFleet)

@@ -51,6 +51,19 @@ def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) ->
     return [results[order.index(i)] for i in range(len(works))]
 
 
+def loss_before(model: MLLM, work: Work) -> float:
+    """The mean loss of the received adapter over the client's first pass, without dropout; 0 if it has no samples.
+
+    Each client is evaluated alone, with no gradient and no random draw, so neither its neighbours nor training is affected.
+    """
+    if not model.adapter.stacks:
+        model.model.eval()  # training switches to its own mode and back to this one
+    batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
+    with model.stacked([work.received]):
+        total = sum(float(model.losses(batch).sum()) for batch in batches)
+    return total / max(sum(map(len, batches)), 1)
+
+
 @dataclass(frozen=True)
 class _Micro:
     """The rows of one forward pass, equally many per client; rows that only fill up a client's part have weight 0."""
@@ -65,6 +78,7 @@ class _Cohort:
 
     def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], settings: LocalSettings) -> None:
         self._model, self._works, self._settings = model, works, settings
+        self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
         self._stack = stack = Stack(model.adapter, [w.received for w in works], names, [w.seed for w in works])
         self._optimizer = settings.build(stack.rows)
         device = stack.values.device
@@ -169,4 +183,5 @@ class _Cohort:
             lr=settings.lr,
             metrics={"loss": float(self._loss[client]) / max(len(samples), 1), "padding": padding},
             momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
+            loss_before=self._before[client],
         )

@@ -49,3 +49,5 @@ class Work:
     received: Tensors
     rule: LocalRule
     seed: int
+    steps_per_pass: int | None = None
+    """The number of steps that one pass over the samples takes; None if all steps are one pass."""
