@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import combinations, product
 from typing import Any
 
+from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.partitions import partitions
 from fedmllm.data.prompts import prompts
-from fedmllm.data.samples import MODALITIES, Sample, collect
+from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.rng import stream
@@ -94,7 +95,7 @@ def check_task(name: str, **options: Any) -> None:
             again += [sample.id for sample in samples]
             return samples[:SAMPLES_PER_SPLIT]
 
-        samples = collect(task, split, "error", choose).samples
+        samples = usable_samples(read_split(task, split, choose), task, split, "error")
         assert again == sorted(ids), f"{part}: loading the {split} split twice gives different samples"
         if task.metric == "auc":
             assert any(s.answer == task.positive for s in samples), f"{part}: no sample of {split} is {task.positive!r}"
