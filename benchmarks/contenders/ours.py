@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from contenders.making import experiment
+from contenders.experiment import experiment
 from contenders.workload import BATCH, Outcome, Workload, peak_memory_mb
 from fedmllm.experiment.parts import build
 from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
