@@ -130,3 +130,15 @@ def write_experiment(tiny: Path, dataset: Path, tmp_path: Path) -> Callable[...,
         return path
 
     return write
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups that share expensive fixtures come first, so that the other worker has the rest of the suite beside them."""
+    order = ("sites", "ray", "benchmarks", "families")
+
+    def rank(item: pytest.Item) -> int:
+        group = item.get_closest_marker("xdist_group")
+        name = str(group.args[0]) if group else ""
+        return order.index(name) if name in order else len(order)
+
+    items.sort(key=rank)

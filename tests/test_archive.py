@@ -253,7 +253,10 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "no index": (lambda packed, file: write(file, {"made/x": b""}), "one folder with sweep.json"),
     "ids that lead out": (lambda packed, file: write(file, {"m/sweep.json": index("../../x")}), "'../../x' cannot be the name"),
     "a damaged index": (lambda packed, file: write(file, {"m/sweep.json": b"{}"}), "m.tar.xz/sweep.json cannot be read"),
-    "no complete run": (lambda packed, file: write(file, {"m/sweep.json": index("x")}), "m.tar.xz has no complete run"),
+    "no complete run": (
+        lambda packed, file: write(file, {"m/sweep.json": index("x")}),
+        "m.tar.xz has no axis, or no complete run",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import Sample, Task
 from fedmllm.data.scenarios import BOTH, Scenario, scenarios
 from fedmllm.data.tasks import tasks
-from fedmllm.evaluation.judging import judges
+from fedmllm.evaluation.judges import judges
 from fedmllm.fleets.options import fleets
 from fedmllm.models.families import Family, families
 from fedmllm.registry import Registry
@@ -80,7 +80,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, registry: Registry[Any], part: A
         """A part that breaks its contract."""
         return part
 
-    monkeypatch.setitem(registry._found, "broken", factory)
+    monkeypatch.setitem(registry._discovered, "broken", factory)
 
 
 def see_more(sample: Sample, client: int, rng: np.random.Generator) -> frozenset[Any]:
@@ -135,6 +135,6 @@ def test_the_contract_finds_bad_options(monkeypatch: pytest.MonkeyPatch) -> None
     def positional(alpha=0.5) -> object:  # type: ignore[no-untyped-def]
         """No sentence"""
 
-    monkeypatch.setitem(partitions._found, "broken", positional)
+    monkeypatch.setitem(partitions._discovered, "broken", positional)
     with pytest.raises(AssertionError, match=re.escape("partition 'broken': option 'alpha' must be keyword-only")):
         check_registered(partitions, "broken")

@@ -372,7 +372,7 @@ REFUSED = [
      "model.lora.target is set and model.adapter.kind = 'ia3' does not use it; leave one of them out."),
     ({"model__adapter__kind": "prompt-tuning", "model__adapter__virtual_tokens": 5000}, "more than train.max_length = 1200"),
     ({"algorithm__name": "flora", "model__adapter__kind": "ia3"},
-     "algorithm.name: 'flora' works on LoRA's factors A and B alone, and model.adapter.kind = 'ia3' has more or none"),
+     "algorithm.name: 'flora' works on LoRA's factors A and B alone, and model.adapter.kind = 'ia3' has others"),
     ({"algorithm__name": "fedsvd", "model__adapter__kind": "dora"}, "works on LoRA's factors A and B alone"),
     ({"clients__rank": "[1, 2]"},
      "clients.rank: 'fedavg' cannot average adapters of ranks [1, 2] under model.lora.rank = 2; give all clients that rank, or "

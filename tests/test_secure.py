@@ -318,7 +318,7 @@ def test_clients_forget_a_round_that_failed() -> None:
 def test_a_client_without_samples_withdraws_and_the_others_are_summed() -> None:
     algorithm = algorithms.build("fedavg", {})
     fleet, _ = secure(algorithm)
-    clients_of(fleet).spoil = lambda _, updates: [replace(u, examples=0) if u.client == 1 else u for u in updates]
+    clients_of(fleet).alter = lambda _, updates: [replace(u, examples=0) if u.client == 1 else u for u in updates]
     info = round_info(0, range(4))
     message = algorithm.message(algorithm.init(lora_adapter()), 0, info)
     updates = fleet.train(info, dict.fromkeys(info.sampled, message))
@@ -335,7 +335,7 @@ def test_a_client_without_samples_withdraws_and_the_others_are_summed() -> None:
 def test_a_client_withdraws_an_update_that_must_not_be_summed(change: dict[str, object], reason: str) -> None:
     algorithm = algorithms.build("fedavg", {})
     fleet, _ = secure(algorithm)
-    clients_of(fleet).spoil = lambda _, updates: [replace(u, **change) if u.client == 1 else u for u in updates]  # type: ignore[arg-type]
+    clients_of(fleet).alter = lambda _, updates: [replace(u, **change) if u.client == 1 else u for u in updates]  # type: ignore[arg-type]
     info = round_info(0, range(3))
     message = algorithm.message(algorithm.init(lora_adapter()), 0, info)
     assert [u.problem for u in fleet.train(info, dict.fromkeys(info.sampled, message))] == ["", reason, ""]

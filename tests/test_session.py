@@ -169,8 +169,8 @@ def test_pictures_of_the_others_are_made_where_they_are_few(
 ) -> None:
     """With half of the samples or more, the set of pictures does not depend on the seed that chose the clients."""
     met: list[object] = []
-    meet = MLLM.meet
-    monkeypatch.setattr(MLLM, "meet", lambda self, images: meet(self, met.extend(found := list(images)) or found))
+    meet = MLLM.register_pictures
+    monkeypatch.setattr(MLLM, "register_pictures", lambda self, images: meet(self, met.extend(found := list(images)) or found))
     run("run", write_experiment(rounds=1), *MANY, "--set", f"partition.clients={clients}")
     assert len(met) == (24 if all_of_them else 0), "four of five of the 30 samples have a picture"
 
