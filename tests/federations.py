@@ -63,7 +63,7 @@ def write_federation(root: Path, model: Path, extra: str = "") -> Path:
         'name = "sites"\n[task]\nname = "jsonl"\n'
         f'train = "{root / "server" / "train.jsonl"}"\ntest = "{root / "server" / "test.jsonl"}"\n'
         f'[model]\nname = "{model}"\nprecision = "fp32"\n[model.lora]\nrank = 2\nalpha = 4\n'
-        '[algorithm]\nname = "scaffold"\n[train]\nrounds = 3\nclients_per_round = 3\nlr = 5e-3\n'
+        '[algorithm]\nname = "scaffold"\n[train]\nrounds = 2\nclients_per_round = 3\nlr = 5e-3\n'
         f'[eval]\nbootstrap = 20\n[fleet]\nname = "flower"\nwait = 900.0\ntimeout = 900.0\nabsent = 600.0\n{extra}'
     )
     file = root / "server" / "federation.toml"

@@ -12,9 +12,10 @@ from transformers import AutoModelForImageTextToText
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
-from fedmllm.config import ModelTable
+from fedmllm.config import AdapterTable, LoraTable, ModelTable
 from fedmllm.errors import RunError
 from fedmllm.models.adapter import VIRTUAL
+from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import train_local
@@ -188,3 +189,13 @@ def test_an_adapter_of_another_kind_is_not_loaded(settings: ModelTable, tmp_path
 def test_the_adapters_tensors_are_pairs_of_lora_factors(settings: ModelTable) -> None:
     names = load_adapted(settings, "lora").adapter.get()
     assert {m + suffix for m in modules(names) for suffix in (A, B)} == set(names)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_dropout_acts_in_training_only(settings: ModelTable, pictures: list[Path | None], kind: str) -> None:
+    table = {"adapter": AdapterTable.model_validate({"kind": kind}), "lora": LoraTable(rank=2, dropout=0.5)}
+    model = MLLM.load(settings.model_copy(update=table), seed=0)
+    perturb(model)
+    batch = model.encode(TALKS, pictures, 200)
+    first, second = (last_logits(model, batch) for _ in range(2))
+    assert torch.equal(first, second)

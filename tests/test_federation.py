@@ -203,17 +203,17 @@ def test_no_answer_at_all_ends_the_run() -> None:
 
 
 @pytest.mark.parametrize("parts", COMBINATIONS, ids="-".join)
-@pytest.mark.parametrize("done", [1, 2, 3])
-def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, parts: tuple[str, str, str], done: int) -> None:
+def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, parts: tuple[str, str, str]) -> None:
     whole = run(FakeFleet(built(*parts)))
-    fleet = FakeFleet(built(*parts))
-    first = list(islice(federate(fleet.algorithm, fleet, PLAN, ADAPTER), done))
-    save_state(tmp_path / "server", first[-1][1])
-    second = FakeFleet(built(*parts))
-    second.memory = fleet.memory
-    rest = run(second, resume=(done, load_state(tmp_path / "server")[0]))
-    assert [replace(r, seconds=0) for r, _ in first + rest] == [replace(r, seconds=0) for r, _ in whole]
-    assert all(same(a, b) for (_, a), (_, b) in zip(first + rest, whole, strict=True))
+    for done in (1, 2, 3):
+        fleet = FakeFleet(built(*parts))
+        first = list(islice(federate(fleet.algorithm, fleet, PLAN, ADAPTER), done))
+        save_state(tmp_path / "server", first[-1][1])
+        second = FakeFleet(built(*parts))
+        second.memory = fleet.memory
+        rest = run(second, resume=(done, load_state(tmp_path / "server")[0]))
+        assert [replace(r, seconds=0) for r, _ in first + rest] == [replace(r, seconds=0) for r, _ in whole]
+        assert all(same(a, b) for (_, a), (_, b) in zip(first + rest, whole, strict=True))
 
 
 def test_a_finished_run_has_no_rounds_left() -> None:

@@ -53,7 +53,7 @@ def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftM
     config = peft_config(settings, family)
     with _seeded_and_strict(seed):
         try:
-            return get_peft_model(model, config)
+            return get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
         except UserWarning:  # a fold would change both layers at once, and a merged head would differ from the trained one
             raise ConfigError(
                 f"model.lora.target = {settings.lora.target!r} matches the embedding or the head, which share one weight in "

@@ -159,6 +159,3 @@ def on_ray(options: RayOptions) -> Iterator[FleetBackend]:
         finally:
             for transport in transports:
                 transport.stop()
-
-
-__all__ = ["ATTEMPTS", "Actor", "ActorTransport", "Packed", "on_ray", "split"]

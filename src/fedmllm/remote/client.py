@@ -69,6 +69,3 @@ def _supervise(site: SiteFile, report: Callable[[str], None]) -> None:
         for supervisor in reversed(supervisors):
             supervisor.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-__all__ = ["check", "serve"]

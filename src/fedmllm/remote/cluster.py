@@ -76,6 +76,3 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-__all__ = ["LARGEST", "actor_resources", "cluster", "cluster_resources"]

@@ -175,6 +175,3 @@ class FederationFile:
                 if isinstance(table.get(key), str):
                     table[key] = str(Path(table[key]).absolute())  # the process of the run has another working folder
         return with_defaults(files.validate(raw, str(file)))
-
-
-__all__ = ["FederationFile", "FederationTable", "SiteFile", "SiteTable"]

@@ -101,6 +101,3 @@ def valid_metrics(content: Any) -> dict[str, dict[str, Any]]:
     rows = content.items() if isinstance(content, dict) else ()
     valid = {p: {k: v for k, v in row.items() if is_valid(v)} for p, row in rows if p in PATTERNS and isinstance(row, dict)}
     return {pattern: row for pattern, row in valid.items() if row}
-
-
-__all__ = ["RemoteFleet", "valid_metrics"]

@@ -106,6 +106,3 @@ class FlowerCli:
             if self.status(run_id).startswith("finished:"):
                 return
             time.sleep(pause)
-
-
-__all__ = ["FlowerCli", "RunFailed"]

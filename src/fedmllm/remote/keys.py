@@ -155,6 +155,3 @@ def is_public_key(path: Path) -> bool:
         return isinstance(load_ssh_public_key(path.read_bytes()), ec.EllipticCurvePublicKey)
     except Exception:  # whatever cryptography raises for another kind of file
         return False
-
-
-__all__ = ["CA", "CERTIFICATE", "KEY", "is_public_key", "make", "make_authority", "make_server", "make_site"]

@@ -141,6 +141,3 @@ class Transport(Protocol):
     """Carries jobs to clients and replies back. A client that does not answer in time has no reply."""
 
     def exchange(self, jobs: Mapping[int, Job], timeout: float) -> Mapping[int, Reply]: ...
-
-
-__all__ = ["Job", "JobKind", "ProtocolError", "Reply", "Transport", "parts_of", "to_bytes"]

@@ -95,6 +95,3 @@ class RayTasks:
             self._stopped = True
             for reference in self._pending:
                 ray.cancel(reference, force=True)
-
-
-__all__ = ["RayTasks", "run_command"]

@@ -57,6 +57,3 @@ def unpack(content: bytes) -> RecordDict:
         return RecordDict({HEADER: ConfigRecord({"head": header}), **arrays})
     except Exception as error:  # as above
         raise RecordError(f"the message cannot be created ({type(error).__name__}).") from None
-
-
-__all__ = ["HEADER", "RecordError", "pack", "unpack"]

@@ -173,6 +173,3 @@ class Server:
             ]
             rounds = self._federation.experiment.train.rounds
             self._report(f"round {self._reported_rounds} of {rounds}: {', '.join(parts)}")
-
-
-__all__ = ["Interrupted", "Server"]

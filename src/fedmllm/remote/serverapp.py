@@ -181,6 +181,3 @@ def main(grid: Grid, context: Context) -> None:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-__all__ = ["app", "experiment_for_sites", "load_experiment", "manifest_of", "one_line", "run"]

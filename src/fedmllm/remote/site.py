@@ -127,6 +127,3 @@ class SiteExperiment:
             session.model, self.algorithm, session.clients, train, session.initial, self.gaps, memory, self._cohort
         )
         return InProcessFleet(context)
-
-
-__all__ = ["SiteData", "SiteExperiment", "site_dataset", "structure"]

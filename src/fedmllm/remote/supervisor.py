@@ -145,6 +145,3 @@ class StopSignal:
 
     def __call__(self) -> bool:
         return self._received
-
-
-__all__ = ["StopSignal", "Supervisor", "environment", "free_port", "tool"]

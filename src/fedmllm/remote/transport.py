@@ -209,6 +209,3 @@ class FlowerTransport:
         if not expected:
             return []
         return [m for m in self._grid.pull_messages(expected) if m.metadata.reply_to_message_id in expected]
-
-
-__all__ = ["ATTEMPTS", "Absent", "FlowerTransport", "read_reply"]

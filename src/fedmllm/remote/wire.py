@@ -93,6 +93,3 @@ def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bo
                         continue
         finally:
             path.unlink(missing_ok=True)
-
-
-__all__ = ["VERSION", "NoAnswer", "receive", "request", "send", "serve"]

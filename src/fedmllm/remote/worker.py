@@ -144,6 +144,3 @@ class Worker:
         (predictions,) = test_set.predict_each(experiment.config.eval, [adapter])
         metrics = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
         return Reply(job.client, about={"metrics": metrics})
-
-
-__all__ = ["Worker"]

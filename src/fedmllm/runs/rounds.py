@@ -41,8 +41,7 @@ class Run:
 def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients = range(session.dataset.manifest.clients)
-    ranks = {client: session.config.rank_of(client) for client in clients} if session.config.clients.rank else {}
-    return FederationPlan.of(session.config.train, clients, session.config.seed, session.model.info, ranks)
+    return FederationPlan.of(session.config.train, clients, session.config.seed, session.model.info, session.parts.ranks)
 
 
 def solo_rounds(session: Session) -> int:

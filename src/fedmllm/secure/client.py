@@ -179,6 +179,3 @@ SEALED = 2 * crypto.SECRET + 16
 def sign_of(client: int, peer: int) -> int:
     """The sign with which the client adds the mask that it shares with the peer; the peer uses the opposite sign."""
     return 1 if client < peer else -1
-
-
-__all__ = ["SEALED", "MaskGroup", "Refusal", "SecureClient", "sign_of", "to_bytes", "to_tensor"]

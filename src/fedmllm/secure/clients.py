@@ -102,6 +102,3 @@ def change_of(upload: State, received: State) -> State:
     """The part of an upload that is summed: the change of the adapter, and the other groups unchanged."""
     change = {name: tensor - received["adapter"][name].to(tensor) for name, tensor in upload["adapter"].items()}
     return {**upload, "adapter": change}
-
-
-__all__ = ["SecureClients", "Train", "change_of"]

@@ -161,6 +161,3 @@ def _unflat(flat: Tensor, shapes: State) -> State:
     for (group, name), piece in zip(keys, pieces, strict=True):
         state[group][name] = piece.view(shapes[group][name].shape)
     return state
-
-
-__all__ = ["COUNTS", "METRICS", "FixedPoint", "Vector", "size"]

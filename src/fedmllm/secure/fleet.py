@@ -104,6 +104,3 @@ def _as_upload(mean: State, received: State, shapes: State) -> State:
             for name, tensor in tensors.items()
         }
     return upload
-
-
-__all__ = ["LocalTransport", "SecureFleet"]

@@ -82,6 +82,3 @@ def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
 def combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
     """The secret, from exactly `threshold` pairs (position of the holder counted from 0, its share)."""
     return bytes(Shamir.combine([(position + 1, share) for position, share in shares], ssss=False))
-
-
-__all__ = ["KEY", "SECRET", "KeyPair", "combine", "derive", "keystream", "new_seed", "seal", "split", "unseal"]

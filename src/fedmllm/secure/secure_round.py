@@ -215,6 +215,3 @@ class SecureRound:
             f"round {self._info.round}: secure aggregation cannot unmask the sum: the returned shares of client {client}'s "
             "secret do not reconstruct it, so one of them was altered"
         )
-
-
-__all__ = ["Request", "SecureRound", "TooFew"]

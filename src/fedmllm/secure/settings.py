@@ -78,6 +78,3 @@ def pairwise(
     if not 1 <= max_examples <= 1 << 20:
         raise ValueError(f"max_examples = {max_examples} must be at least 1 and at most {1 << 20}")
     return Pairwise(threshold, neighbours, clip, bits, max_examples)
-
-
-__all__ = ["PHASES", "Pairwise", "Phase", "secures"]
