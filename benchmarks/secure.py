@@ -10,7 +10,6 @@ updates without masks. The second part runs the experiment with three clients pe
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -31,8 +30,8 @@ from fedmllm.runs.session import Session
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fleet import SecureFleet
 from fedmllm.secure.settings import Pairwise, Phase, secures
-from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, Tensors, distance
+from harness import TimedRunDir, experiment_parser
 
 SIZES = ((3, 0), (10, 0), (33, 0), (100, 32))
 """(clients in a round, neighbours of each; 0 for all)"""
@@ -95,18 +94,6 @@ def protocol(numbers: int, clients: int, neighbours: int, gone: int) -> dict[str
     }  # fmt: skip
 
 
-class TimedRunDir(RunDir):
-    """Records the processor time at the end of each round."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.ends: list[float] = []
-
-    def save_round(self, record: Any, state: State, config_digest: str) -> None:
-        super().save_round(record, state, config_digest)
-        self.ends.append(time.process_time())
-
-
 def rounds(file: Path, count: int, secure: str) -> list[float]:
     """Seconds of each round except the first."""
     raw: dict[str, Any] = read(file) | {"secure": {"name": secure}}
@@ -119,12 +106,11 @@ def rounds(file: Path, count: int, secure: str) -> list[float]:
         with directory.claimed():
             begin(run)
             train_rounds(run, parts.algorithm, session.clients, federation_plan(session), "rounds")
-        return [after - before for before, after in pairwise(directory.ends)]
+        return [after.cpu - before.cpu for before, after in pairwise(directory.ends)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what secure aggregation costs.")
-    parser.add_argument("file", type=Path, nargs="?", default=Path("experiments/quickstart.toml"))
+    parser = experiment_parser("Measure what secure aggregation costs.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--numbers", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)
