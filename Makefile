@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not gpu and not browser"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
 
 test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds
 	$(BIN)/python -m pytest -m "not gpu and not browser"

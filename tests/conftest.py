@@ -132,13 +132,9 @@ def write_experiment(tiny: Path, dataset: Path, tmp_path: Path) -> Callable[...,
     return write
 
 
+SLOWEST = ("test_sites", "test_ray", "test_methods", "test_families", "test_cohort", "test_plugin", "test_runs", "test_sweep")
+"""The files that take longest: they come first, so that one worker does not work on its last file while the other is idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups that share expensive fixtures come first, so that the other worker has the rest of the suite beside them."""
-    order = ("sites", "ray", "benchmarks", "families")
-
-    def rank(item: pytest.Item) -> int:
-        group = item.get_closest_marker("xdist_group")
-        name = str(group.args[0]) if group else ""
-        return order.index(name) if name in order else len(order)
-
-    items.sort(key=rank)
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))

@@ -46,16 +46,16 @@ def write_samples(folder: Path, split: str, count: int, shift: int = 0) -> None:
     (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_federation(root: Path, model: Path, extra: str = "") -> Path:
-    """Write keys, three sites and a server on a free port; the path of the federation file. `extra` is appended to the
-    experiment."""
+def write_federation(root: Path, model: Path, extra: str = "", names: Sequence[str] = tuple(SITES), rounds: int = 3) -> Path:
+    """Write keys, the sites of these names and a server on a free port; the path of the federation file. `extra` is appended
+    to the experiment."""
     port = free_port()
-    make(root / "keys", ["127.0.0.1"], list(SITES))
-    for number, (name, modalities) in enumerate(SITES.items()):
+    make(root / "keys", ["127.0.0.1"], list(names))
+    for number, name in enumerate(names):
         write_samples(root / name, "train", 8 + 4 * number, number)
         (root / name / "site.toml").write_text(
             f'name = "{name}"\nsuperlink = "127.0.0.1:{port}"\nca = "../keys/ca.crt"\nkey = "../keys/{name}.key"\n'
-            f'jsonl = "train.jsonl"\nmodalities = {json.dumps(modalities)}\ndevice = "cpu"\n'
+            f'jsonl = "train.jsonl"\nmodalities = {json.dumps(SITES[name])}\ndevice = "cpu"\n'
         )
     for split in ("train", "test"):
         write_samples(root / "server", split, 6)
@@ -63,11 +63,11 @@ def write_federation(root: Path, model: Path, extra: str = "") -> Path:
         'name = "sites"\n[task]\nname = "jsonl"\n'
         f'train = "{root / "server" / "train.jsonl"}"\ntest = "{root / "server" / "test.jsonl"}"\n'
         f'[model]\nname = "{model}"\nprecision = "fp32"\n[model.lora]\nrank = 2\nalpha = 4\n'
-        '[algorithm]\nname = "scaffold"\n[train]\nrounds = 2\nclients_per_round = 3\nlr = 5e-3\n'
+        f'[algorithm]\nname = "scaffold"\n[train]\nrounds = {rounds}\nclients_per_round = 3\nlr = 5e-3\n'
         f'[eval]\nbootstrap = 20\n[fleet]\nname = "flower"\nwait = 900.0\ntimeout = 900.0\nabsent = 600.0\n{extra}'
     )
     file = root / "server" / "federation.toml"
-    keys = "".join(f'{name} = "../keys/{name}.pub"\n' for name in SITES)
+    keys = "".join(f'{name} = "../keys/{name}.pub"\n' for name in names)
     file.write_text(
         f'experiment = "experiment.toml"\naddress = "127.0.0.1:{port}"\nca = "../keys/ca.crt"\n'
         f'certificate = "../keys/server.crt"\nkey = "../keys/server.key"\n[sites]\n{keys}'
@@ -91,9 +91,9 @@ def in_one_process(federation: Path, out: Path, overrides: Sequence[str] = ()) -
     return execute("federated", Session(parts, data), RunDir(out))
 
 
-def with_site_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_site_names(rows: Sequence[dict[str, Any]], names: Sequence[str] = tuple(SITES)) -> list[dict[str, Any]]:
     """The rows of clients of a single-process run, with the names of the sites."""
-    return [row | {"site": name} for row, name in zip(rows, SITES, strict=True)]
+    return [row | {"site": name} for row, name in zip(rows, names, strict=True)]
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ RUNS = {"a": published.run, "c": bare.run, "d": ours.run, "e": ours_cohort.run}
 pytestmark = [
     # PEFT uses an old name of a property of transformers.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.xdist_group("benchmarks"),  # in one worker, so that each contender trains once
 ]
 
 

@@ -31,7 +31,6 @@ from tiny_models import CLOSED, OPTIONS, last_logits, perturb
 pytestmark = [
     # PaliGemma's processor converts a tensor to a numpy array in a deprecated way.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
-    pytest.mark.xdist_group("families"),  # in one worker, so that each family is loaded once
 ]
 
 WIDE, SMALL, TALL = (96, 48), (32, 32), (40, 80)

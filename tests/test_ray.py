@@ -39,7 +39,6 @@ pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning"),
-    pytest.mark.xdist_group("ray"),  # in one worker, so that the cluster is started once
 ]
 Write = Callable[..., Path]
 FLEET = '[fleet]\nname = "ray"\nactors = 2\ncpus = 0.5\n'

@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from federations import (
-    SITES,
     Process,
     adapter,
     close,
@@ -42,10 +41,11 @@ from fedmllm.remote.supervisor import environment, free_port, tool
 from fedmllm.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
+NAMES = ("north", "south")
+"""A site with images and one with texts: each process that trains takes seconds to start."""
 pytestmark = [
     pytest.mark.timeout(2400),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
-    pytest.mark.xdist_group("sites"),  # in one worker, so that the sites are started once
 ]
 
 
@@ -56,12 +56,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def federation(root: Path, tiny: Path) -> Path:
-    return write_federation(root, tiny)
+    return write_federation(root, tiny, names=NAMES, rounds=2)
 
 
 @pytest.fixture(scope="module")
 def sites(root: Path, federation: Path) -> Iterator[dict[str, Process]]:
-    started = {name: Process(root / f"{name}.log", "client", root / name / "site.toml") for name in SITES}
+    started = {name: Process(root / f"{name}.log", "client", root / name / "site.toml") for name in NAMES}
     with running(*started.values()):
         yield started
 
@@ -105,7 +105,7 @@ def test_killed_processes_cost_time_and_do_not_change_the_run(
     assert "the run failed after round 1" in server.output()
     assert close(adapter(out), expected)
     single = RunDir(root / "in-one").result()
-    assert result["per_client"] == with_site_names(single["per_client"]), "derived from the counts that sites report"
+    assert result["per_client"] == with_site_names(single["per_client"], NAMES), "derived from the counts that sites report"
     for key in ("metrics", "rounds", "bytes_up", "bytes_down", "refused_updates"):
         assert result[key] == single[key], key
     assert all(site.is_running for site in sites.values()), "sites wait for the next run"
