@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -63,12 +63,16 @@ def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
     override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
     """
+    return read_experiment(file, list(_settings(overrides)))[0]
+
+
+def read_experiment(file: str | Path, settings: Sequence[Setting]) -> tuple[Experiment, list[str]]:
+    """(the experiment of a file with these settings and all defaults, a note per dropped option). Raises ConfigError."""
     from fedmllm import config
     from fedmllm.experiment.parts import options_of, with_defaults
 
-    path = experiment_file(file)
-    raw, _ = config.apply_settings(config.read(path), list(_settings(overrides)), options_of)
-    return with_defaults(config.validate(raw, str(path)))
+    raw, notes = config.apply_settings(config.read(experiment_file(file)), settings, options_of)
+    return with_defaults(config.validate(raw, str(file))), notes
 
 
 def run(

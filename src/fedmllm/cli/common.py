@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from fedmllm.api import experiment_file
+from fedmllm.api import read_experiment
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,14 +73,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 def load_experiment(file: Path, overrides: list[str] | None) -> Experiment:
     """The experiment of a file, with overrides and all defaults. Raises ConfigError."""
-    from fedmllm import config
-    from fedmllm.experiment.parts import options_of, with_defaults
+    from fedmllm.config import parse_override
 
-    path = experiment_file(file)
-    raw, notes = config.apply_overrides(config.read(path), overrides or [], options_of)
+    experiment, notes = read_experiment(file, [parse_override(override) for override in overrides or []])
     for note in notes:
         typer.echo(f"note: {note}", err=True)
-    return with_defaults(config.validate(raw, str(file)))
+    return experiment
 
 
 def silence_libraries() -> None:

@@ -9,14 +9,12 @@ import hashlib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from fedmllm.config import TaskTable, validate
 from fedmllm.data.dataset import Dataset, load_split, open_source
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.samples import MODALITIES, Modality, Sample, Task
-from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import Parts, build
@@ -91,10 +89,6 @@ class SiteExperiment:
         self._cohort = 1
         self._test_set: tuple[Task, TestSet] | None = None
 
-    @cached_property
-    def gaps(self) -> dict[int, float]:
-        return dict(enumerate(gaps(self.session.clients.manifest)))
-
     def test_set(self, site: SiteData | None) -> tuple[Task, TestSet]:
         """The questions of the site's own test data. Raises ConfigError if it has none."""
         if site is None or not site.has_test_data:
@@ -124,6 +118,6 @@ class SiteExperiment:
             samples = (sample for client in clients for sample in session.clients[client])
             self._cohort = cohort_size(session.model, samples, train, len(clients))
         context = FleetContext(
-            session.model, self.algorithm, session.clients, train, session.initial, self.gaps, memory, self._cohort
+            session.model, self.algorithm, session.clients, train, session.initial, session.gaps, memory, self._cohort
         )
         return InProcessFleet(context)

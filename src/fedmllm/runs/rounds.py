@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedmllm.algorithms import Algorithm
-from fedmllm.data.summary import gaps
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
@@ -103,9 +102,8 @@ def begin(run: Run) -> None:
 def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
     """A fleet for these clients, with secure aggregation around it if a federated run asks for it."""
     session, backend = run.session, run.backend
-    client_gaps = dict(enumerate(gaps(session.dataset.manifest)))
     memory, train = run.directory.checkpoint / "clients", session.config.train
-    context = FleetContext(session.model, algorithm, clients, train, session.initial, client_gaps, memory, run.cohort)
+    context = FleetContext(session.model, algorithm, clients, train, session.initial, session.gaps, memory, run.cohort)
     run_id = run.directory.meta().get("run_id", session.config.digest())
     if not backend.local:
         context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))

@@ -10,6 +10,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.data.dataset import Dataset, load_split
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
+from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
 from fedmllm.experiment.compatibility import check_adapter
@@ -69,6 +70,11 @@ class Session:
     def pooled(self) -> ClientData:
         """One client that holds everything: the data of centralised training."""
         return ClientData(self.dataset.manifest.pooled(self.dataset.train), self.encode)
+
+    @cached_property
+    def gaps(self) -> dict[int, float]:
+        """client -> the share of its modality slots that are empty."""
+        return dict(enumerate(gaps(self.dataset.manifest)))
 
     @cached_property
     def transfer(self) -> Transfer:
