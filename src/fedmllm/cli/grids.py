@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,9 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.storage import archive
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from fedmllm.experiment.sweep import PlannedRun
 
 
 def compare(
@@ -37,18 +41,20 @@ def compare(
 
 
 def _compare_grid(folder: Path, baseline: str | None, by_pattern: bool, as_json: bool) -> None:
-    from fedmllm.report import significance
+    from fedmllm.report import comparisons
     from fedmllm.report.grid_tables import grid_table, pattern_table
     from fedmllm.report.grids import read_grid
 
     grid = read_grid(folder)
-    tests = significance.against(folder, grid, baseline) if baseline else None
+    compared = comparisons.against(folder, grid, baseline) if baseline else None
     if as_json:
-        print_json(grid.to_json() | ({"significance": tests.to_json()} if tests else {}))
+        print_json(grid.to_json() | ({"significance": compared.to_json()} if compared else {}))
         return
     print_table(pattern_table(grid) if by_pattern else grid_table(grid))
-    if tests:
-        print_table(significance.significance_table(tests, grid.axes[0]))
+    if compared:
+        print_table(comparisons.places_table(compared))
+        print_table(comparisons.comparisons_table(compared))
+        typer.echo("\n".join(comparisons.conclusions(compared)))
 
 
 def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
@@ -69,19 +75,19 @@ def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
 
 
 def _compare_runs(directories: list[Path], names: list[Path], baseline: str | None, as_json: bool) -> None:
-    from fedmllm.report import significance
+    from fedmllm.report.comparisons import runs_against, runs_table
     from fedmllm.report.tables import comparison
 
     runs = directories if len(directories) == 1 else _complete_runs(directories, names)
     results = [RunDir(directory).result() for directory in runs]
-    tests = significance.runs_against(runs, Path(baseline)) if baseline else []
+    differences = runs_against(runs, Path(baseline)) if baseline else {}
     if not as_json:
         print_table(comparison(results))
         if baseline:
-            print_table(significance.runs_table(tests, Path(baseline)))
+            print_table(runs_table(differences, Path(baseline)))
         return
-    tested = {test.axes["run"]: {"against": baseline, **test.figures()} for test in tests}
-    print_json([{"run": str(d), **result} | tested.get(str(d), {}) for d, result in zip(runs, results, strict=True)])
+    compared = {d: {"against": baseline, "difference": value} for d, value in differences.items()}
+    print_json([{"run": str(d), **result} | compared.get(d, {}) for d, result in zip(runs, results, strict=True)])
 
 
 def report(
@@ -127,6 +133,15 @@ def sweep(
         str | None, typer.Option("--address", help='With --fleet ray: a cluster\'s address, or "auto"; else Ray starts here.')
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and run nothing.")] = False,
+    pilot: Annotated[
+        Path | None,
+        typer.Option("--pilot", metavar="SWEEP_DIR", help="Run nothing; say from these runs how many replicates it takes."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="NAME", help="With --pilot: the cell to compare with.")
+    ] = None,
+    effect: Annotated[float, typer.Option("--effect", metavar="POINTS", help="With --pilot: the difference to find.")] = 1.0,
+    power: Annotated[float, typer.Option("--power", help="With --pilot: the probability of finding it.")] = 0.8,
     as_json: Json = False,
 ) -> None:
     """Run a grid of experiments, skipping complete runs and resuming interrupted ones."""
@@ -140,6 +155,9 @@ def sweep(
     sweeper = Sweeper(plan, runs, folder, lambda done, total, text: typer.echo(f"{done}/{total}  {text}", err=True))
     if address and fleet != SweepFleet.ray:
         raise ConfigError("--address needs --fleet ray.")
+    if pilot is not None:
+        _plan_replicates(runs, pilot, baseline, effect / 100, power, as_json)
+        return
     if dry_run:
         rows = sweeper.rows()
     elif fleet == SweepFleet.ray:
@@ -153,6 +171,23 @@ def sweep(
     else:
         typer.echo(f"sweep directory: {folder}; compare its runs with `fedmllm compare {folder}`")
     _fail_if_any_failed(folder, rows)
+
+
+def _plan_replicates(
+    runs: Sequence[PlannedRun], pilot: Path, baseline: str | None, effect: float, power: float, as_json: bool
+) -> None:
+    from fedmllm.report.planning import plan_replicates, plan_table
+
+    if baseline is None:
+        raise ConfigError("--pilot needs --baseline NAME, the cell that the others are compared with.")
+    first = {tuple(planned.axes.values()): planned for planned in reversed(runs)}  # of every cell
+    kinds = [planned.kind for planned in {p.id: p for p in first.values()}.values()]
+    with archive.opened([pilot]) as (folder,):
+        plans = plan_replicates(folder, baseline, effect, power, kinds)
+    if as_json:
+        print_json([plan.to_json() for plan in plans])
+    else:
+        print_table(plan_table(plans, baseline, effect, power))
 
 
 def _fail_if_any_failed(folder: Path, rows: list[dict[str, Any]]) -> None:

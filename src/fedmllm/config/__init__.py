@@ -10,6 +10,8 @@ from fedmllm.config.schema import (
     ModelTable,
     Named,
     PartitionTable,
+    Positive,
+    Rate,
     Table,
     TaskTable,
     TrainTable,
@@ -17,6 +19,6 @@ from fedmllm.config.schema import (
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
+    "PartitionTable", "Positive", "Rate", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides", "apply_settings",
     "parse_override", "read", "validate",
 ]  # fmt: skip

@@ -41,6 +41,8 @@ class TaskTable(Named):
     train_samples: Positive | None = None
     """Keep only this many training samples, drawn at random; by default all. The draw does not depend on the seed."""
     test_samples: Positive | None = None
+    draw: Annotated[int, Field(ge=0)] | None = None
+    """Another draw of the training and test samples; for a task with an option `seed`, that seed. A companion follows."""
     on_bad_sample: Literal["error", "skip"] = "error"
     companion: TaskTable | None = None
     """A second task whose samples are added, such as a text-only companion of an image task."""

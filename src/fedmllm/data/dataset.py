@@ -13,9 +13,9 @@ from fedmllm.data.manifest import Manifest
 from fedmllm.data.partitions import Deal
 from fedmllm.data.samples import Loaded, Sample, Split, Task
 from fedmllm.data.scenarios import Scenario
+from fedmllm.data.subsets import draw_subset
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.rng import stream
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,13 @@ class Dataset:
 
 def open_source(table: TaskTable, where: str = "task") -> Source:
     """Build the task and its companion without reading any sample. Raises ConfigError."""
-    companion = open_source(table.companion, f"{where}.companion") if table.companion is not None else None
-    return Source(tasks.build(table.name, table.options, where), table, where, companion)
-
-
-def draw_subset(samples: list[Sample], count: int | None, names: Sequence[str]) -> list[Sample]:
-    """Draw `count` of the samples, the same for every seed of the experiment, so that seeds are compared on the same data."""
-    if count is None or count >= len(samples):
-        return samples
-    chosen = stream(0, "subset", *names).choice(len(samples), size=count, replace=False)
-    return [samples[i] for i in sorted(chosen.tolist())]
+    companion, options = table.companion, table.options
+    if table.draw is not None:
+        options |= {"seed": table.draw} if "seed" in tasks.option_names(table.name) else {}
+        if companion is not None and companion.draw is None:
+            companion = companion.model_copy(update={"draw": table.draw})
+    opened = open_source(companion, f"{where}.companion") if companion is not None else None
+    return Source(tasks.build(table.name, options, where), table, where, opened)
 
 
 def read_splits(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
@@ -84,7 +81,7 @@ def read_splits(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
     for split in splits:
         if split not in missing:
             count = table.train_samples if split == "train" else table.test_samples
-            choose = partial(draw_subset, count=count, names=(table.name, split))
+            choose = partial(draw_subset, count=count, names=(table.name, split), draw=table.draw)
             loaded_splits.append(LoadedSplit(task, split, table, read_split(task, split, choose)))
     return loaded_splits if companion is None else loaded_splits + read_splits(companion, splits)
 
@@ -121,7 +118,7 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
     task, samples = loaded_splits[0].task, join_tasks(loaded_splits, "train")
     if config.eval.split == "validation":
         count = max(1, round(len(samples) * config.eval.validation_share))
-        held_out = {s.id for s in draw_subset(samples, count, ("validation",))}
+        held_out = {s.id for s in draw_subset(samples, count, ("validation",), config.task.draw)}
         test = [s for s in samples if s.id in held_out]
         samples = [s for s in samples if s.id not in held_out]
     else:

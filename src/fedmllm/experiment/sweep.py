@@ -1,13 +1,15 @@
-"""Grids of experiments: a base file, axes of named cells, and seeds; every distinct run is executed once, in its own process.
+"""Grids of experiments: a base file, axes of named cells, and replicates; every distinct run is executed once, as a process.
 
-A run's id is the digest of the settings that its kind depends on. So complete runs are skipped, interrupted ones are resumed,
-and cells that mean the same run (zero-shot under any algorithm) share it.
+A place is a setting of the data: task, partition and scenario. Each replicate of a place has a seed and a draw of training and
+test samples that belong to this place alone and are shared by all methods there, so that replicates are independent. A run's
+id is the digest of the settings that its kind depends on. So complete runs are skipped, interrupted ones are resumed, and cells
+that mean the same run (zero-shot under any algorithm) share it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -17,12 +19,13 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import ClientsTable, Experiment, Named, PartitionTable, Setting, Table, TrainTable
+from fedmllm.config import ClientsTable, Experiment, Named, PartitionTable, Positive, Rate, Setting, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.experiment.parts import build, options_of
+from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
 from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
+from fedmllm.rng import seed_for
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import locked
@@ -43,30 +46,44 @@ class Axis(Table):
 
 
 class Sweep(Table):
-    """A sweep file. `base` is an experiment file, relative to it; `set` applies to every cell."""
+    """A sweep file. `base` is an experiment file, relative to it; `set` applies to every cell.
+
+    Every cell is run with each of the `seeds` on the same data, or instead with `replicates` draws of seed and data. `margin`
+    declares beforehand, in points, the largest difference that does not matter.
+    """
 
     name: str
     base: str
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    replicates: Positive | None = None
+    margin: Rate | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     axes: Annotated[tuple[Axis, ...], Field(strict=False)] = ()
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A cell of the grid with one seed: its place on each axis, and the run that it needs."""
+    """A cell of the grid with one seed: its value on each axis, and the run that it needs. `replicate` counts from 0, and is
+    None if the sweep has seeds; the draw is `experiment.task.draw`."""
 
     axes: Mapping[str, str]
     seed: int
     kind: RunKind
     experiment: Experiment
+    replicate: int | None = None
 
     @property
     def id(self) -> str:
         return f"{self.kind}-{self.experiment.digest()[:12]}"
 
     def __str__(self) -> str:
-        return " · ".join((*self.axes.values(), f"seed {self.seed}"))
+        which = f"seed {self.seed}" if self.replicate is None else f"replicate {self.replicate}"
+        return " · ".join((*self.axes.values(), which))
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of the index, without the state of the run."""
+        drawn = {} if self.replicate is None else {"replicate": self.replicate, "draw": self.experiment.task.draw}
+        return {"axes": dict(self.axes), "seed": self.seed, **drawn, "kind": self.kind, "id": self.id}
 
 
 def essential(experiment: Experiment, kind: RunKind) -> Experiment:
@@ -92,9 +109,12 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
 def read(path: Path) -> Sweep:
     """Raises ConfigError for the first thing that is wrong with the file."""
     try:
-        return Sweep.model_validate(files.read(path))
+        sweep = Sweep.model_validate(files.read(path))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, '', _known_keys)}") from None
+    if sweep.replicates is not None and "seeds" in sweep.model_fields_set:
+        raise ConfigError(f"{path}: replicates have seeds of their own; give either seeds or replicates.")
+    return sweep
 
 
 def _known_keys(path: tuple[int | str, ...]) -> Mapping[str, Any]:
@@ -107,6 +127,16 @@ def _settings(sweep: Sweep, cells: Sequence[Cell]) -> list[Setting]:
     """What the sweep and one cell of each axis set."""
     items = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
     return [(key.split("."), value) for key, value in items]
+
+
+def place_draw(experiment: Experiment, replicate: int) -> int:
+    """The seed and the draw of a replicate of the experiment's place: its task, partition and scenario, and its split.
+
+    `eval.split` belongs to the place so that a search on held-out training data uses other draws than the grid.
+    """
+    settings = experiment.resolved()
+    place = {table: settings[table] for table in ("task", "partition", "scenario")} | {"split": experiment.eval.split}
+    return seed_for(0, json.dumps(place, sort_keys=True), replicate)
 
 
 def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[PlannedRun]]:
@@ -122,15 +152,25 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
         if len(kinds) > 1:
             raise ConfigError(f"{where}: is of kinds {sorted(kinds)} at once; let one axis say the kind.")
         kind = kinds.pop()
-        for seed in sweep.seeds:
-            settings = [*_settings(sweep, cells), (["seed"], seed), *overriding]
-            merged, _ = files.apply_settings(raw, settings, options_of)
-            try:
-                experiment = build(essential(files.validate(merged), kind)).config
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
-            planned.append(PlannedRun(axes, seed, kind, experiment))
+        merged, _ = files.apply_settings(raw, [*_settings(sweep, cells), *overriding], options_of)
+        try:
+            experiment = with_defaults(files.validate(merged))
+            for replicate, drawn in _draws(sweep, experiment):
+                planned.append(PlannedRun(axes, drawn.seed, kind, build(essential(drawn, kind)).config, replicate))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     return sweep, planned
+
+
+def _draws(sweep: Sweep, experiment: Experiment) -> Iterator[tuple[int | None, Experiment]]:
+    """(the number of the replicate, None for seeds; the experiment with its seed and draw)."""
+    if sweep.replicates is None:
+        yield from ((None, experiment.model_copy(update={"seed": seed})) for seed in sweep.seeds)
+        return
+    for replicate in range(sweep.replicates):
+        draw = place_draw(experiment, replicate)
+        task = experiment.task.model_copy(update={"draw": draw})
+        yield replicate, experiment.model_copy(update={"seed": draw, "task": task})
 
 
 class Launcher(Protocol):
@@ -162,8 +202,7 @@ class Sweeper:
     def rows(self) -> list[dict[str, Any]]:
         """The index: one row per cell and seed."""
         return [
-            {"axes": dict(p.axes), "seed": p.seed, "kind": p.kind, "id": p.id, "state": self.state(p)}
-            | ({"error": self._errors[p.id]} if p.id in self._errors else {})
+            {**p.to_json(), "state": self.state(p)} | ({"error": self._errors[p.id]} if p.id in self._errors else {})
             for p in self._planned
         ]
 
@@ -189,6 +228,7 @@ class Sweeper:
 
     def _write_index(self) -> None:
         content = {"schema": 1, "name": self._sweep.name, "axes": [a.name for a in self._sweep.axes], "cells": self.rows()}
+        content |= {} if self._sweep.margin is None else {"margin": self._sweep.margin}
         write_atomically(self._out / INDEX, (json.dumps(content, indent=2) + "\n").encode())
 
     def _execute(self, planned: PlannedRun, launcher: Launcher) -> None:

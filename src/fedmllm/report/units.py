@@ -1,0 +1,135 @@
+"""The replicates of a grid's cells: one score per run, matched between methods, ready for `protocol`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmllm.errors import RunError
+from fedmllm.evaluation.resampling import bootstrap_scores, test_digest
+from fedmllm.report.grids import GridRow
+from fedmllm.report.protocol import Resamples, Units, regrouped
+from fedmllm.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run as a replicate. `digest` identifies its test samples; `resampled` (draws,) has its score on resamples of them,
+    which are the same for all runs with these test samples."""
+
+    metric: str
+    score: float
+    digest: str
+    resampled: NDArray[np.float64]
+
+
+Rows = Mapping[str, GridRow]
+"""place -> one method's row there."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The scores of several methods on the same units, and their resamples if units share a test set. `places` are the places
+    that all methods have; `shared` says that these are runs of earlier versions, whose seeds serve all places, so that a unit
+    is the mean over the places."""
+
+    scores: Mapping[str, Units]
+    resamples: Mapping[str, Resamples] | None
+    places: tuple[str, ...]
+    shared: bool
+
+
+class UnitReader:
+    """Reads the runs of a sweep, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._units: dict[tuple[str, str], Unit] = {}
+
+    def _unit(self, run_id: str, pattern: str) -> Unit:
+        if (run_id, pattern) not in self._units:
+            self._units[run_id, pattern] = read_unit(RunDir(self._folder / run_id), pattern)
+        return self._units[run_id, pattern]
+
+    def scores(self, *rows: GridRow) -> list[dict[str, dict[str, float]]]:
+        """The scores of each row by unit, under one place."""
+        return [{"": {unit: self._unit(run, row.pattern).score for unit, run in row.units.items()}} for row in rows]
+
+    def match(self, methods: Mapping[str, Rows]) -> Matched:
+        """The units of the methods at the places that all of them have.
+
+        Raises RunError if the methods were not tested on the same samples of the same draws, or if only some of a place's
+        replicates share their test samples.
+        """
+        places = tuple(p for p in next(iter(methods.values())) if all(p in rows and rows[p].ids for rows in methods.values()))
+        units: dict[str, dict[str, dict[str, Unit]]] = {
+            name: {p: {unit: self._unit(run, rows[p].pattern) for unit, run in rows[p].units.items()} for p in places}
+            for name, rows in methods.items()
+        }
+        for place in places:
+            _check_same(place, [rows[place].draws for rows in methods.values()], "draws of the data")
+            tests = [{u: (unit.metric, unit.digest) for u, unit in by_place[place].items()} for by_place in units.values()]
+            _check_same(place, tests, "test samples")
+        shared = not any(rows[place].draws for rows in methods.values() for place in places)
+        scores = {n: {p: {u: x.score for u, x in at.items()} for p, at in by_place.items()} for n, by_place in units.items()}
+        resamples = {n: {p: {u: x.resampled for u, x in at.items()} for p, at in by.items()} for n, by in units.items()}
+        if shared:
+            return Matched(
+                {name: regrouped(of_method, places) for name, of_method in scores.items()},
+                {name: regrouped(of_method, places) for name, of_method in resamples.items()},
+                places,
+                shared,
+            )
+        return Matched(scores, resamples if _one_test_set(units.values()) else None, places, shared)
+
+
+def _check_same(place: str, by_method: Iterable[Mapping[str, Any]], what: str) -> None:
+    """Raises RunError if two methods differ in a unit that both have."""
+    known: dict[str, Any] = {}
+    for values in by_method:
+        if differing := [unit for unit, value in values.items() if known.setdefault(unit, value) != value]:
+            raise RunError(
+                f"at {place or 'this place'}, the methods have different {what} in {differing[0]}, so they cannot be compared; "
+                "compare along an axis that leaves task, partition and scenario as they are."
+            )
+
+
+def _one_test_set(methods: Iterable[Mapping[str, Mapping[str, Unit]]]) -> bool:
+    """Whether the replicates of each place share their test samples (a published test set), rather than each having others."""
+    digests: dict[str, dict[str, str]] = {}
+    for by_place in methods:
+        for place, at in by_place.items():
+            digests.setdefault(place, {}).update({name: unit.digest for name, unit in at.items()})
+    kinds = {len(set(at.values())) == 1 for at in digests.values() if len(at) > 1}
+    fresh = [digest for at in digests.values() for digest in at.values()]
+    if len(kinds) > 1 or (kinds == {False} and len(set(fresh)) < len(fresh)):
+        raise RunError(
+            "some replicates share their test samples and others do not; sweep them again with one setting of draws."
+        )
+    return kinds == {True}
+
+
+def read_unit(run: RunDir, pattern: str) -> Unit:
+    """Raises RunError if the run has neither resampled scores nor predictions under the pattern."""
+    result = run.result()
+    metric, score = result["primary_metric"], result["metrics"].get(pattern, {}).get(result["primary_metric"])
+    score = float("nan") if score is None else float(score)
+    if "bootstrap_scores" in result:
+        resampled = np.array(result["bootstrap_scores"].get(pattern, ()), dtype=np.float64)
+        return Unit(metric, score, result["test_digest"], resampled)
+    lines = [line for line in run.predictions() if line["pattern"] == pattern]
+    if not lines:
+        raise RunError(f"{run.path}: predictions.jsonl has none under the pattern {pattern!r}; run the experiment again.")
+    if metric == "auc" and not result.get("positive"):
+        raise RunError(f"{run.path}: result.json does not name the positive answer; run the experiment again.")
+    models: dict[Any, list[dict[str, Any]]] = {}
+    for line in lines:
+        models.setdefault(line.get("client"), []).append(line)
+    first = next(iter(models.values()))
+    resampled = np.array(bootstrap_scores(metric, result.get("positive"), list(models.values())), dtype=np.float64)
+    return Unit(metric, score, test_digest(first), resampled)
