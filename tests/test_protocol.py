@@ -292,6 +292,7 @@ def test_edges_of_the_common_term() -> None:
     rising = np.arange(10.0)
     assert common_term({"A": {"0": rising, "1": -rising}}) == 0, "a negative covariance is none"
     assert common_term({"A": {"0": rising}}) == common_term({}) == 0
+    assert math.isnan(common_term({"A": {"0": np.array([1, NAN, NAN]), "1": np.array([NAN, 1, 2])}})), "no resample in common"
     gap = np.where(rising == 3, NAN, rising)
     assert common_term({"A": {"0": rising, "1": gap}}) == pytest.approx(np.delete(rising, 3).var(ddof=1))
     assert common_term({"A": {"0": rising, "1": rising, "2": np.full(10, NAN)}}) == pytest.approx(rising.var(ddof=1))

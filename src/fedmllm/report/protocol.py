@@ -161,13 +161,16 @@ def common_term(ours: Resamples, baseline: Resamples | None = None) -> float:
 
     For one place it is max(0, (U·W − m)/(U − 1)), the mean covariance of two units: U units, W the variance over resamples of
     the mean difference, m the mean of the single units' variances. For P places, in the same way for each of them,
-    W − Σ_p (m_p − W_p)/(R_p − 1)/P². It is 0 if there are fewer than two units.
+    W − Σ_p (m_p − W_p)/(R_p − 1)/P². 0 with fewer than two units; NaN if
+    fewer than two resamples give all units a score.
     """
     strata = _strata(_known(ours if baseline is None else _differences(ours, baseline)))
     if not strata or min(map(len, strata)) < 2:
         return 0.0
     # A resample on which some unit has no score, for instance AUC without positives, is left out of all.
     defined = np.all([np.isfinite(values).all(axis=0) for values in strata], axis=0)
+    if defined.sum() < 2:
+        return math.nan
     strata = [values[:, defined] for values in strata]
     means = np.array([values.mean(axis=0) for values in strata])
     own = [float(values.var(axis=1, ddof=1).mean() - values.mean(axis=0).var(ddof=1)) / (len(values) - 1) for values in strata]

@@ -26,10 +26,10 @@ def conclusion(comparison: Comparison, ours: str, baseline: str, p: float, decla
     """
     if math.isnan(comparison.p):
         return untested(comparison, ours, baseline)
-    said = [superiority(comparison, ours, baseline, p)] if p < LEVEL else []
+    sentences = [superiority(comparison, ours, baseline, p)] if p < LEVEL else []
     if declared is not None and comparison.margin <= declared:
-        said.append(equivalence(comparison, ours, baseline, declared))
-    return " ".join(said) or undecided(comparison, ours, baseline, p)
+        sentences.append(equivalence(comparison, ours, baseline, declared))
+    return " ".join(sentences) or undecided(comparison, ours, baseline, p)
 
 
 def superiority(comparison: Comparison, ours: str, baseline: str, p: float) -> str:
