@@ -50,7 +50,7 @@ def test_each_method_is_compared_with_the_baseline(folder: Path) -> None:
     shown = call("compare", folder, "--baseline", "zero-shot").stdout
     assert "points above zero-shot" in shown
     assert "+35.0 [" in shown
-    assert "Lazy is +0.0 points from zero-shot in each of 2 replicates: without any spread there is no test." in shown
+    assert "Lazy against zero-shot: +0.0 points in each of 2 replicates; without any spread there is no test." in shown
 
 
 def replicated(folder: Path, scores: Callable[[str, str, int], float], *, draws: Callable[[str, str, int], int] | None = None,
@@ -128,7 +128,7 @@ def test_a_fixed_test_set_widens_the_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"draws": lambda place, method, r: hash_of(place, method, r)}, "the methods have different draws of the data"),
+        ({"draws": lambda place, method, r: hash_of(place, method, r)}, "base and new have different draws of the data"),
         ({"digests": lambda place, r: "same" if r < 2 else str(r)}, "some replicates share their test samples"),
         ({"digests": lambda place, r: "one" if place == "easy" else str(r)}, "some replicates share their test samples"),
     ],

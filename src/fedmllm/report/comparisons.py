@@ -84,6 +84,16 @@ def axis_of(grid: Grid, cell: str) -> str | None:
     return next((axis for axis in grid.axes if any(row.axes[axis] == cell for row in grid.rows)), None)
 
 
+def comparable(grid: Grid, axis: str) -> bool:
+    """Whether cells that differ on this axis alone share their draws of the data, and so can be compared."""
+    draws: dict[tuple[tuple[str, ...], str], set[int]] = {}
+    for row in grid.rows:
+        place = tuple(value for name, value in row.axes.items() if name != axis)
+        for unit, draw in row.draws.items():
+            draws.setdefault((place, unit), set()).add(draw)
+    return all(len(shared) == 1 for shared in draws.values())
+
+
 def rows_by_method(grid: Grid, axis: str) -> dict[str, dict[str, Any]]:
     """cell of `axis` -> place, "α = 0.5 · 8 clients" -> row, for the rows with a complete run."""
     methods: dict[str, dict[str, Any]] = {}
@@ -127,10 +137,7 @@ def against(folder: Path, grid: Grid, baseline: str, reader: UnitReader | None =
 
 def _compare(reader: UnitReader, ours: Rows, theirs: Rows, names: tuple[str, str]) -> tuple[Comparison, float, bool]:
     """(the comparison over the common places, our mean score over them, whether units are means over places)."""
-    try:
-        matched = reader.match({names[0]: ours, names[1]: theirs})
-    except RunError as error:
-        raise RunError(f"{names[0]} against {names[1]}: {error}") from None
+    matched = reader.match({names[0]: ours, names[1]: theirs})
     resamples = matched.resamples
     c = common_term(resamples[names[0]], resamples[names[1]]) if resamples else 0.0
     comparison = compare(matched.scores[names[0]], matched.scores[names[1]], c)

@@ -57,7 +57,7 @@ class Comparison:
     common: float
 
 
-def _differences(ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def differences(ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By place and unit, NaN where one side lacks the unit."""
     differences: dict[str, dict[str, Any]] = {}
     for place in dict.fromkeys([*ours, *theirs]):
@@ -138,7 +138,7 @@ def summary(differences: Units, c: float = 0.0, level: float = 1 - LEVEL) -> Com
 
 def compare(ours: Units, baseline: Units, c: float = 0.0, level: float = 1 - LEVEL) -> Comparison:
     """Ours minus the baseline, paired by place and unit; `c` is `common_term` if all units share one test set."""
-    return summary(_differences(ours, baseline), c, level)
+    return summary(differences(ours, baseline), c, level)
 
 
 def compare_unpaired(ours: Units, pool: Mapping[str, float], level: float = 1 - LEVEL) -> Comparison:
@@ -164,7 +164,7 @@ def common_term(ours: Resamples, baseline: Resamples | None = None) -> float:
     W − Σ_p (m_p − W_p)/(R_p − 1)/P². 0 with fewer than two units; NaN if
     fewer than two resamples give all units a score.
     """
-    strata = _strata(_known(ours if baseline is None else _differences(ours, baseline)))
+    strata = _strata(_known(ours if baseline is None else differences(ours, baseline)))
     if not strata or min(map(len, strata)) < 2:
         return 0.0
     # A resample on which some unit has no score, for instance AUC without positives, is left out of all.
@@ -199,7 +199,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def place_variances(ours: Units, baseline: Units) -> dict[str, float]:
     """s_p², the variance of a pilot's paired differences, for each place that has two units or more."""
-    known = _known(_differences(ours, baseline))
+    known = _known(differences(ours, baseline))
     return {place: float(values.var(ddof=1)) for place, values in known.items() if len(values) > 1}
 
 

@@ -77,7 +77,7 @@ def add_baselines(page: Page, chapter: Chapter) -> None:
         return
     page.heading(
         "### Between the baselines",
-        "The federated methods that no other beats (paired one-sided tests, 5 % in all), and the one with the highest mean. Its "
+        "The federated methods that no other beats (paired one-sided tests, 5 % in all), and the one with the best mean. Its "
         "score and its points above the baselines are cross-fitted: it is chosen on the other replicates and read on the one "
         "left out. Intervals hold for all methods together. The share is of the way from zero-shot to centralised.",
     )

@@ -72,8 +72,8 @@ class UnitReader:
             for name, rows in methods.items()
         }
         for place in places:
-            _check_same(place, [rows[place].draws for rows in methods.values()], "draws of the data")
-            tests = [{u: (unit.metric, unit.digest) for u, unit in by_place[place].items()} for by_place in units.values()]
+            _check_same(place, {name: rows[place].draws for name, rows in methods.items()}, "draws of the data")
+            tests = {n: {u: (x.metric, x.digest) for u, x in by_place[place].items()} for n, by_place in units.items()}
             _check_same(place, tests, "test samples")
         shared = not any(rows[place].draws for rows in methods.values() for place in places)
         scores = {n: {p: {u: x.score for u, x in at.items()} for p, at in by_place.items()} for n, by_place in units.items()}
@@ -88,13 +88,13 @@ class UnitReader:
         return Matched(scores, resamples if _one_test_set(units.values()) else None, places, shared)
 
 
-def _check_same(place: str, by_method: Iterable[Mapping[str, Any]], what: str) -> None:
+def _check_same(place: str, by_method: Mapping[str, Mapping[str, Any]], what: str) -> None:
     """Raises RunError if two methods differ in a unit that both have."""
     known: dict[str, Any] = {}
-    for values in by_method:
+    for name, values in by_method.items():
         if differing := [unit for unit, value in values.items() if known.setdefault(unit, value) != value]:
             raise RunError(
-                f"at {place or 'this place'}, the methods have different {what} in {differing[0]}, so they cannot be compared; "
+                f"{name} and {next(iter(by_method))} have different {what} in {differing[0]}{f' at {place}' if place else ''}; "
                 "compare along an axis that leaves task, partition and scenario as they are."
             )
 

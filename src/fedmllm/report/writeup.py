@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmllm.errors import RunError
-from fedmllm.report.comparisons import against
+from fedmllm.report.comparisons import against, comparable
 from fedmllm.report.grids import Grid, read_grid
 from fedmllm.report.page import Page
 from fedmllm.report.sections import (
@@ -63,12 +63,13 @@ def _extent(grid: Grid) -> str:
     return f"{metrics} under the pattern `{complete[0].pattern}`; {cells}, {runs} runs"
 
 
-def _add_chapter(document: Page, chapter: Chapter, baseline: str) -> None:
+def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None:
     grid = chapter.grid
     document.heading(f"## {grid.name}", f"{_extent(grid)}.")
     add_scores(document, chapter)
     add_baselines(document, chapter)
-    add_comparisons(document, chapter, against(chapter.folder, grid, baseline, chapter.reader))
+    if baseline is not None:
+        add_comparisons(document, chapter, against(chapter.folder, grid, baseline, chapter.reader))
     add_patterns(document, chapter)
     add_transfer(document, chapter)
     add_cost(document, chapter)
@@ -78,12 +79,14 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str) -> None:
         document.paragraph(f"{len(incomplete)} cells lack runs: {names}.")
 
 
-def choose_baseline(grid: Grid, requested: str | None) -> str:
-    """The requested cell if this grid has it, else its zero-shot cell, else the first cell of its last axis."""
+def choose_baseline(grid: Grid, requested: str | None) -> str | None:
+    """The requested cell if this grid has it, else its zero-shot cell, else the first cell of its last axis of methods; None if
+    every axis changes the data."""
     if requested is not None and any(requested in row.axes.values() for row in grid.rows):
         return requested
     untrained = [row.axes for row in grid.rows if row.kind == "zero-shot"]
     for axis in reversed(grid.axes) if untrained else ():
         if len({axes[axis] for axes in untrained}) == 1:
             return untrained[0][axis]
-    return grid.rows[0].axes[grid.axes[-1]]
+    axis = next((axis for axis in reversed(grid.axes) if comparable(grid, axis)), None)
+    return grid.rows[0].axes[axis] if axis is not None else None
