@@ -196,7 +196,7 @@ def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
         assert info.lr > 0
         assert info.me.client in info.sampled
         assert 0 <= info.me.client < info.clients
-        assert set(info.adapter.layer.values()) == set(range(info.adapter.layers)) == {0, 1}
+        assert set(info.adapter.layer.values()) == set(range(info.adapter.layers)) == set(range(6))
         assert info.adapter.layer.keys() == received["adapter"].keys()
         return LocalRule(observe_loss=True)
 
@@ -211,8 +211,8 @@ def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
         return plain.aggregate(state, updates, info)
 
     assert traffic_of(replace(plain, rule=rule, finish=finish, aggregate=aggregate)) == {"down": ["adapter"], "up": ["adapter"]}
-    assert len(seen) == 6
-    assert len({loss for loss, *_ in seen}) == 6
+    assert len(seen) == 9
+    assert len({loss for loss, *_ in seen}) == 9
     assert all(padding == 0 and examples > 0 and steps > 0 for _, padding, examples, steps in seen)
 
 
