@@ -125,10 +125,6 @@ class Update:
     travelled: tuple[Mapping[str, int], Mapping[str, int]] | None = None
 
 
-def plain_rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
-    return LocalRule()
-
-
 def send_adapter(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
     """Upload the trained adapter and remember nothing."""
     return {"adapter": clone(result.trained)}, {}
@@ -163,7 +159,7 @@ class Algorithm:
 
     init: Callable[[Tensors], State]
     aggregate: Callable[[State, Sequence[Update], RoundInfo], State]
-    rule: Callable[[State, State, RoundInfo], LocalRule] = plain_rule
+    rule: Callable[[State, State, RoundInfo], LocalRule] = lambda received, memory, info: LocalRule()
     finish: Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]] = send_adapter
     message: Message = _adapter
     uploads: Message = _adapter
