@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fedmllm.models.families import Family, families
 
-
-@families.register("idefics3")
-def idefics3() -> Family:
-    """SmolVLM, Idefics 3."""
-    return Family(first_position=0)
-
-
-@families.register("smolvlm")
-def smolvlm() -> Family:
-    """SmolVLM2 (requires `pip install num2words`)."""
-    return Family(first_position=0)
-
-
-@families.register("llava")
-def llava() -> Family:
-    """LLaVA 1.5."""
-    return Family(first_position=0)
+ROTARY = {
+    "idefics3": "SmolVLM, Idefics 3.",
+    "smolvlm": "SmolVLM2 (requires `pip install num2words`).",
+    "llava": "LLaVA 1.5.",
+    "llava_next": "LLaVA-NeXT.",
+    "llava_onevision": "LLaVA-OneVision.",
+    "internvl": "InternVL 3 (checkpoints whose names end in `-hf`).",
+    "gemma3": "Gemma 3.",
+}
+"""model_type -> its description."""
 
 
-@families.register("llava_next")
-def llava_next() -> Family:
-    """LLaVA-NeXT."""
-    return Family(first_position=0)
+def _described(description: str) -> Callable[[], Family]:
+    def rotary() -> Family:
+        return Family(first_position=0)
+
+    rotary.__doc__ = description
+    return rotary
 
 
-@families.register("llava_onevision")
-def llava_onevision() -> Family:
-    """LLaVA-OneVision."""
-    return Family(first_position=0)
-
-
-@families.register("internvl")
-def internvl() -> Family:
-    """InternVL 3 (checkpoints whose names end in `-hf`)."""
-    return Family(first_position=0)
-
-
-@families.register("gemma3")
-def gemma3() -> Family:
-    """Gemma 3."""
-    return Family(first_position=0)
+for name, description in ROTARY.items():
+    families.register(name)(_described(description))
