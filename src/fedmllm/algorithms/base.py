@@ -130,6 +130,11 @@ def send_adapter(result: LocalResult, received: State, memory: State, info: Roun
     return {"adapter": clone(result.trained)}, {}
 
 
+def failed(client: int, problem: str) -> Update:
+    """The reply of a client that could not train or did not answer."""
+    return Update(client, {}, 0, 0, problem=problem)
+
+
 Message = Callable[[State, int, RoundInfo], State]
 
 
