@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -162,11 +163,10 @@ def _bytes_sent(messages: Mapping[int, State], updates: Sequence[Update]) -> tup
 
 def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sum of several counts by group."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for count in counts:
-        for group, number in count.items():
-            total[group] = total.get(group, 0) + number
-    return total
+        total.update(count)
+    return dict(total)
 
 
 def _aggregate(

@@ -14,9 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetBackend, FleetContext
@@ -69,9 +70,7 @@ def split(clients: Sequence[int], actors: int) -> list[list[int]]:
 
     A client therefore tends to reach the same actor in every round, which has already encoded its samples.
     """
-    count = min(actors, len(clients))
-    bounds = [len(clients) * i // count for i in range(count + 1)] if count else []
-    return [list(clients[start:stop]) for start, stop in pairwise(bounds)]
+    return [part.tolist() for part in np.array_split(clients, min(actors, len(clients)))] if clients else []
 
 
 class ActorTransport:

@@ -75,12 +75,12 @@ class FlowerCli:
         with ThreadPoolExecutor() as pool:  # each call takes seconds, most of them for Python's imports
             outdated = nodes - {entry["node"] for entry in registered.values()}
             list(pool.map(lambda node: self._call("supernode", "unregister", node, CONNECTION), outdated))
-            replies = list(pool.map(self._register, new))
-        for name, reply in zip(new, replies, strict=True):
+            replies = dict(zip(new, pool.map(self._register, new), strict=True))
+        for name, reply in replies.items():
             if reply.get("success"):
                 registered[name] = {"key": keys[name], "node": str(reply["node-id"])}
         write_atomically(file, json.dumps(registered).encode())
-        for name, reply in zip(new, replies, strict=True):
+        for name, reply in replies.items():
             if not reply.get("success"):
                 raise ConfigError(f"the SuperLink does not register sites.{name} ({reply.get('error-message')}).")
 

@@ -64,11 +64,7 @@ class SecureFleet:
                 "round %d: %.2g of the numbers exceeded secure.clip = %g and were clipped; raise it",
                 info.round, share, self._settings.clip,
             )  # fmt: skip
-        return self._copies(info, secure_round, _as_upload(mean, received, shapes), present, sums)
-
-    def _copies(
-        self, info: RoundInfo, secure_round: SecureRound, groups: State, present: Sequence[int], sums: Mapping[str, float]
-    ) -> list[Update]:
+        groups = _as_upload(mean, received, shapes)
         metrics = {name: value for name, value in sums.items() if name not in COUNTS}
         examples, steps = (_even_parts(int(sums[name]), len(present)) for name in ("examples", "steps"))
         counts = zip(present, examples, steps, strict=True)

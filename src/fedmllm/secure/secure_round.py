@@ -186,20 +186,16 @@ class SecureRound:
     def _unmask(self, total: Vector, senders: set[int], present: set[int], shares: Mapping[int, Mapping[int, bytes]]) -> None:
         for client in sorted(senders):
             seed = crypto.combine(sorted(shares[client].items())[: self._group.required(client)])
-            if client in present:
-                if self._group.check(seed, client) != self._keys[client][2]:
-                    raise TooFew(self._altered(client))
+            _, public, check = self._keys[client]
+            pair = None if client in present else crypto.KeyPair.of(seed)
+            if pair.public != public if pair else self._group.check(seed, client) != check:
+                raise TooFew(
+                    f"round {self._info.round}: secure aggregation cannot unmask the sum: the returned shares of client "
+                    f"{client}'s secret do not reconstruct it, so one of them was altered"
+                )
+            if pair is None:
                 self._fixed.add_mask(total, self._group.own_mask(seed, client), -1)
                 continue
-            pair = crypto.KeyPair.of(seed)
-            if pair.public != self._keys[client][1]:
-                raise TooFew(self._altered(client))
             for peer in present.intersection(self._group.peers[client]):
                 mask = self._group.pair_mask(pair.agree(self._keys[peer][1]), client, peer)
                 self._fixed.add_mask(total, mask, -sign_of(peer, client))
-
-    def _altered(self, client: int) -> str:
-        return (
-            f"round {self._info.round}: secure aggregation cannot unmask the sum: the returned shares of client {client}'s "
-            "secret do not reconstruct it, so one of them was altered"
-        )
