@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedmllm.algorithms import Algorithm, LocalRule, RoundInfo, Update, algorithms, compressions, regularizations
-from fedmllm.algorithms.base import in_order, send_adapter
+from fedmllm.algorithms.base import groups, in_order, send_adapter
 from fedmllm.algorithms.factors import lora_state
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.algorithms.traffic import traffic_of
@@ -214,6 +214,11 @@ def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
     assert len(seen) == 9
     assert len({loss for loss, *_ in seen}) == 9
     assert all(padding == 0 and examples > 0 and steps > 0 for _, padding, examples, steps in seen)
+
+
+def test_a_message_leaves_out_groups_that_do_not_exist_yet() -> None:
+    state = {"a": tensors(x=1), "b": tensors(x=2)}
+    assert groups("b", "c")(state, 0, round_info()) == {"b": state["b"]}
 
 
 # Order

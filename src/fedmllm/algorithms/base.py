@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedmllm.registry import Registry
-from fedmllm.tensors import State, Tensors, clone, select
+from fedmllm.tensors import State, Tensors, clone
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ Message = Callable[[State, int, RoundInfo], State]
 def groups(*names: str) -> Message:
     """A message of the named groups of the server's state, the same for every client. Groups that do not exist yet are left
     out."""
-    return lambda state, client, info: select(state, names)
+    return lambda state, client, info: {name: state[name] for name in names if name in state}
 
 
 _adapter = groups("adapter")

@@ -122,8 +122,5 @@ class Pictures:
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of equal shape except the first dimension, padded with zeros at the end of each dimension to the largest size."""
     shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [(0, largest - size) for largest, size in zip(shape, tensor.shape[1:], strict=True)]
-        padded.append(functional.pad(tensor, [amount for pair in reversed(missing) for amount in pair]))
-    return padded
+    missing = [[largest - size for largest, size in zip(shape, t.shape[1:], strict=True)] for t in tensors]
+    return [functional.pad(t, [n for m in reversed(sizes) for n in (0, m)]) for t, sizes in zip(tensors, missing, strict=True)]

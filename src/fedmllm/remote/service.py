@@ -57,9 +57,8 @@ def main(site: Path, socket: Path) -> None:
         print(f"{file.name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
     replies = ReplyCache(Worker(file.state / "clients", file.data, log, plugin_files()))
-    stop = stop_signal()
     log(f"worker listens on {socket}")
-    serve(socket, replies, stop)
+    serve(socket, replies, stop_signal())
 
 
 if __name__ == "__main__":

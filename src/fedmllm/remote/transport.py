@@ -204,6 +204,5 @@ class FlowerTransport:
 
     def _pull(self, ids: Iterable[str]) -> list[Message]:
         expected = list(ids)
-        if not expected:
-            return []
-        return [m for m in self._grid.pull_messages(expected) if m.metadata.reply_to_message_id in expected]
+        messages = self._grid.pull_messages(expected) if expected else []
+        return [message for message in messages if message.metadata.reply_to_message_id in expected]

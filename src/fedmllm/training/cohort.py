@@ -92,7 +92,6 @@ class _Cohort:
         self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
         self._stack = stack = Stack(model.adapter, [w.received for w in works], names, [w.seed for w in works])
         self._optimizer = _optimizer(stack.rows, train)
-        device = stack.values.device
         rules = [work.rule for work in works]
         # Each of these is None if no client needs it.
         self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
@@ -103,7 +102,7 @@ class _Cohort:
         if any(rule.offset for rule in rules):
             self._offset = stack.matrix([rule.offset or {} for rule in rules])
         # Kept as tensors: reading a number from a GPU would wait for it at every step.
-        self._loss = torch.zeros(len(works), device=device)
+        self._loss = torch.zeros(len(works), device=stack.values.device)
         self._slots = [0] * len(works)
 
     def train(self) -> list[LocalResult]:
@@ -119,10 +118,8 @@ class _Cohort:
             while done < counts[0]:
                 active = sum(count > done for count in counts)
                 until = counts[active - 1]
-                for row in self._stack.rows[active:]:
-                    row.grad = None  # the optimizer skips rows without a gradient
-                for row, grad in zip(self._stack.rows[:active], self._stack.grads, strict=False):
-                    row.grad = grad
+                for client, row in enumerate(self._stack.rows):  # the optimizer skips rows without a gradient
+                    row.grad = self._stack.grads[client] if client < active else None
                 with self._model.using(self._stack, active):
                     for number in range(done, until):
                         self._step([work.steps[number] for work in self._works[:active]])
