@@ -19,13 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.config import read, validate
+from fedmllm.config import TrainTable, read, validate
 from fedmllm.experiment.parts import build
 from fedmllm.rng import stream
 from fedmllm.runs.session import Session
 from fedmllm.training.batches import batch_epoch
-from fedmllm.training.cohort import train_cohort
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work, train_cohort
 from harness import experiment_parser, median_and_range
 
 
@@ -56,11 +55,11 @@ def make_works(session: Session, clients: int, steps: int) -> list[Work]:
     return works
 
 
-def train(session: Session, works: Sequence[Work], cohort: int, settings: LocalSettings) -> float:
+def train(session: Session, works: Sequence[Work], cohort: int, table: TrainTable) -> float:
     """Train all clients; the seconds it took."""
     began = time.perf_counter()
     for start in range(0, len(works), cohort):
-        train_cohort(session.model, works[start : start + cohort], settings)
+        train_cohort(session.model, works[start : start + cohort], table)
     return time.perf_counter() - began
 
 
@@ -75,11 +74,10 @@ def main() -> None:
     parts = build(validate(read(options.file)))
     session, table = Session(parts, parts.prepare()), parts.config.train
     session.prepare(session.clients, range(options.clients))
-    settings = LocalSettings.of(table, table.lr)
     works = make_works(session, options.clients, options.steps)
     tokens = sum(sample.length for work in works for step in work.steps for batch in step for sample in batch)
     with FlopCounterMode(display=False) as counter:
-        train(session, works, 1, settings)
+        train(session, works, 1, table)
     operations = counter.get_total_flops()
     print(f"{len(works)} clients × {options.steps} steps of {table.batch_size}, threads: {torch.get_num_threads()}")
     print(f"{operations / tokens / 1e6:.1f} million operations per token of a sample, forward and backward")
@@ -88,7 +86,7 @@ def main() -> None:
     ratios = []
     for _ in range(options.repeats):
         floor = operations / product_rate()
-        seconds = {cohort: train(session, works, cohort, settings) for cohort in cohorts}
+        seconds = {cohort: train(session, works, cohort, table) for cohort in cohorts}
         for cohort in cohorts:
             to_floor[cohort].append(seconds[cohort] / floor)
         ratios.append(seconds[1] / seconds[len(works)])
@@ -97,7 +95,7 @@ def main() -> None:
     print(f"{'one by one / ' + cohorts[len(works)]:40}{median_and_range(ratios)}")
     if options.profile:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            train(session, works, len(works), settings)
+            train(session, works, len(works), table)
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=44))
 
 

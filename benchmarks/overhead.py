@@ -17,19 +17,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 from transformers.utils import logging
 
 from fedmllm.algorithms import LocalResult
-from fedmllm.config import read, validate
+from fedmllm.config import TrainTable, read, validate
 from fedmllm.experiment.parts import build
-from fedmllm.fleets import inprocess
+from fedmllm.fleets.base import FleetBackend
+from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.models.mllm import MLLM
 from fedmllm.runs.rounds import begin, federation_plan, prepare_run, train_rounds
 from fedmllm.runs.session import Session
-from fedmllm.training.cohort import train_cohort
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work, train_cohort
 from harness import TimedRunDir, experiment_parser
 
 ALGORITHMS = ("fedavg", "scaffold", "fedyogi", "flora", "flexlora")
@@ -43,14 +42,15 @@ def overhead(session: Session, wait: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         directory = TimedRunDir(Path(folder) / "run", wait)
 
-        def timed(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
+        def timed(model: MLLM, works: Sequence[Work], table: TrainTable) -> list[LocalResult]:
             began = time.perf_counter()
-            results = train_cohort(model, works, settings)
+            results = train_cohort(model, works, table)
             training[len(directory.ends)] += time.perf_counter() - began
             return results
 
-        run = prepare_run("federated", session, directory)
-        with patch.object(inprocess, "train_cohort", timed), directory.claimed():
+        backend = FleetBackend(lambda context: InProcessFleet(context, timed))
+        run = prepare_run("federated", session, directory, backend)
+        with directory.claimed():
             begin(run)
             train_rounds(run, session.parts.algorithm, session.clients, federation_plan(session), "rounds")
     return 1 - sum(training[1:]) / (directory.ends[-1].wall - directory.ends[0].wall)

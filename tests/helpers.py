@@ -14,14 +14,24 @@ from hypothesis import settings
 from PIL import Image
 
 from fedmllm.algorithms import Algorithm, Update, algorithms, compressions, regularizations
-from fedmllm.algorithms.toy_client import LR, examples_of, local_sgd, steps_of, target
+from fedmllm.algorithms.toy_federation import (
+    ADAPTER_INFO,
+    CLIENTS,
+    LR,
+    examples_of,
+    local_sgd,
+    lora_adapter,
+    round_info,
+    same,
+    steps_of,
+    target,
+)
+from fedmllm.algorithms.toy_federation import ToyFleet as FakeFleet
+from fedmllm.algorithms.toy_federation import run_rounds as rounds_of
+from fedmllm.algorithms.toy_federation import train_round as a_round
 from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.samples import Loaded, Problem, Sample, Split, Task
 from fedmllm.tensors import Tensors
-from fedmllm.testing.toy_federation import ADAPTER_INFO, CLIENTS, lora_adapter, round_info, same
-from fedmllm.testing.toy_federation import ToyFleet as FakeFleet
-from fedmllm.testing.toy_federation import run_rounds as rounds_of
-from fedmllm.testing.toy_federation import train_round as a_round
 
 __all__ = [
     "ADAPTER_INFO",

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from fedmllm.algorithms import LocalResult
+from fedmllm.config import TrainTable
 from fedmllm.models.mllm import MLLM
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work
 
 
-def train_naively(model: MLLM, work: Work, settings: LocalSettings) -> LocalResult:
+def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
     adapter, rule = model.adapter, work.rule
     adapter.set(work.received)
     rank = adapter.rank
@@ -23,7 +24,7 @@ def train_naively(model: MLLM, work: Work, settings: LocalSettings) -> LocalResu
         )
     else:
         optimizer = torch.optim.AdamW(
-            parameters.values(), settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            parameters.values(), settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
     observed = {name: torch.zeros_like(adapter.part(name, p, rank)) for name, p in parameters.items()}
     total, examples = 0.0, 0

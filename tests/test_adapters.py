@@ -12,18 +12,17 @@ from transformers import AutoModelForImageTextToText
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.algorithms.factors import A, B, modules, rank_of, resized
-from fedmllm.config import AdapterTable, LoraTable, ModelTable
+from fedmllm.config import AdapterTable, LoraTable, ModelTable, TrainTable
 from fedmllm.errors import RunError
 from fedmllm.models.adapter import VIRTUAL
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import digest, distance
-from fedmllm.training.cohort import train_local
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work, train_cohort
 from tiny_models import CLOSED, OPEN, last_logits, load_adapted, perturb, plain_peft
 
 KINDS = ["lora", "rslora", "dora", "ia3", "prompt-tuning"]
-ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
+ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01)
 TALKS = [*OPEN, CLOSED]
 
 
@@ -37,8 +36,8 @@ def test_every_kind_trains_and_can_be_set(settings: ModelTable, pictures: list[P
     model = load_adapted(settings, kind)
     batch = model.encode(TALKS, pictures, 200)
     start = model.adapter.get()
-    result = train_local(model, Work([[batch]] * 6, start, LocalRule(), 0), ADAMW)
-    first = train_local(model, Work([[batch]], start, LocalRule(), 0), ADAMW)
+    result = train_cohort(model, [Work([[batch]] * 6, start, LocalRule(), 0)], ADAMW)[0]
+    first = train_cohort(model, [Work([[batch]], start, LocalRule(), 0)], ADAMW)[0]
     assert result.metrics["loss"] < first.metrics["loss"]
     assert any(not torch.equal(result.trained[n], start[n]) for n in start)
     model.adapter.set(start)
@@ -125,7 +124,9 @@ def test_a_lower_rank_trains_as_a_model_of_that_rank(
     settings: ModelTable, pictures: list[Path | None], kind: str, optimizer_name: str
 ) -> None:
     """Padded with zeros in a model of rank 5, an adapter of rank 2 trains as in a model of rank 2, including α/r and rule."""
-    optimizer = ADAMW if optimizer_name == "adamw" else LocalSettings("sgd", 0.3, 0.01, (0.9, 0.95), 0.5, 0.0)
+    optimizer = (
+        ADAMW if optimizer_name == "adamw" else TrainTable(optimizer="sgd", lr=0.3, weight_decay=0.01, momentum=0.5, clip=0.0)
+    )
     small, large = load_adapted(settings, kind, rank=2), load_adapted(settings, kind, rank=5)
     generator = torch.Generator().manual_seed(1)
     # Moderate values: with larger ones, the rounding of B's scale (one part in 10⁷) alone grows past 1e-5 in three steps.
@@ -135,7 +136,7 @@ def test_a_lower_rank_trains_as_a_model_of_that_rank(
     results = []
     for model in (small, large):
         batch = model.encode(TALKS, pictures, 200)
-        results.append(train_local(model, Work([[batch]] * 3, start, rule, 0), optimizer))
+        results.append(train_cohort(model, [Work([[batch]] * 3, start, rule, 0)], optimizer)[0])
     assert results[1].trained.keys() == results[0].trained.keys()
     assert distance(results[0].trained, results[1].trained) < 1e-5
     assert results[0].mean_gradient is not None

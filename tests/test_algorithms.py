@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedmllm.algorithms import Algorithm, LocalRule, RoundInfo, Update, algorithms, compressions, regularizations
-from fedmllm.algorithms.base import in_order, send_adapter
+from fedmllm.algorithms.base import groups, in_order, send_adapter
 from fedmllm.algorithms.factors import lora_state
 from fedmllm.algorithms.fedavg import fedavg
 from fedmllm.algorithms.traffic import traffic_of
@@ -196,7 +196,7 @@ def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
         assert info.lr > 0
         assert info.me.client in info.sampled
         assert 0 <= info.me.client < info.clients
-        assert set(info.adapter.layer.values()) == set(range(info.adapter.layers)) == {0, 1}
+        assert set(info.adapter.layer.values()) == set(range(info.adapter.layers)) == set(range(6))
         assert info.adapter.layer.keys() == received["adapter"].keys()
         return LocalRule(observe_loss=True)
 
@@ -211,9 +211,14 @@ def test_traffic_gives_an_algorithm_all_that_a_run_gives() -> None:
         return plain.aggregate(state, updates, info)
 
     assert traffic_of(replace(plain, rule=rule, finish=finish, aggregate=aggregate)) == {"down": ["adapter"], "up": ["adapter"]}
-    assert len(seen) == 6
-    assert len({loss for loss, *_ in seen}) == 6
+    assert len(seen) == 9
+    assert len({loss for loss, *_ in seen}) == 9
     assert all(padding == 0 and examples > 0 and steps > 0 for _, padding, examples, steps in seen)
+
+
+def test_a_message_leaves_out_groups_that_do_not_exist_yet() -> None:
+    state = {"a": tensors(x=1), "b": tensors(x=2)}
+    assert groups("b", "c")(state, 0, round_info()) == {"b": state["b"]}
 
 
 # Order

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.smolvlm import processing_smolvlm
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.config import LoraTable, ModelTable
+from fedmllm.config import LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import processors
 from fedmllm.models.encoded import Encoded
@@ -22,8 +22,7 @@ from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _score_repeated, option_scores
 from fedmllm.models.tokens import Tokens
 from fedmllm.tensors import digest, distance
-from fedmllm.training.cohort import train_cohort, train_local
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work, train_cohort
 from naive_training import train_naively
 from tiny_families import FAMILIES, save
 from tiny_models import CLOSED, OPTIONS, last_logits, perturb
@@ -42,7 +41,7 @@ TALKS = [
     Conversation("what is in it?", "a circle", image=True),
 ]
 SHOWN = [WIDE, None, SMALL, None, TALL]
-ADAMW = LocalSettings("adamw", 2e-2, 0.0, (0.9, 0.95), 0.0, 1.0)
+ADAMW = TrainTable(optimizer="adamw", lr=2e-2)
 
 BATCHES = {"text": [1, 3], "image": [0, 4], "image and text": [2, 0], "mixed": [0, 1, 2, 3, 4]}
 """Batches as indices into `TALKS`; the pictures have different sizes."""
@@ -203,7 +202,7 @@ def test_training_decreases_the_loss(family: tuple[str, Path], pictures: list[Pa
     model = load(family[1], perturbed=False)
     batch = encode(model, pictures)
     start = model.adapter.get()
-    result = train_local(model, Work([[batch]] * 12, start, LocalRule(), 0), ADAMW)
+    result = train_cohort(model, [Work([[batch]] * 12, start, LocalRule(), 0)], ADAMW)[0]
     model.adapter.set(result.trained)
     with torch.no_grad():
         after = model.loss(batch).item()

@@ -19,6 +19,7 @@ from fedmllm.algorithms import LocalResult, algorithms, compressions
 from fedmllm.config import read, validate
 from fedmllm.data.prompts import Conversation
 from fedmllm.fleets import inprocess
+from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.models.adapter import read_adapter
 from fedmllm.models.mllm import MLLM
@@ -26,6 +27,7 @@ from fedmllm.models.scoring import option_scores
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.storage.state_file import load_state
 from fedmllm.tensors import State
+from fedmllm.training.cohort import train_cohort
 
 Write = Callable[..., Path]
 UNEQUAL = [name for name in algorithms.names() if algorithms.build(name, {}).unequal_ranks]
@@ -135,17 +137,18 @@ def test_a_client_that_was_refused_once_is_welcome_the_next_time(
     write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
 ) -> None:
     """Its first training ends in NaN: that round's memory goes with the update."""
-    train, spoilt = inprocess.train_cohort, []
+    spoilt = []
 
-    def train_badly_once(model: MLLM, *arguments: Any) -> list[LocalResult]:
-        first, *others = train(model, *arguments)
+    def train_badly_once(*arguments: Any) -> list[LocalResult]:
+        first, *others = train_cohort(*arguments)
         if spoilt:
             return [first, *others]
         spoilt.append(True)
         nan = {name: torch.full_like(t, math.nan) for name, t in first.trained.items()}
         return [replace(first, trained=nan, mean_gradient=nan if first.mean_gradient is not None else None), *others]
 
-    monkeypatch.setattr(inprocess, "train_cohort", train_badly_once)
+    backend = FleetBackend(lambda context: inprocess.InProcessFleet(context, train_badly_once))
+    monkeypatch.setattr(inprocess, "IN_PROCESS", backend)
     result = run("run", write_experiment(rounds=2), *settings(**parts, train__clients_per_round=4), "--out", "a")
     records = RunDir(Path("a")).rounds()
     (refused,) = records[0]["refused"]

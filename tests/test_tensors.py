@@ -171,8 +171,3 @@ def test_a_write_leaves_no_other_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "file", b"old")
     write_atomically(tmp_path / "file", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"new")]
-
-
-def test_select_keeps_existing_groups() -> None:
-    state = {"a": tensors(x=1), "b": tensors(x=2)}
-    assert t.select(state, ["b", "c"]) == {"b": state["b"]}

@@ -10,18 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.config import LoraTable, ModelTable
+from fedmllm.config import LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import Tensors, digest, distance
 from fedmllm.training.batches import batch_epoch
-from fedmllm.training.cohort import train_local
-from fedmllm.training.local import LocalSettings, Work
+from fedmllm.training.cohort import Work, train_cohort
 
-ADAMW = LocalSettings("adamw", 1e-2, 0.01, (0.9, 0.95), 0.0, 1.0)
-SGD = LocalSettings("sgd", 0.5, 0.0, (0.9, 0.95), 0.0, 0.0)
+ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01)
+SGD = TrainTable(optimizer="sgd", lr=0.5, clip=0.0)
 
 
 @pytest.fixture
@@ -32,10 +31,10 @@ def samples(model: MLLM, dataset: Path) -> list[Encoded]:
 
 
 def train(
-    model: MLLM, steps: list[list[list[Encoded]]], settings: LocalSettings = ADAMW, rule: LocalRule | None = None, seed: int = 0
+    model: MLLM, steps: list[list[list[Encoded]]], settings: TrainTable = ADAMW, rule: LocalRule | None = None, seed: int = 0
 ):
     start = start_of(model)
-    return train_local(model, Work(steps, start, rule or LocalRule(), seed), settings)
+    return train_cohort(model, [Work(steps, start, rule or LocalRule(), seed)], settings)[0]
 
 
 def start_of(model: MLLM) -> Tensors:
@@ -46,10 +45,10 @@ def start_of(model: MLLM) -> Tensors:
 def test_training_decreases_the_loss_and_does_not_change_its_input(model: MLLM, samples: list[Encoded]) -> None:
     start = start_of(model)
     before = digest(start)
-    result = train_local(model, Work([[samples]] * 8, start, LocalRule(), 0), ADAMW)
+    result = train_cohort(model, [Work([[samples]] * 8, start, LocalRule(), 0)], ADAMW)[0]
     assert digest(start) == before
     assert (result.steps, result.examples) == (8, 64)
-    first = train_local(model, Work([[samples]], start, LocalRule(), 0), ADAMW).metrics["loss"]
+    first = train_cohort(model, [Work([[samples]], start, LocalRule(), 0)], ADAMW)[0].metrics["loss"]
     assert result.metrics["loss"] < first
     assert result.trained.keys() == start.keys()
 
@@ -70,7 +69,7 @@ def test_equals_a_plain_loop(model: MLLM, samples: list[Encoded]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
-def test_batch_of_8_equals_8_accumulated(model: MLLM, samples: list[Encoded], optimizer: LocalSettings) -> None:
+def test_batch_of_8_equals_8_accumulated(model: MLLM, samples: list[Encoded], optimizer: TrainTable) -> None:
     whole = train(model, [[samples]], optimizer).trained
     accumulated = train(model, [[[sample] for sample in samples]], optimizer).trained
     assert distance(whole, accumulated) < 1e-5 * max(1.0, distance(whole, start_of(model)))
@@ -103,7 +102,7 @@ def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encod
     start = start_of(model)
     offset = {k: torch.full_like(t, 0.01) for k, t in start.items()}
     rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, observe_gradient=True)
-    result = train_local(model, Work([[samples]] * 2, start, rule, 0), SGD)
+    result = train_cohort(model, [Work([[samples]] * 2, start, rule, 0)], SGD)[0]
     model.adapter.set(start)
     parameters = model.adapter.parameters
     raw = {k: torch.zeros_like(t) for k, t in start.items()}
@@ -122,7 +121,7 @@ def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encod
 
 
 def test_gradients_are_clipped(model: MLLM, samples: list[Encoded]) -> None:
-    clipped = LocalSettings("sgd", 1.0, 0.0, (0.9, 0.95), 0.0, 1e-3)
+    clipped = TrainTable(optimizer="sgd", lr=1.0, clip=1e-3)
     result = train(model, [[samples]], clipped)
     assert distance(result.trained, result.received) == pytest.approx(1e-3, rel=1e-2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,9 +107,7 @@ def _execute(parts: Parts, kind: RunKind, directory: RunDir, progress: ProgressC
     from fedmllm.runs.session import Session
 
     dataset = parts.prepare()
-    if kind != "federated":
-        return execute(kind, Session(parts, dataset, progress or no_progress), directory, IN_PROCESS)
-    with fleet_backend(parts) as backend:
+    with fleet_backend(parts) if kind == "federated" else nullcontext(IN_PROCESS) as backend:
         return execute(kind, Session(parts, dataset, progress or no_progress), directory, backend)
 
 

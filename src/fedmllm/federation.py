@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -152,21 +153,12 @@ def _reason_to_refuse(update: Update, algorithm: Algorithm, state: State, info: 
     return algorithm.refuse(update, state, info)
 
 
-def _bytes_sent(messages: Mapping[int, State], updates: Sequence[Update]) -> tuple[dict[str, int], dict[str, int]]:
-    """The bytes that were sent down and up, by group."""
-    reported = {update.client: update.travelled for update in updates if update.travelled}
-    down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
-    up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
-    return sum_groups(down), sum_groups(up)
-
-
 def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sum of several counts by group."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for count in counts:
-        for group, number in count.items():
-            total[group] = total.get(group, 0) + number
-    return total
+        total.update(count)
+    return dict(total)
 
 
 def _aggregate(
@@ -185,14 +177,17 @@ def _aggregate(
 
 
 def _record(
+    info: RoundInfo,
+    messages: Mapping[int, State],
+    updates: Sequence[Update],
     valid: Sequence[Update],
     refused: list[dict[str, str | int]],
-    info: RoundInfo,
-    bytes_sent: tuple[dict[str, int], dict[str, int]],
     seconds: float,
 ) -> RoundRecord:
-    """`bytes_sent` has the bytes down and those up."""
     examples = sum(u.examples for u in valid)
+    reported = {update.client: update.travelled for update in updates if update.travelled}
+    down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
+    up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
     return RoundRecord(
         round=info.round,
         lr=info.lr,
@@ -200,8 +195,8 @@ def _record(
         examples=examples,
         steps=sum(u.steps for u in valid),
         loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in valid) / examples,
-        bytes_down=bytes_sent[0],
-        bytes_up=bytes_sent[1],
+        bytes_down=sum_groups(down),
+        bytes_up=sum_groups(up),
         refused=refused,
         seconds=seconds,
         padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in valid) / examples,
@@ -224,7 +219,7 @@ def federate(
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         updates = fleet.train(info, messages)
         state, valid, refused = _aggregate(updates, algorithm, fleet, plan, state, info)
-        yield _record(valid, refused, info, _bytes_sent(messages, updates), time.monotonic() - began), state
+        yield _record(info, messages, updates, valid, refused, time.monotonic() - began), state
         if round > done:
             fleet.commit(round - 1)
 
@@ -250,6 +245,6 @@ def each_alone(
             own_updates = [update for update in updates if update.client == client]
             states[client], valid, refused = _aggregate(own_updates, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
-            bytes_sent = _bytes_sent({client: messages[client]}, own_updates)
-            results[client] = _record(valid, refused, info, bytes_sent, seconds), states[client]
+            own_message = {client: messages[client]}
+            results[client] = _record(info, own_message, own_updates, valid, refused, seconds), states[client]
         yield results

@@ -11,10 +11,11 @@ from fedmllm.algorithms.base import (
     algorithms,
     complete,
     compressions,
+    failed,
     regularizations,
 )
 
 __all__ = [
     "AdapterInfo", "Algorithm", "ClientInfo", "LocalResult", "LocalRule", "RoundInfo", "Update", "algorithms", "complete",
-    "compressions", "regularizations",
+    "compressions", "failed", "regularizations",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedmllm.registry import Registry
-from fedmllm.tensors import State, Tensors, clone, select
+from fedmllm.tensors import State, Tensors, clone
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,14 @@ class Update:
     travelled: tuple[Mapping[str, int], Mapping[str, int]] | None = None
 
 
-def plain_rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
-    return LocalRule()
-
-
 def send_adapter(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
     """Upload the trained adapter and remember nothing."""
     return {"adapter": clone(result.trained)}, {}
+
+
+def failed(client: int, problem: str) -> Update:
+    """The reply of a client that could not train or did not answer."""
+    return Update(client, {}, 0, 0, problem=problem)
 
 
 Message = Callable[[State, int, RoundInfo], State]
@@ -140,7 +141,7 @@ Message = Callable[[State, int, RoundInfo], State]
 def groups(*names: str) -> Message:
     """A message of the named groups of the server's state, the same for every client. Groups that do not exist yet are left
     out."""
-    return lambda state, client, info: select(state, names)
+    return lambda state, client, info: {name: state[name] for name in names if name in state}
 
 
 _adapter = groups("adapter")
@@ -163,7 +164,7 @@ class Algorithm:
 
     init: Callable[[Tensors], State]
     aggregate: Callable[[State, Sequence[Update], RoundInfo], State]
-    rule: Callable[[State, State, RoundInfo], LocalRule] = plain_rule
+    rule: Callable[[State, State, RoundInfo], LocalRule] = lambda received, memory, info: LocalRule()
     finish: Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]] = send_adapter
     message: Message = _adapter
     uploads: Message = _adapter

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fedmllm.algorithms.base import Algorithm, LocalResult, RoundInfo, Update, Wrapper, compressions
 from fedmllm.rng import stream
@@ -94,10 +93,6 @@ def int8() -> Wrapper:
     return lambda algorithm: compressed(algorithm, pack, unpack, feedback=False)
 
 
-def _kept(tensor: Tensor, share: float) -> int:
-    return max(1, math.ceil(share * tensor.numel()))
-
-
 @compressions.register("top-k")
 def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
     """The largest entries of each tensor; the others are remembered and sent later (1809.07599)."""
@@ -108,9 +103,9 @@ def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
         places: Tensors = {}
         values: Tensors = {}
         for name, tensor in change.items():
-            flat = tensor.flatten()
+            flat, count = tensor.flatten(), max(1, math.ceil(share * tensor.numel()))
             # A stable sort, because torch.topk breaks ties arbitrarily.
-            largest = torch.argsort(flat.abs(), descending=True, stable=True)[: _kept(tensor, share)].sort().values
+            largest = torch.argsort(flat.abs(), descending=True, stable=True)[:count].sort().values
             places[name], values[name] = largest.to(torch.int32), flat[largest]
         return {"places": places, "values": values}
 

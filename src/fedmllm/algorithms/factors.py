@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedmllm.algorithms.base import AdapterInfo, Update
 from fedmllm.tensors import State, Tensors, clone
@@ -66,11 +67,13 @@ def resized(adapter: Tensors, rank: int, info: AdapterInfo) -> Tensors:
         return adapter
     new: Tensors = {}
     for m in modules(adapter):
-        a, b = adapter[m + A], adapter[m + B] * (info.scale(old) / info.scale(rank))
-        added = max(rank - old, 0)
-        new[m + A] = torch.cat((a[:rank], a.new_zeros(added, a.shape[1])), dim=0)
-        new[m + B] = torch.cat((b[:, :rank], b.new_zeros(b.shape[0], added)), dim=1)
+        new |= with_rank(m, adapter[m + A], adapter[m + B] * (info.scale(old) / info.scale(rank)), rank)
     return new
+
+
+def with_rank(module: str, a: Tensor, b: Tensor, rank: int) -> Tensors:
+    """The module's factors with `rank` rows of A and columns of B: cut off, or followed by zeros."""
+    return {module + A: pad(a, (0, 0, 0, rank - a.shape[0])), module + B: pad(b, (0, rank - b.shape[1]))}
 
 
 def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterInfo) -> Factors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
 from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order
 from fedmllm.algorithms.factors import A, B, best_factors, lora_state, rank_of, resized, stacked
@@ -27,8 +28,8 @@ def truncated(state: Tensors, module: str, left: torch.Tensor, right: torch.Tens
     server's values."""
     old_a, old_b = state[module + A], state[module + B]
     b, a = best_factors(left, right, old_a.shape[0])
-    b = torch.cat((b, b.new_zeros(b.shape[0], old_b.shape[1] - b.shape[1])), dim=1)
-    return {module + A: torch.cat((a.to(old_a.dtype), old_a[a.shape[0] :])), module + B: b.to(old_b.dtype)}
+    b = pad(b, (0, old_b.shape[1] - b.shape[1])).to(old_b.dtype)
+    return {module + A: torch.cat((a.to(old_a.dtype), old_a[a.shape[0] :])), module + B: b}
 
 
 @algorithms.register("flexlora")

@@ -13,76 +13,51 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, Message, RoundInfo, Update, algorithms, groups
+from fedmllm.algorithms.base import Algorithm, LocalResult, LocalRule, RoundInfo, Update, algorithms, groups
 from fedmllm.algorithms.factors import A, B, half, lora_state
 from fedmllm.algorithms.fedavg import Weighting, mean_adapter
 from fedmllm.tensors import State, clone
 
 
-def _averaging(weighting: Weighting) -> Callable[[State, Sequence[Update], RoundInfo], State]:
+def _one_factor(suffix_of: Callable[[RoundInfo], str], weighting: Weighting) -> Algorithm:
+    """Train, send and average the factor whose names end with `suffix_of(info)`."""
+
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         return {**state, "adapter": {**state["adapter"], **mean_adapter(updates, weighting)}}
 
-    return aggregate
+    def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
+        return LocalRule(trainable=lambda name: name.endswith(suffix_of(info)))
 
-
-def _only(suffix_of: Callable[[RoundInfo], str]) -> Message:
-    return lambda state, client, info: {"adapter": half(state["adapter"], suffix_of(info))}
-
-
-def _uploading(
-    suffix_of: Callable[[RoundInfo], str],
-) -> Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]]:
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
         return {"adapter": clone(half(result.trained, suffix_of(info)))}, {}
 
-    return finish
+    def only(state: State, client: int, info: RoundInfo) -> State:
+        return {"adapter": half(state["adapter"], suffix_of(info))}
 
-
-def _training(suffix_of: Callable[[RoundInfo], str]) -> Callable[[State, State, RoundInfo], LocalRule]:
-    def rule(received: State, memory: State, info: RoundInfo) -> LocalRule:
-        suffix = suffix_of(info)
-        return LocalRule(trainable=lambda name: name.endswith(suffix))
-
-    return rule
+    return Algorithm(lora_state, aggregate, rule, finish, message=only, uploads=only, needs_lora=True, averages=weighting)
 
 
 @algorithms.register("ffa-lora")
 def ffa_lora(*, weighting: Weighting = "examples") -> Algorithm:
     """Freeze A at its initial value; train, send and average B alone (2403.12313)."""
-
-    def b(info: RoundInfo) -> str:
-        return B
-
-    aggregate, only = _averaging(weighting), _only(b)
-    rule, finish = _training(b), _uploading(b)
-    return Algorithm(lora_state, aggregate, rule, finish, message=only, uploads=only, needs_lora=True, averages=weighting)
+    return _one_factor(lambda info: B, weighting)
 
 
 @algorithms.register("rolora")
 def rolora(*, weighting: Weighting = "examples") -> Algorithm:
     """Train and send B in even rounds and A in odd ones (2502.01755)."""
-
-    def turn(info: RoundInfo) -> str:
-        return A if info.round % 2 else B
-
+    alternating = _one_factor(lambda info: A if info.round % 2 else B, weighting)
     # Both factors are sent down: a client that was not sampled last round lacks the factor that changed then.
-    both = groups("adapter")
-    aggregate = _averaging(weighting)
-    rule, finish = _training(turn), _uploading(turn)
-    return Algorithm(lora_state, aggregate, rule, finish, both, _only(turn), needs_lora=True, averages=weighting)
+    return replace(alternating, message=groups("adapter"))
 
 
 @algorithms.register("fedsa-lora")
 def fedsa_lora(*, weighting: Weighting = "examples") -> Algorithm:
     """Average A; every client keeps its own B, and so has its own model (2410.01463)."""
 
-    def a(info: RoundInfo) -> str:
-        return A
-
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
         return {"adapter": clone(half(result.trained, A))}, {"adapter": clone(half(result.trained, B))}
 
-    aggregate, only = _averaging(weighting), _only(a)
-    plain = Algorithm(lora_state, aggregate, finish=finish, message=only, uploads=only, needs_lora=True)
-    return replace(plain, averages=weighting, personal=True)
+    return replace(
+        _one_factor(lambda info: A, weighting), rule=lambda received, memory, info: LocalRule(), finish=finish, personal=True
+    )

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-
-from fedmllm.algorithms.base import AdapterInfo, Algorithm, RoundInfo
-from fedmllm.algorithms.factors import A, B, is_a, is_b
-from fedmllm.algorithms.toy_client import LR, train_toy_client
-from fedmllm.tensors import State, Tensors
-
-_CLIENTS, _ROUNDS, _LAYERS = (0, 1), 3, 2
-
-
-def _toy_adapter() -> tuple[Tensors, AdapterInfo]:
-    """A LoRA adapter of two layers, of rank 2, d_in = d_out = 5."""
-    adapter: Tensors = {}
-    for layer in range(_LAYERS):
-        module = f"layers.{layer}.q_proj"
-        adapter |= {module + A: torch.eye(2, 5), module + B: torch.zeros(5, 2)}
-    return adapter, AdapterInfo(_LAYERS, {name: int(name.split(".")[1]) for name in adapter}, alpha=2.0)
+from fedmllm.algorithms.base import Algorithm
+from fedmllm.algorithms.factors import is_a, is_b
+from fedmllm.algorithms.toy_federation import run_rounds
+from fedmllm.tensors import State
 
 
 def _groups_in(state: State) -> set[str]:
@@ -32,24 +17,13 @@ def _groups_in(state: State) -> set[str]:
     return names
 
 
-def _union(groups: Iterable[set[str]]) -> list[str]:
-    return sorted(set().union(*groups))
-
-
 def traffic_of(algorithm: Algorithm) -> dict[str, list[str]]:
     """{"down": …, "up": …}: the groups of tensors that are sent in any round, such as "adapter", or "adapter (B)" if only the
     factors B are sent."""
-    initial, adapter_info = _toy_adapter()
-    state, memories = algorithm.init(initial), dict[int, State]()
-    down, up = [], []
-    for number in range(_ROUNDS):
-        info = RoundInfo(number, _ROUNDS, len(_CLIENTS), _CLIENTS, seed=0, adapter=adapter_info, lr=LR)
-        updates = []
-        for client in _CLIENTS:
-            message = algorithm.message(state, client, info)
-            update, memories[client] = train_toy_client(algorithm, client, message, memories.get(client, {}), info, initial)
-            updates.append(update)
-            down.append(_groups_in(message))
-            up.append(_groups_in(update.groups))
-        state = algorithm.aggregate(state, updates, info)
-    return {"down": _union(down), "up": _union(up)}
+    down: set[str] = set()
+    up: set[str] = set()
+    for state, updates, _, info in run_rounds(algorithm, rounds=3):
+        for update in updates:
+            down |= _groups_in(algorithm.message(state, update.client, info))
+            up |= _groups_in(update.groups)
+    return {"down": sorted(down), "up": sorted(up)}

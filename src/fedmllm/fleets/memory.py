@@ -26,17 +26,11 @@ class ClientMemory:
         self._folder = folder
 
     def _rounds(self, client: int) -> list[int]:
-        try:
-            names = [path.name for path in self._client_folder(client).iterdir()]
-        except FileNotFoundError:
-            return []
-        return sorted(int(match.group(1)) for match in map(_NAME.fullmatch, names) if match)
-
-    def _client_folder(self, client: int) -> Path:
-        return self._folder / f"client-{client}"
+        matches = (_NAME.fullmatch(path.name) for path in self._path(client, 0).parent.glob("*"))
+        return sorted(int(match.group(1)) for match in matches if match)
 
     def _path(self, client: int, round: int) -> Path:
-        return self._client_folder(client) / f"round-{round}.safetensors"
+        return self._folder / f"client-{client}" / f"round-{round}.safetensors"
 
     def load(self, client: int, round: int) -> State:
         """The client's latest state from before `round`; empty if there is none."""

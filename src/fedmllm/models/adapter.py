@@ -59,7 +59,8 @@ class Adapter:
         self.stacks = self.plain_lora and in_text
         """Whether the adapters of several clients can be stacked (`Stack`). This requires the rows of a batch to stay separate,
         as they do in the linear layers of the text model; a vision tower may join the patches of all pictures."""
-        self._fold: Tensors = {}
+        self.fold: Tensors = {}
+        """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
         self._original: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
 
@@ -131,11 +132,6 @@ class Adapter:
 
     # The fold
 
-    @property
-    def fold(self) -> Tensors:
-        """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
-        return self._fold
-
     @torch.no_grad()
     def set_fold(self, fold: Tensors) -> None:
         """Make the base W₀ + fold for each module in `fold`, and W₀ for every other one.
@@ -144,7 +140,7 @@ class Adapter:
         scale is already included. Weights in float32 are changed in place. The precision of other weights (bfloat16,
         quantised) is too coarse for a fold, so it is computed in a separate branch next to these layers.
         """
-        if fold is self._fold:
+        if fold is self.fold:
             return
         folded = {name.rpartition(".")[0] for name in fold}
         for branch in self._branches.values():
@@ -160,7 +156,7 @@ class Adapter:
             original = self._original.setdefault(module, base.weight.detach().clone())
             change = dense_change(module, fold, original.device) if module in folded else 0
             base.weight.copy_(original + change)
-        self._fold = fold
+        self.fold = fold
 
     # Files
 
@@ -172,8 +168,8 @@ class Adapter:
         tensors, config = self.get(), self.config.to_dict()
         if self.plain_lora:
             config["r"] = self.rank
-        if self._fold:
-            tensors = factors_with_fold(tensors, self._fold, self.info.scale(self.rank))
+        if self.fold:
+            tensors = factors_with_fold(tensors, self.fold, self.info.scale(self.rank))
             config |= {"r": rank_of(tensors), "lora_alpha": rank_of(tensors), "use_rslora": False}
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
         config |= {"base_model_name_or_path": base_name, "inference_mode": True}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,20 +36,14 @@ def peft_config(settings: ModelTable, family: Family) -> PeftConfig:
     )
 
 
-@contextmanager
-def _seeded_and_strict(seed: int) -> Iterator[None]:
-    """Draw from a separate generator, hide a deprecation inside PEFT, and raise its warning about tied weights as an error."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        warnings.filterwarnings("error", message=".*tie_word_embeddings.*", category=UserWarning)
-        torch.manual_seed(seed_for(seed, "adapter"))
-        yield
-
-
 def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftModel:
     """Wrap `model` with an adapter whose initial values depend only on `seed`. Raises ConfigError if no module matches."""
     config = peft_config(settings, family)
-    with _seeded_and_strict(seed):
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # A deprecation inside PEFT is hidden, and PEFT's warning about tied weights is raised.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("error", message=".*tie_word_embeddings.*", category=UserWarning)
+        torch.manual_seed(seed_for(seed, "adapter"))
         try:
             return get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
         except UserWarning:  # a fold would change both layers at once, and a merged head would differ from the trained one

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.atomic import atomic_file, write_atomically
 
 LAYOUT = "2"
 """Changed together with the layout of records, so that files with an older layout are not used."""
@@ -62,9 +62,8 @@ def join_output(records: Sequence[Tensor], as_tensor: bool) -> BaseModelOutputWi
     """
     pooled: Any = [record[0] for record in records]
     output = BaseModelOutputWithPooling(pooler_output=torch.cat(pooled) if as_tensor else pooled)
-    deep_layers = records[0].shape[0] - 1
-    if deep_layers:
-        output.deepstack_features = [[r[1 + k] for r in records] for k in range(deep_layers)]
+    if len(records[0]) > 1:
+        output.deepstack_features = [[record[k] for record in records] for k in range(1, len(records[0]))]
     return output
 
 
@@ -98,17 +97,12 @@ def open_features(path: Path) -> FeatureFile | None:
 
 def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
     """Write the records to disk one by one and open the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shapes = []
-    with temporary.open("wb") as file:
+    with atomic_file(path) as file:
         for record in records:
             array = record.detach().to("cpu", torch.float32).contiguous().numpy()
             shapes.append(list(array.shape))
             file.write(array.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     write_atomically(path.with_suffix(".json"), json.dumps({"shapes": shapes}).encode())
     opened = open_features(path)
     assert opened is not None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmllm.algorithms.factors import FOLD, FOLD_A, FOLD_B, A, B, modules
+from fedmllm.algorithms.factors import FOLD, FOLD_A, FOLD_B, A, B, modules, with_rank
 from fedmllm.tensors import Tensors
 
 
@@ -53,7 +53,5 @@ def factors_with_fold(adapter: Tensors, fold: Tensors, scale: float) -> Tensors:
     rank = max(right.shape[0] for right, _ in factors.values())
     padded: Tensors = {}
     for m, (right, left) in factors.items():
-        missing = rank - right.shape[0]
-        padded[m + A] = torch.cat((right, right.new_zeros(missing, right.shape[1])))
-        padded[m + B] = torch.cat((left, left.new_zeros(left.shape[0], missing)), dim=1)
+        padded |= with_rank(m, right, left, rank)
     return padded

@@ -132,7 +132,7 @@ class _Layer:
         queries, mask = rotated[:, :, 0], None
         if self._last:
             queries = queries[batch.index]
-            x = self._by_row(x, batch)[batch.index].view(batch.clients, -1, x.shape[-1])
+            x = x.view(batch.rows, batch.length, -1)[batch.index].view(batch.clients, -1, x.shape[-1])
             mask = (torch.arange(batch.length) <= batch.positions[:, :, None])[:, None]
         q, k, v = (t.transpose(1, 2).requires_grad_(trains) for t in (queries, rotated[:, :, 1], projected[:, :, 2]))
         with torch.set_grad_enabled(trains):  # autograd's backward pass of the attention is already fast
@@ -170,7 +170,8 @@ class _Layer:
             return grad, factors
         before = _norm_backward(torch.bmm(dqkv, kept["qkv"]), kept["normed"], kept["inverse"])
         if self._last:
-            self._by_row(before, batch).index_put_(batch.index, grad.view(batch.rows, -1, grad.shape[-1]), accumulate=True)
+            rows = before.view(batch.rows, batch.length, -1)
+            rows.index_put_(batch.index, grad.view(batch.rows, -1, grad.shape[-1]), accumulate=True)
         else:
             before += grad
         return before, factors
@@ -194,10 +195,6 @@ class _Layer:
         dqkv[:, :, :2] = batch.rotate(torch.stack((dq, dk), dim=2), back=True)
         dqkv[:, :, 2] = dv
         return dqkv.view(batch.clients, -1, dqkv[0, 0].numel())
-
-    def _by_row(self, x: Tensor, batch: _Batch) -> Tensor:
-        """(rows, length, d)."""
-        return x.view(batch.rows, batch.length, x.shape[-1])
 
 
 class _Layers(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -86,14 +87,8 @@ class Pictures:
     def _join(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Join the inputs of several pictures into those of one batch. Pictures with fewer tiles are padded with zeros."""
         dim = self._backbone.family.pixels_dim
-        joined = {}
-        for key in inputs[0]:
-            tensors = [picture[key] for picture in inputs]
-            if key == "pixel_values" and dim != 0:
-                joined[key] = torch.cat(tensors, dim)
-            else:
-                joined[key] = torch.cat(_padded(tensors))
-        return joined
+        tensors = {key: [picture[key] for picture in inputs] for key in inputs[0]}
+        return {k: torch.cat(t, dim) if k == "pixel_values" and dim else torch.cat(_padded(t)) for k, t in tensors.items()}
 
     @torch.no_grad()
     def _image_features(self, inputs: dict[str, Tensor]) -> Any:
@@ -108,8 +103,9 @@ class Pictures:
     def _encode(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
         for start in range(0, len(pictures), batch):
             inputs = [self._pixel_inputs(decode(self._images[picture])) for picture in pictures[start : start + batch]]
-            for group in _runs_of_equal_shapes(inputs):
-                yield from features.split_output(self._image_features(self._join(group)), len(group))
+            for _, group in groupby(inputs, key=lambda picture: {k: v.shape for k, v in picture.items()}):
+                equal = list(group)
+                yield from features.split_output(self._image_features(self._join(equal)), len(equal))
 
     def _pools_into_tensor(self) -> bool:
         inputs = self._pixel_inputs(Image.new("RGB", (64, 64), (200, 120, 40)))
@@ -126,20 +122,5 @@ class Pictures:
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of equal shape except the first dimension, padded with zeros at the end of each dimension to the largest size."""
     shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [(0, largest - size) for largest, size in zip(shape, tensor.shape[1:], strict=True)]
-        padded.append(functional.pad(tensor, [amount for pair in reversed(missing) for amount in pair]))
-    return padded
-
-
-def _runs_of_equal_shapes(inputs: Sequence[dict[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
-    """Consecutive pictures whose tensors have the same shapes."""
-    run: list[dict[str, Tensor]] = []
-    for picture in inputs:
-        if run and {k: v.shape for k, v in run[0].items()} != {k: v.shape for k, v in picture.items()}:
-            yield run
-            run = []
-        run.append(picture)
-    if run:
-        yield run
+    missing = [[largest - size for largest, size in zip(shape, t.shape[1:], strict=True)] for t in tensors]
+    return [functional.pad(t, [n for m in reversed(sizes) for n in (0, m)]) for t, sizes in zip(tensors, missing, strict=True)]

@@ -44,14 +44,11 @@ def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> li
 
 def _distinguishing_position(options: Sequence[Sequence[int]]) -> int | None:
     """The first position at which the options differ, if all of them have different tokens there; else None."""
-    shared = 0
-    while all(len(option) > shared for option in options):
-        column = [option[shared] for option in options]
-        if len(set(column)) == len(column):
-            return shared
-        if len(set(column)) > 1:
+    for position, tokens in enumerate(zip(*options, strict=False)):  # up to the end of the shortest option
+        if len(set(tokens)) == len(tokens):
+            return position
+        if len(set(tokens)) > 1:
             return None
-        shared += 1
     return None
 
 

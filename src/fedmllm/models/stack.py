@@ -46,11 +46,14 @@ class Stack:
         scales = [adapter.info.scale(rank) for rank in self.ranks] if adapter.plain_lora else []
         self._scales = torch.tensor(scales, device=self._device)
         self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora and dropout else 0.0
+        self.has_dropout = self._dropout > 0
+        """Whether inputs of LoRA layers are dropped at random."""
         self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in dropout]
-        # Of the current batch: its extents, the matrix that gradients flow into, and the named views of that matrix.
+        # Of the current batch: its extents, and the matrix that gradients flow into.
         self._extents: Sequence[Extent] = []
         self._leaf = self.values
-        self._current: Tensors = {}
+        self.current: Tensors = {}
+        """The factors A (clients, r, d_in) and B (clients, d_out, r) of the current batch by name: views of that matrix."""
 
     def _padded(self, name: str, tensor: Tensor, rank: int) -> Tensor:
         """The tensor with zeros beyond `rank`, up to the model's rank."""
@@ -103,22 +106,12 @@ class Stack:
         """Start a batch with the extent of each client's part. Gradients of the batch are added to `grads`."""
         self._extents = extents
         if self._adapter.stacks:
-            self._current = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
-
-    @property
-    def current(self) -> Tensors:
-        """The factors A (clients, r, d_in) and B (clients, d_out, r) of the current batch by name."""
-        return self._current
+            self.current = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
 
     @property
     def scales(self) -> Tensor:
         """(clients): the LoRA scales of the clients in the current batch."""
         return self._scales[: len(self._extents)]
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether inputs of LoRA layers are dropped at random."""
-        return self._dropout > 0
 
     def _views(self, matrix: Tensor) -> Tensors:
         """name -> (clients, …). This is a single split, whose gradient is a single concatenation."""
@@ -130,7 +123,7 @@ class Stack:
         scale = self._scales[:clients].view(-1, 1, 1)
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            down, up = self._current[a].transpose(1, 2), self._current[b].transpose(1, 2)
+            down, up = self.current[a].transpose(1, 2), self.current[b].transpose(1, 2)
             x = inputs[0].to(down.dtype)
             if self._dropout:
                 x = self._drop(x)

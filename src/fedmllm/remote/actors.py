@@ -13,10 +13,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetBackend, FleetContext
@@ -69,9 +71,7 @@ def split(clients: Sequence[int], actors: int) -> list[list[int]]:
 
     A client therefore tends to reach the same actor in every round, which has already encoded its samples.
     """
-    count = min(actors, len(clients))
-    bounds = [len(clients) * i // count for i in range(count + 1)] if count else []
-    return [list(clients[start:stop]) for start, stop in pairwise(bounds)]
+    return [part.tolist() for part in np.array_split(clients, min(actors, len(clients)))] if clients else []
 
 
 class ActorTransport:
@@ -140,22 +140,20 @@ class ActorTransport:
 def on_ray(options: RayOptions) -> Iterator[FleetBackend]:
     """The backend of an experiment whose `fleet.name` is "ray". Its actors, and a cluster that it started, end with the
     context."""
-    transports: list[ActorTransport] = []
-    with cluster(options.address):
+    with cluster(options.address), ExitStack() as undo:
         import ray
 
-        try:
-            actors, cpus, gpus = actor_resources(options, cluster_resources())
-            remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Actor)
-            folder, threads, plugins = str(Path.cwd()), max(1, int(cpus)), plugin_files()
+        actors, cpus, gpus = actor_resources(options, cluster_resources())
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Actor)
+        arguments = str(Path.cwd()), max(1, int(cpus)), plugin_files()
 
-            def open_fleet(context: FleetContext) -> Fleet:
-                if not transports:  # a run may open its fleet more than once
-                    memory = ClientMemory(context.memory)
-                    transports.append(ActorTransport(actors, lambda _: remote.remote(folder, threads, plugins), memory))
-                return RemoteFleet(transports[0], context.run, context.config, options.timeout, context.last)
+        @cache  # a run may open its fleet more than once
+        def transport(memory: Path) -> ActorTransport:
+            started = ActorTransport(actors, lambda _: remote.remote(*arguments), ClientMemory(memory))
+            undo.callback(started.stop)
+            return started
 
-            yield FleetBackend(open_fleet, local=False)
-        finally:
-            for transport in transports:
-                transport.stop()
+        def open_fleet(context: FleetContext) -> Fleet:
+            return RemoteFleet(transport(context.memory), context.run, context.config, options.timeout, context.last)
+
+        yield FleetBackend(open_fleet, local=False)

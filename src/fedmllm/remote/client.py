@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import DataError, RunError
 from fedmllm.remote.files import SiteFile
-from fedmllm.remote.supervisor import StopSignal, Supervisor, environment, free_port
+from fedmllm.remote.supervisor import Supervisor, environment, free_port, stop_signal
 from fedmllm.storage.lock import locked
 
 
@@ -34,38 +34,34 @@ def serve(site: SiteFile, report: Callable[[str], None]) -> None:
 
     Raises RunError if another process already serves the site.
     """
-    with locked(site.state / "lock", RunError(f"another `fedmllm client` is running in {site.state}; stop it first.")):
-        _supervise(site, report)
+    refusal = RunError(f"another `fedmllm client` is running in {site.state}; stop it first.")
+    with (
+        locked(site.state / "lock", refusal),
+        # A short path, because the path of a Unix socket is limited to 107 bytes. Only this user can open the folder.
+        tempfile.TemporaryDirectory(prefix="fedmllm-", ignore_cleanup_errors=True) as folder,
+        ExitStack() as undo,
+    ):
+        env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
+        socket, log = str(Path(folder, "worker")), site.state / "supernode.log"
 
+        def node_command() -> list[str]:
+            return [
+                sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
+                "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key),
+                "--host", "127.0.0.1", "--port", str(free_port()),
+                "--node-config", f'worker="{socket}" site="{site.name}"',
+            ]  # fmt: skip
 
-def _supervise(site: SiteFile, report: Callable[[str], None]) -> None:
-    env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
-    # A short path, because the path of a Unix socket is limited to 107 bytes. Only this user can open the folder.
-    folder = Path(tempfile.mkdtemp(prefix="fedmllm-"))
-    socket = folder / "worker"
-
-    def node_command() -> list[str]:
-        return [
-            sys.executable, "-m", "fedmllm.remote.supernode", "--superlink", site.superlink,
-            "--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key),
-            "--host", "127.0.0.1", "--port", str(free_port()),
-            "--node-config", f'worker="{socket}" site="{site.name}"',
-        ]  # fmt: skip
-
-    worker_command = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), str(socket)]
-    log = site.state / "supernode.log"
-    supervisors = [
-        Supervisor("worker", lambda: worker_command, env, report),
-        Supervisor("SuperNode", node_command, env, report, log),
-    ]
-    report(f"waits for runs at {site.superlink}; Flower's output goes to {log}")
-    stop = StopSignal()
-    try:
+        worker_command = [sys.executable, "-m", "fedmllm.remote.service", str(site.path), socket]
+        supervisors = [
+            Supervisor("worker", lambda: worker_command, env, report),
+            Supervisor("SuperNode", node_command, env, report, log),
+        ]
+        for supervisor in supervisors:  # they stop in the opposite order
+            undo.callback(supervisor.stop)
+        report(f"waits for runs at {site.superlink}; Flower's output goes to {log}")
+        stop = stop_signal()
         while not stop():
             for supervisor in supervisors:
                 supervisor.check()
             time.sleep(0.2)
-    finally:
-        for supervisor in reversed(supervisors):
-            supervisor.stop()
-        shutil.rmtree(folder, ignore_errors=True)

@@ -46,13 +46,6 @@ def actor_resources(
     return actors, cpus, gpus
 
 
-def _check_reachable(address: str) -> None:
-    """Raises OSError if nothing listens at the address; Ray itself would wait for five minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-        return
-
-
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """A connection to the Ray cluster at `address`, or to one that is started on this machine and ends with the context.
@@ -65,7 +58,9 @@ def cluster(address: str | None) -> Iterator[None]:
 
     try:
         if address and address != "auto":
-            _check_reachable(address)
+            # Fails at once if nothing listens at the address; Ray itself would wait for five minutes.
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         # A new cluster stays on the loopback interface, because Ray requires no password. Without "local", Ray would join any
         # cluster of which it finds traces.
         local = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}

@@ -90,11 +90,6 @@ def _secret(path: Path, where: Path) -> Path:
     return path
 
 
-def _host_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host, int(port)
-
-
 class SiteFile:
     """A site file whose paths exist. Raises ConfigError for the first thing that is wrong; reads no data."""
 
@@ -145,7 +140,8 @@ class FederationFile:
 
         table: FederationTable = _read(FederationTable, path)
         self.path, self.address, self.retries = path.resolve(), table.address, table.retries
-        self.host, self.port = _host_port(table.address)
+        self.host, _, port = table.address.rpartition(":")
+        self.port = int(port)
         self.ca = _existing(Path(table.ca), "ca", path)
         self.certificate = _existing(Path(table.certificate), "certificate", path)
         self.key = _secret(_existing(Path(table.key), "key", path), path)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmllm.algorithms import RoundInfo, Update
+from fedmllm.algorithms import RoundInfo, Update, failed
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import PATTERNS
 from fedmllm.remote.protocol import Job, JobKind, Reply, Transport
@@ -32,34 +32,33 @@ class RemoteFleet:
     def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         """One update per client. If a client sent none that can be read, its update says why."""
         self._participants = tuple(messages)
-        return self._exchange("train", info, messages)
+        return self._updates("train", info, messages)
 
     def request(self, phase: Phase, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         """Send the requests of one phase of a secure round (`SecureTransport`)."""
         self._participants = tuple(info.sampled)
-        return self._exchange(phase, info, messages)
+        return self._updates(phase, info, messages)
 
-    def _exchange(self, kind: JobKind, info: RoundInfo, messages: Mapping[int, State]) -> list[Update]:
-        jobs = {client: self._job(kind, client, info.round, state, info) for client, state in messages.items()}
-        replies = self._transport.exchange(jobs, self._timeout)
-        return [self._update(client, replies.get(client)) for client in messages]
+    def _updates(self, kind: JobKind, info: RoundInfo, messages: Mapping[int, State]) -> list[Update]:
+        updates = []
+        for client, reply in self._replies(kind, info.round, messages, info).items():
+            problem = reply.problem or ("" if reply.client == client else f"answered as client {reply.client}")
+            update = Update(client, reply.groups, reply.examples, reply.steps, reply.metrics)
+            updates.append(failed(client, problem) if problem else update)
+        return updates
 
-    def _job(self, kind: JobKind, client: int, round: int, state: State, info: RoundInfo | None = None) -> Job:
+    def _replies(
+        self, kind: JobKind, round: int, messages: Mapping[int, State], info: RoundInfo | None = None
+    ) -> dict[int, Reply]:
+        """Send one job per client; its reply, or one that says that there was none in time."""
         sampled, ranks, lr = (info.sampled, info.ranks, info.lr) if info else ((), {}, 0.0)
-        return Job(kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state)
-
-    @property
-    def _no_answer(self) -> str:
-        return f"no answer within {self._timeout:g} s"
-
-    def _update(self, client: int, reply: Reply | None) -> Update:
-        if reply is None:
-            return Update(client, {}, 0, 0, problem=self._no_answer)
-        if reply.problem:
-            return Update(client, {}, 0, 0, problem=reply.problem)
-        if reply.client != client:
-            return Update(client, {}, 0, 0, problem=f"answered as client {reply.client}")
-        return Update(client, reply.groups, reply.examples, reply.steps, reply.metrics)
+        jobs = {
+            client: Job(kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state)
+            for client, state in messages.items()
+        }
+        replies = self._transport.exchange(jobs, self._timeout)
+        no_answer = f"no answer within {self._timeout:g} s"
+        return {client: replies.get(client) or Reply(client, problem=no_answer) for client in messages}
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         """Send nothing: the next job of each client says which of its rounds was the last to count."""
@@ -70,19 +69,17 @@ class RemoteFleet:
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
         """Raises RunError if the client does not answer."""
-        reply = self._transport.exchange({client: self._job("personal", client, done, message)}, self._timeout).get(client)
-        if reply is None or reply.problem or "adapter" not in reply.groups:
-            reason = reply.problem if reply else self._no_answer
-            raise RunError(f"client {client} did not send its own adapter ({reason}); continue with --resume when it is back.")
+        reply = self._replies("personal", done, {client: message})[client]
+        if reply.problem or "adapter" not in reply.groups:
+            raise RunError(
+                f"client {client} did not send its own adapter ({reply.problem}); continue with --resume when it is back."
+            )
         return reply.groups["adapter"]
 
     def evaluate(self, messages: Mapping[int, State], done: int) -> dict[int, dict[str, Any]]:
         """`site_metrics` of each client, or a `site_problem` that says why there are none."""
-        jobs = {client: self._job("evaluate", client, done, state) for client, state in messages.items()}
-        replies = self._transport.exchange(jobs, self._timeout)
         rows: dict[int, dict[str, Any]] = {}
-        for client in messages:
-            reply = replies.get(client) or Reply(client, problem=self._no_answer)
+        for client, reply in self._replies("evaluate", done, messages).items():
             metrics = valid_metrics(reply.about.get("metrics"))
             problem = reply.problem or ("" if metrics else "its reply contains no metrics")
             rows[client] = {"site_problem": problem} if problem else {"site_metrics": metrics}

@@ -75,17 +75,15 @@ class FlowerCli:
         with ThreadPoolExecutor() as pool:  # each call takes seconds, most of them for Python's imports
             outdated = nodes - {entry["node"] for entry in registered.values()}
             list(pool.map(lambda node: self._call("supernode", "unregister", node, CONNECTION), outdated))
-            replies = list(pool.map(self._register, new))
-        for name, reply in zip(new, replies, strict=True):
+            commands = (("register", str(self._federation.sites[name]), CONNECTION, "--name", name) for name in new)
+            replies = dict(zip(new, pool.map(lambda words: self._call("supernode", *words), commands), strict=True))
+        for name, reply in replies.items():
             if reply.get("success"):
                 registered[name] = {"key": keys[name], "node": str(reply["node-id"])}
         write_atomically(file, json.dumps(registered).encode())
-        for name, reply in zip(new, replies, strict=True):
+        for name, reply in replies.items():
             if not reply.get("success"):
                 raise ConfigError(f"the SuperLink does not register sites.{name} ({reply.get('error-message')}).")
-
-    def _register(self, name: str) -> dict[str, Any]:
-        return self._call("supernode", "register", str(self._federation.sites[name]), CONNECTION, "--name", name)
 
     def submit(self, app: Path, settings: str) -> str:
         """The id of the new run; empty if the SuperLink does not accept it."""

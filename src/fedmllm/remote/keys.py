@@ -32,16 +32,18 @@ _LOCAL = ("localhost", "127.0.0.1")
 """The server connects to itself under these names, so they are in every certificate."""
 
 
-def _write(path: Path, content: bytes, secret: bool) -> None:
-    """Create a file. Raises ConfigError if it exists, because a lost key cannot be recovered."""
+def _write(path: Path, content: bytes) -> Path:
+    """Create a file; a private key, whose name ends in .key, is for this user only. Raises ConfigError if the file exists,
+    because a lost key cannot be recovered."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # With the right permissions from the first moment.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if path.suffix == ".key" else 0o644)
     except FileExistsError:
         raise ConfigError(f"{path} exists already; move it away, or give another folder.") from None
     with os.fdopen(handle, "wb") as file:
         file.write(content)
+    return path
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -99,9 +101,7 @@ def make_authority(folder: Path, days: int = 3650) -> list[Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = "fedmllm federation"
     certificate = _certificate(name, key.public_key(), _name(name), key, days)
-    _write(folder / CA_KEY, _pem(key), secret=True)
-    _write(folder / CA, certificate.public_bytes(Encoding.PEM), secret=False)
-    return [folder / CA_KEY, folder / CA]
+    return [_write(folder / CA_KEY, _pem(key)), _write(folder / CA, certificate.public_bytes(Encoding.PEM))]
 
 
 def make_server(folder: Path, hosts: Sequence[str], days: int = 825) -> list[Path]:
@@ -119,9 +119,7 @@ def make_server(folder: Path, hosts: Sequence[str], days: int = 825) -> list[Pat
     key = ec.generate_private_key(ec.SECP256R1())
     names = list(dict.fromkeys([*hosts, *_LOCAL]))
     certificate = _certificate(names[0], key.public_key(), authority.subject, signer, days, names)
-    _write(folder / KEY, _pem(key), secret=True)
-    _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM), secret=False)
-    return [folder / KEY, folder / CERTIFICATE]
+    return [_write(folder / KEY, _pem(key)), _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM))]
 
 
 def make_site(folder: Path, name: str) -> list[Path]:
@@ -131,9 +129,7 @@ def make_site(folder: Path, name: str) -> list[Path]:
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    _write(folder / f"{name}.key", private, secret=True)
-    _write(folder / f"{name}.pub", public + f" {name}\n".encode(), secret=False)
-    return [folder / f"{name}.key", folder / f"{name}.pub"]
+    return [_write(folder / f"{name}.key", private), _write(folder / f"{name}.pub", public + f" {name}\n".encode())]
 
 
 def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int = 825) -> list[Path]:

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
-from fedmllm.algorithms import RoundInfo
 from fedmllm.remote.wire import VERSION
-from fedmllm.tensors import State, flatten, unflatten
+from fedmllm.storage.state_file import state_bytes
+from fedmllm.tensors import State, unflatten
 
 JobKind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
 
@@ -65,10 +64,6 @@ class Job:
             return cls(**{**fields, "sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}, state=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a job: {error}") from None
-
-    def info(self, rounds: int, clients: int, seed: int) -> RoundInfo:
-        """The round, without the adapter, which a site knows from its own model."""
-        return RoundInfo(self.round, rounds, clients, self.sampled, seed, ranks=self.ranks, lr=self.lr)
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,7 @@ def _parse(header: str, state: State) -> tuple[dict[str, Any], State]:
 
 def to_bytes(message: Job | Reply) -> bytes:
     """One safetensors file, with the JSON header as the metadata entry "head"."""
-    state = message.state if isinstance(message, Job) else message.groups
-    flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
-    return save(flat, {"head": message.header()})
+    return state_bytes(message.state if isinstance(message, Job) else message.groups, {"head": message.header()})
 
 
 def parts_of(content: bytes) -> tuple[str, State]:

@@ -15,7 +15,7 @@ from typing import Any
 from fedmllm.errors import RunError
 from fedmllm.remote.files import FederationFile
 from fedmllm.remote.flower import FlowerCli, RunFailed
-from fedmllm.remote.supervisor import StopSignal, Supervisor
+from fedmllm.remote.supervisor import Supervisor, stop_signal
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
@@ -39,11 +39,10 @@ class Server:
         self._federation, self._report = federation, report
         self._run, self._resume = RunDir(out.absolute()), resume
         self._experiment = federation.state / "experiment.toml"
-        self._outcome = federation.state / "outcome.json"  # replaced by each submission with one of its own
         self._app = federation.state / "app"
         self._log = federation.state / "superlink.log"
         self._reported_rounds = 0
-        self._stop = StopSignal()
+        self._stop = stop_signal()
 
     def run(self) -> dict[str, Any]:
         """The run's result. Raises ConfigError or RunError for what a user can correct, RunFailed, and Interrupted."""
@@ -101,7 +100,7 @@ class Server:
             time.sleep(0.1)
 
     def _run_until_finished(self, flower: FlowerCli, superlink: Supervisor) -> dict[str, Any]:
-        retries, done = self._federation.retries, self._rounds()
+        retries, done = self._federation.retries, len(self._run.rounds())
         self._reported_rounds = done
         number = 0
         while True:
@@ -118,7 +117,8 @@ class Server:
             reason = str(outcome.get("why", f"it {status}"))
             if outcome.get("status") == 2:
                 raise RunError(reason)
-            retries, done = (retries - 1 if self._rounds() == done else self._federation.retries), self._rounds()
+            done_before, done = done, len(self._run.rounds())
+            retries = retries - 1 if done == done_before else self._federation.retries
             if retries < 0:
                 raise RunFailed(reason)
             self._report(f"the run failed after round {done} ({reason}); it continues from there")
@@ -156,13 +156,10 @@ class Server:
             if status.startswith("finished:"):
                 return status.removeprefix("finished:")
 
-    def _rounds(self) -> int:
-        return len(RunDir(self._run.path).rounds())
-
     def _report_rounds(self) -> None:
         """Report the outcome of new rounds."""
         names = self._federation.experiment.fleet.options["sites"]
-        for record in RunDir(self._run.path).rounds()[self._reported_rounds :]:
+        for record in self._run.rounds()[self._reported_rounds :]:
             self._reported_rounds = int(record["round"]) + 1
             sampled, refused = len(record["sampled"]), record["refused"]
             parts = [

@@ -38,7 +38,6 @@ from fedmllm.runs.session import Session
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
-from fedmllm.tensors import State
 
 
 def experiment_for_sites(config: Experiment) -> str:
@@ -105,9 +104,8 @@ def run(grid: Grid, settings: Mapping[str, Any], progress: ProgressCallback) -> 
         raise ConfigError(
             "fleet.evaluate requires sites with data of their own (fleet.sites) and the same rank for all; set it to false."
         )
-    directory = choose_directory(
-        config, "federated", Path(str(settings["out"])) if settings["out"] else None, bool(settings["resume"])
-    )
+    out = Path(str(settings["out"])) if settings["out"] else None
+    directory = choose_directory(config, "federated", out, bool(settings["resume"]))
     if directory.complete:
         return directory.result()
     path = directory.path
@@ -145,10 +143,8 @@ def _backend(transport: FlowerTransport, text: str, options: Mapping[str, Any]) 
         fleets.append(RemoteFleet(transport, context.run, text, options["timeout"], context.last))
         return fleets[-1]
 
-    def evaluate(messages: Mapping[int, State], done: int) -> Mapping[int, Mapping[str, Any]]:
-        return fleets[-1].evaluate(messages, done)
-
-    return FleetBackend(open_fleet, local=False, secure=True, evaluate=evaluate if options["evaluate"] else None)
+    evaluate = (lambda messages, done: fleets[-1].evaluate(messages, done)) if options["evaluate"] else None
+    return FleetBackend(open_fleet, local=False, secure=True, evaluate=evaluate)
 
 
 def _check_models(replies: Mapping[int, Reply], expected: str, names: tuple[str, ...]) -> None:
@@ -173,11 +169,7 @@ def main(grid: Grid, context: Context) -> None:
             run(grid, settings, progress)
     except BaseException as error:
         if settings["outcome"]:
-            outcome = {"status": 2 if isinstance(error, UserError) else 1, "why": one_line(error)}
+            why = " ".join(str(error).split()) or type(error).__name__
+            outcome = {"status": 2 if isinstance(error, UserError) else 1, "why": why}
             write_atomically(Path(str(settings["outcome"])), json.dumps(outcome).encode())
         raise
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedmllm.registry import plugin_files
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
-from fedmllm.remote.supervisor import StopSignal
+from fedmllm.remote.supervisor import stop_signal
 from fedmllm.remote.wire import serve
 from fedmllm.remote.worker import Worker
 
@@ -57,9 +57,8 @@ def main(site: Path, socket: Path) -> None:
         print(f"{file.name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
     replies = ReplyCache(Worker(file.state / "clients", file.data, log, plugin_files()))
-    stop = StopSignal()
     log(f"worker listens on {socket}")
-    serve(socket, replies, stop)
+    serve(socket, replies, stop_signal())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from fedmllm.algorithms import RoundInfo
 from fedmllm.config import TaskTable, validate
 from fedmllm.data.dataset import Dataset, load_split, open_source
 from fedmllm.data.manifest import Holding, Manifest
@@ -20,6 +22,7 @@ from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import Parts, build
 from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet
+from fedmllm.remote.protocol import Job
 from fedmllm.runs.session import Session
 from fedmllm.secure.clients import SecureClients
 from fedmllm.tensors import Tensors
@@ -95,20 +98,20 @@ class SiteExperiment:
             raise ConfigError("this site has no test data; name some in its file (jsonl_test), or set fleet.evaluate = false.")
         if self._test_set is None:
             task, samples, _ = load_split(open_source(site.task), "test")
-            limited = [
-                replace(
-                    sample,
-                    image=sample.image if "image" in site.modalities else None,
-                    text=sample.text if "text" in site.modalities else None,
-                )
-                for sample in samples
-            ]
+            hidden: dict[str, Any] = dict.fromkeys(set(MODALITIES) - site.modalities)
+            limited = [replace(sample, **hidden) for sample in samples]
             visible, config, session = [sample for sample in limited if sample.modalities], self.config, self.session
             strategy, longest = session.parts.strategy, config.train.max_length
             test_set = TestSet(session.model, task, visible, config.eval.patterns, strategy, longest)
             session.model.prepare_features()
             self._test_set = task, test_set
         return self._test_set
+
+    def info(self, job: Job) -> RoundInfo:
+        """The round of a job. What the job leaves out, a site knows from the experiment and from its own model."""
+        config, adapter = self.config, self.session.model.info
+        rounds, clients = config.train.rounds, config.partition.clients
+        return RoundInfo(job.round, rounds, clients, job.sampled, config.seed, adapter, job.ranks, lr=job.lr)
 
     def fleet(self, memory: Path, clients: Sequence[int]) -> InProcessFleet:
         """A fleet that trains these clients in this process, with as many in one pass as fit in memory."""

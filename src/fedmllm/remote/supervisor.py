@@ -132,16 +132,9 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-class StopSignal:
-    """Whether this process received SIGTERM or SIGINT since the object was created."""
-
-    def __init__(self) -> None:
-        self._received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self._received = True
-
-    def __call__(self) -> bool:
-        return self._received
+def stop_signal() -> Callable[[], bool]:
+    """A function that says whether this process has received SIGTERM or SIGINT since this call."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: received.append(number))
+    return lambda: bool(received)

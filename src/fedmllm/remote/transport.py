@@ -30,11 +30,11 @@ NODES_POLL = 5.0
 """Seconds between two queries of which nodes are online."""
 
 
-def read_reply(message: Message) -> Reply | str:
-    """The reply in a message, or Flower's error as text."""
+def read_reply(message: Message) -> Reply:
+    """The reply in a message; its `problem` is set if it cannot be read, or if there is an error of Flower in its place."""
     if message.has_error():
         # The reason may contain a traceback of foreign code, so only the error's code is shown.
-        return f"Flower's error {message.error.code} in place of an answer"
+        return Reply(problem=f"Flower's error {message.error.code} in place of an answer")
     try:
         return Reply.of(*parts_of(pack(message.content)))
     except (ProtocolError, RecordError) as error:
@@ -111,8 +111,7 @@ class FlowerTransport:
             for message in self._pull(sent):
                 node_id = sent.pop(message.metadata.reply_to_message_id)
                 reply = read_reply(message)
-                problem = reply if isinstance(reply, str) else reply.problem or self._misnamed(node_id, reply, clients, replies)
-                if problem or isinstance(reply, str):
+                if problem := reply.problem or self._misnamed(node_id, reply, clients, replies):
                     problems[node_id] = problem
                 else:
                     problems.pop(node_id, None)
@@ -151,10 +150,7 @@ class FlowerTransport:
         while pending and self._clock() < end:
             self._send(pending, end)
             for message in self._pull(sent for entry in pending.values() for sent in entry.ids):
-                id = message.metadata.reply_to_message_id  # noqa: A001 (Flower's word)
-                # A job that was sent twice may be answered twice.
-                if (client := next((c for c, entry in pending.items() if id in entry.ids), None)) is not None:
-                    self._receive(client, pending, replies, read_reply(message), id)
+                self._receive(message, pending, replies)
             for client, entry in list(pending.items()):
                 if self._clock() - entry.seen > self._absent:
                     reason = "its node is still offline" if client in away else f"its node was offline for {self._absent:g} s"
@@ -184,17 +180,19 @@ class FlowerTransport:
             return next((node for node in online.values() if node.name == self._names[client]), None)
         return online.get(self._node.get(client, -1))
 
-    def _receive(
-        self, client: int, pending: dict[int, _Pending], replies: dict[int, Reply], reply: Reply | str, id: str
-    ) -> None:
-        entry = pending[client]
-        if isinstance(reply, str):
-            entry.ids.discard(id)
-            entry.problem, entry.unsent = reply, not entry.ids
+    def _receive(self, message: Message, pending: dict[int, _Pending], replies: dict[int, Reply]) -> None:
+        sent = message.metadata.reply_to_message_id
+        client = next((client for client, entry in pending.items() if sent in entry.ids), None)
+        if client is None:  # a job that was sent twice may be answered twice
+            return
+        entry, reply = pending[client], read_reply(message)
+        if message.has_error():
+            entry.ids.discard(sent)
+            entry.problem, entry.unsent = reply.problem, not entry.ids
             if not entry.unsent or entry.attempts < ATTEMPTS:
                 self._queried = -NODES_POLL  # find out at once whether the node is still online
                 return
-            reply = Reply(client, problem=f"{reply}, {entry.attempts} times")
+            reply = Reply(client, problem=f"{reply.problem}, {entry.attempts} times")
         replies[client] = reply
         del pending[client]
 
@@ -206,6 +204,5 @@ class FlowerTransport:
 
     def _pull(self, ids: Iterable[str]) -> list[Message]:
         expected = list(ids)
-        if not expected:
-            return []
-        return [m for m in self._grid.pull_messages(expected) if m.metadata.reply_to_message_id in expected]
+        messages = self._grid.pull_messages(expected) if expected else []
+        return [message for message in messages if message.metadata.reply_to_message_id in expected]

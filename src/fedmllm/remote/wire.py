@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 VERSION = 1
@@ -22,23 +23,17 @@ class NoAnswer(ConnectionError):  # noqa: N818 (it says what happened)
     """The worker is not running, or went away before it answered."""
 
 
-def _read(connection: socket.socket, count: int) -> bytearray:
-    content, position = bytearray(count), 0
-    view = memoryview(content)
-    while position < count:
-        received = connection.recv_into(view[position:], min(count - position, 1 << 20))
-        if not received:
-            raise NoAnswer("the worker closed the connection in the middle of a message")
-        position += received
-    return content
-
-
 def receive(connection: socket.socket) -> bytes:
     """Raises NoAnswer if the other side closes the connection first, or announces more bytes than are allowed."""
-    length = int.from_bytes(_read(connection, 8), "little")
-    if length > MAX_BYTES:
-        raise NoAnswer(f"a message of {length} bytes is longer than fedmllm sends")
-    return bytes(_read(connection, length))
+    with connection.makefile("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_BYTES:
+            raise NoAnswer(f"a message of {length} bytes is longer than fedmllm sends")
+        content = stream.read(length)
+    if len(prefix) < 8 or len(content) < length:
+        raise NoAnswer("the worker closed the connection in the middle of a message")
+    return content
 
 
 def send(connection: socket.socket, content: bytes) -> None:
@@ -85,11 +80,8 @@ def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bo
                     connection, _ = listening.accept()
                 except TimeoutError:
                     continue
-                with connection:
+                with connection, suppress(OSError):  # a caller that went away does not affect the next one
                     connection.settimeout(60.0)  # far longer than any transfer within one machine takes
-                    try:
-                        send(connection, answer(receive(connection)))
-                    except OSError:  # the caller went away; the next one is not affected
-                        continue
+                    send(connection, answer(receive(connection)))
         finally:
             path.unlink(missing_ok=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,8 +89,9 @@ class Worker:
         if first.kind == "train":
             updates = self._train(experiment, jobs, {job.client: job.state for job in jobs})
             return [_reply(updates[job.client]) for job in jobs]
-        answer = self._evaluate if first.kind == "evaluate" else self._personal
-        return [answer(experiment, job) for job in jobs]
+        if first.kind == "evaluate":
+            return [self._evaluate(experiment, job) for job in jobs]
+        return [Reply(job.client, {"adapter": self._own_adapter(experiment, job)}) for job in jobs]
 
     def _roll_back(self, jobs: Sequence[Job]) -> None:
         """Discard the clients' states of rounds that did not count."""
@@ -110,32 +110,24 @@ class Worker:
         return Reply(client, about=about | {"adapter": structure(experiment.session.initial)})
 
     def _secure(self, experiment: SiteExperiment, clients: SecureClients, jobs: Sequence[Job]) -> list[Reply]:
-        first, config = jobs[0], experiment.config
+        first = jobs[0]
         if first.kind not in PHASES:
             raise ConfigError(f"secure.name: updates are hidden in this run, so {first.kind!r} is not answered.")
-        info = first.info(config.train.rounds, config.partition.clients, config.seed)
-        answers = clients.answer(
-            first.kind, first.run, info, {job.client: job.state for job in jobs},
-            lambda messages: self._train_hidden(experiment, jobs, messages),
-        )  # fmt: skip
-        return [_reply(answer) for answer in answers]
 
-    def _train_hidden(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> list[Update]:
-        # Only here, before clients do train: a repeated request must not discard what they learned.
-        self._roll_back(jobs)
-        return list(self._train(experiment, jobs, messages).values())
+        def train(messages: Mapping[int, State]) -> Iterable[Update]:
+            # Only here, before clients do train: a repeated request must not discard what they learned.
+            self._roll_back(jobs)
+            return self._train(experiment, jobs, messages).values()
+
+        messages = {job.client: job.state for job in jobs}
+        return [_reply(answer) for answer in clients.answer(first.kind, first.run, experiment.info(first), messages, train)]
 
     def _train(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
-        config = experiment.config
-        info = jobs[0].info(config.train.rounds, config.partition.clients, config.seed)
         fleet = experiment.fleet(self._folder / jobs[0].run, list(messages))
-        return {u.client: u for u in fleet.train(replace(info, adapter=experiment.session.model.info), messages)}
+        return {update.client: update for update in fleet.train(experiment.info(jobs[0]), messages)}
 
     def _own_adapter(self, experiment: SiteExperiment, job: Job) -> Tensors:
         return experiment.fleet(self._folder / job.run, [job.client]).personal(job.client, job.state, job.round)
-
-    def _personal(self, experiment: SiteExperiment, job: Job) -> Reply:
-        return Reply(job.client, {"adapter": self._own_adapter(experiment, job)})
 
     def _evaluate(self, experiment: SiteExperiment, job: Job) -> Reply:
         task, test_set = experiment.test_set(self._site)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from fedmllm.algorithms import Algorithm, RoundInfo, Update
+from fedmllm.algorithms import Algorithm, RoundInfo, Update, failed
 from fedmllm.secure import primitives as crypto
 from fedmllm.secure.client import MaskGroup, Refusal, SecureClient, to_bytes
 from fedmllm.secure.fixed import FixedPoint
@@ -34,11 +34,8 @@ class SecureClients:
         Answers contain nothing else: the counts and metrics of single clients stay in this process.
         """
         digests = {client: digest(flatten(state)) for client, state in messages.items()}
-        answers: dict[int, Update] = {}
-        for client in messages:
-            earlier = self._answers.get(client, {}).get(phase)
-            if earlier is not None and earlier[0] == digests[client]:
-                answers[client] = earlier[1]
+        earlier = {client: self._answers.get(client, {}).get(phase, ("", None)) for client in messages}
+        answers = {client: update for client, (sha, update) in earlier.items() if update and sha == digests[client]}
         new = {client: state for client, state in messages.items() if client not in answers}
         if phase == "masked":
             computed = self._masked(run, info, new, train)
@@ -46,7 +43,7 @@ class SecureClients:
             computed = {c: _attempt(c, partial(self._step, phase, c, run, info, state)) for c, state in new.items()}
         for client, update in computed.items():
             self._remember(client, phase, digests[client], update)
-        answers |= computed
+            answers[client] = update
         return [answers[client] for client in messages if client in answers]
 
     def _remember(self, client: int, phase: Phase, request_digest: str, update: Update) -> None:
@@ -95,7 +92,7 @@ def _attempt(client: int, step: Callable[[], State]) -> Update:
     try:
         return Update(client, step(), 0, 0)
     except ValueError as error:  # only this package raises it here, so the message contains no data
-        return Update(client, {}, 0, 0, problem=str(error))
+        return failed(client, str(error))
 
 
 def change_of(upload: State, received: State) -> State:

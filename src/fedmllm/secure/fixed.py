@@ -14,7 +14,7 @@ The sums of examples, steps, clipped numbers and metrics precede the vector as 6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedmllm.algorithms import Update
 from fedmllm.secure.settings import Pairwise
-from fedmllm.tensors import State, Tensors
+from fedmllm.tensors import State, flatten, unflatten
 
 COUNTS = ("examples", "steps", "clipped")
 METRICS = ("loss", "padding")
@@ -146,18 +146,12 @@ def _metric_integer(value: float) -> int:
     return round(max(-_METRIC_CLIP, min(_METRIC_CLIP, value)) / _METRIC_UNIT) if np.isfinite(value) else 0
 
 
-def _ordered(state: Mapping[str, Tensors]) -> list[tuple[str, str]]:
-    return [(group, name) for group in sorted(state) for name in sorted(state[group])]
-
-
 def _flat(state: State) -> Tensor:
-    return torch.cat([state[group][name].detach().to("cpu", torch.float64).flatten() for group, name in _ordered(state)])
+    return torch.cat([tensor.detach().to("cpu", torch.float64).flatten() for _, tensor in sorted(flatten(state).items())])
 
 
 def _unflat(flat: Tensor, shapes: State) -> State:
-    keys = _ordered(shapes)
-    pieces = torch.split(flat, [shapes[group][name].numel() for group, name in keys])
-    state: State = {group: {} for group in shapes}
-    for (group, name), piece in zip(keys, pieces, strict=True):
-        state[group][name] = piece.view(shapes[group][name].shape)
-    return state
+    ordered = sorted(flatten(shapes).items())
+    pieces = torch.split(flat, [shape.numel() for _, shape in ordered])
+    named = {name: piece.view(shape.shape) for (name, shape), piece in zip(ordered, pieces, strict=True)}
+    return {group: {} for group in shapes} | unflatten(named)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from fedmllm.algorithms import Algorithm, RoundInfo, Update
+from fedmllm.algorithms import Algorithm, RoundInfo, Update, failed
 from fedmllm.federation import Fleet, TooFewUpdates
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
 from fedmllm.secure.secure_round import SecureRound, TooFew
 from fedmllm.secure.settings import Pairwise, Phase
 from fedmllm.secure.transport import SecureTransport
-from fedmllm.tensors import State, Tensors
+from fedmllm.tensors import State
 
 
 class LocalTransport:
@@ -36,6 +37,7 @@ class SecureFleet:
     def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, transport: SecureTransport, run: str) -> None:
         self._settings, self._algorithm, self._run = settings, algorithm, run
         self.fleet, self._transport = fleet, transport
+        self.forget, self.commit, self.personal = fleet.forget, fleet.commit, fleet.personal
 
     def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         """One update per client: a copy of the mean for clients in the sum, a problem for the others.
@@ -62,31 +64,13 @@ class SecureFleet:
                 "round %d: %.2g of the numbers exceeded secure.clip = %g and were clipped; raise it",
                 info.round, share, self._settings.clip,
             )  # fmt: skip
-        return self._copies(info, secure_round, _as_upload(mean, received, shapes), present, sums)
-
-    def _copies(
-        self, info: RoundInfo, secure_round: SecureRound, groups: State, present: Sequence[int], sums: Mapping[str, float]
-    ) -> list[Update]:
+        groups = _as_upload(mean, received, shapes)
         metrics = {name: value for name, value in sums.items() if name not in COUNTS}
         examples, steps = (_even_parts(int(sums[name]), len(present)) for name in ("examples", "steps"))
-        updates = []
-        for client in info.sampled:
-            travelled = dict(secure_round.down[client]), dict(secure_round.up[client])
-            if client in present:
-                position = present.index(client)
-                updates.append(Update(client, groups, examples[position], steps[position], metrics, travelled=travelled))
-            else:
-                updates.append(Update(client, {}, 0, 0, problem=secure_round.problems[client], travelled=travelled))
-        return updates
-
-    def forget(self, round: int, clients: Sequence[int]) -> None:
-        self.fleet.forget(round, clients)
-
-    def commit(self, round: int) -> None:
-        self.fleet.commit(round)
-
-    def personal(self, client: int, message: State, done: int) -> Tensors:
-        return self.fleet.personal(client, message, done)
+        counts = zip(present, examples, steps, strict=True)
+        updates = {client: Update(client, groups, n_examples, n_steps, metrics) for client, n_examples, n_steps in counts}
+        updates |= {c: failed(c, secure_round.problems[c]) for c in info.sampled if c not in updates}
+        return [replace(updates[c], travelled=(dict(secure_round.down[c]), dict(secure_round.up[c]))) for c in info.sampled]
 
 
 def _even_parts(count: int, parts: int) -> list[int]:

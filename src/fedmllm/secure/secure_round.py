@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from fedmllm.secure import primitives as crypto
 from fedmllm.secure.client import SEALED, MaskGroup, sign_of, to_bytes, to_tensor
 from fedmllm.secure.fixed import FixedPoint, Vector, size
 from fedmllm.secure.settings import Pairwise, Phase
-from fedmllm.tensors import State, bytes_by_group
+from fedmllm.tensors import State, Tensors, bytes_by_group
 
+T = TypeVar("T")
 Request = Callable[[Phase, Mapping[int, State]], Sequence[Update]]
 """(phase, client -> what it is sent) -> the answers in any order; clients that do not answer may be left out."""
 
@@ -53,11 +55,14 @@ class SecureRound:
 
     # Requests and drop-outs
 
-    def _exchange(self, phase: Phase, requests: Mapping[int, State]) -> list[Update]:
-        """The good answers to one request per client, with their bytes counted; all other clients are dropped."""
+    def _exchange(self, phase: Phase, requests: Mapping[int, State], read: Callable[[int, Tensors], T]) -> dict[int, T]:
+        """Send one request per client and count all bytes; client -> `read(client, the tensors of its answer)`.
+
+        Clients that do not answer, or for whose answer `read` raises ValueError, are dropped.
+        """
         for client, state in requests.items():
             self.down[client].update(bytes_by_group(state))
-        missing, answers = set(requests), []
+        missing, answers = set(requests), dict[int, T]()
         for answer in self._request(phase, requests):
             if answer.client not in missing:
                 continue
@@ -65,13 +70,13 @@ class SecureRound:
             self.up[answer.client].update(bytes_by_group(answer.groups))
             if answer.problem:
                 self.problems[answer.client] = answer.problem
-            else:
-                answers.append(answer)
+                continue
+            try:
+                answers[answer.client] = read(answer.client, answer.groups.get(phase, {}))
+            except ValueError as error:
+                self.problems[answer.client] = f"sent something that is not part of secure aggregation: {error}"
         self.problems |= dict.fromkeys(missing, "no answer")
         return answers
-
-    def _drop(self, client: int, error: ValueError) -> None:
-        self.problems[client] = f"sent something that is not part of secure aggregation: {error}"
 
     def _viable(self, clients: Collection[int]) -> set[int]:
         """The clients whose secrets the others among them can reconstruct; the rest is dropped. Raises TooFew if none is
@@ -88,12 +93,6 @@ class SecureRound:
 
     def _holders(self, client: int, left: Collection[int]) -> int:
         return len(set(self._group.holders(client)) & set(left))
-
-    def _require_holders(self, left: Collection[int], secrets: Collection[int]) -> None:
-        """Raises TooFew unless enough holders of each of these clients' secrets are left."""
-        for client in sorted(secrets):
-            if self._holders(client, left) < self._group.required(client):
-                self._fail(client, self._holders(client, left))
 
     def _require_connected(self, present: set[int]) -> None:
         """Raises TooFew if the clients share masks in disjoint groups: the sum of each group would be revealed."""
@@ -119,15 +118,13 @@ class SecureRound:
     # The four phases
 
     def _exchange_keys(self, messages: Mapping[int, State]) -> None:
+        def read(client: int, keys: Tensors) -> tuple[bytes, bytes, bytes]:
+            seal, mask = (to_bytes(keys, name, crypto.KEY) for name in ("seal", "mask"))
+            return seal, mask, to_bytes(keys, "check", crypto.SECRET)
+
         request = {"keys": {"attempt": to_tensor(self._attempt)}}
-        for answer in self._exchange("keys", dict.fromkeys(messages, request)):
-            keys = answer.groups.get("keys", {})
-            try:
-                seal, mask = (to_bytes(keys, name, crypto.KEY) for name in ("seal", "mask"))
-                self._keys[answer.client] = seal, mask, to_bytes(keys, "check", crypto.SECRET)
-            except ValueError as error:
-                self._drop(answer.client, error)
-        self._keys = {client: self._keys[client] for client in self._viable(self._keys)}
+        keys = self._exchange("keys", dict.fromkeys(messages, request), read)
+        self._keys = {client: keys[client] for client in self._viable(keys)}
 
     def _exchange_shares(self) -> dict[int, State]:
         """For each client that shared its secrets, the shares that others sealed for it."""
@@ -135,38 +132,30 @@ class SecureRound:
         for client in self._keys:
             peers = [peer for peer in self._group.peers[client] if peer in self._keys]
             requests[client] = {"keys": {str(peer): to_tensor(self._keys[peer][0] + self._keys[peer][1]) for peer in peers}}
-        inbox: dict[int, dict[int, torch.Tensor]] = {client: {} for client in self._keys}
-        senders = []
-        for answer in self._exchange("shares", requests):
-            shares = answer.groups.get("shares", {})
-            try:
-                if shares.keys() != requests[answer.client]["keys"].keys():
-                    raise ValueError("not one share per peer")
-                sealed = {int(name): to_tensor(to_bytes(shares, name, SEALED)) for name in shares}
-            except ValueError as error:
-                self._drop(answer.client, error)
-                continue
-            senders.append(answer.client)
-            for peer, share in sealed.items():
-                inbox[peer][answer.client] = share
-        viable = self._viable(senders)
+
+        def read(client: int, shares: Tensors) -> dict[int, torch.Tensor]:
+            if shares.keys() != requests[client]["keys"].keys():
+                raise ValueError("not one share per peer")
+            return {int(name): to_tensor(to_bytes(shares, name, SEALED)) for name in shares}
+
+        sealed = self._exchange("shares", requests, read)
+        viable = self._viable(sealed)
         return {
-            client: {"shares": {str(peer): share for peer, share in inbox[client].items() if peer in viable}}
+            client: {"shares": {str(peer): sealed[peer][client] for peer in self._group.peers[client] if peer in viable}}
             for client in sorted(viable)
         }
 
     def _sum(self, messages: Mapping[int, State], sealed: Mapping[int, State], length: int) -> Vector:
         total = np.zeros(length, dtype=np.uint8)
-        present = set()
-        for answer in self._exchange("masked", {client: {**messages[client], **shares} for client, shares in sealed.items()}):
-            try:
-                vector = to_bytes(answer.groups.get("masked", {}), "vector", length)
-            except ValueError as error:
-                self._drop(answer.client, error)
-                continue
-            self._fixed.add(total, np.frombuffer(vector, dtype=np.uint8))
-            present.add(answer.client)
-        self._require_holders(present, sealed)
+
+        def add(client: int, masked: Tensors) -> None:
+            self._fixed.add(total, np.frombuffer(to_bytes(masked, "vector", length), dtype=np.uint8))
+
+        requests = {client: {**messages[client], **shares} for client, shares in sealed.items()}
+        present = set(self._exchange("masked", requests, add))
+        for client in sorted(sealed):
+            if self._holders(client, present) < self._group.required(client):
+                self._fail(client, self._holders(client, present))
         self._require_connected(present)
         return total
 
@@ -179,15 +168,14 @@ class SecureRound:
             requests[client] = {"unmask": {name: torch.tensor(ids, dtype=torch.int64) for name, ids in lists.items()}}
         collected: dict[int, dict[int, bytes]] = {client: {} for client in senders}
         earlier_problems = dict(self.problems)
-        for answer in self._exchange("unmask", requests):
-            near = senders.intersection(self._group.holders(answer.client))
-            try:
-                shares = {c: to_bytes(answer.groups.get("unmask", {}), str(c), crypto.SECRET) for c in near}
-            except ValueError as error:
-                self._drop(answer.client, error)
-                continue
-            for client, share in shares.items():
-                collected[client][self._group.holders(client).index(answer.client)] = share
+
+        def read(holder: int, shares: Tensors) -> dict[int, bytes]:
+            near = senders.intersection(self._group.holders(holder))
+            return {client: to_bytes(shares, str(client), crypto.SECRET) for client in near}
+
+        for holder, held in self._exchange("unmask", requests, read).items():
+            for client, share in held.items():
+                collected[client][self._group.holders(client).index(holder)] = share
         for client in sorted(senders):
             if len(collected[client]) < self._group.required(client):
                 self._fail(client, len(collected[client]))
@@ -198,20 +186,16 @@ class SecureRound:
     def _unmask(self, total: Vector, senders: set[int], present: set[int], shares: Mapping[int, Mapping[int, bytes]]) -> None:
         for client in sorted(senders):
             seed = crypto.combine(sorted(shares[client].items())[: self._group.required(client)])
-            if client in present:
-                if self._group.check(seed, client) != self._keys[client][2]:
-                    raise TooFew(self._altered(client))
+            _, public, check = self._keys[client]
+            pair = None if client in present else crypto.KeyPair.of(seed)
+            if pair.public != public if pair else self._group.check(seed, client) != check:
+                raise TooFew(
+                    f"round {self._info.round}: secure aggregation cannot unmask the sum: the returned shares of client "
+                    f"{client}'s secret do not reconstruct it, so one of them was altered"
+                )
+            if pair is None:
                 self._fixed.add_mask(total, self._group.own_mask(seed, client), -1)
                 continue
-            pair = crypto.KeyPair.of(seed)
-            if pair.public != self._keys[client][1]:
-                raise TooFew(self._altered(client))
             for peer in present.intersection(self._group.peers[client]):
                 mask = self._group.pair_mask(pair.agree(self._keys[peer][1]), client, peer)
                 self._fixed.add_mask(total, mask, -sign_of(peer, client))
-
-    def _altered(self, client: int) -> str:
-        return (
-            f"round {self._info.round}: secure aggregation cannot unmask the sum: the returned shares of client {client}'s "
-            "secret do not reconstruct it, so one of them was altered"
-        )

@@ -97,15 +97,14 @@ def opened(paths: Sequence[Path]) -> Iterator[list[Path]]:
         try:
             folders = []
             for path in paths:
+                folder = path
                 if path.name.endswith(SUFFIX) and not path.is_dir():
                     scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmllm-"))
                     archive_of[scratch] = str(path)
                     folder = _unpack(path, Path(scratch))
                     archive_of = {str(folder): str(path)} | archive_of  # the longer path is replaced first
                     _read_index(folder)
-                    folders.append(folder)
-                else:
-                    folders.append(path)
+                folders.append(folder)
             yield folders
         except RunError as error:
             message = str(error)

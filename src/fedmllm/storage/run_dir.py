@@ -29,26 +29,6 @@ SCHEMA = 1
 """Version of `result.json`. It changes if a key changes its meaning, not if a key is added."""
 
 
-class _BackgroundWriter:
-    """Runs writes in a background thread, in the order submitted, with at most one in progress."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Wait for the previous write, raise its error if it failed, and start this one."""
-        self.wait()
-        # Unlike a daemon thread, a pool's thread is joined when the interpreter exits: Ctrl-C loses no checkpoint.
-        self._pool = self._pool or ThreadPoolExecutor(1, "checkpoint")
-        self._pending = self._pool.submit(write)
-
-    def wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-
 class RunDir:
     """The files of one run. The constructor does not touch the disk."""
 
@@ -56,7 +36,9 @@ class RunDir:
         """`alternatives` is given for a new run: an endless iterator over the directories to try if another run takes `path`
         before `claimed` does."""
         self._alternatives = alternatives
-        self._writer = _BackgroundWriter()
+        # Unlike a daemon thread, a pool's thread is joined when the interpreter exits: Ctrl-C loses no checkpoint.
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
         self._next_round: int | None = None  # the round whose record can be appended to the file without rewriting it
         self._set_path(path)
 
@@ -91,10 +73,10 @@ class RunDir:
         lock = self._acquire_lock()
         try:
             yield
-            self._writer.wait()
+            self._wait()
         finally:
             with contextlib.suppress(Exception):  # if the block raised, report that error and not the writer's
-                self._writer.wait()
+                self._wait()
             lock.release()
 
     def _acquire_lock(self) -> FileLock:
@@ -117,24 +99,21 @@ class RunDir:
         write_atomically(self._meta, dump(meta))
 
     def meta(self) -> dict[str, Any]:
-        return self._read(self._meta)
+        content: dict[str, Any] = _parsed(self._meta)
+        return content
 
     def result(self) -> dict[str, Any]:
         """The content of `result.json`. Raises RunError if the run is not complete or the folder is not a run directory."""
         if not self.complete:
             state = "is not complete; continue it with `fedmllm run … --resume`" if self.exists else "is not a run directory"
             raise RunError(f"{self.path} {state}.")
-        return restored(self._read(self._result))
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        content: dict[str, Any] = _parsed(path, json.loads)
-        return content
+        return restored(_parsed(self._result))
 
     # Rounds and the checkpoint
 
     def rounds(self) -> list[dict[str, Any]]:
         """The records of all complete lines; a line cut off by a kill is ignored."""
-        self._writer.wait()
+        self._wait()
         return self._complete_lines()
 
     def _complete_lines(self) -> list[dict[str, Any]]:
@@ -153,7 +132,15 @@ class RunDir:
 
         The previous round is safely on disk when this returns. Raises OSError if it could not be written.
         """
-        self._writer.submit(lambda: self._save_round(dict(record), state, config_digest))
+        self._wait()
+        self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
+        self._pending = self._writer.submit(self._save_round, dict(record), state, config_digest)
+
+    def _wait(self) -> None:
+        """Wait until the latest round is written, and raise the writer's error if that failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _save_round(self, record: dict[str, Any], state: State, config_digest: str) -> None:
         # The record is written before the checkpoint: a record without its checkpoint is dropped on resume.
@@ -171,7 +158,7 @@ class RunDir:
 
     def load_checkpoint(self) -> tuple[int, State] | None:
         """(rounds done, the server's state after them), or None before the end of the first round."""
-        self._writer.wait()
+        self._wait()
         if not self._server.is_file():
             return None
         state, metadata = load_state(self._server)
@@ -185,7 +172,7 @@ class RunDir:
 
     def load_part(self, name: str) -> dict[str, Any] | None:
         path = self.checkpoint / f"{name}.json"
-        return restored(self._read(path)) if path.is_file() else None
+        return restored(_parsed(path)) if path.is_file() else None
 
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         _write_lines(self._predictions, predictions)
@@ -200,11 +187,11 @@ class RunDir:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which completes the run."""
-        self._writer.wait()
+        self._wait()
         write_atomically(self._result, dump(result))
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+def _parsed(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
     """Write the state atomically as one safetensors file with `metadata` in its header."""
+    write_atomically(path, state_bytes(state, metadata))
+
+
+def state_bytes(state: State, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The state as the content of a safetensors file."""
     import torch
     from safetensors.torch import save
 
@@ -22,7 +27,7 @@ def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = No
     # The tensors are cloned because safetensors refuses tensors that share memory, such as one tensor in two groups.
     flat = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flatten(state).items()}
     # None instead of {}: without tensors, safetensors writes an invalid header for empty metadata.
-    write_atomically(path, save(flat, metadata=dict(metadata) if metadata else None))
+    return save(flat, metadata=dict(metadata) if metadata else None)
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:

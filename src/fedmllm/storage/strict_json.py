@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def strict(value: Any) -> Any:
     """A copy with null in place of NaN and infinities, which JSON cannot represent."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy with `change(leaf)` in place of everything that is neither an object nor a list."""
     if isinstance(value, Mapping):
-        return {key: strict(entry) for key, entry in value.items()}
-    return [strict(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: _mapped(entry, change) for key, entry in value.items()}
+    return [_mapped(entry, change) for entry in value] if isinstance(value, list | tuple) else change(value)
 
 
 def dump(value: Any) -> bytes:
@@ -42,11 +45,7 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 def _with_nan(value: Any) -> Any:
     """The inverse of `strict` for a value that contains only numbers: NaN in place of null."""
-    if isinstance(value, dict):
-        return {key: _with_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_nan(entry) for entry in value]
-    return math.nan if value is None else value
+    return _mapped(value, lambda leaf: math.nan if leaf is None else leaf)
 
 
 def restored(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,10 @@
 The file that registers the part must be imported first: by the test, through an entry point, or with `registry.load_plugin`.
 """
 
+from fedmllm.algorithms.toy_federation import ToyFleet, lora_adapter, round_info, run_rounds, train_round
 from fedmllm.testing.algorithms import check_algorithm, check_compression, check_regularization
 from fedmllm.testing.data import check_partition, check_prompt, check_scenario, check_task
 from fedmllm.testing.families import check_family
-from fedmllm.testing.toy_federation import ToyFleet, lora_adapter, round_info, run_rounds, train_round
 
 __all__ = [
     "ToyFleet", "check_algorithm", "check_compression", "check_family", "check_partition", "check_prompt",

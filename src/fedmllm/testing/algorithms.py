@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,6 @@ from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizati
 from fedmllm.algorithms.base import Wrapper
 from fedmllm.testing import contract, properties
 from fedmllm.testing.registered import check_registered
-
-Check = Callable[[Algorithm], None]
 
 
 @contextmanager

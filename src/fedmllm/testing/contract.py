@@ -9,11 +9,11 @@ from itertools import cycle, islice, permutations
 import torch
 
 from fedmllm.algorithms import Algorithm, Update
+from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
 from fedmllm.algorithms.traffic import traffic_of
 from fedmllm.federation import screen
 from fedmllm.rng import stream
 from fedmllm.tensors import State, digest, flatten, problem_with, unflatten
-from fedmllm.testing.toy_federation import CLIENTS, lora_adapter, round_info, same, train_round
 
 INFO = round_info(1, CLIENTS)
 
@@ -30,11 +30,8 @@ class Case:
 
     @classmethod
     def of(cls, algorithm: Algorithm) -> Case:
-        memories: dict[int, State] = {}
-        first, state = round_info(0, CLIENTS), algorithm.init(lora_adapter())
-        state = algorithm.aggregate(state, train_round(algorithm, state, memories, first), first)
-        updates = tuple(train_round(algorithm, state, memories, INFO))
-        return cls(algorithm, state, updates, algorithm.aggregate(state, updates, INFO))
+        state, updates, after, _ = next(islice(run_rounds(algorithm, INFO.rounds), INFO.round, None))
+        return cls(algorithm, state, tuple(updates), after)
 
 
 def check(algorithm: Algorithm) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from fedmllm.algorithms import Algorithm, Update, complete
 from fedmllm.algorithms.factors import rank_of
+from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
 from fedmllm.federation import screen
 from fedmllm.tensors import State, Tensors, flatten, problem_with, weighted_mean
-from fedmllm.testing.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
 
 RANKS = {0: 1, 1: 3, 3: 2}
 
@@ -34,9 +34,9 @@ def check_averages(algorithm: Algorithm) -> None:
     """Copies of the updates' mean give the same state, and valid uploads can be derived from the message: secure aggregation
     relies on both."""
     for state, updates, after, info in run_rounds(algorithm, rounds=2):
-        found = algorithm.aggregate(state, _copies_of_the_mean(updates, algorithm.averages == "examples"), info)
+        of_copies = algorithm.aggregate(state, _copies_of_the_mean(updates, algorithm.averages == "examples"), info)
         for name, tensor in flatten(after).items():
-            close = torch.allclose(flatten(found)[name], tensor, rtol=1e-4, atol=1e-5)
+            close = torch.allclose(flatten(of_copies)[name], tensor, rtol=1e-4, atol=1e-5)
             assert close, f"`averages` is set, but {name!r} depends on more than the mean of the updates"
         for client in CLIENTS:
             message = algorithm.message(state, client, info)
@@ -71,8 +71,8 @@ def check_personal(algorithm: Algorithm) -> None:
     state = algorithm.init(initial)
     state = algorithm.aggregate(state, train_round(algorithm, state, memories, info), info)
     models = [complete(algorithm.message(state, c, info), memories[c], initial)["adapter"] for c in CLIENTS]
-    for one, other in combinations(models, 2):
-        equal = same({"adapter": one}, {"adapter": other})
+    for first, second in combinations(models, 2):
+        equal = same({"adapter": first}, {"adapter": second})
         assert equal != algorithm.personal, f"`personal` is {algorithm.personal}, but the clients' models are equal: {equal}"
 
 

@@ -66,17 +66,14 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
         return 1
     if train.cohort != "auto":
         return min(train.cohort, most)
-    lengths, longest = [], None
-    for sample in samples:
-        lengths.append(sample.length)
-        longest = sample if longest is None or sample.length > longest.length else longest
-    if longest is None or most == 1:
+    held = list(samples)
+    if not held or most == 1:
         return 1
     kind = model.backbone.device.type
     entries = sum(p.numel() for p in model.adapter.parameters.values())
     # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
-    client_bytes = bytes_kept(model, longest) * train.batch_size + 8 * 4 * entries
+    client_bytes = bytes_kept(model, max(held, key=lambda sample: sample.length)) * train.batch_size + 8 * 4 * entries
     fit_in_memory = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device) / client_bytes
-    client_tokens = train.batch_size * sum(lengths) / len(lengths)
+    client_tokens = train.batch_size * sum(sample.length for sample in held) / len(held)
     speed_up = _ENOUGH_TOKENS.get(kind, 4096) / client_tokens
     return max(1, min(most, int(fit_in_memory), round(speed_up)))

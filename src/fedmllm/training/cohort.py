@@ -7,23 +7,34 @@ Clients are sorted by their number of steps, so those that have finished are rem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedmllm.algorithms import LocalResult
+from fedmllm.algorithms import LocalResult, LocalRule
+from fedmllm.config import TrainTable
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Extent, Stack
-from fedmllm.training.local import LocalSettings, Step, Work
+from fedmllm.tensors import Tensors
+
+Step = Sequence[Sequence[Encoded]]
+"""One optimizer step: micro-batches whose gradients are accumulated."""
 
 
-def train_local(model: MLLM, work: Work, settings: LocalSettings) -> LocalResult:
-    """Train one client: a cohort of one."""
-    return train_cohort(model, [work], settings)[0]
+@dataclass(frozen=True)
+class Work:
+    """One client's training: from the adapter `received`, through `steps`, under `rule`. Only dropout uses `seed`."""
+
+    steps: Sequence[Step]
+    received: Tensors
+    rule: LocalRule
+    seed: int
+    steps_per_pass: int | None = None
+    """The number of steps that one pass over the samples takes; None if all steps are one pass."""
 
 
 def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
@@ -34,9 +45,10 @@ def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
     return names
 
 
-def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) -> list[LocalResult]:
+def train_cohort(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[LocalResult]:
     """The results of all clients, in the order of `works`. A step's gradient is the mean over its samples.
 
+    `train.lr` is the learning rate of this round; each client's optimizer starts with fresh state.
     A tensor that a step's samples do not use (an adapter on the vision tower if no sample has a picture) gets the gradient 0.
     The model's own adapter and the global random generator are left unchanged. Raises ValueError if the rules train no
     tensor or different ones, or if this kind of adapter trains only one client at a time.
@@ -47,7 +59,7 @@ def train_cohort(model: MLLM, works: Sequence[Work], settings: LocalSettings) ->
     if len(works) > 1 and not model.adapter.stacks:
         raise ValueError("this kind of adapter trains only one client at a time")
     order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
-    results = _Cohort(model, [works[i] for i in order], names, settings).train()
+    results = _Cohort(model, [works[i] for i in order], names, train).train()
     return [results[order.index(i)] for i in range(len(works))]
 
 
@@ -64,24 +76,22 @@ def loss_before(model: MLLM, work: Work) -> float:
     return total / max(sum(map(len, batches)), 1)
 
 
-@dataclass(frozen=True)
-class _Micro:
-    """The rows of one forward pass, equally many per client; rows that only fill up a client's part have weight 0."""
-
-    rows: list[Encoded]
-    weights: Tensor  # (clients, samples)
-    extents: list[Extent]
+def _optimizer(parameters: Sequence[nn.Parameter], train: TrainTable) -> torch.optim.Optimizer:
+    """A fused optimizer over the parameters."""
+    decay = train.weight_decay
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, train.lr, momentum=train.momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, train.lr, betas=(train.beta1, train.beta2), weight_decay=decay, fused=True)
 
 
 class _Cohort:
     """The state of local training. The works are sorted by their number of steps, the longest first."""
 
-    def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], settings: LocalSettings) -> None:
-        self._model, self._works, self._settings = model, works, settings
+    def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], train: TrainTable) -> None:
+        self._model, self._works, self._table = model, works, train
         self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
         self._stack = stack = Stack(model.adapter, [w.received for w in works], names, [w.seed for w in works])
-        self._optimizer = settings.build(stack.rows)
-        device = stack.values.device
+        self._optimizer = _optimizer(stack.rows, train)
         rules = [work.rule for work in works]
         # Each of these is None if no client needs it.
         self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
@@ -92,7 +102,7 @@ class _Cohort:
         if any(rule.offset for rule in rules):
             self._offset = stack.matrix([rule.offset or {} for rule in rules])
         # Kept as tensors: reading a number from a GPU would wait for it at every step.
-        self._loss = torch.zeros(len(works), device=device)
+        self._loss = torch.zeros(len(works), device=stack.values.device)
         self._slots = [0] * len(works)
 
     def train(self) -> list[LocalResult]:
@@ -108,10 +118,8 @@ class _Cohort:
             while done < counts[0]:
                 active = sum(count > done for count in counts)
                 until = counts[active - 1]
-                for row in self._stack.rows[active:]:
-                    row.grad = None  # the optimizer skips rows without a gradient
-                for row, grad in zip(self._stack.rows[:active], self._stack.grads, strict=False):
-                    row.grad = grad
+                for client, row in enumerate(self._stack.rows):  # the optimizer skips rows without a gradient
+                    row.grad = self._stack.grads[client] if client < active else None
                 with self._model.using(self._stack, active):
                     for number in range(done, until):
                         self._step([work.steps[number] for work in self._works[:active]])
@@ -120,12 +128,12 @@ class _Cohort:
 
     def _step(self, steps: Sequence[Step]) -> None:
         active = len(steps)
-        for micro in self._micros(steps):
-            self._stack.begin(micro.extents)
-            losses = self._model.losses(micro.rows).view(active, -1)
+        for rows, weights, extents in self._micros(steps):
+            self._stack.begin(extents)
+            losses = self._model.losses(rows).view(active, -1)
             if losses.requires_grad:
-                (losses * micro.weights).sum().backward()  # type: ignore[no-untyped-call]
-            self._loss[:active] += (losses.detach() * (micro.weights > 0)).sum(1)
+                (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+            self._loss[:active] += (losses.detach() * (weights > 0)).sum(1)
         self._descend(active)
 
     @torch.no_grad()
@@ -138,17 +146,18 @@ class _Cohort:
             grads.addcmul_(self._strength[:active], self._stack.values[:active] - self._start[:active])
         if self._offset is not None:
             grads += self._offset[:active]
-        if self._settings.clip:
+        if self._table.clip:
             norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
-            grads *= (self._settings.clip / (norms + 1e-6)).clamp(max=1.0)
+            grads *= (self._table.clip / (norms + 1e-6)).clamp(max=1.0)
         self._optimizer.step()
         grads.zero_()
 
-    def _micros(self, steps: Sequence[Step]) -> list[_Micro]:
-        """The micro-batches of one step, side by side. A client with fewer micro-batches or samples is filled up with rows of
-        weight 0 that repeat the shortest sample."""
+    def _micros(self, steps: Sequence[Step]) -> Iterator[tuple[list[Encoded], Tensor, list[Extent]]]:
+        """(rows, weights (clients, samples), extents) of each forward pass of a step, with equally many rows per client.
+
+        A client with fewer micro-batches or samples is filled up with rows of weight 0 that repeat the shortest sample.
+        """
         totals = [sum(len(batch) for batch in step) for step in steps]
-        micros = []
         for i in range(max(len(step) for step in steps)):
             batches = [step[i] if i < len(step) else [] for step in steps]
             samples = max(map(len, batches))
@@ -163,11 +172,10 @@ class _Cohort:
             for client in range(len(steps)):
                 self._slots[client] += samples * longest
             extents = [(len(batch), self._model.width(batch)) for batch in batches]
-            micros.append(_Micro(rows, torch.tensor(weights, device=self._loss.device), extents))
-        return micros
+            yield rows, torch.tensor(weights, device=self._loss.device), extents
 
     def _result(self, client: int) -> LocalResult:
-        work, stack, settings = self._works[client], self._stack, self._settings
+        work, stack, table = self._works[client], self._stack, self._table
         steps = len(work.steps)
         samples = [sample for step in work.steps for batch in step for sample in batch]
         mean = None
@@ -180,8 +188,8 @@ class _Cohort:
             mean_gradient=mean,
             examples=len(samples),
             steps=steps,
-            lr=settings.lr,
+            lr=table.lr,
             metrics={"loss": float(self._loss[client]) / max(len(samples), 1), "padding": padding},
-            momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
+            momentum=table.momentum if table.optimizer == "sgd" else 0.0,
             loss_before=self._before[client],
         )
