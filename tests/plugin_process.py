@@ -1,6 +1,6 @@
 """Python processes for tests that register parts: parts registered in the test process would show up in other tests.
 
-They are forked from a server that has imported torch and transformers, as a sweep's runs are: a fresh process imports for seconds.
+They are forked from a server that has imported torch and transformers, as a sweep's runs are.
 """
 
 from __future__ import annotations
