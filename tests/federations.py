@@ -24,7 +24,8 @@ from fedmllm.data.manifest import Manifest
 from fedmllm.experiment.parts import build
 from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.keys import make
-from fedmllm.remote.supervisor import free_port
+from fedmllm.remote.supernode import HEARTBEAT
+from fedmllm.remote.supervisor import environment, free_port
 from fedmllm.runs.kinds import execute
 from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
@@ -106,6 +107,9 @@ def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 # Processes
 
+INTERVALS = {HEARTBEAT: "10", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+"""Seconds. A node that was killed is back sooner, and Flower's processes spend less on asking each other for work."""
+
 
 class Process:
     """A `fedmllm` command with its errors in a file."""
@@ -114,7 +118,7 @@ class Process:
         self.log = log
         with log.open("ab") as file:
             command = [sys.executable, "-m", "fedmllm", *map(str, arguments)]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | INTERVALS
             self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=env, cwd=log.parent)
 
     def result(self, seconds: float) -> tuple[int, str]:
@@ -151,6 +155,24 @@ def running(*processes: Process) -> Iterator[None]:
                 except subprocess.TimeoutExpired:
                     process.popen.kill()
                     process.popen.communicate()
+
+
+@contextmanager
+def superlink_on(root: Path, port: int, database: Path, home: Path) -> Iterator[None]:
+    keys = root / "keys"
+    command = [
+        sys.executable, "-m", "fedmllm.remote.superlink", "--host", "127.0.0.1", "--port", str(port),
+        "--ssl-ca-certfile", str(keys / "ca.crt"), "--ssl-certfile", str(keys / "server.crt"),
+        "--ssl-keyfile", str(keys / "server.key"), "--enable-supernode-auth", "--database", str(database),
+    ]  # fmt: skip
+    with (root / "superlink.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
+    try:
+        wait_for(lambda: is_open(port), 300)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def commands() -> dict[int, str]:
@@ -192,5 +214,5 @@ def rounds_done(run: Path) -> int:
 
 __all__ = [
     "SITES", "Process", "adapter", "close", "commands", "in_one_process", "is_open", "pid_of", "rounds_done",
-    "running", "wait_for", "with_site_names", "write_federation", "write_samples",
+    "running", "superlink_on", "wait_for", "with_site_names", "write_federation", "write_samples",
 ]  # fmt: skip

@@ -109,14 +109,15 @@ def test_cohorts_equal_the_naive_loop(
 def run_rounds(
     model: MLLM, dataset: Path, folder: Path, combination: Sequence[str], cohort: int
 ) -> tuple[list[State], list[int]]:
-    """The server's states after each of three rounds with three of five clients, and the sizes of all cohorts.
+    """The server's states after each of two rounds with three of five clients, at least one of which trains twice, and the
+    sizes of all cohorts.
 
-    The optimizer is SGD. AdamW divides by the root of the mean square, so three rounds amplify a rounding error wherever a
+    The optimizer is SGD. AdamW divides by the root of the mean square, so rounds amplify a rounding error wherever a
     gradient is almost zero. One round of AdamW is compared with the naive loop above.
     """
     algorithm = built(*combination)
     train = TrainTable(
-        rounds=3, clients_per_round=3, batch_size=3, optimizer="sgd", lr=0.1, schedule="constant", weight_decay=0.01
+        rounds=2, clients_per_round=3, batch_size=3, optimizer="sgd", lr=0.1, schedule="constant", weight_decay=0.01
     )
     samples = {c: samples_of(model, dataset, c, count) for c, count in enumerate(COUNTS)}
     gaps = {c: 0.2 * c for c in samples}
@@ -137,8 +138,8 @@ def run_rounds(
 def test_every_algorithm_is_the_same_in_cohorts(model: MLLM, dataset: Path, tmp_path: Path, combination: Sequence[str]) -> None:
     alone, sizes_alone = run_rounds(model, dataset, tmp_path / "alone", combination, 1)
     together, sizes_together = run_rounds(model, dataset, tmp_path / "together", combination, 3)
-    assert (sizes_alone, sizes_together) == ([1] * 9, [3, 3, 3])
-    assert len(alone) == len(together) == 3
+    assert (sizes_alone, sizes_together) == ([1] * 6, [3, 3])
+    assert len(alone) == len(together) == 2
     for state, expected in zip(together, alone, strict=True):
         assert {group: set(tensors) for group, tensors in state.items()} == {
             group: set(tensors) for group, tensors in expected.items()

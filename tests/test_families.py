@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,24 @@ def encode(model: MLLM, pictures: list[Path | None]) -> list[Encoded]:
     return encoded
 
 
+Single = tuple[torch.Tensor, float, str, list[float] | None]
+"""Of one sample: the last logits, the loss, the generated text, and the scores of its options if it has any."""
+
+
+@pytest.fixture(scope="module")
+def alone(family: tuple[str, Path], pictures: list[Path | None]) -> Callable[[MLLM, int], Single]:
+    """What a model computes for `TALKS[index]` by itself, once for all batches with it."""
+    encoded = cache(lambda model: encode(model, pictures))
+
+    @cache
+    def computed(model: MLLM, index: int) -> Single:
+        batch = [encoded(model)[index]]
+        scores = option_scores(model, batch)[0] if batch[0].options else None
+        return last_logits(model, batch), model.loss(batch).item(), model.generate(batch, 3)[0], scores
+
+    return computed
+
+
 def test_only_the_attention_of_the_language_model_is_adapted(family: tuple[str, Path], cached: MLLM) -> None:
     adapted = FAMILIES[family[0]].adapted
     assert cached.info.layers == 2
@@ -132,20 +151,20 @@ def test_a_blank_picture_of_equal_size_gives_the_same_prompt(
 
 @pytest.mark.parametrize("indices", BATCHES.values(), ids=BATCHES)
 def test_a_batch_gives_the_same_as_its_samples_one_by_one(
-    cached: MLLM, uncached: MLLM, pictures: list[Path | None], indices: list[int]
+    cached: MLLM, uncached: MLLM, pictures: list[Path | None], alone: Callable[[MLLM, int], Single], indices: list[int]
 ) -> None:
     for model in (cached, uncached):
         assert model.caches == (model is cached)
         encoded = encode(model, pictures)
         batch = [encoded[i] for i in indices]
         assert len({sample.length for sample in batch}) > 1
-        alone = torch.cat([last_logits(model, [sample]) for sample in batch])
-        torch.testing.assert_close(last_logits(model, batch), alone, rtol=1e-3, atol=1e-4)
-        assert model.loss(batch).item() == pytest.approx(sum(model.loss([sample]).item() for sample in batch), rel=1e-4)
-        assert model.generate(batch, 3) == [model.generate([sample], 3)[0] for sample in batch]
+        logits, losses, texts, scores = zip(*(alone(model, i) for i in indices), strict=True)
+        torch.testing.assert_close(last_logits(model, batch), torch.cat(logits), rtol=1e-3, atol=1e-4)
+        assert model.loss(batch).item() == pytest.approx(sum(losses), rel=1e-4)
+        assert model.generate(batch, 3) == list(texts)
         closed = [sample for sample in batch if sample.options]
-        scores = [option_scores(model, [sample])[0] for sample in closed]
-        torch.testing.assert_close(torch.tensor(option_scores(model, closed)), torch.tensor(scores), rtol=1e-3, atol=1e-4)
+        expected = torch.tensor([row for row in scores if row is not None])
+        torch.testing.assert_close(torch.tensor(option_scores(model, closed)), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_cached_equals_uncached(cached: MLLM, uncached: MLLM, pictures: list[Path | None]) -> None:

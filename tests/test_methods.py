@@ -30,6 +30,7 @@ from fedmllm.tensors import State
 from fedmllm.training.cohort import train_cohort
 
 Write = Callable[..., Path]
+Whole = Callable[[dict[str, str], list[object]], dict[str, Any]]
 UNEQUAL = [name for name in algorithms.names() if algorithms.build(name, {}).unequal_ranks]
 
 
@@ -72,16 +73,30 @@ COMPOSED = [
 BUSY = {"train__clients_per_round": 3}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted() -> Whole:
+    """The result of a command, executed once for all tests of the same parts."""
+    results: dict[str, dict[str, Any]] = {}
+
+    def result(parts: dict[str, str], command: list[object]) -> dict[str, Any]:
+        key = json.dumps(parts, sort_keys=True)
+        if key not in results:
+            results[key] = run(*command)
+        return results[key]
+
+    return result
+
+
 @pytest.mark.parametrize(
     "parts",
     [*({"algorithm__name": name} for name in algorithms.names()), *COMPOSED],
     ids=lambda parts: "-".join(parts.values()).replace(" ", ""),
 )
 def test_cut_short_and_resumed_equals_uninterrupted(
-    write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+    write_experiment: Write, uninterrupted: Whole, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
 ) -> None:
     command = ["run", write_experiment(rounds=2), *settings(**parts, **BUSY)]
-    whole = run(*command)
+    whole = uninterrupted(parts, command)
     cut_short(monkeypatch, 0, *command, "--out", "cut")
     assert len(RunDir(Path("cut")).rounds()) == 1
     resumed = run(*command, "--out", "cut", "--resume")
@@ -102,21 +117,23 @@ REMEMBERING = [
 
 
 @pytest.mark.parametrize("parts", REMEMBERING, ids=lambda parts: "-".join(parts.values()))
-def test_what_clients_remember_matters(write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]) -> None:
+def test_what_clients_remember_matters(
+    write_experiment: Write, uninterrupted: Whole, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+) -> None:
     """Forgetting it changes the result, so that the tests above would notice a memory that is lost."""
     command = ["run", write_experiment(rounds=2), *settings(**parts, **BUSY)]
-    whole = run(*command)
+    whole = uninterrupted(parts, command)
     monkeypatch.setattr(ClientMemory, "load", lambda *arguments: {})
     assert run(*command)["adapter_sha256"] != whole["adapter_sha256"]
 
 
 @pytest.mark.parametrize("parts", REMEMBERING, ids=lambda parts: "-".join(parts.values()))
 def test_stopped_within_a_round_and_resumed_equals_uninterrupted(
-    write_experiment: Write, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
+    write_experiment: Write, uninterrupted: Whole, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str]
 ) -> None:
     """Some clients of round 1 have saved their memory, the server has not: the round is done again from before it."""
-    command = ["run", write_experiment(rounds=3), *settings(**parts, **BUSY)]
-    whole = run(*command)
+    command = ["run", write_experiment(rounds=2), *settings(**parts, **BUSY)]
+    whole = uninterrupted(parts, command)
     save, saved = ClientMemory.save, []
 
     def save_then_fail(self: ClientMemory, client: int, round: int, state: State) -> None:

@@ -21,8 +21,8 @@ from fedmllm.experiment.sweep import essential
 from fedmllm.federation import TooFewUpdates
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
+from fedmllm.remote.files import SiteData
 from fedmllm.remote.protocol import Job, JobKind, Reply, parts_of, to_bytes
-from fedmllm.remote.site import SiteData
 from fedmllm.remote.worker import Worker
 from fedmllm.runs.kinds import execute
 from fedmllm.runs.session import Session

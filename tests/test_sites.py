@@ -5,16 +5,12 @@ One set of sites serves all runs of this module, one after the other, as real si
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
-import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +23,16 @@ from federations import (
     close,
     commands,
     in_one_process,
-    is_open,
     pid_of,
     rounds_done,
     running,
+    superlink_on,
     wait_for,
     with_site_names,
     write_federation,
 )
 from fedmllm.remote.files import FederationFile
-from fedmllm.remote.keys import make
-from fedmllm.remote.supervisor import environment, free_port, tool
+from fedmllm.remote.supervisor import environment, tool
 from fedmllm.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +104,9 @@ def test_killed_processes_cost_time_and_do_not_change_the_run(
     for key in ("metrics", "rounds", "bytes_up", "bytes_down", "refused_updates"):
         assert result[key] == single[key], key
     assert all(site.is_running for site in sites.values()), "sites wait for the next run"
+    for process in sites.values():
+        maps = Path(f"/proc/{process.popen.pid}/maps").read_text()
+        assert "tokenizers" not in maps, "only the site's worker loads transformers"
 
 
 @pytest.mark.slow
@@ -124,6 +122,18 @@ def test_flwr_run_submits_the_shipped_app_to_a_running_superlink(
         subprocess.run(command, env=environment(state / "flower"), check=True, capture_output=True, timeout=600)
         wait_for((out / "result.json").is_file, 1500)
     assert close(adapter(out), expected)
+
+
+def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
+    """In its first round, which shows that the sites serve a second run."""
+    server = serve(federation, root / "interrupted")
+    with running(server):
+        wait_for(lambda: (root / "interrupted" / "meta.json").is_file(), 600)
+        server.popen.send_signal(signal.SIGINT)
+        status, _ = server.result(300)
+    assert status == 130
+    assert "interrupted: the same command with --resume" in server.output()
+    wait_for(lambda: not [line for line in commands().values() if str(federation.parent) in line], 30)
 
 
 @pytest.mark.slow
@@ -152,18 +162,6 @@ def test_a_site_that_sends_nan_is_refused_by_name_and_the_others_continue(
     assert all(bool(torch.isfinite(t).all()) for t in adapter(root / "nan").values())
 
 
-def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
-    """In its first round, which shows that the sites serve a second run."""
-    server = serve(federation, root / "interrupted")
-    with running(server):
-        wait_for(lambda: (root / "interrupted" / "meta.json").is_file(), 600)
-        server.popen.send_signal(signal.SIGINT)
-        status, _ = server.result(300)
-    assert status == 130
-    assert "interrupted: the same command with --resume" in server.output()
-    wait_for(lambda: not [line for line in commands().values() if str(federation.parent) in line], 30)
-
-
 def test_a_stopped_site_leaves_no_process(root: Path, sites: dict[str, Process]) -> None:
     running_sites = [site for site in sites.values() if site.is_running]
     for site in running_sites:
@@ -172,93 +170,3 @@ def test_a_stopped_site_leaves_no_process(root: Path, sites: dict[str, Process])
         status, _ = site.result(90)
         assert status == 0
     wait_for(lambda: not [line for line in commands().values() if str(root) in line], 20)
-
-
-# Who is not admitted
-
-
-@contextmanager
-def superlink_on(root: Path, port: int, database: Path, home: Path) -> Iterator[None]:
-    keys = root / "keys"
-    command = [
-        sys.executable, "-m", "fedmllm.remote.superlink", "--host", "127.0.0.1", "--port", str(port),
-        "--ssl-ca-certfile", str(keys / "ca.crt"), "--ssl-certfile", str(keys / "server.crt"),
-        "--ssl-keyfile", str(keys / "server.key"), "--enable-supernode-auth", "--database", str(database),
-    ]  # fmt: skip
-    with (root / "superlink.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
-    try:
-        wait_for(lambda: is_open(port), 300)
-        yield
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def superlink(root: Path, federation: Path) -> Iterator[int]:
-    """The port of a SuperLink with which nobody is registered."""
-    port = free_port()
-    with superlink_on(root, port, root / "other.db", root / "home"):
-        yield port
-
-
-def supernode_status(root: Path, port: int, *options: str) -> int:
-    """The exit status of a SuperNode that gives up soon."""
-    command = [tool("flower-supernode"), "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--max-retries", "2"]
-    with (root / "supernode.log").open("ab") as log:  # not a pipe, which the node's children would keep open
-        node = subprocess.Popen(
-            [*command, *options], env=environment(root / "home"), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        return node.wait(300)
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-
-
-def test_an_unregistered_node_is_refused(root: Path, superlink: int) -> None:
-    make(root / "stranger", [], ["stranger"])
-    authority = ["--root-certificates", str(root / "keys" / "ca.crt")]
-    key = ["--auth-supernode-private-key", str(root / "stranger" / "stranger.key")]
-    assert supernode_status(root, superlink, *authority, *key) != 0
-    assert "No SuperNode found with the given public key" in (root / "superlink.log").read_text()
-
-
-def test_a_node_without_a_key_is_refused(root: Path, superlink: int) -> None:
-    assert supernode_status(root, superlink, "--root-certificates", str(root / "keys" / "ca.crt")) != 0
-
-
-def test_a_server_of_another_authority_is_not_trusted(root: Path, superlink: int) -> None:
-    make(root / "impostor", ["127.0.0.1"], [])
-    with pytest.raises(ssl.SSLCertVerificationError):
-        get_status(superlink, ssl.create_default_context(cafile=root / "impostor" / "ca.crt"))
-    assert get_status(superlink, ssl.create_default_context(cafile=root / "keys" / "ca.crt")) in (200, 404)
-    wrong = ["--root-certificates", str(root / "impostor" / "ca.crt")]
-    assert supernode_status(root, superlink, *wrong, "--auth-supernode-private-key", str(root / "keys" / "north.key")) != 0
-
-
-def get_status(port: int, context: ssl.SSLContext | None) -> int:
-    """The status of a GET, over TLS if there is a context."""
-    connection: http.client.HTTPConnection
-    if context is None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    else:
-        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
-    try:
-        connection.request("GET", "/")
-        return connection.getresponse().status
-    finally:
-        connection.close()
-
-
-def test_a_client_without_tls_gets_no_answer(superlink: int) -> None:
-    with pytest.raises((http.client.HTTPException, OSError)):
-        get_status(superlink, None)
-
-
-def test_a_free_port_is_not_in_use() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert taken.getsockname()[1] not in {free_port() for _ in range(50)}

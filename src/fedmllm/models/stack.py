@@ -91,7 +91,7 @@ class Stack:
         """Make the model's layers compute with the adapters of the first `clients` rows. Call `begin` before each batch."""
         with ExitStack() as undo:
             if self._adapter.stacks:
-                undo.enter_context(self._adapter.model.disable_adapter())
+                undo.enter_context(self._adapter.disabled())
                 self._leaf = self.values[:clients].requires_grad_()
                 self._leaf.grad = self.grads[:clients]
                 for base, a, b in self._adapter.pairs():

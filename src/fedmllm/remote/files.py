@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +12,35 @@ from pydantic import Field, ValidationError, field_validator
 
 from fedmllm import config as files
 from fedmllm.config import Experiment, Table, TaskTable
-from fedmllm.data.samples import MODALITIES, Modality
+from fedmllm.data.manifest import Holding
+from fedmllm.data.samples import MODALITIES, Modality, Sample
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import options_of, with_defaults
 from fedmllm.registry import explain
-from fedmllm.remote.site import SiteData
 
 PATHS = ("data_dir", "train", "test")
 """Options of tasks that are paths."""
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's own data and settings: `modalities` are those that may be used. If `secure`, the site takes part only in runs
+    whose server cannot see its updates."""
+
+    name: str
+    task: TaskTable
+    modalities: frozenset[Modality] = frozenset(MODALITIES)
+    device: str = "auto"
+    trust_remote_code: bool = False
+    has_test_data: bool = False
+    model: str = ""
+    """The model on this machine, if it is not where the experiment says."""
+    secure: bool = False
+
+    def holdings(self, samples: Sequence[Sample], client: int) -> list[Holding]:
+        """The samples as those of a client, limited to the modalities that may be used."""
+        held = [Holding(sample.id, client, sample.modalities & self.modalities) for sample in samples]
+        return [holding for holding in held if holding.visible]
 
 
 class SiteTable(Table):

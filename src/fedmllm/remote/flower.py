@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class FlowerCli:
         config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
         write_atomically(home / "config.toml", tomli_w.dumps(config).encode())
         self.env = environment(home) | {"FEDMLLM_CACHE": str(federation.state / "cache")}
-        self._federation, self._flwr = federation, tool("flwr")
+        self._federation, self._host, self._flwr = federation, host, tool("flwr")
 
     def _call(self, *arguments: str, seconds: float = 60.0) -> dict[str, Any]:
         """The JSON that a command prints; empty if it fails, as it does while the SuperLink is away."""
@@ -55,12 +56,22 @@ class FlowerCli:
 
         Raises RunFailed after `START` seconds.
         """
-        end = time.monotonic() + START
-        while not (reply := self._call("supernode", "ls", CONNECTION)).get("success"):
+        end, reply = time.monotonic() + START, dict[str, Any]()
+        while not reply.get("success"):
             if time.monotonic() > end:
                 raise RunFailed(f"the SuperLink does not answer at {self._federation.address}; its log is {log}.")
-            wait(0.5)
+            wait(0.2)
+            if self._listens():
+                reply = self._call("supernode", "ls", CONNECTION)
         return {str(node["node-id"]) for node in reply["nodes"] if node["status"] != "unregistered"}
+
+    def _listens(self) -> bool:
+        """Whether the SuperLink accepts connections, found out without starting a process."""
+        try:
+            with socket.create_connection((self._host.strip("[]"), self._federation.port), timeout=5):
+                return True
+        except OSError:
+            return False
 
     def register_sites(self, nodes: set[str]) -> None:
         """Register the sites of the federation file, and remove all other nodes. Raises ConfigError if a key is refused.

@@ -8,46 +8,26 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms import RoundInfo
-from fedmllm.config import TaskTable, validate
+from fedmllm.config import validate
 from fedmllm.data.dataset import Dataset, load_split, open_source
-from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.samples import MODALITIES, Modality, Sample, Task
+from fedmllm.data.manifest import Manifest
+from fedmllm.data.samples import MODALITIES, Task
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import Parts, build
 from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet
+from fedmllm.remote.files import SiteData
 from fedmllm.remote.protocol import Job
 from fedmllm.runs.session import Session
 from fedmllm.secure.clients import SecureClients
 from fedmllm.tensors import Tensors
 from fedmllm.training.capacity import cohort_size
-
-
-@dataclass(frozen=True)
-class SiteData:
-    """A site's own data and settings: `modalities` are those that may be used. If `secure`, the site takes part only in runs
-    whose server cannot see its updates."""
-
-    name: str
-    task: TaskTable
-    modalities: frozenset[Modality] = frozenset(MODALITIES)
-    device: str = "auto"
-    trust_remote_code: bool = False
-    has_test_data: bool = False
-    model: str = ""
-    """The model on this machine, if it is not where the experiment says."""
-    secure: bool = False
-
-    def holdings(self, samples: Sequence[Sample], client: int) -> list[Holding]:
-        """The samples as those of a client, limited to the modalities that may be used."""
-        held = [Holding(sample.id, client, sample.modalities & self.modalities) for sample in samples]
-        return [holding for holding in held if holding.visible]
 
 
 def structure(adapter: Tensors) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
+import time
 import tomllib
 import zipfile
 from typing import Any
@@ -18,6 +20,12 @@ FILES = {"pyproject.toml", ".info/CONTENT"}
 COMPONENTS = {"serverapp": "fedmllm.remote.serverapp:app", "clientapp": "fedmllm.remote.clientapp:app"}
 MAX_BYTES = 1 << 20
 """The largest size of an unpacked file of the archive."""
+POLL, RECONNECT = 0.5, 5
+"""Seconds between two queries for messages, and the most between two attempts to reach the server. Flower's own, 3 and 20, are
+longer than a round of a small model."""
+HEARTBEAT = "FEDMLLM_HEARTBEAT"
+"""The environment variable with the seconds between two heartbeats, 10 or more; without it Flower's 30. After twice that time,
+the server considers a node that was killed offline, and admits its successor."""
 
 
 def is_shipped_app(archive: bytes) -> bool:
@@ -49,15 +57,31 @@ def install_check() -> None:
             # Without this entry Flower refuses the app before it verifies it.
             return Fab(fab.hash_str, fab.content, {"valid_license": "checked at the site"})
 
-        return pull(get_fab=fetch, trusted_entities={"fedmllm": "no code except that installed here"}, **others)
+        trusted = {"fedmllm": "no code except that installed here"}
+        while (run_id := pull(get_fab=fetch, trusted_entities=trusted, **others)) is None:
+            time.sleep(POLL)
+        return run_id
 
     vars(flower).update(_pull_and_store_message=checked, _verify_fab=lambda fab, _: is_shipped_app(fab.content))
+
+
+def set_intervals() -> None:
+    """Set how often the node reports to the server, and how often it tries to reach it."""
+    from flwr.supercore import heartbeat
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection
+
+    vars(http_retry)["MAX_RETRY_DELAY"] = RECONNECT
+    if HEARTBEAT in os.environ:
+        for module in (heartbeat, fleet_http_connection):
+            vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = int(os.environ[HEARTBEAT])
 
 
 def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     install_check()
+    set_intervals()
     flower_supernode()
 
 

@@ -15,8 +15,9 @@ from fedmllm.errors import ConfigError, DataError, UserError
 from fedmllm.evaluation.summary import summarise
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.registry import load_plugin
+from fedmllm.remote.files import SiteData
 from fedmllm.remote.protocol import Job, Reply
-from fedmllm.remote.site import SiteData, SiteExperiment, structure
+from fedmllm.remote.site import SiteExperiment, structure
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.settings import PHASES
 from fedmllm.tensors import State, Tensors
