@@ -43,6 +43,14 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _without_fsync() -> Iterator[None]:
+    """Tests kill processes, never the power: what was written is read again without waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder in Hugging Face format: the pocket architecture, two narrow layers, random weights."""
@@ -132,7 +140,17 @@ def write_experiment(tiny: Path, dataset: Path, tmp_path: Path) -> Callable[...,
     return write
 
 
-SLOWEST = ("test_sites", "test_ray", "test_methods", "test_families", "test_cohort", "test_plugin", "test_runs", "test_sweep")
+SLOWEST = (
+    "test_sites",
+    "test_ray",
+    "test_methods",
+    "test_families",
+    "test_cohort",
+    "test_admission",
+    "test_plugin",
+    "test_runs",
+    "test_sweep",
+)
 """The files that take longest: they come first, so that one worker does not work on its last file while the other is idle."""
 
 

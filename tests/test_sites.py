@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,26 @@ def federation(root: Path, tiny: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sites(root: Path, federation: Path) -> Iterator[dict[str, Process]]:
-    started = {name: Process(root / f"{name}.log", "client", root / name / "site.toml") for name in NAMES}
-    with running(*started.values()):
+def sites() -> Iterator[dict[str, Process]]:
+    """The processes of the sites, which the first server to admit them starts."""
+    started: dict[str, Process] = {}
+    try:
         yield started
+    finally:
+        with running(*started.values()):
+            pass
 
 
-def serve(federation: Path, out: Path, *options: str) -> Process:
-    return Process(out.with_suffix(".log"), "server", federation, "--out", out, "--json", *options)
+@contextmanager
+def serving(federation: Path, sites: dict[str, Process], out: Path, *options: str) -> Iterator[Process]:
+    """A server whose sites are running. They are started when it admits them, because a node that comes earlier ends."""
+    server, root = Process(out.with_suffix(".log"), "server", federation, "--out", out, "--json", *options), out.parent
+    with running(server):
+        wait_for(lambda: "may connect" in server.output(), 600)
+        for name in NAMES:
+            if name not in sites:
+                sites[name] = Process(root / f"{name}.log", "client", root / name / "site.toml")
+        yield server
 
 
 def result_of(server: Process, seconds: float = 2000) -> dict[str, Any]:
@@ -85,8 +98,7 @@ def test_killed_processes_cost_time_and_do_not_change_the_run(
 ) -> None:
     """A SuperNode is killed in the first round and the SuperLink in the second: the result is that of a single-process run."""
     out, south_key = root / "killed", str(root / "keys" / "south.key")
-    server = serve(federation, out)
-    with running(server):
+    with serving(federation, sites, out) as server:
         wait_for(lambda: (out / "meta.json").is_file(), 1500)  # the first round has begun
         supernode = pid_of("fedmllm.remote.supernode", south_key)
         os.kill(supernode, signal.SIGKILL)
@@ -126,8 +138,7 @@ def test_flwr_run_submits_the_shipped_app_to_a_running_superlink(
 
 def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
     """In its first round, which shows that the sites serve a second run."""
-    server = serve(federation, root / "interrupted")
-    with running(server):
+    with serving(federation, sites, root / "interrupted") as server:
         wait_for(lambda: (root / "interrupted" / "meta.json").is_file(), 600)
         server.popen.send_signal(signal.SIGINT)
         status, _ = server.result(300)
@@ -152,8 +163,7 @@ def test_a_site_that_sends_nan_is_refused_by_name_and_the_others_continue(
     file = root / "south" / "broken.toml"
     file.write_text('model = "broken"\n' + (root / "south" / "site.toml").read_text())
     broken_site = Process(root / "broken.log", "client", file)
-    server = serve(federation, root / "nan", "--set", "train.rounds=1")
-    with running(server, broken_site):
+    with serving(federation, sites, root / "nan", "--set", "train.rounds=1") as server, running(broken_site):
         result = result_of(server)
         assert broken_site.stop() == 0
     (record,) = RunDir(root / "nan").rounds()

@@ -7,6 +7,7 @@ import resource
 import secrets
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ import torch
 
 from fedmllm.runs.session import Session
 
+LIBRARIES = ("fedmllm", "torch", "transformers", "peft", "numpy")
 
+
+@cache
+def _versions() -> dict[str, str]:
+    """The versions that this process has loaded, looked up once because reading them takes as long as a round of a tiny run."""
+    return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+
+
+@cache
 def _commit() -> str | None:
     """The git commit of the package's own checkout, if it runs from one."""
     git = {"cwd": Path(__file__).parent, "capture_output": True, "timeout": 10}
@@ -35,8 +45,7 @@ def describe(session: Session, kind: str) -> dict[str, Any]:
         "run_id": secrets.token_hex(8),
         "config_digest": session.config.digest(),
         "manifest_digest": session.dataset.manifest.digest(),
-        "versions": {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
         "git_commit": _commit(),
         "hardware": {
             "platform": platform.platform(),
