@@ -119,7 +119,7 @@ def test_the_digest_depends_only_on_the_settings() -> None:
     spelled_out = {"seed": 0, **MINIMAL, "train": {"rounds": 10, "weight_decay": 0}}
     assert config.validate(spelled_out).digest() == base
     assert config.validate({**MINIMAL, "seed": 1}).digest() != base
-    options = {"rate": 0.4, "never_empty": False}
+    options = {"rate": 0.4, "empty": "drop"}
     first, second = (
         {**MINIMAL, "scenario": {"name": "missing", **dict(o)}} for o in (options.items(), reversed(options.items()))
     )

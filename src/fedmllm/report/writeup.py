@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedmllm.errors import RunError
 from fedmllm.report.grids import Grid, read_grid
+from fedmllm.report.modalities import add_modalities
 from fedmllm.report.page import Page
 from fedmllm.report.sections import (
     Chapter,
@@ -68,6 +69,7 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str) -> None:
     grid = chapter.grid
     document.heading(f"## {grid.name}", f"{_extent(grid)}.")
     add_scores(document, chapter)
+    add_modalities(document, chapter)
     add_baselines(document, chapter)
     tests = against(chapter.folder, grid, baseline, chapter.answers)
     add_significance(document, chapter, tests)
