@@ -94,6 +94,8 @@ class TrainTable(Table):
     batch_size: Positive = 4
     accumulate: Positive = 1
     """The number of batches whose gradients are accumulated for one optimizer step."""
+    batching: Literal["random", "by-length"] = "random"
+    """"by-length" forms batches of similar length within each modality pattern, which pads less; both mix patterns alike."""
     cohort: Positive | Literal["auto"] = "auto"
     """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
     and still speed up training."""

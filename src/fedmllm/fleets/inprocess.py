@@ -82,12 +82,13 @@ class InProcessFleet:
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
-        lengths = [sample.length for sample in data]
-        size, accumulate = context.train.batch_size, context.train.accumulate
+        lengths, size, accumulate = [sample.length for sample in data], context.train.batch_size, context.train.accumulate
+        patterns = [sample.pattern for sample in data] if context.train.batching == "by-length" else None
+        streams = (stream(info.seed, "batches", client, info.round, epoch) for epoch in range(context.train.epochs))
         steps = [
             [[data[i] for i in batch] for batch in step]
-            for epoch in range(context.train.epochs)
-            for step in batch_epoch(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
+            for rng in streams
+            for step in batch_epoch(lengths, size, accumulate, rng, patterns).steps
         ]
         seed = seed_for(info.seed, "dropout", client, info.round)
         work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)

@@ -31,6 +31,8 @@ class Conversation:
     """Whether the image is placed before the user's text."""
     options: tuple[str, ...] = ()
     """The possible answers of a closed question, worded like `answer`; empty for an open question."""
+    text: bool = False
+    """Whether the text modality is part of `user`."""
 
     def messages(self) -> list[dict[str, object]]:
         """The user's turn for `apply_chat_template`."""
@@ -58,4 +60,5 @@ def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> 
     elif sample.question:
         lines.append(sample.question)
     options = tuple(format_answer(sample, choice) for choice in sample.choices or ())
-    return Conversation("\n".join(lines), format_answer(sample, sample.answer), "image" in shown, options)
+    answer = format_answer(sample, sample.answer)
+    return Conversation("\n".join(lines), answer, "image" in shown, options, "text" in shown)
