@@ -102,6 +102,8 @@ class TrainTable(Table):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
+    first_round_factor: Rate = 1.0
+    """The learning rate of the first round is multiplied by it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

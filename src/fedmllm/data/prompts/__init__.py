@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmllm.data.samples import LETTERS, Modality, Sample
 from fedmllm.registry import Registry
@@ -17,7 +18,20 @@ DEFAULT_QUESTION = "which option is right?"
 Strategy = Callable[[str, frozenset[Modality]], str]
 """(question, visible modalities) -> the question in the prompt."""
 
+Wording = Literal["short", "published"]
+"""Where a strategy puts its clause: before the question, or as the published code does (see `published_wording`)."""
+
 prompts: Registry[Strategy] = Registry("prompt", __name__)
+
+
+def published_wording(question: str, clause: str) -> str:
+    """The wording of FedMLLM's code, with the clause at the end of an instruction and of the question.
+
+    Its prompts begin with the instruction, and have the text between it and the question; here it follows the text.
+    """
+    stem = question.rstrip("?.")
+    instruction = f"Select the best answer to the following multiple-choice question{clause}."
+    return f"{instruction}\n{stem}{clause}{question[len(stem) :]}"
 
 
 @dataclass(frozen=True)
