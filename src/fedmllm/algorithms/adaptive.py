@@ -24,7 +24,7 @@ from fedmllm.tensors import State
 
 @lru_cache  # so that the warning is logged once, not for every client and round
 def middle(layers: int, edge: int) -> range:
-    """The layers that are tied: all but `edge` at each end, and at least `edge`; a warning is logged if that leaves fewer free."""
+    """The layers that are tied: all but `edge` at each end, and at least `edge`. A warning is logged if fewer are left free."""
     free = min(2 * edge, max(layers - edge, 0))
     if free < 2 * edge:
         logging.getLogger(__name__).warning(
