@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.config import LoraTable, ModelTable
+from fedmllm.config import LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation, prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.summary import PATTERNS as SEEN
@@ -19,7 +20,7 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import Tensors, digest, distance
-from fedmllm.training.batches import batch_epoch
+from fedmllm.training.batches import batch_epoch, client_steps
 from fedmllm.training.cohort import train_local
 from fedmllm.training.local import LocalSettings, Work
 
@@ -210,6 +211,22 @@ def test_sorting_by_length_pads_less_within_patterns(patterns: list[int], share:
         sum(batch_epoch(lengths, 8, 1, stream(seed, "test"), by).padding for seed in range(10)) for by in (None, patterns)
     )
     assert by_length <= share * shuffled + 1e-9
+
+
+@pytest.mark.parametrize("batching", ["random", "by-length"])
+def test_a_client_trains_on_batches_as_the_experiment_says(batching: Literal["random", "by-length"]) -> None:
+    lengths, patterns = mixture(20, 10, 15, 0)
+    samples = [
+        Encoded((1,) * (length - 1), (2,), (), 0 if pattern in ("both", "image") else None, {}, {}, pattern in ("both", "text"))
+        for length, pattern in zip(lengths, patterns, strict=True)
+    ]
+    train = TrainTable(batch_size=4, accumulate=2, epochs=2, batching=batching)
+    steps = client_steps(samples, train, [stream(0, "a"), stream(0, "b")])
+    by = patterns if batching == "by-length" else None
+    epochs = [batch_epoch(lengths, 4, 2, stream(0, name), by).steps for name in "ab"]
+    assert steps == [[[samples[i] for i in batch] for batch in step] for epoch in epochs for step in epoch]
+    other = client_steps(samples, train, [stream(0, "a")])
+    assert (other == client_steps(samples, TrainTable(batch_size=4, accumulate=2), [stream(0, "a")])) == (batching == "random")
 
 
 def test_a_clients_samples_know_what_they_show(model: MLLM, dataset: Path) -> None:

@@ -11,7 +11,7 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
-from fedmllm.training.batches import batch_epoch
+from fedmllm.training.batches import client_steps
 from fedmllm.training.cohort import train_cohort, trainable
 from fedmllm.training.local import LocalSettings, Work
 
@@ -82,14 +82,8 @@ class InProcessFleet:
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
-        lengths, size, accumulate = [sample.length for sample in data], context.train.batch_size, context.train.accumulate
-        patterns = [sample.pattern for sample in data] if context.train.batching == "by-length" else None
-        streams = (stream(info.seed, "batches", client, info.round, epoch) for epoch in range(context.train.epochs))
-        steps = [
-            [[data[i] for i in batch] for batch in step]
-            for rng in streams
-            for step in batch_epoch(lengths, size, accumulate, rng, patterns).steps
-        ]
+        epochs = [stream(info.seed, "batches", client, info.round, epoch) for epoch in range(context.train.epochs)]
+        steps = client_steps(data, context.train, epochs)
         seed = seed_for(info.seed, "dropout", client, info.round)
         work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)
         return _Ready(info, received, memory, fold_of(message), work)

@@ -7,10 +7,13 @@ depend on how its batches are made.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from fedmllm.config import TrainTable
+from fedmllm.models.encoded import Encoded
 
 _WINDOW = 4
 """Steps whose samples are sorted by length together: enough for little padding, few enough to stay random."""
@@ -22,6 +25,16 @@ class EpochBatches:
 
     steps: list[list[list[int]]]
     padding: float
+
+
+def client_steps(
+    samples: Sequence[Encoded], train: TrainTable, epochs: Iterable[np.random.Generator]
+) -> list[list[list[Encoded]]]:
+    """The steps of one client in one round: micro-batches of its samples, for one epoch per generator."""
+    lengths = [sample.length for sample in samples]
+    patterns = [sample.pattern for sample in samples] if train.batching == "by-length" else None
+    batched = (batch_epoch(lengths, train.batch_size, train.accumulate, rng, patterns) for rng in epochs)
+    return [[[samples[i] for i in batch] for batch in step] for epoch in batched for step in epoch.steps]
 
 
 def batch_epoch(

@@ -13,10 +13,10 @@ from fedmllm.data.scenarios import BOTH, IMAGE, TEXT, Modalities, Scenario, Shar
 
 @scenarios.register("hybrid")
 def hybrid(*, presence: float = 0.7, coin: Literal["sample", "client"] = "sample") -> Scenario:
-    """Each client has each modality with probability `presence`; for a client without any, a coin decides per `coin`.
+    """Each client has each modality with probability `presence`; one without any tosses a coin, per sample or per client.
 
     The published code tosses the coin for each sample in its data of memes and of disasters, and for each client in its medical
-    data. A sample that has one modality itself always shows it.
+    data. With a coin per sample, a sample that has one modality itself shows it.
     """
     if not 0 <= presence <= 1:
         raise ValueError(f"presence = {presence} must be between 0 and 1")
