@@ -164,6 +164,23 @@ def test_another_scenario_drops_the_options_that_it_does_not_know() -> None:
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
 
 
+def test_another_scenario_drops_the_options_of_earlier_versions_too() -> None:
+    raw = {**MINIMAL, "scenario": {"name": "missing", "never_empty": True}}
+    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
+    assert changed["scenario"] == {"name": "cross"}
+    assert notes == ["scenario.never_empty = True is an option of 'missing' and was dropped"]
+
+
+def test_an_option_of_an_earlier_version_means_the_same_experiment() -> None:
+    former, current = (
+        with_defaults(config.validate({**MINIMAL, "scenario": {"name": "missing", **options}}))
+        for options in ({"never_empty": True}, {"empty": "redraw"})
+    )
+    assert former == current
+    assert former.digest() == current.digest()
+    assert former.scenario.options == {"rate": 0.3, "empty": "redraw"}
+
+
 def test_another_algorithm_keeps_the_options_that_both_know() -> None:
     raw = {**MINIMAL, "algorithm": {"name": "fedprox", "mu": 0.5, "server_lr": 0.5}}
     changed, notes = config.apply_overrides(raw, ["algorithm.name=fedavg"], options_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,31 @@ def test_clients_train_as_in_the_published_code(task: str) -> None:
         # Its warm-up takes 1 % of the rounds, and divides the first round's rate by that number.
         assert train.first_round_factor == pytest.approx(1 / (0.01 * train.rounds))
         assert task in MEDICAL or prompt.options == {"wording": "published"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"scenario": {"name": "aligned"}, "partition": {"name": "dirichlet", "alpha": 5, "clients": 10}}, "α 5.0"),
+        ({"scenario": {"name": "aligned"}, "partition": {"name": "iid", "clients": 10}}, ""),
+        ({"scenario": {"name": "cross", "image_clients": 0.3}, "partition": {"name": "iid", "clients": 10}}, "I:T 3:7"),
+        ({"scenario": {"name": "cross"}, "partition": {"name": "iid", "clients": 10}}, "I:T 5:5"),
+        ({"scenario": {"name": "hybrid", "presence": 0.6}, "partition": {"name": "iid", "clients": 10}}, "p 0.6"),
+        ({"scenario": {"name": "hybrid", "coin": "client"}, "partition": {"name": "iid", "clients": 10}}, ""),
+        (
+            {
+                "scenario": {"name": "hybrid", "coin": "client"},
+                "partition": {"name": "iid"},
+                "task": {"companion": {"name": "t"}},
+            },
+            "p 0.7",
+        ),
+        ({"scenario": {"name": "missing", "rate": 0.4}, "partition": {"name": "iid", "clients": 10}}, "β 0.4"),
+        ({"scenario": {"name": "missing", "empty": "keep"}, "partition": {"name": "iid", "clients": 10}}, "β 0.3"),
+        ({"scenario": {"name": "missing", "empty": "redraw"}, "partition": {"name": "iid", "clients": 10}}, ""),
+        ({"scenario": {"name": "missing", "empty": "drop"}, "partition": {"name": "iid", "clients": 10}}, ""),
+        ({"scenario": {"name": "missing", "never_empty": True}, "partition": {"name": "iid", "clients": 10}}, ""),
+    ],
+)
+def test_settings_in_the_papers_notation(config: dict[str, Any], expected: str) -> None:
+    assert setting_of(config) == expected
