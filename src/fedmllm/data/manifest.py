@@ -225,8 +225,9 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     every sample. Samples that the scenario drops are not in the manifest. Raises DataError if no client may hold a pool, or if
     there are too few samples.
     """
-    keeps = scenario.keeps or (lambda sample, rng: True)
-    ordered = [s for s in sorted(samples, key=lambda s: s.id) if keeps(s, stream(seed, "visible", s.id))]
+    ordered = sorted(samples, key=lambda s: s.id)
+    if scenario.keeps is not None:
+        ordered = [s for s in ordered if scenario.keeps(s, stream(seed, "visible", s.id))]
     try:
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
     except ValueError as error:
