@@ -4,6 +4,8 @@
 
 Each row compares two ways to do the same work, which run alternately: the common way and ours. It prints the median and range,
 over the repeats, of the ratio of their times. Absolute times are not printed, because they mean nothing on a shared machine.
+The last rows compare random batches with batches by length on clients of one, two and four modality patterns, and with sorting
+that ignores the patterns; they list the share of padding in the same order.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers.utils import logging
 
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import prompts, render
-from fedmllm.data.samples import Sample
+from fedmllm.data.samples import Modality, Sample
+from fedmllm.data.scenarios import scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
@@ -79,7 +83,6 @@ def main() -> None:
         cached.prepare_features()
         order = batch_epoch([sample.length for sample in encoded], 16, 1, stream(0, "order")).steps
         batches, live_batches = ([[samples[i] for i in step[0]] for step in order] for samples in (encoded, uncached))
-        mixed = [encoded[start : start + 16] for start in range(0, len(encoded), 16)]
         closed = [sample for sample in encoded if sample.options][:96]
         singles = [[sample] for batch in batches for sample in batch]
         rows: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
@@ -90,13 +93,48 @@ def main() -> None:
             ("transformers' text model / written-out layers",
              lambda: stacked(cached, batches, False), lambda: stacked(cached, batches, True)),
             ("samples one by one / batches of 16", lambda: backward(cached, singles), lambda: backward(cached, batches)),
-            ("batches as they come / bucketed by length", lambda: backward(cached, mixed), lambda: backward(cached, batches)),
             ("closed questions generated / scored", lambda: cached.generate(closed, 8), lambda: option_scores(cached, closed)),
         ]  # fmt: skip
         for name, common, ours in rows:
             common(), ours()  # warm up
             ratios = [timed(common) / timed(ours) for _ in range(repeats)]
             print(f"{name:48s}{median_and_range(ratios)}")
+        for name, samples in clients().items():
+            compare_batching(name, cached, samples, repeats)
+
+
+def clients() -> dict[str, list[tuple[Sample, frozenset[Modality]]]]:
+    """Samples of three clients with what each shows: of images, of images and texts, and of pairs that lost modalities."""
+    missing = scenarios.build("missing", {"rate": 0.3})
+    questions, texts, memes = (
+        [s for s in tasks.build(name, {}).load("train") if isinstance(s, Sample)][:192]
+        for name in ("easy-vqa", "shapes-qa", "pocket-memes")
+    )
+    return {
+        "easy-vqa": [(s, s.modalities) for s in questions],
+        "easy-vqa, shapes-qa": [(s, s.modalities) for s in (*questions[:96], *texts[:96])],
+        "pocket-memes, missing": [(s, missing.visible(s, 0, stream(0, "visible", s.id))) for s in memes],
+    }
+
+
+def compare_batching(name: str, model: MLLM, samples: Sequence[tuple[Sample, frozenset[Modality]]], repeats: int) -> None:
+    """Random batches of 8 / batches by length within patterns, and / sorted whatever the pattern."""
+    strategy = prompts.build("modality-agnostic", {})
+    conversations = [render(sample, visible, strategy) for sample, visible in samples]
+    encoded = model.encode(conversations, [sample.image for sample, _ in samples], 1200)
+    model.prepare_features()
+    lengths, patterns = [sample.length for sample in encoded], [sample.pattern for sample in encoded]
+    epochs = [batch_epoch(lengths, 8, 1, stream(0, "order"), by) for by in (None, patterns, [0] * len(lengths))]
+    random, within, sorted_ = ([[encoded[i] for i in step[0]] for step in epoch.steps] for epoch in epochs)
+    backward(model, random)  # warm up
+    ratios: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        seconds = [timed(partial(backward, model, batches)) for batches in (random, within, sorted_)]
+        for ratio, other in zip(ratios, seconds[1:], strict=True):
+            ratio.append(seconds[0] / other)
+    padding = ", ".join(f"{100 * epoch.padding:.1f} %" for epoch in epochs)
+    print(f"random batches / by length: {name:22s}{median_and_range(ratios[0])}   padding {padding}")
+    print(f"random batches / sorted:    {name:22s}{median_and_range(ratios[1])}")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ OUT_OF_RANGE = [
     ("fedprox", {"server_lr": 0.0}),
     ("fedprox", {"server_lr": float("inf")}),
     ("fedavgm", {"momentum": 1.0}),
+    ("fedavgm", {"dampening": 1.0}),
     ("fedadagrad", {"tau": 0.0}),
     ("fedadam", {"beta1": -0.1}),
     ("fedadam", {"beta2": 1.0}),
@@ -181,6 +182,9 @@ ROUNDS = [
     [(1, (2, 2), 1, 1, (-2, 0)), (2, (4, -4), 1, 4, (7, 5))],
 ]
 
+MEANS = [[1.0, -2.0], [3.0, -1.0]]
+"""Δ̄ of both rounds."""
+
 
 def by_hand(algorithm: Algorithm) -> list[State]:
     state, states = algorithm.init(tensors(w=[0, 1])), []
@@ -207,6 +211,24 @@ def test_fedavgm_by_hand() -> None:
     close(first["adapter"], [2, -3])
     close(second["m"], [3.5, -2])
     close(second["adapter"], [9, -7])
+
+
+def test_dampened_fedavgm_by_hand() -> None:
+    # β = d = ¾, η = 1.   m = (1, −2), the first round undamped,   w = (0, 1) + m = (1, −1)
+    #                     m = ¾ (1, −2) + ¼ (3, −1) = (1.5, −1.75),   w = (2.5, −2.75)
+    first, second = by_hand(algorithms.build("fedavgm", {"momentum": 0.75, "dampening": 0.75}))
+    close(first["adapter"], [1, -1])
+    close(second["m"], [1.5, -1.75])
+    close(second["adapter"], [2.5, -2.75])
+
+
+def test_dampening_is_that_of_pytorchs_sgd() -> None:
+    weight = torch.nn.Parameter(torch.tensor([0.0, 1.0]))
+    optimizer = torch.optim.SGD([weight], lr=2.0, momentum=0.9, dampening=0.3)
+    for state, change in zip(by_hand(algorithms.build("fedavgm", {"server_lr": 2.0, "dampening": 0.3})), MEANS, strict=True):
+        weight.grad = -torch.tensor(change)
+        optimizer.step()
+        close(state["adapter"], weight.tolist())
 
 
 def test_fedadagrad_by_hand() -> None:

@@ -26,7 +26,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 def test_patterns_are_counted_per_client() -> None:
     counts = manifest([BOTH, BOTH, IMAGE], [TEXT, NONE], extra=1).patterns()
-    assert np.array_equal(counts, [[2, 1, 0], [0, 0, 1], [0, 0, 0]])
+    assert np.array_equal(counts, [[2, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
 
 
 def test_a_score_is_weighted_by_the_patterns_that_the_client_sees() -> None:

@@ -119,7 +119,7 @@ def test_the_digest_depends_only_on_the_settings() -> None:
     spelled_out = {"seed": 0, **MINIMAL, "train": {"rounds": 10, "weight_decay": 0}}
     assert config.validate(spelled_out).digest() == base
     assert config.validate({**MINIMAL, "seed": 1}).digest() != base
-    options = {"rate": 0.4, "never_empty": False}
+    options = {"rate": 0.4, "empty": "drop"}
     first, second = (
         {**MINIMAL, "scenario": {"name": "missing", **dict(o)}} for o in (options.items(), reversed(options.items()))
     )
@@ -162,6 +162,23 @@ def test_another_scenario_drops_the_options_that_it_does_not_know() -> None:
     changed, notes = config.apply_overrides(HYBRID, ["scenario.name=cross"], options_of)
     assert changed["scenario"] == {"name": "cross"}
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
+
+
+def test_another_scenario_drops_the_options_of_earlier_versions_too() -> None:
+    raw = {**MINIMAL, "scenario": {"name": "missing", "never_empty": True}}
+    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
+    assert changed["scenario"] == {"name": "cross"}
+    assert notes == ["scenario.never_empty = True is an option of 'missing' and was dropped"]
+
+
+def test_an_option_of_an_earlier_version_means_the_same_experiment() -> None:
+    former, current = (
+        with_defaults(config.validate({**MINIMAL, "scenario": {"name": "missing", **options}}))
+        for options in ({"never_empty": True}, {"empty": "redraw"})
+    )
+    assert former == current
+    assert former.digest() == current.digest()
+    assert former.scenario.options == {"rate": 0.3, "empty": "redraw"}
 
 
 def test_another_algorithm_keeps_the_options_that_both_know() -> None:

@@ -109,6 +109,13 @@ def one_sample(split: str) -> list[Sample]:
 BROKEN = [
     (check_scenario, scenarios, Scenario(everyone, see_more), "of a sample with"),
     (check_scenario, scenarios, Scenario(no_modality), "a client without a modality"),
+    (
+        check_scenario,
+        scenarios,
+        Scenario(everyone, expected=lambda kind, number: {BOTH: 0.5}),
+        "modalities that a sample lacks",
+    ),
+    (check_scenario, scenarios, Scenario(everyone, expected=lambda kind, number: {kind: 1.5}), "are no probabilities"),
     (check_scenario, scenarios, Scenario(in_the_order_of_calls), "depends on more than its generator"),
     (check_partition, partitions, lambda samples, clients, rng: np.full(len(samples), 4), "a client that may not hold it"),
     (check_partition, partitions, lambda samples, clients, rng: np.full(1, clients[0]), "1 owners for 7 samples"),

@@ -72,6 +72,15 @@ def test_the_learning_rate_falls_as_half_a_cosine() -> None:
     assert [learning_rate(replace(PLAN, schedule="constant"), number) for number in range(4)] == [0.1] * 4
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_only_the_first_round_has_a_factor(schedule: str) -> None:
+    plain = FederationPlan.of(TrainTable(rounds=4, lr=0.1, schedule=schedule), [0], 0)
+    warm = FederationPlan.of(TrainTable(rounds=4, lr=0.1, schedule=schedule, first_round_factor=4.0), [0], 0)
+    rates, plain_rates = ([learning_rate(plan, number) for number in range(4)] for plan in (warm, plain))
+    assert rates == [4 * plain_rates[0], *plain_rates[1:]]
+    assert warm.info(0, [0]).lr == pytest.approx(0.4)
+
+
 # The rounds
 
 

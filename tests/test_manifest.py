@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Holding, Manifest, draw
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
-from fedmllm.data.scenarios import BOTH, Modalities, Scenario, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario, scenarios
 from fedmllm.errors import DataError
 from helpers import mixed, quick, sample
 
@@ -49,7 +51,7 @@ def test_every_sample_is_held_once_and_every_client_holds_enough(
     for holding in manifest:
         modalities = samples[holding.sample_id].modalities
         assert holding.visible <= modalities
-        assert holding.visible or not modalities
+        assert holding.visible or not modalities or scenario == "missing"
 
 
 @combinations
@@ -90,7 +92,7 @@ def test_a_source_that_no_client_can_fully_see_is_split_by_modality() -> None:
 
 def test_the_manifest_of_a_small_input_is_known() -> None:
     """These literals must not change: every published manifest would change with them."""
-    manifest = drawn(mixed(6), "dirichlet", "missing", clients=2, rate=0.3)
+    manifest = drawn(mixed(6), "dirichlet", "missing", clients=2, rate=0.3, empty="redraw")
     rows = [(h.sample_id, h.client, "+".join(sorted(h.visible))) for h in manifest]
     assert rows == [
         ("s000", 0, "image"),
@@ -105,30 +107,46 @@ def test_the_manifest_of_a_small_input_is_known() -> None:
 
 PUBLISHED = [
     (200, "iid", "aligned", {"clients": 7}, "444e7fc82ac60a9e77f728112237653ca0142270f5c6c11a8021c753831e5083"),
-    (200, "dirichlet", "hybrid", {"clients": 9, "least": 5, "seed": 3},
+    (200, "dirichlet", "hybrid", {"clients": 9, "least": 5, "seed": 3, "coin": "client"},
      "aa16c9717980493a956465bc714b964c618ba687f5f75c889c327e01ecf3d4e1"),
-    (300, "by-source", "missing", {"clients": 11, "least": 2, "seed": 1},
+    (300, "by-source", "missing", {"clients": 11, "least": 2, "seed": 1, "empty": "redraw"},
      "57e5c6f3e61b3f39a52311c48915f23a1ff3c6fc0a826999d04cd7bd9db4ee16"),
     (300, "by-source", "aligned", {"clients": 3}, "f35dd163cf709a4dbb873ba5daf3acab3f6d99d967c2a6c4c8c2c8bcb6c67ef7"),
     (150, "dirichlet", "cross", {"clients": 20, "least": 6, "seed": 2},
      "45c179a837c689c5f79cd1c122555618b721e8718cddd7638d9ba181b2e9b458"),
-    (1000, "dirichlet", "hybrid", {"clients": 300, "least": 3, "seed": 6},
+    (1000, "dirichlet", "hybrid", {"clients": 300, "least": 3, "seed": 6, "coin": "client"},
      "5a91d22313f1ee6b9e438a33a9bad3bc879d6afeb3dd38f19715a65a946559a3"),
+    # Drawn when `empty = "redraw"` was `never_empty = true`, "keep" was false, and the only coin was the client's.
+    (200, "iid", "missing", {"clients": 7, "seed": 4, "rate": 0.4, "empty": "redraw"},
+     "dd6ea887e42a77b8605946a44167f933f3c5f79546b6638f7377907a5a605c43"),
+    (200, "iid", "missing", {"clients": 7, "seed": 4, "rate": 0.4, "empty": "keep"},
+     "8642c82b427dcd46dbe37392bea4e996d1642df633f3ca6eae30b15f68c49714"),
+    (300, "dirichlet", "missing", {"clients": 10, "least": 2, "seed": 1, "rate": 0.5, "never_empty": True},
+     "0939c6efabd95744717b31f7aefafea8aecb5a508b5fa1d5402f4d4a79881070"),
+    (300, "dirichlet", "missing", {"clients": 10, "least": 2, "seed": 1, "rate": 0.5, "never_empty": False},
+     "7b82c92874e4bd1924ed550e4b9d2c777fac1fe1db086da47bbf4af7cc3683a4"),
+    (300, "by-source", "missing", {"clients": 3, "seed": 2, "rate": 0.3},
+     "5dfcd8a567caff08eec351e81e541f911f92b337347197dec6040a982f147766"),
+    (200, "dirichlet", "hybrid", {"clients": 9, "least": 5, "seed": 3, "presence": 0.6, "coin": "client"},
+     "d22692fb28d6b3418ce48456885f5768694f4362382b668fa371dd11b966d61b"),
+    (240, "iid", "hybrid", {"clients": 12, "seed": 7, "presence": 0.5, "coin": "client"},
+     "12a2b67600097ba35c2cfc466fbb6612e09c3129a14b6abc2a36fc7edf903a94"),
+    (240, "by-source", "hybrid", {"clients": 20, "presence": 0.7, "coin": "client"},
+     "e5c841383503a343b1f6a0f48362889f703e54de510982b9840d0b3cbbfc01d6"),
 ]  # fmt: skip
-"""Digests from the first, slow implementation; only the third is newer, because images and texts of a source were separated
-then."""
+"""Digests from earlier implementations: the same settings give the same draw in every version."""
 
 
 @pytest.mark.parametrize(("count", "partition", "scenario", "options", "digest"), PUBLISHED)
 def test_draws_have_their_published_digests(
-    count: int, partition: str, scenario: str, options: dict[str, int], digest: str
+    count: int, partition: str, scenario: str, options: dict[str, Any], digest: str
 ) -> None:
     assert drawn(mixed(count), partition, scenario, **options).digest() == digest
 
 
 def test_ids_enter_the_digest_unchanged() -> None:
     samples = [sample(f"é\t{i}", "text" if i % 2 == 0 else "image", label=str(i * i % 11)) for i in range(500)]
-    manifest = drawn(samples, "dirichlet", "hybrid", clients=120, least=3, seed=8)
+    manifest = drawn(samples, "dirichlet", "hybrid", clients=120, least=3, seed=8, coin="client")
     assert manifest.digest() == "45216051c182e44a33ee6e7506106028abf8188a01546c3f5ef83faa0b23a9fe"
 
 
@@ -186,6 +204,50 @@ def test_a_scenario_can_have_a_rate_per_client() -> None:
     assert held == texts == [300, 300, 300]
     assert (images[0], images[2]) == (300, 0)
     assert images[1] / 300 == pytest.approx(0.5, abs=0.1)
+
+
+def test_dropped_samples_leave_every_client_its_minimum() -> None:
+    samples = [sample(f"{i:03d}", label=f"l{i % 3}") for i in range(400)]
+    manifest = drawn(samples, "dirichlet", "missing", clients=8, least=20, rate=0.6, empty="drop")
+    kept = drawn(samples, "dirichlet", "missing", clients=8, least=20, rate=0.6)
+    assert set(manifest.ids.to_pylist()) == {h.sample_id for h in kept if h.visible}
+    assert {h.sample_id: h.visible for h in manifest} == {h.sample_id: h.visible for h in kept if h.visible}
+    assert min(manifest.sizes()) >= 20
+    assert len(manifest) / 400 == pytest.approx(1 - 0.36, abs=0.06)
+
+
+def test_dropping_too_many_samples_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"needs 30 samples and there are \d+"):
+        drawn([sample(f"{i:02d}") for i in range(40)], "iid", "missing", clients=3, least=10, rate=0.9, empty="drop")
+
+
+COIN = Scenario(clients=lambda number, rng: [NONE, BOTH, IMAGE], coin_per_sample=True)
+
+
+def test_a_client_without_modalities_tosses_a_coin_for_every_sample() -> None:
+    samples = [sample(f"{i:04d}", ("both", "both", "image", "text", "none")[i % 5]) for i in range(3000)]
+    manifest = draw(samples, partitions.build("iid", {}), COIN, 3, 1, 0)
+    by_id = {s.id: s.modalities for s in samples}
+    seen = {
+        kind: Counter(h.visible for h in manifest.of_client(0) if by_id[h.sample_id] == kind) for kind in (BOTH, IMAGE, TEXT)
+    }
+    assert seen[BOTH].keys() == {IMAGE, TEXT}
+    assert seen[BOTH][IMAGE] / seen[BOTH].total() == pytest.approx(0.5, abs=0.08)
+    # A sample of one modality shows it; that of a text goes to the first two clients, that of an image to all.
+    assert seen[IMAGE].keys() == {IMAGE}
+    assert seen[TEXT].keys() == {TEXT}
+    assert (seen[IMAGE].total(), seen[TEXT].total()) == (200, 300)
+
+
+def test_the_coin_of_a_sample_depends_on_nothing_else() -> None:
+    samples = [sample(f"{i:03d}") for i in range(60)]
+    whole = {h.sample_id: h.visible for h in draw(samples, partitions.build("iid", {}), ALL_COINS, 3, 1, 0)}
+    part = {h.sample_id: h.visible for h in draw(samples[::2], partitions.build("dirichlet", {}), ALL_COINS, 5, 1, 0)}
+    assert part == {sample_id: whole[sample_id] for sample_id in part}
+    assert len(set(whole.values())) == 2
+
+
+ALL_COINS = Scenario(clients=lambda number, rng: [NONE] * number, coin_per_sample=True)
 
 
 def test_a_scenario_that_needs_more_clients_is_a_data_error() -> None:
@@ -277,10 +339,6 @@ def test_other_files_are_not_manifests(tmp_path: Path) -> None:
 
 
 def test_pooled_puts_everything_on_one_client() -> None:
-    samples = [sample("b"), sample("a", "text"), sample("c")]
-    manifest = Manifest.of(
-        [Holding("c", 0, frozenset(("text",))), Holding("a", 1, BOTH & {"text"}), Holding("b", 1, frozenset())], 2
-    )
-    pooled = manifest.pooled(samples)
+    pooled = manifests.pooled([sample("b"), sample("a", "text"), sample("c")])
     assert pooled.clients == 1
     assert list(pooled) == [Holding("a", 0, frozenset(("text",))), Holding("b", 0, BOTH), Holding("c", 0, BOTH)]

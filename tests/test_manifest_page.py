@@ -34,9 +34,7 @@ class Checker(HTMLParser):
 
 
 def page(samples: list[Sample], clients: int = 3) -> tuple[Manifest, str]:
-    manifest = draw(
-        samples, partitions.build("dirichlet", {}), scenarios.build("missing", {"never_empty": False}), clients, 1, 0
-    )
+    manifest = draw(samples, partitions.build("dirichlet", {}), scenarios.build("missing", {}), clients, 1, 0)
     return manifest, draw_manifest(manifest, samples, "a title")
 
 

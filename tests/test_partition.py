@@ -93,6 +93,38 @@ def test_dirichlet_needs_a_positive_alpha(alpha: float) -> None:
         partitions.build("dirichlet", {"alpha": alpha})
 
 
+def test_a_negative_minimum_per_label_is_refused() -> None:
+    with pytest.raises(ConfigError, match="min_per_label = -1 must not be negative"):
+        partitions.build("dirichlet", {"min_per_label": -1})
+
+
+@quick
+@given(
+    labels=st.lists(st.sampled_from("abc"), min_size=1, max_size=80),
+    clients=st.lists(st.integers(0, 20), min_size=1, max_size=9, unique=True).map(sorted),
+    alpha=st.sampled_from([1e-3, 0.5, 100.0]),
+    least=st.integers(0, 4),
+    seed=st.integers(0, 5),
+)
+def test_every_client_gets_its_minimum_of_each_label(
+    labels: list[str], clients: list[int], alpha: float, least: int, seed: int
+) -> None:
+    samples = [sample(str(i), label=label) for i, label in enumerate(labels)]
+    owner = dealt("dirichlet", samples, clients, seed, alpha=alpha, min_per_label=least)
+    free = dealt("dirichlet", samples, clients, seed, alpha=alpha)
+    assert set(owner) <= set(clients)
+    for label in set(labels):
+        held, unforced = (Counter(c for c, own in zip(by, labels, strict=True) if own == label) for by in (owner, free))
+        expected = min(least, labels.count(label) // len(clients))
+        assert min(held[client] for client in clients) >= expected
+        if min(unforced[client] for client in clients) >= expected:
+            assert held == unforced
+        else:  # no more are moved than are needed
+            assert min(held[client] for client in clients) == expected
+            gained = sum((held - unforced).values())
+            assert gained == sum(max(0, expected - unforced[client]) for client in clients)
+
+
 @quick
 @given(sizes=st.lists(st.integers(1, 9), min_size=3, max_size=8), clients=st.integers(1, 3))
 def test_by_source_keeps_a_source_together_and_spreads_the_load(sizes: list[int], clients: int) -> None:

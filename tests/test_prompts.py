@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedmllm.data.prompts import prompts, render
+from fedmllm.data.prompts import prompts, published_wording, render
 from fedmllm.data.samples import Modality
 from helpers import sample
 
@@ -44,6 +44,29 @@ def test_golden_prompts_of_a_lettered_sample(strategy: str, visible: frozenset[M
     assert conversation.answer == "(B) hateful"
     assert conversation.options == ("(A) fine", "(B) hateful")
     assert conversation.image == ("image" in visible)
+
+
+INSTRUCTION = "Select the best answer to the following multiple-choice question"
+PUBLISHED = [
+    ("modality-agnostic", visible, ", without considering the modality") for visible in (BOTH, IMAGE, TEXT, NOTHING)
+] + [
+    ("modality-specific", BOTH, " based on the text and image"),
+    ("modality-specific", IMAGE, " based on the image"),
+    ("modality-specific", TEXT, " based on the text"),
+    ("modality-specific", NOTHING, ""),
+]
+
+
+@pytest.mark.parametrize(("strategy", "visible", "clause"), PUBLISHED)
+def test_the_published_wording_has_the_clause_twice(strategy: str, visible: frozenset[Modality], clause: str) -> None:
+    shown = "Text: look who is here\n" if "text" in visible else ""
+    expected = f"{shown}{INSTRUCTION}{clause}.\nis this hateful{clause}?\n{OPTIONS}"
+    assert render(MEME, visible, prompts.build(strategy, {"wording": "published"})).user == expected
+
+
+@pytest.mark.parametrize(("question", "worded"), [("name it.", "name it, c."), ("which", "which, c"), ("why?!", "why?!, c")])
+def test_the_clause_comes_before_the_end_of_a_question(question: str, worded: str) -> None:
+    assert published_wording(question, ", c") == f"{INSTRUCTION}, c.\n{worded}"
 
 
 @pytest.mark.parametrize("strategy", prompts.names())

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmllm.data.samples import MODALITIES
-from fedmllm.data.scenarios import BOTH, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, scenarios
+from fedmllm.data.summary import PATTERNS
 from fedmllm.errors import ConfigError
 from fedmllm.rng import stream
 from helpers import quick, sample
@@ -29,7 +29,7 @@ def clients_of(name: str, number: int, seed: int = 0, **options: object) -> list
 def test_every_scenario_keeps_the_contract(name: str, kind: str, number: int, seed: int) -> None:
     clients = clients_of(name, number, seed)
     assert len(clients) == number
-    assert all(has and has <= BOTH for has in clients)
+    assert all(has <= BOTH and (has or scenarios.build(name, {}).coin_per_sample) for has in clients)
     assert clients == clients_of(name, number, seed)
     assert visible(name, kind, seed) <= sample("s", kind).modalities
     assert visible(name, kind, seed) == visible(name, kind, seed)
@@ -42,39 +42,82 @@ def test_aligned_hides_nothing() -> None:
 
 # missing
 
+RULES = {
+    "keep": {"both": 0.36, "image": 0.24, "text": 0.24, "none": 0.16},
+    "redraw": {"both": 0.36 / 0.84, "image": 0.24 / 0.84, "text": 0.24 / 0.84, "none": 0},
+    "drop": {"both": 0.36, "image": 0.24, "text": 0.24, "none": 0},
+}
+"""What a sample with both modalities shows at a rate of 0.4: 0.6², 0.6 · 0.4 twice, and 0.4² for none, which is dropped or
+divided among the others."""
+
+
+@pytest.mark.parametrize("empty", RULES)
+def test_missing_removes_each_modality_at_its_rate(empty: str) -> None:
+    scenario = scenarios.build("missing", {"rate": 0.4, "empty": empty})
+    drawn: Counter[Modalities] = Counter()
+    for seed in range(4000):
+        if scenario.keeps is None or scenario.keeps(sample(), stream(seed, "test")):
+            drawn[scenario.visible(sample(), 0, stream(seed, "test"))] += 1
+    assert scenario.expected is not None
+    expected = scenario.expected(BOTH, 10)
+    for name, visible in PATTERNS.items():
+        assert expected.get(visible, 0) == pytest.approx(RULES[empty][name])
+        assert drawn[visible] / 4000 == pytest.approx(RULES[empty][name], abs=0.025)
+    lost = {rule: 1 - shares["both"] - shares["image"] for rule, shares in RULES.items()}
+    assert lost["keep"] == pytest.approx(0.4)
+    assert lost["redraw"] == pytest.approx(0.4 / 1.4)
+
+
+def test_the_published_rule_is_the_default() -> None:
+    assert all(
+        visible("missing", seed=seed, rate=0.5) == visible("missing", seed=seed, rate=0.5, empty="keep") for seed in range(50)
+    )
+
 
 @quick
 @given(kind=st.sampled_from(["both", "image", "text"]), rate=st.floats(0, 0.99), seed=st.integers(0, 1000))
-def test_missing_never_yields_an_empty_sample(kind: str, rate: float, seed: int) -> None:
-    assert visible("missing", kind, seed, rate=rate)
+def test_a_redrawn_sample_is_never_empty(kind: str, rate: float, seed: int) -> None:
+    shown = visible("missing", kind, seed, rate=rate, empty="redraw")
+    assert shown if kind == "both" else shown == sample("s", kind).modalities
 
 
-def test_missing_removes_each_modality_at_its_rate() -> None:
-    drawn = Counter(visible("missing", seed=seed, rate=0.3, never_empty=False) for seed in range(4000))
-    share = {seen: count / 4000 for seen, count in drawn.items()}
-    # Independently with probability 0.3: both stay in 0.7², one of them in 0.7·0.3, none in 0.3².
-    assert share[BOTH] == pytest.approx(0.49, abs=0.025)
-    for modality in MODALITIES:
-        assert share[frozenset((modality,))] == pytest.approx(0.21, abs=0.025)
-    assert share[frozenset()] == pytest.approx(0.09, abs=0.025)
+@pytest.mark.parametrize(("empty", "kind", "share"), [("keep", "text", 0.5), ("keep", "image", 0.5), ("drop", "text", 0.0)])
+def test_a_sample_with_one_modality_can_lose_it(empty: str, kind: str, share: float) -> None:
+    scenario = scenarios.build("missing", {"rate": 0.5, "empty": empty})
+    kept = scenario.keeps or (lambda sample, rng: True)
+    held = [seed for seed in range(400) if kept(sample("s", kind), stream(seed, "test"))]
+    emptied = sum(not visible("missing", kind, seed, rate=0.5, empty=empty) for seed in held)
+    assert emptied / 400 == pytest.approx(share, abs=0.1 * (share > 0))
+    assert len(held) / 400 == pytest.approx(1.0 if empty == "keep" else 0.5, abs=0.1)
 
 
-def test_missing_repeats_the_draw_for_empty_samples() -> None:
-    drawn = Counter(visible("missing", seed=seed, rate=0.3) for seed in range(4000))
-    assert drawn[BOTH] / 4000 == pytest.approx(0.49 / 0.91, abs=0.025)
-
-
-def test_missing_can_empty_samples_if_allowed() -> None:
-    drawn = Counter(visible("missing", "text", seed, rate=0.5, never_empty=False) for seed in range(400))
-    assert drawn.keys() == {frozenset(), frozenset(("text",))}
-    assert drawn[frozenset()] / 400 == pytest.approx(0.5, abs=0.1)
+def test_a_question_without_modalities_is_not_dropped() -> None:
+    scenario = scenarios.build("missing", {"rate": 0.9, "empty": "drop"})
+    assert scenario.keeps is not None
+    assert all(scenario.keeps(sample("s", "none"), stream(seed, "test")) for seed in range(20))
 
 
 def test_missing_draws_the_image_independently_of_the_text() -> None:
     for seed in range(50):
-        paired = visible("missing", "both", seed, rate=0.5, never_empty=False)
-        alone = visible("missing", "image", seed, rate=0.5, never_empty=False)
+        paired = visible("missing", "both", seed, rate=0.5)
+        alone = visible("missing", "image", seed, rate=0.5)
         assert alone == paired & {"image"}
+
+
+@pytest.mark.parametrize(("never_empty", "empty"), [(True, "redraw"), (False, "keep")])
+def test_the_former_option_is_understood(never_empty: bool, empty: str) -> None:
+    assert scenarios.check("missing", {"rate": 0.4, "never_empty": never_empty}) == {"rate": 0.4, "empty": empty}
+
+
+@pytest.mark.parametrize(
+    "options", [{"never_empty": 1}, {"never_empty": "true"}, {"never_empty": True, "empty": "redraw"}, {"never_empty": None}]
+)
+def test_an_unclear_former_option_is_refused_with_what_to_write(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        scenarios.build("missing", options)
+    assert str(caught.value) == (
+        'scenario.never_empty: this option is now `empty`; write empty = "redraw" for true or "keep" for false.'
+    )
 
 
 # cross
@@ -102,21 +145,28 @@ def test_cross_with_more_image_clients_than_clients_is_refused() -> None:
 # hybrid
 
 
-def test_hybrid_mixes_clients_by_presence() -> None:
-    counts = Counter(clients_of("hybrid", 4000, presence=0.6))
-    # 0.6² have both; of the 0.4² that would have none a coin gives half to each.
-    assert counts[BOTH] / 4000 == pytest.approx(0.36, abs=0.03)
-    for modality in MODALITIES:
-        assert counts[frozenset((modality,))] / 4000 == pytest.approx(0.24 + 0.08, abs=0.03)
+@pytest.mark.parametrize(("coin", "one", "none"), [("client", 0.24 + 0.08, 0.0), ("sample", 0.24, 0.16)])
+def test_hybrid_mixes_clients_by_presence(coin: str, one: float, none: float) -> None:
+    counts = Counter(clients_of("hybrid", 4000, presence=0.6, coin=coin))
+    # 0.6² have both; 0.4² would have none: a coin gives half of them to each, or they toss it for every sample.
+    for has, share in ((BOTH, 0.36), (IMAGE, one), (TEXT, one), (NONE, none)):
+        assert counts[has] / 4000 == pytest.approx(share, abs=0.03 * (share > 0))
 
 
 def test_hybrid_at_the_limits_of_presence() -> None:
     assert clients_of("hybrid", 20, presence=1.0) == [BOTH] * 20
-    assert Counter(map(len, clients_of("hybrid", 20, presence=0.0))) == {1: 20}
+    assert Counter(map(len, clients_of("hybrid", 20, presence=0.0, coin="client"))) == {1: 20}
+    assert clients_of("hybrid", 20, presence=0.0) == [NONE] * 20
 
 
-def test_hybrid_clients_do_not_depend_on_how_many_follow() -> None:
-    assert clients_of("hybrid", 30)[:10] == clients_of("hybrid", 10)
+@pytest.mark.parametrize("coin", ["sample", "client"])
+def test_hybrid_clients_do_not_depend_on_how_many_follow(coin: str) -> None:
+    assert clients_of("hybrid", 30, coin=coin)[:10] == clients_of("hybrid", 10, coin=coin)
+
+
+def test_both_coins_leave_the_clients_with_modalities_alike() -> None:
+    pairs = zip(clients_of("hybrid", 200, presence=0.5), clients_of("hybrid", 200, presence=0.5, coin="client"), strict=True)
+    assert all(by_sample in (by_client, NONE) for by_sample, by_client in pairs)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +175,15 @@ def test_hybrid_clients_do_not_depend_on_how_many_follow() -> None:
         ("missing", {"rate": 1.0}),
         ("missing", {"rate": -0.1}),
         ("missing", {"rate": float("nan")}),
-        ("missing", {"never_empty": 1}),
+        ("missing", {"empty": "delete"}),
+        ("missing", {"empty": True}),
         ("cross", {"image_clients": -1}),
         ("cross", {"image_clients": 1.5}),
         ("cross", {"image_clients": float("nan")}),
         ("cross", {"image_clients": True}),
         ("hybrid", {"presence": 1.1}),
         ("hybrid", {"presence": -0.1}),
+        ("hybrid", {"coin": "batch"}),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, object]) -> None:

@@ -334,17 +334,3 @@ def test_published_figures_stand_beside_ours_and_are_marked() -> None:
     assert "fedyogi, published (auc)" in table
     assert "other hardware" in table
     assert "74.3" in table
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"scenario": {"name": "aligned"}, "partition": {"name": "dirichlet", "alpha": 5, "clients": 10}}, "α 5.0"),
-        ({"scenario": {"name": "aligned"}, "partition": {"name": "iid", "clients": 10}}, ""),
-        ({"scenario": {"name": "cross", "image_clients": 0.3}, "partition": {"name": "iid", "clients": 10}}, "I:T 3:7"),
-        ({"scenario": {"name": "cross"}, "partition": {"name": "iid", "clients": 10}}, "I:T 5:5"),
-        ({"scenario": {"name": "hybrid", "presence": 0.6}, "partition": {"name": "iid", "clients": 10}}, "p 0.6"),
-    ],
-)
-def test_settings_in_the_papers_notation(config: dict[str, Any], expected: str) -> None:
-    assert setting_of(config) == expected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from hypothesis import strategies as st
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable, TrainTable
-from fedmllm.data.prompts import Conversation
+from fedmllm.data.prompts import Conversation, prompts, render
+from fedmllm.data.samples import Sample
+from fedmllm.data.summary import PATTERNS as SEEN
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import Tensors, digest, distance
-from fedmllm.training.batches import batch_epoch
+from fedmllm.training.batches import batch_epoch, client_steps
 from fedmllm.training.cohort import Work, train_cohort
 
 ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01)
@@ -131,26 +135,103 @@ def test_a_rule_that_trains_nothing_is_an_error(model: MLLM, samples: list[Encod
         train(model, [[samples]], rule=LocalRule(trainable=lambda name: False))
 
 
+PATTERNS = st.sampled_from([(True, True), (True, False), (False, True), (False, False)])
+
+
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=70),
+    samples=st.lists(st.tuples(st.integers(1, 60), PATTERNS), min_size=1, max_size=70),
     batch_size=st.integers(1, 9),
     accumulate=st.integers(1, 4),
+    by_length=st.booleans(),
 )
-def test_every_sample_is_in_exactly_one_step(lengths: list[int], batch_size: int, accumulate: int) -> None:
-    epoch = batch_epoch(lengths, batch_size, accumulate, stream(0, "test"))
+def test_every_sample_is_in_exactly_one_step(
+    samples: list[tuple[int, tuple[bool, bool]]], batch_size: int, accumulate: int, by_length: bool
+) -> None:
+    lengths, patterns = [length for length, _ in samples], [pattern for _, pattern in samples] if by_length else None
+    epoch = batch_epoch(lengths, batch_size, accumulate, stream(0, "test"), patterns)
     flat = [i for step in epoch.steps for batch in step for i in batch]
     assert sorted(flat) == list(range(len(lengths)))
     assert all(len(batch) <= batch_size for step in epoch.steps for batch in step)
     assert all(len(step) <= accumulate for step in epoch.steps)
     assert 0 <= epoch.padding < 1
-    one_by_one = batch_epoch(lengths, 1, batch_size * accumulate, stream(0, "test"))
-    samples = [sorted(i for batch in step for i in batch) for step in epoch.steps]
-    assert samples == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
+    one_by_one = batch_epoch(lengths, 1, batch_size * accumulate, stream(0, "test"), patterns)
+    held = [sorted(i for batch in step for i in batch) for step in epoch.steps]
+    assert held == [sorted(i for batch in step for i in batch) for step in one_by_one.steps]
 
 
-def test_sorting_by_length_pads_less_than_random_batches() -> None:
+def test_batches_are_a_plain_shuffle() -> None:
+    order = stream(0, "test").permutation(50).tolist()
+    epoch = batch_epoch(list(range(1, 51)), 4, 2, stream(0, "test"))
+    assert [[i for batch in step for i in batch] for step in epoch.steps] == [order[i : i + 8] for i in range(0, 50, 8)]
+
+
+def mixture(paired: int, images: int, texts: int, nothing: int) -> tuple[list[int], list[str]]:
+    """Lengths and patterns of a client's samples, whose lengths tell the patterns apart, as pictures and texts do."""
+    counts = {"both": (paired, 60), "image": (images, 45), "text": (texts, 25), "none": (nothing, 10)}
+    patterns = [pattern for pattern, (count, _) in counts.items() for _ in range(count)]
+    spread = stream(3, "lengths").integers(0, 8, len(patterns)).tolist()
+    return [counts[pattern][1] + extra for pattern, extra in zip(patterns, spread, strict=True)], patterns
+
+
+MIXTURES = [(0, 48, 48, 0), (20, 20, 20, 20), (60, 10, 10, 0), (0, 90, 6, 0), (4, 30, 30, 0)]
+
+
+@pytest.mark.parametrize("counts", MIXTURES)
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("batching", ["random", "by-length"])
+def test_steps_of_one_pattern_are_as_frequent_as_by_chance(counts: tuple[int, ...], size: int, batching: str) -> None:
+    """By chance, a step of b among n samples holds pattern p alone with probability C(n_p, b) / C(n, b)."""
+    lengths, patterns = mixture(*counts)
+    epochs = [
+        batch_epoch(lengths, size, 1, stream(seed, "test"), patterns if batching == "by-length" else None).steps
+        for seed in range(150)
+    ]
+    full = [step[0] for steps in epochs for step in steps if len(step[0]) == size]
+    alone = sum(len({patterns[i] for i in step}) == 1 for step in full) / len(full)
+    chance = sum(math.comb(count, size) for count in counts) / math.comb(len(lengths), size)
+    assert alone == pytest.approx(chance, abs=4 * math.sqrt(chance * (1 - chance) / len(full)) + 1e-3)
+
+
+@pytest.mark.parametrize("counts", MIXTURES)
+def test_sorting_by_length_keeps_the_mixture_of_every_step_of_the_shuffle(counts: tuple[int, ...]) -> None:
+    lengths, patterns = mixture(*counts)
+    mixtures = [
+        sorted(sorted(patterns[i] for batch in step for i in batch) for step in epoch.steps)
+        for epoch in (batch_epoch(lengths, 4, 2, stream(5, "test"), by) for by in (None, patterns))
+    ]
+    assert mixtures[0] == mixtures[1]
+
+
+@pytest.mark.parametrize(("patterns", "share"), [([0] * 128, 0.6), ([0, 1] * 64, 1.0), ([0] * 64 + [1] * 64, 0.7)])
+def test_sorting_by_length_pads_less_within_patterns(patterns: list[int], share: float) -> None:
+    """Lengths of 10 and 50. In the second case they are the patterns, so that nothing can be sorted within one."""
     lengths = [10, 50] * 64
-    order = stream(1, "other").permutation(len(lengths)).tolist()
-    batches = [order[i : i + 8] for i in range(0, len(order), 8)]
-    unsorted = 1 - sum(lengths) / sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert batch_epoch(lengths, 8, 1, stream(0, "test")).padding < 0.6 * unsorted
+    shuffled, by_length = (
+        sum(batch_epoch(lengths, 8, 1, stream(seed, "test"), by).padding for seed in range(10)) for by in (None, patterns)
+    )
+    assert by_length <= share * shuffled + 1e-9
+
+
+@pytest.mark.parametrize("batching", ["random", "by-length"])
+def test_a_client_trains_on_batches_as_the_experiment_says(batching: Literal["random", "by-length"]) -> None:
+    lengths, patterns = mixture(20, 10, 15, 0)
+    samples = [
+        Encoded((1,) * (length - 1), (2,), (), 0 if pattern in ("both", "image") else None, {}, {}, pattern in ("both", "text"))
+        for length, pattern in zip(lengths, patterns, strict=True)
+    ]
+    train = TrainTable(batch_size=4, accumulate=2, epochs=2, batching=batching)
+    steps = client_steps(samples, train, [stream(0, "a"), stream(0, "b")])
+    by = patterns if batching == "by-length" else None
+    epochs = [batch_epoch(lengths, 4, 2, stream(0, name), by).steps for name in "ab"]
+    assert steps == [[[samples[i] for i in batch] for batch in step] for epoch in epochs for step in epoch]
+    other = client_steps(samples, train, [stream(0, "a")])
+    assert (other == client_steps(samples, TrainTable(batch_size=4, accumulate=2), [stream(0, "a")])) == (batching == "random")
+
+
+def test_a_clients_samples_know_what_they_show(model: MLLM, dataset: Path) -> None:
+    sample = Sample("a", "which color is it?", "red", image=dataset / "red.png", text="a red thing")
+    patterns = {"both": (True, True), "image": (True, False), "text": (False, True), "none": (False, False)}
+    strategy = prompts.build("modality-agnostic", {})
+    for pattern, shown in patterns.items():
+        (encoded,) = model.encode([render(sample, SEEN[pattern], strategy)], [sample.image], 200)
+        assert encoded.pattern == shown

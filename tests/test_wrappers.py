@@ -47,22 +47,40 @@ def test_only_the_middle_layers_are_tied() -> None:
 
 EDGES = [
     (28, 4, range(4, 24)),
-    (9, 4, range(4, 5)),
+    (13, 4, range(4, 9)),
+    (12, 4, range(4, 8)),
+    (11, 4, range(3, 7)),
+    (9, 4, range(2, 6)),
     (8, 4, range(2, 6)),
     (6, 4, range(1, 5)),
+    (5, 4, range(4)),
     (3, 4, range(3)),
     (1, 1, range(1)),
+    (2, 1, range(1)),
+    (7, 0, range(7)),
+    (10, 3, range(3, 7)),
 ]
 
 
 @pytest.mark.parametrize(("layers", "edge", "expected"), EDGES)
-def test_the_edge_shrinks_where_it_leaves_no_layer(layers: int, edge: int, expected: range, caplog) -> None:
+def test_the_edge_shrinks_where_it_leaves_too_few_layers(layers: int, edge: int, expected: range, caplog) -> None:
     middle.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert middle(layers, edge) == middle(layers, edge) == expected
     said = [record.getMessage() for record in caplog.records]
-    shrunk = layers <= 2 * edge
-    assert said == ([f"adaptive regularisation: edge = {edge} leaves none of {layers} layers; using {layers // 4}"] * shrunk)
+    free = layers - len(expected)
+    warning = f"adaptive regularisation: edge = {edge} is too much for {layers} layers; {free} of them are left free"
+    assert said == [warning] * (layers < 3 * edge)
+
+
+@pytest.mark.parametrize("edge", range(7))
+def test_a_deeper_model_never_ties_fewer_layers_nor_leaves_fewer_free(edge: int) -> None:
+    windows = [middle(layers, edge) for layers in range(1, 50)]
+    tied = [len(window) for window in windows]
+    assert tied == sorted(tied)
+    assert [window.start for window in windows] == sorted(window.start for window in windows)
+    assert all(window.stop <= layers for layers, window in enumerate(windows, start=1))
+    assert all(window == range(edge, layers - edge) for layers, window in enumerate(windows, start=1) if layers >= 3 * edge)
 
 
 def test_the_strength_grows_with_what_a_client_lacks() -> None:

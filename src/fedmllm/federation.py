@@ -45,7 +45,8 @@ class TooFewUpdates(RuntimeError):  # noqa: N818 (named after the event, as Stop
 class FederationPlan:
     """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement.
 
-    `ranks` has the LoRA rank of each client if ranks differ, else it is empty.
+    `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
+    multiplied by `first_round_factor`.
     """
 
     clients: Sequence[int]
@@ -57,6 +58,7 @@ class FederationPlan:
     seed: int
     adapter: AdapterInfo = field(default_factory=AdapterInfo)
     ranks: Mapping[int, int] = field(default_factory=dict)
+    first_round_factor: float = 1.0
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -79,7 +81,8 @@ class FederationPlan:
         per_round = min(train.clients_per_round, len(ids))
         min_updates = min(train.min_updates, per_round)
         info = adapter or AdapterInfo()
-        return cls(ids, per_round, train.rounds, train.lr, train.schedule, min_updates, seed, info, ranks or {})
+        settings = (train.rounds, train.lr, train.schedule, min_updates, seed, info, ranks or {}, train.first_round_factor)
+        return cls(ids, per_round, *settings)
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ class RoundRecord:
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:
-    """The local learning rate of a round, which is constant within the round: lr · ½(1 + cos(π t / T)), or lr."""
-    if plan.schedule == "constant":
-        return plan.lr
-    return plan.lr * 0.5 * (1 + math.cos(math.pi * round / plan.rounds))
+    """The local learning rate of a round, which is constant within the round: lr · ½(1 + cos(π t / T)), or lr; in round 0
+    multiplied by the plan's factor."""
+    if round == 0:  # where the cosine is 1
+        return plan.lr * plan.first_round_factor
+    return plan.lr if plan.schedule == "constant" else plan.lr * 0.5 * (1 + math.cos(math.pi * round / plan.rounds))
 
 
 def sample_clients(plan: FederationPlan, round: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -32,6 +33,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from fedmllm.errors import ConfigError, suggest
 
 T = TypeVar("T")
+Former = Mapping[str, tuple[str, Mapping[Any, Any]]]
+"""Options of earlier versions that files may still set: old option -> (the option that replaced it, old value -> new value)."""
 
 PLUGINS = "FEDMLLM_PLUGINS"
 """The environment variable that lists the plug-in files, so that child processes load them too."""
@@ -84,16 +87,20 @@ class Registry(Generic[T]):
         self.plural = re.sub(r"([^aeiou])y$", r"\1ie", kind) + "s"  # family → families, but toy → toys
         self._package = package
         self._factories: dict[str, Callable[..., T]] = {}
+        self._former: dict[str, Former] = {}
         self._options: dict[str, type[BaseModel]] = {}
 
-    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorate the factory of a part. Raises ConfigError if the name is taken."""
+    def register(self, name: str, former: Former | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Decorate the factory of a part; `former` has its options of earlier versions. Raises ConfigError if the name is
+        taken."""
 
         def decorate(factory: Callable[..., T]) -> Callable[..., T]:
             if name in self._factories:
                 origins = f"{_origin(self._factories[name])} and {_origin(factory)}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice, by {origins}; rename one of them.")
             self._factories[name] = factory
+            if former:
+                self._former[name] = former
             return factory
 
         return decorate
@@ -125,6 +132,11 @@ class Registry(Generic[T]):
     def option_names(self, name: str) -> list[str]:
         return sorted(self._model(name).model_fields)
 
+    def former_options(self, name: str) -> list[str]:
+        """The options of earlier versions that are still understood."""
+        self.factory(name)
+        return sorted(self._former.get(name, {}))
+
     def defaults(self, name: str) -> dict[str, Any]:
         """The options that are not required, with their defaults."""
         return {key: field.default for key, field in sorted(self._model(name).model_fields.items()) if not field.is_required()}
@@ -145,9 +157,18 @@ class Registry(Generic[T]):
         """All options of the part, including defaults. Raises ConfigError, naming the first invalid one as `where.option`."""
         where = where or self.kind
         self.factory(name, where)
-        model = self._model(name)
+        model, current = self._model(name), dict(options)
+        for old, (new, values) in self._former.get(name, {}).items():
+            if old not in current:
+                continue
+            value = current.pop(old)
+            meant = [then for known, then in values.items() if type(known) is type(value) and known == value]
+            if new in current or not meant:
+                choices = " or ".join(f"{json.dumps(then)} for {json.dumps(known)}" for known, then in values.items())
+                raise ConfigError(f"{where}.{old}: this option is now `{new}`; write {new} = {choices}.")
+            current[new] = meant[0]
         try:
-            checked = model.model_validate(dict(options))
+            checked = model.model_validate(current)
         except ValidationError as error:
             raise ConfigError(explain(error, where, lambda _: model.model_fields, f"{self.kind} {name!r}")) from None
         return {key: getattr(checked, key) for key in model.model_fields}

@@ -1,7 +1,9 @@
 """The adaptive regularisation of FedMLLM (2411.14717): only the middle layers are tied to the global adapter.
 
 g ← g + μ_k (w_local − w) for tensors of the layers edge ≤ layer ≤ L − 1 − edge; the outer layers, which read the
-modalities and write the answer, stay free. L is the number of layers of the model. Strengths:
+modalities and write the answer, stay free. L is the number of layers of the model. In a model of fewer than 3 · edge layers,
+the `edge` layers in the middle are tied (all if it has fewer; of an odd number of free ones, the end has more), so that a
+deeper model never ties fewer: with edge = 4, models of 3, 6, 8, 9, 12, 13 and 28 layers tie 3, 4, 4, 4, 4, 5 and 20. Strengths:
 
     "fixed"          μ_k = μ · μ_w, as in the published code
     "modality-gap"   μ_k = μ · μ_w · (1 + κ · gap_k), an addition of this project: gap_k is the share of the client's (sample,
@@ -22,13 +24,13 @@ from fedmllm.tensors import State
 
 @lru_cache  # so that the warning is logged once, not for every client and round
 def middle(layers: int, edge: int) -> range:
-    """The layers that are tied. If 2·edge leaves none, ⌊L/4⌋ is used as the edge and a warning is logged."""
-    if layers <= 2 * edge:
+    """The layers that are tied: all but `edge` at each end, and at least `edge`. A warning is logged if fewer are left free."""
+    free = min(2 * edge, max(layers - edge, 0))
+    if free < 2 * edge:
         logging.getLogger(__name__).warning(
-            "adaptive regularisation: edge = %d leaves none of %d layers; using %d", edge, layers, layers // 4
+            "adaptive regularisation: edge = %d is too much for %d layers; %d of them are left free", edge, layers, free
         )
-        edge = layers // 4
-    return range(edge, layers - edge)
+    return range(free // 2, layers - (free - free // 2))
 
 
 @regularizations.register("adaptive")

@@ -43,7 +43,7 @@ def baseline(
 
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model without training anything."""
-    from fedmllm.data.summary import client_rows, summarise, summary_lines
+    from fedmllm.data.summary import client_rows, modality_shares, shares_lines, summarise, summary_lines
     from fedmllm.experiment.parts import build
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.session import Session
@@ -65,6 +65,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         session = Session(parts, dataset, progress)
         session.check_prompts()
     down, up = session.first_messages()
+    shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
     parameters = sum(p.numel() for p in session.model.adapter.parameters.values())
     summary |= {
         "manifest_digest": dataset.manifest.digest(),
@@ -73,6 +74,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "skipped_samples": dataset.skipped,
         "splits": splits,
         "clients": client_rows(dataset.manifest),
+        "modalities": shares,
         "model": parts.config.model.name,
         "adapter_parameters": parameters,
         "adapter_bytes": 4 * parameters,
@@ -88,6 +90,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     typer.echo(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
     typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {dataset.skipped} samples skipped,")
     typer.echo(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
+    typer.echo("\n".join(shares_lines(shares)))
 
 
 def partition(
@@ -99,7 +102,7 @@ def partition(
 ) -> None:
     """Write the manifest: which client holds which sample and which modalities it sees."""
     from fedmllm.data.manifest_page import draw_manifest
-    from fedmllm.data.summary import client_rows
+    from fedmllm.data.summary import client_rows, modality_shares, shares_lines
     from fedmllm.experiment.parts import build
     from fedmllm.storage.atomic import write_atomically
 
@@ -109,9 +112,9 @@ def partition(
     manifest.write(path)
     if plot:
         write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name).encode())
-    rows = client_rows(manifest)
+    rows, shares = client_rows(manifest), modality_shares(manifest, dataset.train, parts.scenario)
     if as_json:
-        print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows})
+        print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows, "modalities": shares})
         return
     from rich.table import Table
 
@@ -121,6 +124,7 @@ def partition(
     for row in rows:
         table.add_row(*map(str, row.values()))
     print_table(table)
+    typer.echo("\n".join(shares_lines(shares)))
 
 
 def evaluate(

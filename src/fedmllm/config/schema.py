@@ -96,12 +96,16 @@ class TrainTable(Table):
     batch_size: Positive = 4
     accumulate: Positive = 1
     """The number of batches whose gradients are accumulated for one optimizer step."""
+    batching: Literal["random", "by-length"] = "random"
+    """"by-length" forms batches of similar length within each modality pattern, which pads less; both mix patterns alike."""
     cohort: Positive | Literal["auto"] = "auto"
     """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
     and still speed up training."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
+    first_round_factor: Rate = 1.0
+    """The learning rate of the first round is multiplied by it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -109,8 +109,10 @@ class Manifest:
         return self._count_by_client((None, self.image, self.text))
 
     def patterns(self) -> NDArray[np.int64]:
-        """(clients, 3): the number of samples of which each client sees both modalities, the image only, the text only."""
-        return self._count_by_client((self.image & self.text, self.image & ~self.text, ~self.image & self.text))
+        """(clients, 4): the number of samples of which each client sees both modalities, the image only, the text only, and
+        neither."""
+        image, text = self.image, self.text
+        return self._count_by_client((image & text, image & ~text, ~image & text, ~image & ~text))
 
     def _count_by_client(self, masks: Sequence[NDArray[np.bool_] | None]) -> NDArray[np.int64]:
         columns = [np.bincount(self.owner, weights=m, minlength=self.clients).astype(np.int64) for m in masks]
@@ -128,17 +130,17 @@ class Manifest:
             sha.update(f"{sample_id}\t{client}\t{_DIGESTED[image, text]}\n".encode())
         return sha.hexdigest()
 
-    def pooled(self, samples: Sequence[Sample]) -> Manifest:
-        """All samples with all their modalities on one client, for centralised training."""
-        modalities = {s.id: s.modalities for s in samples}
-        return Manifest.of((Holding(sample_id, 0, modalities[sample_id]) for sample_id in sorted(self.ids.to_pylist())), 1)
-
     def write(self, path: Path) -> None:
         table = pa.table([self.ids, self.owner, self.image, self.text], schema=SCHEMA)
         table = table.replace_schema_metadata({"clients": str(self.clients), "digest": self.digest()})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         write_atomically(path, buffer.getvalue())
+
+
+def pooled(samples: Sequence[Sample]) -> Manifest:
+    """All samples with all their modalities on one client, for centralised training."""
+    return Manifest.of((Holding(s.id, 0, s.modalities) for s in sorted(samples, key=lambda s: s.id)), 1)
 
 
 def read(path: Path) -> Manifest:
@@ -195,7 +197,9 @@ def _assign(samples: Sequence[Sample], deal: Deal, has: Sequence[Modalities], mi
     # One object per distinct set: a separate one for each of 100,000 samples would take much memory.
     interned: dict[Modalities, Modalities] = {}
     kinds = [interned.setdefault(modalities, modalities) for modalities in (s.modalities for s in samples)]
-    eligible = {kind: frozenset(c for c in range(len(has)) if not kind or kind & has[c]) for kind in interned}
+    eligible = {
+        kind: frozenset(client for client, own in enumerate(has) if not (kind and own) or kind & own) for kind in interned
+    }
     owner = np.empty(len(samples), dtype=np.int64)
     pools = _pools(kinds, eligible, samples, deal)
     for pool in sorted(pools, key=_sorted_names):
@@ -217,10 +221,13 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     """Draw which client holds each sample and which of its modalities the client sees.
 
     Samples are distributed in pools of equal modalities, each pool over the clients that have at least one of them: a
-    text-only question goes to a client that has text. Raises DataError if no client may hold a pool, or if there are too few
-    samples.
+    text-only question goes to a client that has text. A client without any modality (see `Scenario.coin_per_sample`) may hold
+    every sample. Samples that the scenario drops are not in the manifest. Raises DataError if no client may hold a pool, or if
+    there are too few samples.
     """
     ordered = sorted(samples, key=lambda s: s.id)
+    if scenario.keeps is not None:
+        ordered = [s for s in ordered if scenario.keeps(s, stream(seed, "visible", s.id))]
     try:
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
     except ValueError as error:
@@ -228,10 +235,12 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     owner = _assign(ordered, deal, has, min_samples, seed)
     image, text = np.zeros((2, len(ordered)), dtype=np.bool_)
     for index, (sample, client) in enumerate(zip(ordered, owner.tolist(), strict=True)):
-        present = scenario.visible(sample, client, stream(seed, "visible", sample.id))
-        visible = present & has[client]
-        if present and not visible:  # the client has only the modality that the sample lost: the client still sees it
-            visible = sample.modalities & has[client]
+        rng = stream(seed, "visible", sample.id)
+        present = scenario.visible(sample, client, rng)
+        own = has[client] or frozenset((MODALITIES[int(rng.integers(2))],))  # a client without modalities tosses a coin
+        visible = present & own
+        if present and not visible:  # it was to see the very modality that the sample lost or never had
+            visible = sample.modalities & has[client] or present
         image[index], text[index] = "image" in visible, "text" in visible
     by_client = np.argsort(owner, kind="stable")  # and by id within a client, because `ordered` is sorted by id
     ids = pa.array([s.id for s in ordered], pa.string()).take(by_client)

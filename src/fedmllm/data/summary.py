@@ -8,13 +8,13 @@ from typing import Any
 
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Loaded, Sample, Split
+from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario
 
 MAX_CLASSES_SHOWN = 5
 """The text names no more classes than this; a question-answering set can have hundreds."""
-
-
-def _pattern(sample: Sample) -> str:
-    return "both" if len(sample.modalities) == 2 else next(iter(sample.modalities), "none")
+PATTERNS: dict[str, Modalities] = {"both": BOTH, "image": IMAGE, "text": TEXT, "none": NONE}
+"""The patterns in the order of `Manifest.patterns`."""
+_WORDS = {"both": "with image and text", "image": "with image only", "text": "with text only", "none": "with neither"}
 
 
 def summarise(loaded_splits: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[str, Any]]:
@@ -26,11 +26,11 @@ def summarise(loaded_splits: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[s
     for split in dict.fromkeys(split for split, _ in loaded_splits):
         samples = [s for name, loaded in loaded_splits if name == split for s in loaded.samples]
         problems = [p for name, loaded in loaded_splits if name == split for p in loaded.problems]
-        patterns = Counter(map(_pattern, samples))
+        patterns = Counter(s.modalities for s in samples)
         splits[split] = {
             "samples": len(samples),
             "classes": _largest_first(Counter(s.label for s in samples)),
-            "modalities": {name: patterns[name] for name in ("both", "image", "text", "none")},
+            "modalities": {name: patterns[visible] for name, visible in PATTERNS.items()},
             "bad_samples": _largest_first(Counter(p.kind for p in problems)),
         }
     return splits
@@ -42,9 +42,8 @@ def _largest_first(counts: Mapping[str, int]) -> dict[str, int]:
 
 def summary_lines(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The summary as lines of text."""
-    words = {"both": "with image and text", "image": "with image only", "text": "with text only", "none": "with neither"}
     for split, counts in splits.items():
-        patterns = [f"{count} {words[name]}" for name, count in counts["modalities"].items() if count]
+        patterns = [f"{count} {_WORDS[name]}" for name, count in counts["modalities"].items() if count]
         yield f"{split}: {counts['samples']} samples" + (f", {', '.join(patterns)}" if patterns else "")
         classes = counts["classes"]
         shown = [f"{label or '(none)'} {count}" for label, count in list(classes.items())[:MAX_CLASSES_SHOWN]]
@@ -67,3 +66,37 @@ def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
         {"client": client, "samples": n, "image": image, "text": text, "gap": gap}
         for client, ((n, image, text), gap) in enumerate(rows)
     ]
+
+
+def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Scenario) -> dict[str, Any]:
+    """How often the clients' samples show both modalities, the image only, the text only, and none: the effective rates.
+
+    {"drawn": {both, image, text, none: share of the manifest's samples}, "expected": the same over all draws of the scenario
+    for these samples, None if it is not known, "dropped": the number of `samples` that no client holds}. `samples` is empty if
+    they are elsewhere.
+    """
+    drawn = dict(zip(PATTERNS, manifest.patterns().sum(axis=0).tolist(), strict=True))
+    dropped = len(samples) - len(manifest) if samples else 0
+    expected = None
+    if samples and scenario.expected is not None:
+        totals = dict.fromkeys(PATTERNS.values(), 0.0)
+        for kind, count in Counter(s.modalities for s in samples).items():
+            for visible, probability in scenario.expected(kind, manifest.clients).items():
+                totals[visible] += count * probability
+        expected = _shares(dict(zip(PATTERNS, totals.values(), strict=True)))
+    return {"drawn": _shares(drawn), "expected": expected, "dropped": dropped}
+
+
+def _shares(counts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(counts.values()) or 1
+    return {name: round(count / total, 6) for name, count in counts.items()}
+
+
+def shares_lines(shares: Mapping[str, Any]) -> Iterator[str]:
+    """The outcome of `modality_shares` as lines of text."""
+    for when, what in (("drawn", "as drawn"), ("expected", "expected")):
+        if shares[when]:
+            parts = [f"{100 * share:.1f} % {_WORDS[name]}" for name, share in shares[when].items()]
+            yield f"clients' samples, {what}: {', '.join(parts)}"
+    if shares["dropped"]:
+        yield f"{shares['dropped']} samples that lost all they had are dropped"

@@ -11,20 +11,20 @@ import numpy as np
 from fedmllm.data.manifest import Manifest
 
 COLUMNS = ("both", "image", "text")
-"""The test patterns in the order of `Manifest.patterns`."""
+"""The test patterns in the order of `Manifest.patterns`, whose last column, samples that show neither, has no test pattern."""
 
 
 def client_scores(
     manifest: Manifest, metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dict[str, Any]], metric: str
 ) -> list[float]:
-    """One score per client that holds samples; each is also written to `score` in the client's row.
+    """One score per client that sees a modality; each is also written to `score` in the client's row.
 
     A score is the mean of the metric over the test patterns, weighted by the number of the client's samples that show each
     pattern: a client with 30 paired samples and 10 pictures has 0.75 · both + 0.25 · image. If any row has the `metrics` of a
     personal model, these are used, and clients without a personal model are left out. Returns an empty list if a pattern that
     a client needs was not tested or has no value.
     """
-    counts = manifest.patterns()
+    counts = manifest.patterns()[:, : len(COLUMNS)]
     personal = {row["client"]: row["metrics"] for row in rows if "metrics" in row}
     scores: dict[int, float] = {}
     for client in np.flatnonzero(counts.sum(axis=1)).tolist():

@@ -70,8 +70,10 @@ class Parts:
 
 
 def options_of(table: str, name: str) -> Sequence[str]:
-    """The options of a named part, for `--set table.name=…`. Raises ConfigError for an unknown part."""
-    return REGISTRIES[table].option_names(name) if table in REGISTRIES else []
+    """The options of a named part, those of earlier versions too, for `--set table.name=…`. Raises ConfigError for an unknown
+    part."""
+    registry = REGISTRIES.get(table)
+    return [*registry.option_names(name), *registry.former_options(name)] if registry else []
 
 
 def _filled(table: Named, registry: Registry[Any], where: str) -> Named:

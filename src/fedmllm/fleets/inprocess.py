@@ -13,7 +13,7 @@ from fedmllm.fleets.memory import ClientMemory
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
-from fedmllm.training.batches import batch_epoch
+from fedmllm.training.batches import client_steps
 from fedmllm.training.cohort import Work, train_cohort, trainable
 
 TrainCohort = Callable[[MLLM, Sequence[Work], TrainTable], Sequence[LocalResult]]
@@ -73,13 +73,8 @@ class InProcessFleet:
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
-        lengths = [sample.length for sample in data]
-        size, accumulate = context.train.batch_size, context.train.accumulate
-        steps = [
-            [[data[i] for i in batch] for batch in step]
-            for epoch in range(context.train.epochs)
-            for step in batch_epoch(lengths, size, accumulate, stream(info.seed, "batches", client, info.round, epoch)).steps
-        ]
+        epochs = [stream(info.seed, "batches", client, info.round, epoch) for epoch in range(context.train.epochs)]
+        steps = client_steps(data, context.train, epochs)
 
         def finish(result: LocalResult) -> Update:
             upload, remembered = context.algorithm.finish(result, received, memory, info)

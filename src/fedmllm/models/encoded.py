@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One tokenised conversation. `options` are the answers of a closed question; `picture` is the number of its picture.
+    """One tokenised conversation. `options` are the answers of a closed question; `picture` is the number of its picture;
+    `text` says whether it shows the text modality.
 
     `tokenwise` holds further inputs with one value per prompt token (token types), `imagewise` those with one per picture.
     """
@@ -20,6 +21,12 @@ class Encoded:
     picture: int | None
     tokenwise: dict[str, tuple[int, ...]]
     imagewise: dict[str, Tensor]
+    text: bool = False
+
+    @property
+    def pattern(self) -> tuple[bool, bool]:
+        """Whether it shows an image, and whether it shows a text."""
+        return self.picture is not None, self.text
 
     @property
     def length(self) -> int:

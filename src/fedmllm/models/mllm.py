@@ -120,7 +120,8 @@ class MLLM:
         prompt = self._tokens.prompt(conversation, image, self._pictures.size(picture) if picture is not None else None)
         answer = self._tokens.answer
         options = tuple(answer(option) for option in conversation.options)
-        return Encoded(prompt.ids, answer(conversation.answer), options, picture, prompt.tokenwise, prompt.imagewise)
+        ending = answer(conversation.answer)
+        return Encoded(prompt.ids, ending, options, picture, prompt.tokenwise, prompt.imagewise, conversation.text)
 
     def register_pictures(self, images: Iterable[Picture]) -> None:
         """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""

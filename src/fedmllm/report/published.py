@@ -38,13 +38,16 @@ def published() -> dict[str, Any]:
 
 
 def setting_of(config: Mapping[str, Any]) -> str:
-    """The heterogeneity of an experiment in the paper's notation, such as "β 0.3"; "" for one that the paper does not have."""
+    """The heterogeneity of an experiment in the paper's notation, such as "β 0.3"; "" for one that the paper does not have,
+    such as samples that never lose everything."""
     scenario, partition = config["scenario"], config["partition"]
+    # The published code tosses it once per client where the modalities come from two sources, as in its medical data.
+    published_coin = "client" if config.get("task", {}).get("companion") else "sample"
     if scenario["name"] == "aligned" and partition["name"] == "dirichlet":
         return f"α {float(partition.get('alpha', 0.5))}"
-    if scenario["name"] == "missing":
+    if scenario["name"] == "missing" and scenario.get("empty", "keep") == "keep" and not scenario.get("never_empty"):
         return f"β {float(scenario.get('rate', 0.3))}"
-    if scenario["name"] == "hybrid":
+    if scenario["name"] == "hybrid" and scenario.get("coin", published_coin) == published_coin:
         return f"p {float(scenario.get('presence', 0.7))}"
     if scenario["name"] == "cross":
         image, clients = scenario.get("image_clients", 0.5), partition["clients"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from fedmllm.config import Experiment
-from fedmllm.errors import RunError
+from fedmllm.config import Experiment, read, validate
+from fedmllm.errors import RunError, UserError
+from fedmllm.experiment.parts import with_defaults
 from fedmllm.kinds import RunKind
 from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 
@@ -23,8 +25,19 @@ def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume
     if resume and run.complete:
         result = run.result()
         if result["config_digest"] != config.digest() or result["kind"] != kind:
-            raise RunError(f"{out} holds another experiment's run; give another --out.")
+            raise another_run(run, config, result["kind"] == kind)
         return run
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; give another --out, or --resume to continue the run in it.")
     return run
+
+
+def another_run(run: RunDir, config: Experiment, same_kind: bool) -> RunError:
+    """Why the run in the directory cannot be continued: it is another experiment's, or an earlier version's of this one."""
+    with suppress(UserError):
+        if same_kind and with_defaults(validate(read(run.config))).digest() == config.digest():
+            return RunError(
+                f"{run.path} was begun by an earlier version of fedmllm, whose defaults were others; finish it with that "
+                "version, or give another --out."
+            )
+    return RunError(f"{run.path} holds another experiment's run; give another --out.")

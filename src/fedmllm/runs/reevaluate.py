@@ -6,6 +6,7 @@ from typing import Any
 
 from fedmllm.config import Experiment, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
+from fedmllm.data.manifest import Manifest
 from fedmllm.errors import RunError
 from fedmllm.evaluation.summary import summarise
 from fedmllm.experiment.parts import build, with_defaults
@@ -19,7 +20,8 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
 
     Raises RunError if the task is the run's own and its data changed since, or if the run has no adapter.
     """
-    trained, config = with_defaults(validate(read(run.config))), with_defaults(config)
+    raw = read(run.config)
+    trained, config = with_defaults(validate(raw)), with_defaults(config)
     same_data = (config.task, config.eval.split, config.eval.validation_share) == (
         trained.task, trained.eval.split, trained.eval.validation_share
     )  # fmt: skip
@@ -29,7 +31,7 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
         config = config.model_copy(update=single)
     parts = build(config)
     dataset = parts.prepare()
-    if same_data and run.manifest.is_file() and manifests.read(run.manifest).digest() != dataset.manifest.digest():
+    if same_data and run.manifest.is_file() and not _same(manifests.read(run.manifest), dataset.manifest, raw, trained):
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
     session = Session(parts, dataset, progress)
     session.prepare(session.clients, [])
@@ -46,3 +48,15 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
         with session.model.without_adapter():
             models.append(session.test_set.predict(parts.config.eval))
     return summarise(dataset.task, models, config.seed, config.eval.bootstrap)
+
+
+def _same(held: Manifest, now: Manifest, raw: dict[str, Any], trained: Experiment) -> bool:
+    """Whether the run's data is unchanged, where `raw` is the run's file and `trained` what it means today.
+
+    An earlier version did not write the options that the scenario or the partition has gained since, and drew without them:
+    then only the samples are compared.
+    """
+    resolved = trained.resolved()
+    if all(raw.get(table) == resolved[table] for table in ("scenario", "partition")):
+        return held.digest() == now.digest()
+    return sorted(held.ids.to_pylist()) == sorted(now.ids.to_pylist())

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmllm.data.scenarios.aligned import aligned
+from fedmllm.data.summary import modality_shares
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
@@ -37,6 +39,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
     companion = f"+{config.task.companion.name}" if config.task.companion else ""
     metrics = evaluator.summarise(models, judged=config.judge.name != "none")
     scores = client_scores(manifest, metrics, outcome.rows, evaluator.metric)
+    seen = (session.pooled.manifest, aligned()) if run.kind == "centralised" else (manifest, session.parts.scenario)
     return {
         "schema": SCHEMA,
         "name": config.name,
@@ -59,6 +62,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "transfer": evaluator.transfer_summary(outcome.transferred),
         "per_client": outcome.rows,
         "clients": fairness(scores),
+        "modalities": modality_shares(seen[0], session.dataset.train, seen[1]),
         "rounds": len(records),
         "cohort": run.cohort,
         "bytes_up": _total(records, "bytes_up"),

@@ -14,6 +14,7 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.models.encoded import Encoded
+from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
@@ -91,7 +92,7 @@ def begin(run: Run) -> None:
     if directory.exists:
         meta = directory.meta()
         if meta.get("config_digest") != config.digest() or meta.get("kind") != run.kind:
-            raise RunError(f"{directory.path} holds another experiment's run; give another --out.")
+            raise another_run(directory, config, meta.get("kind") == run.kind)
         if meta.get("manifest_digest") != manifest.digest():
             raise RunError(f"{directory.path}: the data changed since this run began; start a new one with another --out.")
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
+from fedmllm.data import manifest as manifests
 from fedmllm.data.dataset import Dataset, load_split
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
@@ -69,7 +70,7 @@ class Session:
     @cached_property
     def pooled(self) -> ClientData:
         """One client that holds everything: the data of centralised training."""
-        return ClientData(self.dataset.manifest.pooled(self.dataset.train), self.encode)
+        return ClientData(manifests.pooled(self.dataset.train), self.encode)
 
     @cached_property
     def gaps(self) -> dict[int, float]:

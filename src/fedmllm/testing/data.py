@@ -29,7 +29,8 @@ def _samples(count: int) -> list[Sample]:
 
 
 def check_scenario(name: str, **options: Any) -> None:
-    """Every client has a modality, a sample shows no more than it has, and both follow from the generator alone."""
+    """Every client has a modality or tosses a coin, a sample shows no more than it has, and both follow from the generator
+    alone; the expected shares are probabilities."""
     check_registered(scenarios, name)
     scenario, part = scenarios.build(name, options), f"scenario {name!r}"
     suited = 0
@@ -40,7 +41,8 @@ def check_scenario(name: str, **options: Any) -> None:
             continue
         suited += 1
         assert len(clients) == number, f"{part}: {len(clients)} sets of modalities for {number} clients"
-        assert all(has and has <= set(MODALITIES) for has in clients), f"{part}: a client without a modality"
+        known = all(has <= set(MODALITIES) and (has or scenario.coin_per_sample) for has in clients)
+        assert known, f"{part}: a client without a modality"
         again = list(scenario.clients(number, stream(seed, "clients")))
         assert clients == again, f"{part}: `clients` depends on more than its generator"
         for sample, client in product(_samples(5), range(number)):
@@ -48,6 +50,12 @@ def check_scenario(name: str, **options: Any) -> None:
             assert visible <= sample.modalities, f"{part}: {sorted(visible)} of a sample with {sorted(sample.modalities)}"
             repeated = scenario.visible(sample, client, stream(seed, sample.id))
             assert visible == repeated, f"{part}: `visible` depends on more than its arguments"
+        for sample in _samples(5) if scenario.expected else []:
+            assert scenario.expected is not None
+            shares = scenario.expected(sample.modalities, number)
+            assert set().union(*shares) <= sample.modalities, f"{part}: expects modalities that a sample lacks"
+            bounded = all(share >= 0 for share in shares.values()) and sum(shares.values()) <= 1 + 1e-9
+            assert bounded, f"{part}: the expected shares {list(shares.values())} are no probabilities"
     assert suited, f"{part}: no number of clients up to 12 suits its options"
 
 

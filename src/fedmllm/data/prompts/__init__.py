@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmllm.data.samples import LETTERS, Modality, Sample
 from fedmllm.registry import Registry
@@ -17,7 +18,20 @@ DEFAULT_QUESTION = "which option is right?"
 Strategy = Callable[[str, frozenset[Modality]], str]
 """(question, visible modalities) -> the question in the prompt."""
 
+Wording = Literal["short", "published"]
+"""Where a strategy puts its clause: before the question, or as the published code does (see `published_wording`)."""
+
 prompts: Registry[Strategy] = Registry("prompt", __name__)
+
+
+def published_wording(question: str, clause: str) -> str:
+    """The wording of FedMLLM's code, with the clause at the end of an instruction and of the question.
+
+    Its prompts begin with the instruction, and have the text between it and the question; here it follows the text.
+    """
+    stem = question.rstrip("?.")
+    instruction = f"Select the best answer to the following multiple-choice question{clause}."
+    return f"{instruction}\n{stem}{clause}{question[len(stem) :]}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Conversation:
     """Whether the image is placed before the user's text."""
     options: tuple[str, ...] = ()
     """The possible answers of a closed question, worded like `answer`; empty for an open question."""
+    text: bool = False
+    """Whether the text modality is part of `user`."""
 
     def messages(self) -> list[dict[str, object]]:
         """The user's turn for `apply_chat_template`."""
@@ -58,4 +74,5 @@ def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> 
     elif sample.question:
         lines.append(sample.question)
     options = tuple(format_answer(sample, choice) for choice in sample.choices or ())
-    return Conversation("\n".join(lines), format_answer(sample, sample.answer), "image" in shown, options)
+    answer = format_answer(sample, sample.answer)
+    return Conversation("\n".join(lines), answer, "image" in shown, options, "text" in shown)

@@ -8,4 +8,4 @@ from fedmllm.data.scenarios import BOTH, Scenario, scenarios
 @scenarios.register("aligned")
 def aligned() -> Scenario:
     """Every client sees every modality of its samples."""
-    return Scenario(clients=lambda number, rng: [BOTH] * number)
+    return Scenario(clients=lambda number, rng: [BOTH] * number, expected=lambda kind, number: {kind: 1.0})

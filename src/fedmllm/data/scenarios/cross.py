@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmllm.data.scenarios import Modalities, Scenario, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, TEXT, Modalities, Scenario, Shares, scenarios
 
 
 @scenarios.register("cross")
@@ -19,11 +19,17 @@ def cross(*, image_clients: int | float = 0.5) -> Scenario:
     if image_clients < 0 or (not is_count and image_clients > 1):
         raise ValueError(f"image_clients = {image_clients} must be a count, or a share between 0.0 and 1.0")
 
-    def clients(number: int, rng: np.random.Generator) -> Sequence[Modalities]:
-        count = int(image_clients) if is_count else round(image_clients * number)
-        if count > number:
-            raise ValueError(f"image_clients = {image_clients} is more than the number of clients, {number}")
-        chosen = set(rng.permutation(number)[:count].tolist())
-        return [frozenset(("image",)) if client in chosen else frozenset(("text",)) for client in range(number)]
+    def count(number: int) -> int:
+        return int(image_clients) if is_count else round(image_clients * number)
 
-    return Scenario(clients=clients)
+    def clients(number: int, rng: np.random.Generator) -> Sequence[Modalities]:
+        if count(number) > number:
+            raise ValueError(f"image_clients = {image_clients} is more than the number of clients, {number}")
+        chosen = set(rng.permutation(number)[: count(number)].tolist())
+        return [IMAGE if client in chosen else TEXT for client in range(number)]
+
+    def expected(kind: Modalities, number: int) -> Shares:
+        share = count(number) / number
+        return {IMAGE: share, TEXT: 1 - share} if kind == BOTH else {kind: 1.0}
+
+    return Scenario(clients, expected=expected)
