@@ -157,7 +157,8 @@ MAKES = {
                                  ["see <IMAGE> a", "see <image> a", "<iMaGe>", "a <s>"]),
     "wide letters become narrow": (made(IMAGE, normalizer=normalizers.NFKC()),
                                    ["see ＜image＞ a", "<image>", "a<image><s>", "＜image＞<image>"]),
-    "spaces around are swallowed": (made(AddedToken("<image>", lstrip=True, rstrip=True, special=True)), [" <image> a", "a <image>"]),
+    "spaces around are swallowed": (made(AddedToken("<image>", lstrip=True, rstrip=True, special=True)),
+                                    [" <image> a", "a <image>"]),
     "a mark of the template": (made(AddedToken("<think>", special=False, normalized=False)), ["<think> a", "see<think>"]),
     "the marks are words too": (made(IMAGE, unigram=True), ["see <s> the", "</s>", "see <image>", "<unk> a"]),
 }  # fmt: skip

@@ -63,7 +63,9 @@ class SampleText:
             return text, []
         pieces = re.split(f"({'|'.join(map(re.escape, [_STAND_IN, *self._strings]))})", text)
         cut = _STAND_IN.join(pieces[::2])
-        if len(pieces) == 1 or not self._harmless(self._copied, cut):  # a token that arises only from the text as the tokenizer normalises it
+        if len(pieces) == 1 or not self._harmless(
+            self._copied, cut
+        ):  # a token that arises only from the text as the tokenizer normalises it
             pieces, cut = ["", text, ""], _STAND_IN
         return cut, [self._as_text(piece) for piece in pieces[1::2]]
 
