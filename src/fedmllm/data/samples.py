@@ -53,11 +53,11 @@ class Sample:
     """Whether the published data calls the question closed; if it does not say, a question with choices counts as closed."""
 
     def cleaned(self) -> Sample:
-        """The sample with its answer, its choices and its label cleaned."""
+        """The sample with its answer, its choices, its label and its source cleaned."""
         choices = tuple(map(clean, self.choices)) if self.choices is not None else None
-        answer, label = clean(self.answer), clean(self.label)
-        same = (answer, choices, label) == (self.answer, self.choices, self.label)
-        return self if same else replace(self, answer=answer, choices=choices, label=label)
+        answer, label, source = map(clean, (self.answer, self.label, self.source))
+        same = (answer, choices, label, source) == (self.answer, self.choices, self.label, self.source)
+        return self if same else replace(self, answer=answer, choices=choices, label=label, source=source)
 
     @property
     def modalities(self) -> frozenset[Modality]:
