@@ -17,8 +17,6 @@ from fedmllm.errors import DataError
 
 Flaw = tuple[str, ProblemKind]
 """(what is wrong with a sample, its kind)."""
-
-
 Survey = dict[Picture, tuple[Flaw | None, bool]]
 """picture -> (what is wrong with it, whether its 16-bit grey is stretched)."""
 

@@ -63,9 +63,8 @@ class SampleText:
             return text, []
         pieces = re.split(f"({'|'.join(map(re.escape, [_STAND_IN, *self._strings]))})", text)
         cut = _STAND_IN.join(pieces[::2])
-        if len(pieces) == 1 or not self._harmless(
-            self._copied, cut
-        ):  # a token that arises only from the text as the tokenizer normalises it
+        if len(pieces) == 1 or not self._harmless(self._copied, cut):
+            # A control token arises from other letters, as the tokenizer normalises them: the whole text is cut out.
             pieces, cut = ["", text, ""], _STAND_IN
         return cut, [self._as_text(piece) for piece in pieces[1::2]]
 
