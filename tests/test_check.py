@@ -94,14 +94,17 @@ def test_check_counts_classes_and_modalities(experiment: Write) -> None:
         ),
         "modalities": {"both": 8, "image": 0, "text": 0, "none": 0},
         "bad_samples": {},
+        "majority": {"answer": "affected individuals", "share": 0.25},
+        "stretched": 0,
     }
     lines = call("check", file).stdout.splitlines()
     assert lines[0] == "train: 8 samples, 8 with image and text"
     assert lines[1] == (
         "  classes (4): affected individuals 2, not humanitarian 2, other relevant information 2, vehicle damage 2"
     )
-    assert lines[2] == "test: 4 samples, 4 with image and text"
-    assert lines[4].startswith(f"{file} is valid: 8 training samples, 4 test samples,")
+    assert lines[2] == "  most frequent answer: 'affected individuals', that of 25.0 % of the samples"
+    assert lines[3] == "test: 4 samples, 4 with image and text"
+    assert lines[6].startswith(f"{file} is valid: 8 training samples, 4 test samples,")
 
 
 def damage_data(data: Path) -> None:
@@ -122,9 +125,11 @@ def test_check_counts_all_problems_before_it_fails(experiment: Write, tmp_path: 
     assert refused.stdout.splitlines() == [
         "train: 5 samples, 5 with image and text",
         "  classes (2): not hateful 3, hateful 2",
+        "  most frequent answer: 'not hateful', that of 60.0 % of the samples",
         "  bad samples (3): missing picture 2, undecodable picture 1",
         "test: 4 samples, 4 with image and text",
         "  classes (2): hateful 2, not hateful 2",
+        "  most frequent answer: 'hateful', that of 50.0 % of the samples",
         "  bad samples (1): unreadable entry 1",
     ]
     assert refused.stderr.startswith(

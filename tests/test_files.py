@@ -140,6 +140,15 @@ def test_a_list_gives_its_objects_and_a_problem_for_any_other_value(tmp_path: Pa
     ]
 
 
+def test_an_object_with_a_key_twice_is_one_bad_entry(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"qid": 1, "answer": "yes", "answer": "no"}, {"qid": 2, "x": {"y": 1, "y": 2}}]')
+    first, second = json_list(path)
+    assert first == Problem(f"{path}, index 0", "the entry has the key 'answer' twice", "unreadable entry")
+    assert isinstance(second, Entry)
+    assert second.values["qid"] == 2
+
+
 @pytest.mark.parametrize("content", [b"", b'[{"qid": 1}, {"qi', b'[{"qid": 1}', b"\xff\xfe", b"[" * 100_000])
 def test_a_truncated_json_file_is_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"

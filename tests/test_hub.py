@@ -118,6 +118,54 @@ def test_optional_columns_may_be_absent(folder: Callable[..., Path]) -> None:
     assert (samples[3].modalities, samples[3].choices, samples[3].label) == (frozenset(), None, "caption 3")
 
 
+def test_names_and_choices_with_spaces_around_are_cleaned(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"reply": datasets.ClassLabel(names=["cat ", " dog", "bi  rd"]), "options": datasets.List(datasets.Value("string")),
+         "right": datasets.Value("int64"), "word": datasets.Value("string")}
+    )  # fmt: skip
+    lines = [{"reply": i, "options": [" one", "two\n"], "right": i % 2, "word": ["one", " two", "one "][i]} for i in range(3)]
+    splits = {split: datasets.Dataset.from_list(lines, features=features) for split in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for options, choices, answers in (
+        ({"answer": "reply"}, ("cat", "dog", "bi  rd"), ["cat", "dog", "bi  rd"]),
+        ({"answer": "right", "choices": "options", "answer_is_index": True}, ("one", "two"), ["one", "two", "one"]),
+        ({"answer": "word", "choices": "options"}, ("one", "two"), ["one", "two", "one"]),
+        ({"answer": "word", "choices": ["two ", " one"]}, ("two", "one"), ["one", "two", "one"]),
+    ):
+        samples = load(tmp_path / "saved", ask="which?", **options).samples  # type: ignore[arg-type]
+        assert [s.answer for s in samples] == [s.label for s in samples] == answers
+        assert {s.choices for s in samples} == {choices}
+    task = tasks.build("hub", {"dataset": "a", "metric": "auc", "positive": " cat"})
+    assert task.positive == "cat"
+    features["reply"] = datasets.ClassLabel(names=["cat", "cat ", "dog"])
+    splits = {split: datasets.Dataset.from_list(lines, features=features) for split in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "twice")
+    with pytest.raises(DataError, match=r"split 'train', row 0, id 'twice/train/000000': the choice 'cat' occurs twice"):
+        load(tmp_path / "twice", answer="reply", ask="which?")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subset", "first"),
+    [
+        ("owner/pets", None, "owner/pets/train/000000"),
+        ("other/pets", None, "other/pets/train/000000"),
+        ("owner/pets", "small", "owner/pets/small/train/000000"),
+        ("pets", None, "pets/train/000000"),
+        ("data/pets", None, "pets/train/000000"),
+        ("data/../data/pets", "small", "pets/small/train/000000"),
+    ],
+)
+def test_ids_carry_owner_and_subset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, subset: str | None, first: str
+) -> None:
+    (tmp_path / "data" / "pets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    table = datasets.Dataset.from_list(rows(0, 2), features=FEATURES)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    options = {"dataset": dataset, "answer": "reply", "question": "ask", **({"subset": subset} if subset else {})}
+    assert read_split(tasks.build("hub", options), "train").samples[0].id == first
+
+
 def test_choices_come_from_a_column_or_are_given(folder: Callable[..., Path]) -> None:
     path = folder()
     given = load(path, answer="reply", choices=["cat", "dog", "bird", "fish"]).samples[1]

@@ -96,6 +96,20 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("no question", {"id": "x", "answer": "y"}, ", id 'x': a sample needs a 'question'"),
     ("one choice", {**GOOD, "id": "x", "choices": ["yes"]}, ", id 'x': the key 'choices' must be a list of at least two"),
     ("the same choice twice", {**GOOD, "id": "x", "choices": ["yes", "yes"]}, ", id 'x': the key 'choices' must not"),
+    ("choices that differ in white space", {**GOOD, "id": "x", "choices": [" yes", "yes", "no"]},
+     ", id 'x': the key 'choices' must not contain the same text twice, and 'yes' is"),
+    ("choices that differ in composition", {**GOOD, "id": "x", "choices": ["caf\u00e9", "cafe\u0301", "yes"]},
+     "twice, and 'caf\u00e9' is"),
+    ("a choice of white space", {**GOOD, "id": "x", "choices": ["yes", " \u3000"]},
+     ", id 'x': the key 'choices' must be a list"),
+    ("an answer of white space", {**GOOD, "id": "x", "answer": " \n\u00a0"}, ", id 'x': the answer is empty"),
+    ("a key twice", b'{"id": "x", "answer": "yes", "question": "?", "answer": "no"}',
+     "line 2: the line has the key 'answer' twice"),
+    ("an unknown key twice", b'{"id": "x", "zz": 1, "zz": 1}', "line 2: the line has the key 'zz' twice"),
+    ("label for answer", {"id": "x", "question": "?", "label": "y"},
+     ", id 'x': the key 'answer' is missing or is neither text nor a whole number; if 'label' is meant, rename it"),
+    ("output for answer", {"id": "x", "question": "?", "output": 3}, "whole number; if 'output' is meant, rename it"),
+    ("qid for id", {"qid": 7, "question": "?", "answer": "y"}, ", id 7: the key 'id' is missing or is neither text"),
     ("answer no choice", {**GOOD, "id": "x", "choices": ["a", "b"]}, ", id 'x': the answer 'yes' is not among the choices"),
     ("too many choices", {**GOOD, "id": "x", "choices": ["yes", *map(str, range(26))]}, ", id 'x': 27 choices are more than"),
     ("duplicate id", GOOD, ", id 'good': the id 'good' is used twice"),
@@ -139,6 +153,57 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             load(path, "skip")
         assert str(caught.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "cleaned"),
+    [
+        (" yes\n", ["no ", "\tyes"], ("yes", ("no", "yes"))),
+        ("caf\u00e9", ["cafe\u0301", "bar"], ("café", ("café", "bar"))),
+        ("a  b", [" a  b", "a b"], ("a  b", ("a  b", "a b"))),
+        ("\u3000是的", ["是的", "不是 "], ("是的", ("是的", "不是"))),
+        (" two\nlines ", None, ("two\nlines", None)),
+        (3, None, ("3", None)),
+    ],
+)
+def test_one_rule_cleans_answers_choices_and_labels(
+    tmp_path: Path, answer: Any, choices: list[str] | None, cleaned: tuple[str, tuple[str, ...] | None]
+) -> None:
+    sample = only(tmp_path, {**GOOD, "answer": answer, "choices": choices, "label": f" {answer} "})
+    assert (sample.answer, sample.choices) == cleaned
+    assert sample.label == only(tmp_path, {**GOOD, "answer": answer, "label": "  "}).label == cleaned[0]
+
+
+OTHER_FORMATS = {
+    "an array": (b'[\n  {"id": "a", "answer": "y", "question": "?"},\n  {"id": "b"}\n]', "is a JSON array"),
+    "an array on one line": (b'\n [{"id": "a", "answer": "y", "question": "?"}]', "is a JSON array"),
+    "one object": (b'{\n  "data": [\n  {"id": "a"}\n]}', "holds an object that takes up several lines"),
+    "a table": (b"id,answer,question\n1,yes,what?\n2,no,what?\n", "is no JSON, for its first line is 'id,answer,question'"),
+    "tabs": (b"\xef\xbb\xbfid\tanswer\n1\tyes\n", "is no JSON, for its first line is 'id\\tanswer'"),
+    "compressed": (b"\x1f\x8b\x08\x00abc", "is no JSON, for its first line is "),
+}
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize(("content", "what"), OTHER_FORMATS.values(), ids=OTHER_FORMATS)
+def test_a_file_of_another_format_is_one_sentence(tmp_path: Path, content: bytes, what: str, policy: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DataError) as caught:
+        load(path, policy)
+    assert str(caught.value).startswith(f"{path}: {what}")
+    assert str(caught.value).endswith('; write one object per line, such as {"id": "1", "question": "…", "answer": "…"}.')
+
+
+def test_skipping_is_not_offered_if_it_would_leave_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"id": i, "question": "?", "label": "y"} for i in range(3)))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"3 bad samples, the first: {path}, line 1, id 0: the key 'answer' is missing")
+    assert str(caught.value).endswith(
+        "; if 'label' is meant, rename it; fix it, because task 'jsonl' has no usable sample in its train split otherwise."
+    )
+    with pytest.raises(DataError, match=r"^task 'jsonl' has no usable sample in its train split; the first problem: "):
+        load(path, "skip")
 
 
 def test_an_empty_file_has_no_usable_sample(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ BAD = [
     (sample("x", "none", image=png()[:40]), "id 'x': the picture (in memory) cannot be decoded ("),
     (sample("x", "text", choices=("yes", *"abcdefghijklmnopqrstuvwxyz"), lettered=True),
      "id 'x': 27 choices are more than the 26 letters"),
+    (sample("x", "text", choices=("yes", "no", "yes\t")), "id 'x': the choice 'yes' occurs twice"),
+    (sample("x", "text", answer=" \n"), "id 'x': the answer is empty"),
     (TEXT, "id 't': the id 't' is used twice"),
     (Problem("file, line 3", "it is broken"), "file, line 3: it is broken"),
 ]  # fmt: skip
@@ -208,6 +211,40 @@ def test_damaged_exif_data_do_not_hide_a_whole_picture(tmp_path: Path) -> None:
         assert load_samples(task(picture), "train", "error").samples == [picture]
 
 
+def exif(kind: int, count: int, data: bytes) -> bytes:
+    """EXIF data whose only entry is an orientation of this type (2 text, 3 a whole number of 16 bits, 5 a fraction, …)."""
+    start = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, count)
+    inline, after = (data.ljust(4, b"\0"), b"") if len(data) <= 4 else (struct.pack("<I", 26), data)
+    return start + inline + struct.pack("<I", 0) + after
+
+
+ORIENTATIONS = {
+    "a number": (exif(3, 1, struct.pack("<H", 6)), True),
+    "text": (exif(2, 2, b"6\0"), True),
+    "text with spaces": (exif(2, 4, b" 6 \0"), True),
+    "a word": (exif(2, 4, b"six\0"), False),
+    "no letter": (exif(2, 1, b"\0"), False),
+    "words": (exif(2, 13, b"Rotate 90 CW\0"), False),
+    "a fraction": (exif(5, 1, struct.pack("<II", 6, 1)), True),
+    "a fraction of nothing": (exif(5, 1, struct.pack("<II", 6, 0)), False),
+    "not a number": (exif(11, 1, struct.pack("<f", float("nan"))), False),
+    "infinite": (exif(12, 1, struct.pack("<d", float("inf"))), False),
+    "text beyond the eight": (exif(2, 2, b"9\0"), False),
+    "bytes": (exif(7, 1, b"\x06"), False),
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("data", "turned"), ORIENTATIONS.values(), ids=ORIENTATIONS)
+def test_an_orientation_of_any_type_is_used_or_ignored(data: bytes, turned: bool, format: str) -> None:
+    buffer = io.BytesIO()
+    halves().resize((16, 8), Image.Resampling.NEAREST).save(buffer, format, exif=data)
+    picture = buffer.getvalue()
+    assert decode(picture).size == upright_size(picture) == ((8, 16) if turned else (16, 8))
+    assert corners(picture) == (["red", "red", "blue", "blue"] if turned else ["red", "blue", "red", "blue"])
+    assert load_samples(task(sample("a", image=picture)), "train", "error").problems == []
+
+
 def test_transparent_parts_are_white() -> None:
     clear = halves("RGBA")
     clear.paste((0, 0, 0, 0), (2, 0, 4, 2))
@@ -286,6 +323,28 @@ def test_sixteen_bits_of_grey_keep_their_range(format: str) -> None:
     grey = Image.fromarray(np.array([[0, 0x1234, 0x8000, 0xFFFF]], dtype=np.uint16))
     decoded = decode(encoded(grey, format))
     assert [decoded.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 0x12, 0x80, 0xFF)]
+
+
+STRETCHED = {
+    "12 bits": ([0, 1024, 2048, 4095], [0, 64, 128, 255]),
+    "10 bits with an offset": ([1000, 1250, 1500, 2000], [0, 64, 128, 255]),
+    "8 bits in 16": ([0, 1, 2, 255], [0, 1, 2, 255]),
+    "two values": ([30000, 30001, 30001, 30000], [0, 255, 255, 0]),
+    "all black": ([0] * 4, [0] * 4),
+    "all white": ([65535] * 4, [255] * 4),
+    "all of one grey": ([0x1234] * 4, [0x12] * 4),
+}
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("values", "seen"), STRETCHED.values(), ids=STRETCHED)
+def test_grey_of_16_bits_is_stretched_by_its_own_range(values: list[int], seen: list[int], format: str) -> None:
+    picture = encoded(Image.fromarray(np.array([values], dtype=np.uint16)), format)
+    assert [decode(picture).getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in seen]
+    eight = encoded(Image.fromarray(np.array([values], dtype=np.uint16).astype(np.uint8)), format)
+    samples = [sample("a", image=picture), sample("b", image=picture), sample("c", image=eight), sample("d", "text")]
+    assert read_split(task(*samples), "train").stretched == 1
+    assert read_split(task(*samples[2:]), "train").stretched == 0
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

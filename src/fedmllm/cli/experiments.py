@@ -43,7 +43,15 @@ def baseline(
 
 def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Validate the settings, the data and the model without training anything."""
-    from fedmllm.data.summary import client_rows, modality_shares, shares_lines, summarise, summary_lines
+    from fedmllm.data.summary import (
+        add_problems,
+        client_rows,
+        count_line,
+        modality_shares,
+        shares_lines,
+        summarise,
+        summary_lines,
+    )
     from fedmllm.experiment.parts import build
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.session import Session
@@ -64,6 +72,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     with ProgressBars() as progress:
         session = Session(parts, dataset, progress)
         session.check_prompts()
+        session.model.check_cache()
+    left_out = add_problems(splits, session.problems)
     down, up = session.first_messages()
     shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
     parameters = sum(p.numel() for p in session.model.adapter.parameters.values())
@@ -71,8 +81,9 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "manifest_digest": dataset.manifest.digest(),
         "train_samples": len(dataset.train),
         "test_samples": len(dataset.test),
-        "skipped_samples": dataset.skipped,
+        "skipped_samples": session.skipped,
         "splits": splits,
+        "notes": list(dataset.notes),
         "clients": client_rows(dataset.manifest),
         "modalities": shares,
         "model": parts.config.model.name,
@@ -85,10 +96,12 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     if as_json:
         print_json(summary)
         return
+    for split, kinds in left_out.items():
+        typer.echo(f"{split}: bad samples that the model cannot take {count_line(kinds)}")
     sizes = dataset.manifest.sizes()
     received, sent = (f"{sum(groups.values()) / 1e6:.2f} MB" for groups in (down, up))
     typer.echo(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
-    typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {dataset.skipped} samples skipped,")
+    typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
     typer.echo(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
     typer.echo("\n".join(shares_lines(shares)))
 

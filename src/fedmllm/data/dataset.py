@@ -10,7 +10,8 @@ from fedmllm.config import Experiment, TaskTable
 from fedmllm.data import manifest as manifests
 from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.manifest import Manifest
-from fedmllm.data.partitions import Deal
+from fedmllm.data.notes import notes
+from fedmllm.data.partitions import Deal, GroupedDeal
 from fedmllm.data.samples import Loaded, Sample, Split, Task
 from fedmllm.data.scenarios import Scenario
 from fedmllm.data.subsets import draw_subset
@@ -49,6 +50,8 @@ class Dataset:
     test: list[Sample]
     skipped: int
     manifest: Manifest
+    notes: tuple[str, ...] = ()
+    """What may be a mistake in the data, in one sentence each."""
 
 
 def open_source(table: TaskTable, where: str = "task") -> Source:
@@ -127,5 +130,10 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
         task = replace(task, ceiling={})  # the ceiling of one task does not hold for a mixture
     if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
         raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
+    if isinstance(deal, GroupedDeal) and not any(map(deal.key, samples)):
+        raise ConfigError(
+            f"partition.name = {config.partition.name!r} keeps the samples of one source together, and no training sample "
+            'names one; add it to the data (the key or the option "source"), or choose another partition.'
+        )
     manifest = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
-    return Dataset(task, samples, test, count_problems(loaded_splits), manifest)
+    return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
-from fedmllm.data.samples import Problem, ProblemKind, Sample
+from fedmllm.data.samples import Problem, ProblemKind, Sample, clean
 from fedmllm.errors import DataError
 
 
-class EntryError(ValueError):
-    """An entry of a file cannot become a sample; `kind` is the kind under which it is counted."""
+class EntryError(DataError):
+    """An entry of a file cannot be used as a sample; `kind` is the kind under which it is counted."""
 
     def __init__(self, what: str, kind: ProblemKind = "wrong value") -> None:
         super().__init__(what)
@@ -83,10 +83,19 @@ def _content(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
+class _Repeated(str):
+    """A key that an object has twice, in place of that object: which of the two values is meant is unknown."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
+    keys = [key for key, _ in pairs]
+    return dict(pairs) if len(set(keys)) == len(keys) else _Repeated(next(key for key in keys if keys.count(key) > 1))
+
+
 def _parse_json(raw: bytes) -> Any:
     """The value of a JSON text. Raises EntryError with the reason alone."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate parses, but cannot be encoded
     except (ValueError, RecursionError) as error:
         raise EntryError(str(error), "unreadable entry") from None
@@ -139,24 +148,46 @@ def samples_of(entries: Iterable[Entry | Problem], make: Callable[[Entry], Sampl
 
 
 def parse_choices(value: Any, subject: str) -> tuple[str, ...]:
-    """A list of at least two different texts. Raises EntryError, which begins with `subject`."""
-    if not (isinstance(value, list) and len(value) > 1 and all(isinstance(choice, str) and choice for choice in value)):
+    """A list of at least two texts that differ when they are cleaned. Raises EntryError, which begins with `subject`."""
+    if not (isinstance(value, list) and len(value) > 1 and all(isinstance(choice, str) and clean(choice) for choice in value)):
         raise EntryError(f"{subject} must be a list of at least two texts")
-    if len(set(value)) < len(value):
-        raise EntryError(f"{subject} must not contain the same text twice")
-    return tuple(value)
+    choices = tuple(map(clean, value))
+    if len(set(choices)) < len(choices):
+        twice = next(choice for choice in choices if choices.count(choice) > 1)
+        raise EntryError(f"{subject} must not contain the same text twice, and {twice[:40]!r} is")
+    return choices
 
 
 def _entry(path: Path, noun: Literal["line", "index"], index: int, value: Any) -> Entry | Problem:
     where = f"{path}, {noun} {index}"
     if isinstance(value, dict):
         return Entry(where, value, index)
-    return Problem(where, f"the {'line' if noun == 'line' else 'entry'} is not a JSON object", "unreadable entry")
+    what = "is not a JSON object" if not isinstance(value, _Repeated) else f"has the key {str(value)!r} twice"
+    return Problem(where, f"the {'line' if noun == 'line' else 'entry'} {what}", "unreadable entry")
+
+
+def _check_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Raises DataError for a file of another format, in which every line would be a bad sample."""
+    starts = [line.strip() for line in lines if line.strip()]
+    if not starts or (starts[0].startswith(b"{") and starts[0] != b"{"):
+        return
+    if starts[0].startswith(b"["):
+        found = "is a JSON array"
+    elif starts[0] == b"{":
+        found = "holds an object that takes up several lines"
+    elif not any(line.startswith(b"{") for line in starts):
+        found = f"is no JSON, for its first line is {starts[0][:40].decode(errors='replace')!r}"
+    else:
+        return
+    raise DataError(f'{path}: {found}; write one object per line, such as {{"id": "1", "question": "…", "answer": "…"}}.')
 
 
 def json_lines(path: Path) -> Iterator[Entry | Problem]:
-    """The objects of a file with one JSON object per line. Empty lines are skipped but counted."""
-    for number, raw in enumerate(_content(path).splitlines(), start=1):
+    """The objects of a file with one JSON object per line. Empty lines are skipped but counted. Raises DataError for a file of
+    another format."""
+    lines = _content(path).splitlines()
+    _check_lines(path, lines)
+    for number, raw in enumerate(lines, start=1):
         if not raw.strip():
             continue
         try:

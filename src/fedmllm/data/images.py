@@ -7,8 +7,10 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 
@@ -26,6 +28,8 @@ Picture = Path | bytes | StoredPicture
 
 _FIXED_SIZE_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 """Formats whose size in the header is that of the decoded pixels."""
+_DEEP_GREY = "I;16"
+"""How the names of Pillow's modes for 16-bit grey begin."""
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 """The EXIF tag, and its values that swap width and height."""
 
@@ -44,8 +48,8 @@ def decode(image: Picture) -> Image.Image:
     with Image.open(_source(image)) as opened:
         opened.load()
         _turn_upright(opened)
-        if opened.mode.startswith("I;16"):  # Pillow would clip every grey value above 255 to white
-            return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
+        if opened.mode.startswith(_DEEP_GREY):
+            return _stretched(np.asarray(opened)).convert("RGB")
         if opened.mode in ("I", "F"):
             raise ValueError(f"its pixels are of mode {opened.mode}, whose range is unknown; save it as a PNG of 8 or 16 bits")
         if opened.has_transparency_data:  # the colour of a transparent pixel is often black and is not meant to be seen
@@ -54,9 +58,28 @@ def decode(image: Picture) -> Image.Image:
         return opened.convert("RGB")
 
 
+def _stretched(grey: NDArray[np.integer[Any]]) -> Image.Image:
+    """16-bit grey in 8 bits: its own range, from the darkest to the lightest value, becomes 0 to 255.
+
+    Most scanners fill 10 to 14 of the 16 bits, so that the upper 8 bits alone are nearly black, while Pillow would clip every
+    value above 255 to white. A picture of one value has no range, and keeps its place among the 65,536.
+    """
+    low, high = int(grey.min()), int(grey.max())
+    scaled = np.interp(grey, (low, high), (0, 255)) if low < high else grey >> 8
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def is_stretched(image: Picture) -> bool:
+    """Whether `decode` stretches the grey values of the image, from its header alone."""
+    with Image.open(_source(image)) as opened:
+        return opened.mode.startswith(_DEEP_GREY)
+
+
 def _turn_upright(image: Image.Image) -> None:
     """Apply the rotation that a camera recorded in the EXIF data."""
     try:
+        # Pillow ignores an orientation that is stored as text, and every reading of the size must do the same.
+        image.getexif()[_ORIENTATION] = _orientation(image.getexif())
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # parsing damaged EXIF data raises many types, and the image itself may still be intact
         return
@@ -67,14 +90,15 @@ def upright_size(image: Picture) -> tuple[int, int]:
     with Image.open(_source(image)) as opened:
         if opened.format in _FIXED_SIZE_FORMATS and not (opened.format == "PNG" and _has_chunks_after_pixels(image)):
             width, height = opened.size
-            return (height, width) if _orientation(opened) in _TRANSPOSED else (width, height)
+            # Not the getexif of the PNG plug-in, which reads all pixels to find EXIF data after them.
+            return (height, width) if _orientation(Image.Image.getexif(opened)) in _TRANSPOSED else (width, height)
     return decode(image).size
 
 
-def _orientation(opened: Image.Image) -> int:
+def _orientation(exif: Image.Exif) -> int:
+    """The orientation as a number, also if it is stored as text; 1, upright, if it is neither."""
     try:
-        # Not the getexif of the PNG plug-in, which reads all pixels to find EXIF data after them.
-        return int(Image.Image.getexif(opened).get(_ORIENTATION, 1))
+        return int(exif.get(_ORIENTATION, 1))
     except Exception:  # as in `_turn_upright`
         return 1
 

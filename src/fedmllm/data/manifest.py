@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedmllm.data.min_samples import ensure_minimum
 from fedmllm.data.partitions import Deal, GroupedDeal
-from fedmllm.data.samples import MODALITIES, Sample
+from fedmllm.data.samples import MODALITIES, Modality, Sample
 from fedmllm.data.scenarios import Modalities, Scenario
 from fedmllm.errors import DataError
 from fedmllm.rng import stream
@@ -232,6 +232,14 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
+    there = frozenset[Modality]().union(*(s.modalities for s in ordered))
+    empty = [client for client in range(clients) if not has[client] & there]
+    if empty and there and min_samples and all(s.modalities for s in ordered):
+        raise DataError(
+            f"under this scenario, {len(empty)} of {clients} clients have only {' and '.join(has[empty[0]]) or 'no modality'} "
+            f"(client {empty[0]} is the first), and the samples have only {' and '.join(there)}; "
+            'set scenario.name = "aligned", change the scenario\'s options, or add a task.companion with the other modality.'
+        )
     owner = _assign(ordered, deal, has, min_samples, seed)
     image, text = np.zeros((2, len(ordered)), dtype=np.bool_)
     for index, (sample, client) in enumerate(zip(ordered, owner.tolist(), strict=True)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedmllm.data.images import Picture
@@ -13,11 +14,18 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 Split = Literal["train", "test"]
 ProblemKind = Literal[
     "missing picture", "undecodable picture", "picture too large", "path outside the folder", "unreadable entry", "wrong value",
-    "duplicate id", "empty answer", "answer not among the choices", "too many choices", "bad sample",
+    "duplicate id", "empty answer", "answer not among the choices", "too many choices", "prompt too long",
+    "picture the model refuses", "bad sample",
 ]  # fmt: skip
 """The kinds by which `fedmllm check` counts bad samples."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The labels of lettered choices, of which there can be no more than letters."""
+
+
+def clean(text: str) -> str:
+    """An answer, a choice or the name of a class as it is used everywhere: in Unicode's composed form (NFC) and without white
+    space around it. White space inside it is kept, because an answer may have several lines."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,13 @@ class Sample:
     """File and line, for messages."""
     closed: bool | None = None
     """Whether the published data calls the question closed; if it does not say, a question with choices counts as closed."""
+
+    def cleaned(self) -> Sample:
+        """The sample with its answer, its choices, its label and its source cleaned."""
+        choices = tuple(map(clean, self.choices)) if self.choices is not None else None
+        answer, label, source = map(clean, (self.answer, self.label, self.source))
+        same = (answer, choices, label, source) == (self.answer, self.choices, self.label, self.source)
+        return self if same else replace(self, answer=answer, choices=choices, label=label, source=source)
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -88,3 +103,5 @@ class Loaded:
 
     samples: list[Sample]
     problems: list[Problem] = field(default_factory=list)
+    stretched: int = 0
+    """The number of distinct pictures among the samples whose 16-bit grey is stretched to 8 bits."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedmllm.data.manifest import Manifest
-from fedmllm.data.samples import Loaded, Sample, Split
+from fedmllm.data.samples import Loaded, Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario
 
 MAX_CLASSES_SHOWN = 5
@@ -19,19 +19,24 @@ _WORDS = {"both": "with image and text", "image": "with image only", "text": "wi
 
 def summarise(loaded_splits: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[str, Any]]:
     """{split: {"samples": number of usable samples, "classes": {label: samples}, "modalities": {both, image, text, none:
-    samples}, "bad_samples": {kind: number}}}, the largest class and kind first. A split that occurs twice, because the task
-    has a companion, is added up.
+    samples}, "bad_samples": {kind: number}, "majority": {"answer": the most frequent one, "share": of the samples},
+    "stretched": number of pictures whose 16-bit grey is stretched}}, the largest class and kind first. A split that occurs
+    twice, because the task has a companion, is added up.
     """
     splits: dict[str, dict[str, Any]] = {}
     for split in dict.fromkeys(split for split, _ in loaded_splits):
         samples = [s for name, loaded in loaded_splits if name == split for s in loaded.samples]
         problems = [p for name, loaded in loaded_splits if name == split for p in loaded.problems]
         patterns = Counter(s.modalities for s in samples)
+        answers = _largest_first(Counter(s.answer for s in samples))
+        answer = next(iter(answers), "")
         splits[split] = {
             "samples": len(samples),
             "classes": _largest_first(Counter(s.label for s in samples)),
             "modalities": {name: patterns[visible] for name, visible in PATTERNS.items()},
             "bad_samples": _largest_first(Counter(p.kind for p in problems)),
+            "majority": {"answer": answer, "share": round(answers[answer] / len(samples), 6) if samples else 0.0},
+            "stretched": sum(loaded.stretched for name, loaded in loaded_splits if name == split),
         }
     return splits
 
@@ -49,9 +54,27 @@ def summary_lines(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         shown = [f"{label or '(none)'} {count}" for label, count in list(classes.items())[:MAX_CLASSES_SHOWN]]
         rest = [f"and {len(classes) - MAX_CLASSES_SHOWN} more"] if len(classes) > MAX_CLASSES_SHOWN else []
         yield f"  classes ({len(classes)}): {', '.join(shown + rest)}" if classes else "  no classes"
-        bad = counts["bad_samples"]
-        if bad:
-            yield f"  bad samples ({sum(bad.values())}): {', '.join(f'{kind} {count}' for kind, count in bad.items())}"
+        if counts["samples"]:
+            answer, share = counts["majority"]["answer"], counts["majority"]["share"]
+            yield f"  most frequent answer: {answer[:60]!r}, that of {100 * share:.1f} % of the samples"
+        if counts["stretched"]:
+            yield f"  pictures of 16-bit grey, each stretched by its own range: {counts['stretched']}"
+        if counts["bad_samples"]:
+            yield f"  bad samples {count_line(counts['bad_samples'])}"
+
+
+def add_problems(splits: dict[str, dict[str, Any]], problems: Mapping[Split, Sequence[Problem]]) -> dict[Split, dict[str, int]]:
+    """Count further problems among the bad samples of `splits`, a summary; {split: {kind: number}} of these alone."""
+    added = {split: _largest_first(Counter(p.kind for p in found)) for split, found in problems.items() if found}
+    for split, kinds in added.items():
+        counts = splits.get(split, splits["train"])  # questions may be held out of the training data
+        counts["bad_samples"] = _largest_first(Counter(counts["bad_samples"]) + Counter(kinds))
+    return added
+
+
+def count_line(counts: Mapping[str, int]) -> str:
+    """ "(3): missing picture 2, duplicate id 1"."""
+    return f"({sum(counts.values())}): {', '.join(f'{kind} {count}' for kind, count in counts.items())}"
 
 
 def gaps(manifest: Manifest) -> list[float]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from fedmllm.config import EvalTable
+from fedmllm.data.files import EntryError
+from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.prompts import Strategy, render
-from fedmllm.data.samples import Modality, Sample, Task
+from fedmllm.data.samples import Modality, Problem, Sample, Task
 from fedmllm.evaluation.metrics import normalise
 from fedmllm.evaluation.predictions import PATTERNS, Prediction
 from fedmllm.kinds import Pattern
@@ -34,7 +37,8 @@ AnsweredQuestions = dict[int, tuple[str, float | None]]
 class TestSet:
     """A fixed set of questions about `samples`, under each of `patterns`.
 
-    Under "image" and "text", samples without that modality are left out.
+    Under "image" and "text", samples without that modality are left out. `problems` are the samples that the model cannot be
+    asked about; with `on_bad_sample = "skip"` they are left out of every pattern.
     """
 
     def __init__(
@@ -45,24 +49,35 @@ class TestSet:
         patterns: Sequence[Pattern],
         strategy: Strategy,
         max_length: int,
+        on_bad_sample: Literal["error", "skip"] = "error",
     ) -> None:
+        """Raises DataError if the model cannot be asked about a sample, or, with "skip", about any."""
         self._model, self._task = model, task
+        self._questions: list[Question] = []
         self._rows: dict[Pattern, list[int]] = {pattern: [] for pattern in patterns}
+        shown = [(pattern, sample, sample.modalities & PATTERNS[pattern]) for pattern in patterns for sample in samples]
+        shown = [(pattern, sample, visible) for pattern, sample, visible in shown if pattern == "both" or visible]
+        # A sample without text looks the same under "both" and "image", so both patterns share one question.
+        encoded: dict[tuple[str, frozenset[Modality]], Encoded] = {}
+        refused: dict[str, Problem] = {}
+        for _, sample, visible in shown:
+            if sample.id not in refused and (sample.id, visible) not in encoded:
+                talk = render(sample, visible, strategy)
+                try:
+                    encoded[sample.id, visible] = model.encode_one(talk, sample.image, max_length, asks=True)
+                except EntryError as error:
+                    refused[sample.id] = problem_of(sample, task, str(error), error.kind)
+        self.problems = list(refused.values())
+        if refused:
+            nothing_left = f"the model can be asked about no test sample of task {task.name!r}"
+            refuse_problems(self.problems, len(samples) - len(refused), nothing_left, on_bad_sample)
         indices: dict[tuple[str, frozenset[Modality]], int] = {}
-        shown: list[tuple[Sample, frozenset[Modality]]] = []
-        for pattern, row in self._rows.items():
-            for sample in samples:
-                visible = sample.modalities & PATTERNS[pattern]
-                if pattern != "both" and not visible:
-                    continue
-                # A sample without text looks the same under "both" and "image", so both patterns share one question.
+        for pattern, sample, visible in shown:
+            if sample.id not in refused:
                 if (sample.id, visible) not in indices:
-                    indices[sample.id, visible] = len(shown)
-                    shown.append((sample, visible))
-                row.append(indices[sample.id, visible])
-        conversations = [render(sample, visible, strategy) for sample, visible in shown]
-        encoded = model.encode(conversations, [sample.image for sample, _ in shown], max_length)
-        self._questions = [Question(sample, prompt) for (sample, _), prompt in zip(shown, encoded, strict=True)]
+                    indices[sample.id, visible] = len(self._questions)
+                    self._questions.append(Question(sample, encoded[sample.id, visible]))
+                self._rows[pattern].append(indices[sample.id, visible])
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fedmllm.config import EvalTable
 from fedmllm.data.prompts import Strategy
@@ -28,11 +28,15 @@ class Transfer:
         settings: EvalTable,
         strategy: Strategy,
         max_length: int,
+        on_bad_sample: Mapping[str, Literal["error", "skip"]],
     ) -> None:
-        """Raises DataError for a prompt that is too long. The pictures are encoded later, by `prepare_features`."""
+        """Raises DataError if the model cannot be asked about a sample, unless `on_bad_sample` of its task is "skip".
+
+        The pictures are encoded later, by `prepare_features`.
+        """
         self._settings = settings
         self._tasks = {
-            name: (task, TestSet(model, task, samples, settings.patterns, strategy, max_length))
+            name: (task, TestSet(model, task, samples, settings.patterns, strategy, max_length, on_bad_sample[name]))
             for name, (task, samples) in sets.items()
         }
 

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fedmllm.config import ModelTable
+from fedmllm.data.files import EntryError
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError
 from fedmllm.models.families import Family, family_of
@@ -55,7 +56,10 @@ class Backbone:
         return text
 
     def process(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        """The processor's output: `input_ids` (1, tokens), the inputs for the picture, and others that depend on the family."""
+        """The processor's output: `input_ids` (1, tokens), the inputs for the picture, and others that depend on the family.
+
+        Raises EntryError for a picture that the processor refuses.
+        """
         begin, text_prompt = self.tokenizer.bos_token, self.family.text_prompt
         if image is None and text_prompt is not None:
             text = text_prompt.format(begin=begin or "", prompt=prompt)
@@ -64,7 +68,14 @@ class Backbone:
         options = {"images": [[image]]} if image is not None else {}
         if begin and prompt.startswith(begin):  # the template has already written the begin-of-text token
             options["add_special_tokens"] = False
-        return dict(self.processor(text=[prompt], return_tensors="pt", **options))
+        try:
+            return dict(self.processor(text=[prompt], return_tensors="pt", **options))
+        except Exception as error:  # processors raise many types of errors, and to a text alone none has an objection
+            if image is None:
+                raise
+            size, reason = f"{image.width} × {image.height} pixels", " ".join(str(error).split())
+            what = f"the model's processor refuses a picture of {size} ({reason}); resize it"
+            raise EntryError(what, "picture the model refuses") from error
 
     @property
     def takes_features(self) -> bool:

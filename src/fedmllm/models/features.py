@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from fedmllm.errors import ConfigError
 from fedmllm.storage.atomic import atomic_file, write_atomically
 
-LAYOUT = "2"
-"""Changed together with the layout of records, so that files with an older layout are not used."""
+LAYOUT = "3"
+"""Changed together with the layout of records and with how pictures are decoded, so that older files are not used."""
 
 
 def cache_folder() -> Path:
@@ -33,6 +35,24 @@ def cache_folder() -> Path:
     if folder := os.environ.get("FEDMLLM_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmllm"
+
+
+def check_cache() -> None:
+    """Raises ConfigError if nothing can be written to the cache."""
+    folder = cache_folder() / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the cache of vision features cannot be written to {path} ({error.strerror or error}); set the environment variable "
+        "FEDMLLM_CACHE to a folder with space in which you may write, or set model.cache_features = false."
+    )
 
 
 def digest_of(parts: Iterable[str | bytes]) -> str:
@@ -92,18 +112,23 @@ def open_features(path: Path) -> FeatureFile | None:
     if not path.is_file() or path.stat().st_size != 4 * sum(sizes):
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(int).tolist() if sizes else []
-    return FeatureFile(np.memmap(path, dtype=np.float32, mode="r"), shapes, starts)
+    data = np.memmap(path, dtype=np.float32, mode="r") if sum(sizes) else np.empty(0, np.float32)  # which cannot be mapped
+    return FeatureFile(data, shapes, starts)
 
 
 def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
-    """Write the records to disk one by one and open the file."""
+    """Write the records to disk one by one and open the file. Raises ConfigError if it cannot be written."""
+    check_cache()
     shapes = []
-    with atomic_file(path) as file:
-        for record in records:
-            array = record.detach().to("cpu", torch.float32).contiguous().numpy()
-            shapes.append(list(array.shape))
-            file.write(array.tobytes())
-    write_atomically(path.with_suffix(".json"), json.dumps({"shapes": shapes}).encode())
+    try:
+        with atomic_file(path) as file:
+            for record in records:
+                array = record.detach().to("cpu", torch.float32).contiguous().numpy()
+                shapes.append(list(array.shape))
+                file.write(array.tobytes())
+        write_atomically(path.with_suffix(".json"), json.dumps({"shapes": shapes}).encode())
+    except OSError as error:
+        raise _cannot_write(path, error) from None
     opened = open_features(path)
     assert opened is not None
     return opened

@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
+from fedmllm.data.files import EntryError
 from fedmllm.data.images import Picture
 from fedmllm.data.prompts import Conversation
-from fedmllm.errors import DataError
-from fedmllm.models import fused_llama
+from fedmllm.models import features, fused_llama
 from fedmllm.models.adapter import VIRTUAL, Adapter, adapter_parameters
 from fedmllm.models.attach import attach
 from fedmllm.models.backbone import Backbone, load_backbone
@@ -99,34 +99,38 @@ class MLLM:
     # Encoding
 
     def encode(self, conversations: Sequence[Conversation], images: Sequence[Picture | None], max_length: int) -> list[Encoded]:
-        """Tokenise; `images[i]` is the picture of conversation `i` if it has one.
+        """Tokenise; `images[i]` is the picture of conversation `i` if it has one. Raises EntryError as `encode_one` does."""
+        return [self.encode_one(talk, image, max_length) for talk, image in zip(conversations, images, strict=True)]
 
-        Raises DataError for a prompt of more than `max_length` tokens: cutting it could cut the picture or the question.
+    def encode_one(self, conversation: Conversation, image: Picture | None, max_length: int, asks: bool = False) -> Encoded:
+        """Tokenise one conversation. If it `asks`, its options are put to the model, and its answer, a reference, never is.
+
+        Raises EntryError for a picture that the processor refuses, and if the prompt and what follows it have more than
+        `max_length` tokens: cutting could cut the picture or the question.
         """
-        encoded = []
-        for conversation, image in zip(conversations, images, strict=True):
-            sample = self._encode_one(conversation, image if conversation.image else None)
-            length = self.width([sample])
-            if length > max_length:
-                raise DataError(
-                    f"a prompt has {length} tokens, more than train.max_length = {max_length} "
-                    f"(it begins {conversation.user[:40]!r}); raise the limit or shorten the text."
-                )
-            encoded.append(sample)
+        shown = image if conversation.image else None
+        picture = self._pictures.number(shown) if shown is not None else None
+        prompt = self._tokens.prompt(conversation, shown, self._pictures.size(picture) if picture is not None else None)
+        options = tuple(self._tokens.answer(option) for option in conversation.options)
+        answer = () if asks else self._tokens.answer(conversation.answer)
+        encoded = Encoded(prompt.ids, answer, options, picture, prompt.tokenwise, prompt.imagewise, conversation.text)
+        length = self.width([encoded]) + (max(map(len, options), default=0) if asks else 0)
+        if length > max_length:
+            raise EntryError(
+                f"a prompt has {length} tokens, more than train.max_length = {max_length} "
+                f"(it begins {conversation.user[:40]!r}; raise the limit or shorten the text)", "prompt too long"
+            )  # fmt: skip
         return encoded
-
-    def _encode_one(self, conversation: Conversation, image: Picture | None) -> Encoded:
-        picture = self._pictures.number(image) if image is not None else None
-        prompt = self._tokens.prompt(conversation, image, self._pictures.size(picture) if picture is not None else None)
-        answer = self._tokens.answer
-        options = tuple(answer(option) for option in conversation.options)
-        ending = answer(conversation.answer)
-        return Encoded(prompt.ids, ending, options, picture, prompt.tokenwise, prompt.imagewise, conversation.text)
 
     def register_pictures(self, images: Iterable[Picture]) -> None:
         """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
         for image in images:
             self._pictures.number(image)
+
+    def check_cache(self) -> None:
+        """Raises ConfigError if vision features are to be kept and the cache's folder cannot be written to."""
+        if self.caches:
+            features.check_cache()
 
     def prepare_features(self) -> int:
         """Compute the vision features of every picture known so far, unless a cache file has them; how many were computed."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fedmllm.data.files import EntryError
 from fedmllm.data.images import Picture, decode, image_key, upright_size
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import features
@@ -101,11 +102,21 @@ class Pictures:
         return get_features(**{k: v.to(self._backbone.device) for k, v in inputs.items() if k in accepted}, return_dict=True)
 
     def _encode(self, pictures: Sequence[int], batch: int = 32) -> Iterator[Tensor]:
+        """One record per picture. It is empty if the processor refuses the picture, which no encoded sample then shows."""
         for start in range(0, len(pictures), batch):
-            inputs = [self._pixel_inputs(decode(self._images[picture])) for picture in pictures[start : start + batch]]
+            inputs = [self._accepted_inputs(picture) for picture in pictures[start : start + batch]]
             for _, group in groupby(inputs, key=lambda picture: {k: v.shape for k, v in picture.items()}):
                 equal = list(group)
-                yield from features.split_output(self._image_features(self._join(equal)), len(equal))
+                if equal[0]:
+                    yield from features.split_output(self._image_features(self._join(equal)), len(equal))
+                else:
+                    yield from (torch.empty(0) for _ in equal)
+
+    def _accepted_inputs(self, picture: int) -> dict[str, Tensor]:
+        try:
+            return self._pixel_inputs(decode(self._images[picture]))
+        except EntryError:
+            return {}
 
     def _pools_into_tensor(self) -> bool:
         inputs = self._pixel_inputs(Image.new("RGB", (64, 64), (200, 120, 40)))

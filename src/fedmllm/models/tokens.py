@@ -7,7 +7,7 @@ when they are needed, and equal questions about pictures of equal size are token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedmllm.data.images import Picture, decode
 from fedmllm.data.prompts import Conversation
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.pictures import PIXELS
+from fedmllm.models.sample_text import SampleText
 
 Size = tuple[int, int]
 
@@ -44,6 +45,7 @@ class Tokens:
     def __init__(self, backbone: Backbone, always_decode: bool) -> None:
         self._backbone = backbone
         self._always_decode = always_decode
+        self._text = SampleText(backbone.processor, str(backbone.processor.chat_template))
         self._prompts: dict[tuple[str, Size | None], Prompt] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
@@ -60,19 +62,29 @@ class Tokens:
         return self._prompts[key]
 
     def _process(self, conversation: Conversation, picture: Image.Image | None) -> Prompt:
-        inputs = self._backbone.process(self._backbone.prompt(conversation), picture)
-        ids = inputs.pop("input_ids")[0]
+        user, cut = self._text.cut(conversation.user)
+        backbone = self._knowing_stand_in if cut else self._backbone
+        inputs = backbone.process(backbone.prompt(replace(conversation, user=user)), picture)
+        ids = inputs.pop("input_ids")[0].tolist()
         for unused in ("attention_mask", "labels"):
             inputs.pop(unused, None)
-        tokenwise = {k: tuple(v[0].tolist()) for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == (1, len(ids))}
+        tokenwise = {k: v[0].tolist() for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == (1, len(ids))}
         imagewise = {k: v for k, v in inputs.items() if k not in tokenwise and k not in PIXELS and isinstance(v, Tensor)}
-        return Prompt(tuple(ids.tolist()), tokenwise, imagewise)
+        positions, restored = zip(*self._text.restore(ids, cut), strict=True)
+        return Prompt(restored, {k: tuple(values[i] for i in positions) for k, values in tokenwise.items()}, imagewise)
+
+    @property
+    def _knowing_stand_in(self) -> Backbone:
+        return replace(self._backbone, processor=self._text.processor)
 
     def answer(self, text: str) -> tuple[int, ...]:
         """The assistant's turn up to and including its end token, as the chat template writes it."""
         if text not in self._answers:
             before, after = self._backbone.answer_frame
-            ids = self._backbone.tokenizer(before + text + after, add_special_tokens=False)["input_ids"]
+            answer, cut = self._text.cut(text)
+            tokenizer = (self._knowing_stand_in if cut else self._backbone).tokenizer
+            ids = tokenizer(before + answer + after, add_special_tokens=False)["input_ids"]
             ends = [i for i, token in enumerate(ids) if token in self._backbone.end_ids]
-            self._answers[text] = tuple(ids[: ends[0] + 1] if ends else [*ids, self._backbone.end_ids[0]])
+            ids = ids[: ends[0] + 1] if ends else [*ids, self._backbone.end_ids[0]]
+            self._answers[text] = tuple(token for _, token in self._text.restore(ids, cut))
         return self._answers[text]

@@ -45,4 +45,4 @@ class ProgressBars:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
             self._bars.update(self._tasks[stage], completed=done, note=note)
         else:
-            self._bars.console.print(f"[dim]{stage}: {note}[/dim]")
+            self._bars.console.print(f"{stage}: {note}", style="dim", markup=False)  # a note may quote labels of the data

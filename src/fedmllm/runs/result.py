@@ -77,7 +77,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "config_digest": config.digest(),
         "manifest_digest": manifest.digest(),
         "adapter_sha256": digest(outcome.adapter) if outcome.adapter is not None else None,
-        "skipped_samples": session.dataset.skipped,
+        "skipped_samples": session.skipped,
         "refused_updates": sum(len(record["refused"]) for record in records),
     }
 

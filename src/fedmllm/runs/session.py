@@ -9,8 +9,11 @@ from functools import cached_property
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
 from fedmllm.data.dataset import Dataset, load_split
+from fedmllm.data.files import EntryError
+from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
+from fedmllm.data.samples import Problem, Split
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
@@ -56,15 +59,18 @@ class Session:
         """Raises ConfigError if the model cannot be loaded or its adapter does not suit the algorithm."""
         began = time.monotonic()
         self.parts, self.config, self.dataset, self.progress = parts, parts.config, dataset, progress
+        for note in dataset.notes:
+            progress("note", 0, 0, note)
         progress("loading the model", 0, 0, self.config.model.name)
         self.model = MLLM.load(self.config.model, self.config.seed)
         self.initial = self.model.adapter.get()
         check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
         self._samples = {sample.id: sample for sample in dataset.train}
+        self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
         progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on")
-        patterns, longest = self.config.eval.patterns, self.config.train.max_length
-        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, longest)
+        patterns, longest, bad = self.config.eval.patterns, self.config.train.max_length, self.config.task.on_bad_sample
+        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, longest, bad)
         self.seconds = time.monotonic() - began
 
     @cached_property
@@ -81,15 +87,39 @@ class Session:
     def transfer(self) -> Transfer:
         """The test sets of `eval.transfer`. Raises ConfigError or DataError if they cannot be read."""
         test_sets = {name: load_split(source, "test")[:2] for name, source in self.parts.transfer.items()}
-        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train.max_length)
+        bad = {name: source.table.on_bad_sample for name, source in self.parts.transfer.items()}
+        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train.max_length, bad)
 
     def encode(self, holdings: Sequence[Holding]) -> list[Encoded]:
-        """Samples as their clients see them; `prepare` encodes new pictures. Raises DataError if a prompt is too long."""
-        samples = [self._samples[holding.sample_id] for holding in holdings]
-        conversations = [
-            render(sample, holding.visible, self.parts.strategy) for sample, holding in zip(samples, holdings, strict=True)
-        ]
-        return self.model.encode(conversations, [sample.image for sample in samples], self.config.train.max_length)
+        """Samples as their client sees them; `prepare` encodes new pictures.
+
+        Raises DataError for a prompt that is too long or a picture that the processor refuses. If bad samples are to be
+        skipped, such samples are left out, and DataError is raised for a client that would keep none.
+        """
+        encoded: list[Encoded] = []
+        problems: dict[str, Problem] = {}
+        for holding in holdings:
+            sample = self._samples[holding.sample_id]
+            talk = render(sample, holding.visible, self.parts.strategy)
+            try:
+                encoded.append(self.model.encode_one(talk, sample.image, self.config.train.max_length))
+            except EntryError as error:
+                problems[sample.id] = problem_of(sample, self.dataset.task, str(error), error.kind)
+        if problems:
+            nothing_left = f"the model can use none of the {len(holdings)} samples of client {holdings[0].client}"
+            refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
+        self._refused |= problems
+        return encoded
+
+    @property
+    def problems(self) -> dict[Split, list[Problem]]:
+        """The samples that were left out because the model cannot take them, as far as samples have been encoded."""
+        return {"train": list(self._refused.values()), "test": self.test_set.problems}
+
+    @property
+    def skipped(self) -> int:
+        """The number of samples that were left out, for any reason."""
+        return self.dataset.skipped + sum(map(len, self.problems.values()))
 
     def prepare(self, clients: ClientData, participants: Collection[int]) -> int:
         """Encode the participants' samples and every picture seen so far; the number of pictures encoded.
@@ -111,7 +141,7 @@ class Session:
         return self.model.prepare_features()
 
     def check_prompts(self) -> None:
-        """Encode every sample of every client and keep none. Raises DataError if a prompt is too long."""
+        """Encode every sample of every client and keep none. Raises DataError as `encode` does."""
         number = len(self.clients)
         for client in self.clients:
             if client % max(1, number // 10) == 0:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from fedmllm.data.files import Entry, EntryError, parse_choices, path_inside, samples_of
 from fedmllm.data.images import Picture, StoredPicture
-from fedmllm.data.samples import LETTERS, Problem, Sample, Split, Task
+from fedmllm.data.samples import LETTERS, Problem, Sample, Split, Task, clean
 from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import ConfigError, DataError, suggest
 
@@ -114,7 +114,12 @@ def _choices(entry: Entry, columns: Columns, classes: tuple[str, ...] | None) ->
     return parse_choices(choices, "the choices") if choices else None
 
 
-def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
+def _name(dataset: str, subset: str | None) -> str:
+    """What the ids of samples begin with: owner and name of a data set of the hub, or the folder's own name, and the subset."""
+    return "/".join(filter(None, (Path(dataset).absolute().name if Path(dataset).is_dir() else dataset, subset)))
+
+
+def _reader(rows: Any, columns: Columns, name: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
     """A function from an entry to its sample. If the answers are class labels, at most 26 class names become the choices."""
     names = tuple(getattr(rows.features[columns.answer], "names", None) or ())
     stored = rows.select_columns([columns.image] if columns.image else [])
@@ -127,7 +132,7 @@ def _reader(rows: Any, columns: Columns, dataset: str, folder: Path, split: Spli
         if not question and not (lettered and choices):
             raise EntryError("there is no question: set task.question to a column, or task.ask to one question for all rows")
         return Sample(
-            id=entry.text("id") if columns.id else f"{Path(dataset).name}/{split}/{entry.index:06d}",
+            id=entry.text("id") if columns.id else f"{name}/{split}/{entry.index:06d}",
             question=question,
             answer=answer,
             image=_picture(entry, folder, stored),
@@ -195,7 +200,7 @@ def hub(
     def load(split: Split) -> Iterator[Sample | Problem]:
         library = _library()
         rows = _undecoded(library, _open(library, dataset, subset, revision, named[split]), columns, dataset)
-        read = _reader(rows, columns, dataset, _image_folder(library, dataset), split, lettered)
+        read = _reader(rows, columns, _name(dataset, subset), _image_folder(library, dataset), split, lettered)
         return samples_of(_entries(rows, columns, dataset, named[split]), read)
 
-    return Task("hub", metric, load, positive, splits=("train", "test") if test_split else ("train",))
+    return Task("hub", metric, load, positive and clean(positive), splits=("train", "test") if test_split else ("train",))

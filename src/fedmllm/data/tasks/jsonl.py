@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmllm.data.files import Entry, EntryError, is_file, json_lines, parse_choices, path_inside, samples_of
-from fedmllm.data.samples import Problem, Sample, Split, Task
+from fedmllm.data.samples import Problem, Sample, Split, Task, clean
 from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import DataError, suggest
 
 KEYS = ("id", "image", "text", "question", "choices", "answer", "label", "source")
+OTHER_NAMES = {
+    "id": ("qid", "question_id", "image_id", "uid", "index", "key"),
+    "answer": ("label", "answers", "output", "target", "response", "class"),
+}
+"""Required keys, and the names that other formats give them."""
 
 
 def _is_text_or_number(value: Any) -> bool:
@@ -25,9 +30,11 @@ def _is_text_or_number(value: Any) -> bool:
 
 def _check_values(line: Mapping[str, Any]) -> None:
     """Raises EntryError for a missing key, an unknown key or a wrong type, except in `choices`."""
-    for key in ("id", "answer"):
+    for key, others in OTHER_NAMES.items():
         if not _is_text_or_number(line.get(key)):
-            raise EntryError(f"the key {key!r} is missing or is neither text nor a whole number")
+            other = next((name for name in others if key not in line and _is_text_or_number(line.get(name))), None)
+            hint = f"; if {other!r} is meant, rename it" if other else ""
+            raise EntryError(f"the key {key!r} is missing or is neither text nor a whole number{hint}")
     if line.get("label") not in (None, "") and not _is_text_or_number(line["label"]):
         raise EntryError("the key 'label' is neither text nor a whole number")
     for key in line:
@@ -52,7 +59,7 @@ def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
         text=line.get("text") or None,
         choices=choices,
         lettered=lettered and choices is not None,
-        label=str(line["answer"] if line.get("label") in (None, "") else line["label"]),
+        label=clean(str(line["label"] if line.get("label") is not None else "")) or str(line["answer"]),
         source=line.get("source") or "",
         where=entry.where,
     )
@@ -77,4 +84,4 @@ def jsonl(
     """Your own data: one JSON object per line with id, image, text, question, choices and answer."""
     check_positive(metric, positive)
     files: dict[Split, Path] = {"train": Path(train), "test": Path(test)}
-    return Task("jsonl", metric, lambda split: read_lines(files[split], lettered), positive)
+    return Task("jsonl", metric, lambda split: read_lines(files[split], lettered), positive and clean(positive))

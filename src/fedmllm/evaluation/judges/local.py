@@ -17,11 +17,13 @@ def local(*, model: str, device: str = "cpu") -> Judge:
     def ask(prompt: str) -> str:
         import torch
 
-        network, tokenizer = load()
+        network, tokenizer, sample_text = load()
+        prompt, cut = sample_text.cut(prompt)
         if tokenizer.chat_template:
             message = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+        prompt_ids = (sample_text.processor if cut else tokenizer)(prompt).input_ids
+        ids = torch.tensor([[token for _, token in sample_text.restore(prompt_ids, cut)]]).to(device)
         # Whether a word needs a space before it depends on the end of the prompt: both first tokens are considered.
         starts = {w: {tokenizer(s + w, add_special_tokens=False).input_ids[0] for s in ("", " ")} for w in ("yes", "no")}
         with torch.no_grad():
@@ -34,11 +36,14 @@ def local(*, model: str, device: str = "cpu") -> Judge:
     return ask
 
 
-def _load_causal(model: str, device: str) -> tuple[Any, Any]:
+def _load_causal(model: str, device: str) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from fedmllm.models.sample_text import SampleText
+
     try:
-        return AutoModelForCausalLM.from_pretrained(model).to(device).eval(), AutoTokenizer.from_pretrained(model)
+        network, tokenizer = AutoModelForCausalLM.from_pretrained(model).to(device).eval(), AutoTokenizer.from_pretrained(model)
+        return network, tokenizer, SampleText(tokenizer, str(tokenizer.chat_template))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"judge.model = {model!r} cannot be loaded as a causal language model ({reason})") from None
