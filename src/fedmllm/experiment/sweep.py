@@ -14,13 +14,14 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import ClientsTable, Experiment, Named, PartitionTable, Setting, Table, TrainTable
+from fedmllm.config import ClientsTable, Experiment, FolderName, Named, PartitionTable, Seed, Setting, Table, TrainTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.processes import Processes
+from fedmllm.experiment.sweep_checks import check_file, check_runs
 from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.storage.archive import INDEX
@@ -29,25 +30,34 @@ from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
 
+def _printable(name: str) -> str:
+    if not name.strip() or not name.isprintable() or len(name) > 100:
+        raise ValueError("must have 1 to 100 printable characters, because it heads a row or a column")
+    return name
+
+
+Label = Annotated[str, AfterValidator(_printable)]
+
+
 class Cell(Table):
     """One value of an axis: settings in the notation of `--set`, and the kind of run if it is not federated."""
 
-    name: str
+    name: Label
     kind: RunKind | None = None
     set: dict[str, Any] = Field(default_factory=dict)
 
 
 class Axis(Table):
-    name: str
+    name: Label
     cells: Annotated[tuple[Cell, ...], Field(strict=False, min_length=1)]
 
 
 class Sweep(Table):
     """A sweep file. `base` is an experiment file, relative to it; `set` applies to every cell."""
 
-    name: str
+    name: FolderName
     base: str
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
     set: dict[str, Any] = Field(default_factory=dict)
     axes: Annotated[tuple[Axis, ...], Field(strict=False)] = ()
 
@@ -105,8 +115,7 @@ def _known_keys(path: tuple[int | str, ...]) -> Mapping[str, Any]:
 
 def _settings(sweep: Sweep, cells: Sequence[Cell]) -> list[Setting]:
     """What the sweep and one cell of each axis set."""
-    items = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
-    return [(key.split("."), value) for key, value in items]
+    return files.flattened([([], table) for table in (sweep.set, *(cell.set for cell in cells))])
 
 
 def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[PlannedRun]]:
@@ -114,6 +123,7 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
     sweep = read(path)
     raw = files.read(path.parent / sweep.base)
     overriding = [files.parse_override(override) for override in overrides]
+    check_file(str(path), sweep.model_dump(), overriding)
     planned = []
     for cells in product(*(axis.cells for axis in sweep.axes)):
         axes = {axis.name: cell.name for axis, cell in zip(sweep.axes, cells, strict=True)}
@@ -124,12 +134,11 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
         kind = kinds.pop()
         for seed in sweep.seeds:
             settings = [*_settings(sweep, cells), (["seed"], seed), *overriding]
-            merged, _ = files.apply_settings(raw, settings, options_of)
-            try:
+            with files.blaming(where, overriding):
+                merged, _ = files.apply_settings(raw, settings, options_of, prefix="")
                 experiment = build(essential(files.validate(merged), kind)).config
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
             planned.append(PlannedRun(axes, seed, kind, experiment))
+    check_runs(str(path), sweep.model_dump(), [(run.axes, run.kind, run.id) for run in planned])
     return sweep, planned
 
 
