@@ -7,14 +7,16 @@ from pathlib import Path
 from fedmllm.config import Experiment
 from fedmllm.errors import RunError
 from fedmllm.kinds import RunKind
+from fedmllm.storage.atomic import check_folder
 from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 
 
 def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:
     """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest incomplete run.
 
-    Raises RunError if `out` holds something else, or a run that was not asked to resume.
+    Raises RunError if `out` holds something else, or a run that was not asked to resume, or cannot be written to.
     """
+    check_folder(out or Path("runs"))
     if out is None:
         stem = f"{config.name}-{kind}-seed{config.seed}"
         interrupted = unfinished(Path("runs"), stem, config.digest()) if resume else None
