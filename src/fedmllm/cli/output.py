@@ -36,7 +36,7 @@ def fill_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (open until the process ends)
 
 
 def show(text: str) -> None:
@@ -47,7 +47,7 @@ def show(text: str) -> None:
         typer.echo(text)
     except OSError as error:
         # The interpreter flushes standard output when it exits, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputLost(error.strerror or str(error), closed=error.errno == errno.EPIPE) from None
 
 
