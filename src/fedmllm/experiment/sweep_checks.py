@@ -28,7 +28,7 @@ def check_file(file: str, sweep: Mapping[str, Any], overrides: Sequence[Setting]
     if repeated:
         raise ConfigError(f"{file}: seeds: {repeated[0]} is given {len(repeated)} times; give each seed once.")
     _check_seed(file, sweep, overrides)
-    keys = [("set", _keys(file, "set", sweep["set"]))]
+    keys = [("", _keys(file, "`set`", sweep["set"]))]
     for axis in axes:
         by_path: dict[Path, str] = {}
         for cell in axis["cells"]:
@@ -63,7 +63,7 @@ def _check_cells(file: str, axis: Mapping[str, Any]) -> None:
 def _check_seed(file: str, sweep: Mapping[str, Any], overrides: Sequence[Setting]) -> None:
     if any(path == ["seed"] for path, _ in overrides):
         raise ConfigError(f"--set seed: {file} names the seeds of all cells in `seeds`; change them there.")
-    places = [("set", sweep["set"])]
+    places = [("`set`", sweep["set"])]
     places += [(f"the cell {c['name']!r} of the axis {a['name']!r}", c["set"]) for a in sweep["axes"] for c in a["cells"]]
     for place, settings in places:
         if ("seed",) in _settings(settings):
@@ -114,7 +114,7 @@ def check_runs(file: str, sweep: Mapping[str, Any], runs: Sequence[tuple[Mapping
         if ids[place] == ids[other] and (own_kind or {place, other} <= federated):
             raise ConfigError(
                 f"{file}: the cells {first!r} and {second!r} of the axis {axis['name']!r} are the same run {ids[place][0]}: "
-                "this kind of run depends on none of the settings in which they differ; change or remove one of them."
+                "their settings have the same values, or do not matter to this kind of run; change or remove one of them."
             )
 
 

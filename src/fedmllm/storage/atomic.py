@@ -17,11 +17,13 @@ def check_folder(folder: Path) -> None:
     """Check, before any work is done, that the folder is one that can be written to, or can be made. Raises RunError."""
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.parts):
         raise RunError(f"{folder}: the name of a file or folder has at most {_LONGEST_NAME} bytes; choose a shorter one.")
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise RunError(f"{folder}: {existing} is a file, so nothing can be written below it; choose another folder.")
+        raise RunError(f"nothing can be written to {folder}, because {existing} is a file; choose another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise RunError(f"{folder}: {existing} cannot be written to by this user; choose another folder.")
+        raise RunError(
+            f"nothing can be written to {folder}, because this user may not write to {existing}; choose another folder."
+        )
 
 
 @contextlib.contextmanager
