@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedmllm import config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
-from fedmllm.experiment.parts import options_of, with_defaults
+from fedmllm.experiment.parts import build, options_of, with_defaults
 from helpers import quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
@@ -130,6 +130,23 @@ def test_numbers_have_bounds_with_a_reason(key: str, largest: int, too_large: li
         message = refusal(raw)
         # A key with a choice of types is followed by the type.
         assert re.match(rf"{re.escape(key)}(\.int|\..*)?: must be at most {largest}, \w+", message), message
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "message"),
+    [
+        ("partition", {"name": "dirichlet", "alpha": 1e308}, "partition: alpha = 1e+308 must be above 0 and at most 1000000"),
+        ("partition", {"name": "dirichlet", "alpha": 0.0}, "partition: alpha = 0.0 must be above 0"),
+        ("task", {"name": "pocket-memes", "n": 10**9}, "task: n = 1000000000 must be at most 1000000"),
+        ("task", {"name": "shapes-qa", "test": 10**9}, "task: test = 1000000000 must be at most 1000000"),
+        ("fleet", {"name": "ray", "timeout": 1e308}, "fleet: timeout: must be greater than 0 and at most 10000000 seconds"),
+        ("fleet", {"name": "flower", "absent": 1e300}, "fleet: wait, timeout and absent: must be greater than 0 and at most"),
+    ],
+)
+def test_options_of_parts_have_bounds_too(table: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(config.validate({**MINIMAL, table: settings}))
+    assert str(refused.value).startswith(message)
 
 
 def test_validated_settings_cannot_be_changed() -> None:

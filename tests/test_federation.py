@@ -331,15 +331,15 @@ def test_clients_side_by_side_are_as_many_federations_of_one() -> None:
     assert [info.sampled for info, _ in fleet.seen] == [(2, 5, 7)] * 4
     for client, start in starts.items():
         alone = federate(fedavg(), FakeFleet(fedavg()), replace(PLAN, clients=(client,), per_round=1), start)
-        for made, (record, state) in zip(together, alone, strict=True):
-            mine, reached = made[client]
-            assert replace(mine, seconds=0) == replace(record, seconds=0)
-            assert same(reached, state)
+        for by_client, (record, state) in zip(together, alone, strict=True):
+            own_record, own_state = by_client[client]
+            assert replace(own_record, seconds=0) == replace(record, seconds=0)
+            assert same(own_state, state)
 
 
 def test_a_client_alone_that_brings_nothing_usable_ends_it() -> None:
     fleet = FakeFleet(fedavg(), lambda number, updates: [u for u in updates if number < 2 or u.client != 5])
     rounds = each_alone(fedavg(), fleet, PLAN, {2: ADAPTER, 5: ADAPTER})
-    assert [made.keys() for made in islice(rounds, 2)] == [{2, 5}] * 2
+    assert [by_client.keys() for by_client in islice(rounds, 2)] == [{2, 5}] * 2
     with pytest.raises(TooFewUpdates, match=r"round 2: .*\(no client answered\)"):
         next(rounds)
