@@ -309,6 +309,23 @@ def test_a_bad_sample_is_named(write_experiment: Write, dataset: Path, line: str
     assert run(*arguments, "--set", "task.on_bad_sample=skip")["skipped_samples"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "remedy"),
+    [
+        ("fedavg", "server_lr=1e39", "lower algorithm.server_lr = 1e+39 or train.lr = 0.005, and start"),
+        ("fedadam", "tau=1e-300", "or raise algorithm.tau = 1e-300, and start"),
+    ],
+)
+def test_a_servers_step_that_overflows_is_no_result(write_experiment: Write, name: str, option: str, remedy: str) -> None:
+    settings = ["--set", f"algorithm.name={name}", "--set", f"algorithm.{option}"]
+    done = call("run", write_experiment(rounds=1), "--out", "a", *settings)
+    assert done.exit_code == 2
+    assert "error: round 0: the server's step overflowed (NaN or infinity in 'adapter/" in done.stderr
+    assert remedy in done.stderr
+    assert not RunDir(Path("a")).complete
+    assert not RunDir(Path("a")).adapter.exists()
+
+
 def test_a_full_directory_is_left_alone(write_experiment: Write) -> None:
     Path("full").mkdir()
     Path("full/precious").write_text("keep")
