@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ def test_a_run_whose_output_is_lost_names_its_result(monkeypatch: pytest.MonkeyP
     assert lost.value.done == "the run is complete, and its result is in runs/a/result.json"
     with pytest.raises(OutputLost):
         print_table("a table")
+
+
+def test_a_check_goes_on_without_output(write_experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> None:
+        raise OutputLost("it is closed", closed=True)
+
+    for function in ("show", "print_json"):
+        monkeypatch.setattr(f"fedmllm.cli.experiments.{function}", lost)
+    file = write_experiment()
+    for options in ([], ["--json"]):
+        refused = call("check", file, "--set", "partition.clients=31", *options)
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith("error: partition.clients = 31")
+        accepted = call("check", file, *options)
+        assert accepted.exit_code == 0
+        assert accepted.stderr.endswith("note: standard output cannot be written (it is closed)\n")
 
 
 def test_closed_streams_are_replaced_before_a_file_takes_their_number() -> None:

@@ -52,7 +52,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             say(f"error: {error}")
             raise typer.Exit(2) from None
         except OutputLost as error:
-            say(f"note: standard output cannot be written ({error}), but {error.done}")
+            say(f"note: standard output cannot be written ({error})" + (f", but {error.done}" if error.done else ""))
             raise typer.Exit(0 if error.closed else 1) from None
         except KeyboardInterrupt:
             say("interrupted: the same command with --resume continues after the last finished round")

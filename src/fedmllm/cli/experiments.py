@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
-from fedmllm.cli.output import Json, print_json, print_result, print_table, say, show, standing
+from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_table, say, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
 
@@ -57,12 +58,14 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     splits = summarise([(part.split, part.loaded) for part in loaded_splits])
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
-        show("\n".join(summary_lines(splits)))
+        with suppress(OutputLost):  # the exit status still says whether the experiment is valid
+            show("\n".join(summary_lines(splits)))
     try:
         dataset = parts.prepare(loaded_splits)
     except UserError:
-        if as_json:  # the summary shows what is wrong with data that cannot be used
-            print_json(summary | {"splits": splits})
+        with suppress(OutputLost):
+            if as_json:  # the summary shows what is wrong with data that cannot be used
+                print_json(summary | {"splits": splits})
         raise
     with ProgressBars() as progress:
         session = Session(parts, dataset, progress)

@@ -20,12 +20,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 class OutputLost(Exception):  # noqa: N818 (named after the event)
-    """Standard output cannot be written. `done` is what the command has done all the same; `closed` if its reader wants no
-    more, as `head` does, which is no failure."""
+    """Standard output cannot be written. `done` is what the command has done all the same, if anything; `closed` if its reader
+    wants no more, as `head` does, which is no failure."""
 
     def __init__(self, reason: str, closed: bool) -> None:
         super().__init__(reason)
-        self.closed, self.done = closed, "the command itself is complete"
+        self.closed, self.done = closed, ""
 
 
 def fill_closed_streams() -> None:

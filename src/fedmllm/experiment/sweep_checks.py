@@ -15,6 +15,9 @@ from fedmllm.config import Setting, flattened
 from fedmllm.errors import ConfigError
 
 Path = tuple[str, ...]
+"""A key by its parts."""
+Place = tuple[tuple[str, str], ...]
+"""(axis, cell) for every axis."""
 
 
 def check_file(file: str, sweep: Mapping[str, Any], overrides: Sequence[Setting]) -> None:
@@ -24,9 +27,9 @@ def check_file(file: str, sweep: Mapping[str, Any], overrides: Sequence[Setting]
     for number, axis in enumerate(axes):
         _check_names(file, f"axes.{number}.cells", [cell["name"] for cell in axis["cells"]])
         _check_cells(file, axis)
-    repeated = [seed for seed in sweep["seeds"] if sweep["seeds"].count(seed) > 1]
-    if repeated:
-        raise ConfigError(f"{file}: seeds: {repeated[0]} is given {len(repeated)} times; give each seed once.")
+    for seed in sweep["seeds"]:
+        if (times := sweep["seeds"].count(seed)) > 1:
+            raise ConfigError(f"{file}: seeds: {seed} is given {times} times; give each seed once.")
     _check_seed(file, sweep, overrides)
     keys = [("", _keys(file, "`set`", sweep["set"]))]
     for axis in axes:
@@ -85,8 +88,8 @@ def _keys(file: str, place: str, table: Mapping[str, Any]) -> dict[Path, str]:
 
 def _common(first: Path, second: Path) -> str:
     """The key that both paths set, which is the longer one if the other is a table around it; else empty."""
-    length = min(len(first), len(second))
-    return ".".join(max(first, second, key=len)) if first[:length] == second[:length] else ""
+    shorter, longer = sorted((first, second), key=len)
+    return ".".join(longer) if longer[: len(shorter)] == shorter else ""
 
 
 def _check_keys(file: str, keys: Sequence[tuple[str, Mapping[Path, str]]]) -> None:
@@ -103,10 +106,10 @@ def check_runs(file: str, sweep: Mapping[str, Any], runs: Sequence[tuple[Mapping
     Cells may share a run if it does not depend on their axis, such as zero-shot under two algorithms. Two cells that are
     federated, or whose own axis says their kind, may not.
     """
-    ids: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    federated = {tuple(place.items()) for place, kind, _ in runs if kind == "federated"}
-    for place, _, run_id in runs:
-        ids.setdefault(tuple(place.items()), []).append(run_id)
+    ids: dict[Place, list[str]] = {}
+    for axes, _, run_id in runs:
+        ids.setdefault(tuple(axes.items()), []).append(run_id)
+    federated = {tuple(axes.items()) for axes, kind, _ in runs if kind == "federated"}
     for axis, place, other in _neighbours(sweep, list(ids)):
         kinds = {cell["name"]: cell["kind"] for cell in axis["cells"]}
         first, second = dict(place)[axis["name"]], dict(other)[axis["name"]]
@@ -118,12 +121,10 @@ def check_runs(file: str, sweep: Mapping[str, Any], runs: Sequence[tuple[Mapping
             )
 
 
-def _neighbours(
-    sweep: Mapping[str, Any], places: Sequence[tuple[tuple[str, str], ...]]
-) -> Iterator[tuple[Mapping[str, Any], tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]]:
+def _neighbours(sweep: Mapping[str, Any], places: Sequence[Place]) -> Iterator[tuple[Mapping[str, Any], Place, Place]]:
     """(an axis, two places that differ on that axis only)."""
     for number, axis in enumerate(sweep["axes"]):
-        lines: dict[tuple[tuple[str, str], ...], list[tuple[tuple[str, str], ...]]] = {}
+        lines: dict[Place, list[Place]] = {}
         for place in places:
             lines.setdefault(place[:number] + place[number + 1 :], []).append(place)
         for line in lines.values():

@@ -16,8 +16,8 @@ def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume
 
     Raises RunError if `out` holds something else, or a run that was not asked to resume, or cannot be written to.
     """
-    check_folder(out or Path("runs"))
     if out is None:
+        check_folder(Path("runs"))
         stem = f"{config.name}-{kind}-seed{config.seed}"
         interrupted = unfinished(Path("runs"), stem, config.digest()) if resume else None
         return interrupted or new_run(Path("runs"), stem)
@@ -27,6 +27,7 @@ def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume
         if result["config_digest"] != config.digest() or result["kind"] != kind:
             raise RunError(f"{out} holds another experiment's run; give another --out.")
         return run
+    check_folder(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; give another --out, or --resume to continue the run in it.")
     return run
