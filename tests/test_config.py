@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import re
 import tomllib
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm import config
-from fedmllm.algorithms import algorithms
 from fedmllm.config import Experiment
-from fedmllm.data.scenarios import scenarios
 from fedmllm.errors import ConfigError
-from fedmllm.experiment.parts import options_of, with_defaults
+from fedmllm.experiment.parts import build, options_of, with_defaults
 from helpers import quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
@@ -72,11 +70,83 @@ def test_defaults_are_the_documented_ones() -> None:
         ({**MINIMAL, "train": {"min_updates": 3}},
          "train.min_updates = 3 is more than train.clients_per_round = 2; lower the first or raise the second."),
         ({"task": {"name": "easy-vqa", "companion": {"train_samples": 5}}}, "task.companion.name: this key is required."),
+        ({**MINIMAL, "train": 3}, "train: must be a table, got 3."),
+        ({**MINIMAL, "name": 5},
+         "name: must be text, which is written in quotes (with --set in two kinds: key='\"text\"'), got 5."),
+        ({**MINIMAL, "eval": {"patterns": "both"}}, 'eval.patterns: must be a list, written as ["both"], got \'both\'.'),
+        ({**MINIMAL, "eval": {"patterns": "[both, text]"}},
+         'eval.patterns: must be a list, written as ["both", "text"], got \'[both, text]\'.'),
+        ({**MINIMAL, "clients": {"rank": 8}}, "clients.rank: must be a list, got 8."),
+        ({**MINIMAL, "eval": {"patterns": ["both", "text", "both"]}},
+         "eval.patterns: must name each pattern once, got ['both', 'text', 'both']."),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_sentence(raw: dict[str, Any], message: str) -> None:
     assert refusal(raw) == message
     assert refusal(raw, "exp.toml") == f"exp.toml: {message}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a/b", "a\\b", "..", ".hidden", "a\nb", "a\x1b[0m", " a", "a ", "x" * 300, "é" * 101, "字" * 67, "\ud800"],
+)
+def test_a_name_must_be_usable_as_a_folders_name(name: str) -> None:
+    assert refusal({**MINIMAL, "name": name}).startswith("name: must ")
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "é" * 100, "α = 0.5", "a.b-c_d", "nan"])
+def test_other_names_are_accepted(name: str) -> None:
+    assert config.validate({**MINIMAL, "name": name}).name == name
+
+
+@pytest.mark.parametrize(
+    ("key", "largest", "too_large"),
+    [
+        ("train.lr", 100, [100.5, 1e308]),
+        ("train.epochs", 1000, [1001, 10**9]),
+        ("train.rounds", 10**6, [10**6 + 1, 10**9]),
+        ("train.weight_decay", 100, [101, 1e300]),
+        ("train.clip", 10**6, [1e7, 1e308]),
+        ("train.batch_size", 65_536, [65_537, 10**12]),
+        ("train.accumulate", 65_536, [10**9]),
+        ("train.cohort", 65_536, [10**9]),
+        ("train.max_length", 10**6, [10**9]),
+        ("eval.every", 10**6, [10**9]),
+        ("eval.batch_size", 65_536, [10**9]),
+        ("eval.bootstrap", 100_000, [10**9]),
+        ("eval.max_new_tokens", 32_768, [10**9]),
+        ("partition.clients", 10**6, [2 * 10**9]),
+        ("model.lora.rank", 8192, [10**9]),
+        ("model.lora.alpha", 65_536, [1e308]),
+        ("model.adapter.virtual_tokens", 4096, [10**9]),
+        ("seed", 2**63 - 1, [2**63, 10**400]),
+    ],
+)
+def test_numbers_have_bounds_with_a_reason(key: str, largest: int, too_large: list[float]) -> None:
+    accepted, _ = config.apply_settings(MINIMAL, [(key.split("."), largest)], options_of)
+    assert config.validate(accepted)
+    for number in too_large:
+        raw, _ = config.apply_settings(MINIMAL, [(key.split("."), number)], options_of)
+        message = refusal(raw)
+        # A key with a choice of types is followed by the type.
+        assert re.match(rf"{re.escape(key)}(\.int|\..*)?: must be at most {largest}, \w+", message), message
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "message"),
+    [
+        ("partition", {"name": "dirichlet", "alpha": 1e308}, "partition: alpha = 1e+308 must be above 0 and at most 1000000"),
+        ("partition", {"name": "dirichlet", "alpha": 0.0}, "partition: alpha = 0.0 must be above 0"),
+        ("task", {"name": "pocket-memes", "n": 10**9}, "task: n = 1000000000 must be at most 1000000"),
+        ("task", {"name": "shapes-qa", "test": 10**9}, "task: test = 1000000000 must be at most 1000000"),
+        ("fleet", {"name": "ray", "timeout": 1e308}, "fleet: timeout: must be greater than 0 and at most 10000000 seconds"),
+        ("fleet", {"name": "flower", "absent": 1e300}, "fleet: wait, timeout and absent: must be greater than 0 and at most"),
+    ],
+)
+def test_options_of_parts_have_bounds_too(table: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(config.validate({**MINIMAL, table: settings}))
+    assert str(refused.value).startswith(message)
 
 
 def test_validated_settings_cannot_be_changed() -> None:
@@ -128,111 +198,32 @@ def test_the_digest_depends_only_on_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("train.rounds=5", (["train", "rounds"], 5)),
-        ("train.lr = 1e-3", (["train", "lr"], 1e-3)),
-        ("name=my-run", (["name"], "my-run")),
-        ("name='5'", (["name"], "5")),
-        ("model.cache_features=false", (["model", "cache_features"], False)),
-        ('eval.patterns=["both", "image"]', (["eval", "patterns"], ["both", "image"])),
-        ("task.train=a=b.jsonl", (["task", "train"], "a=b.jsonl")),
-    ],
-)
-def test_overrides_are_read_as_toml_or_as_text(text: str, expected: tuple[list[str], Any]) -> None:
-    assert config.parse_override(text) == expected
-
-
-@pytest.mark.parametrize("text", ["rounds", "=5", "train..rounds=5", "", ".=1"])
-def test_an_override_must_have_a_key_and_a_value(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"write it as key=value"):
-        config.parse_override(text)
-
-
-def test_overrides_create_tables_and_leave_the_file_unchanged() -> None:
-    raw = deepcopy(HYBRID)
-    changed, notes = config.apply_overrides(raw, ["model.lora.rank=4", "seed=7", "scenario.presence=0.1"], options_of)
-    assert raw == HYBRID
-    assert not notes
-    experiment = config.validate(changed)
-    assert (experiment.model.lora.rank, experiment.seed, experiment.scenario.options) == (4, 7, {"presence": 0.1})
-
-
-def test_another_scenario_drops_the_options_that_it_does_not_know() -> None:
-    changed, notes = config.apply_overrides(HYBRID, ["scenario.name=cross"], options_of)
-    assert changed["scenario"] == {"name": "cross"}
-    assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
-
-
-def test_another_scenario_drops_the_options_of_earlier_versions_too() -> None:
-    raw = {**MINIMAL, "scenario": {"name": "missing", "never_empty": True}}
-    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
-    assert changed["scenario"] == {"name": "cross"}
-    assert notes == ["scenario.never_empty = True is an option of 'missing' and was dropped"]
-
-
-def test_an_option_of_an_earlier_version_means_the_same_experiment() -> None:
-    former, current = (
-        with_defaults(config.validate({**MINIMAL, "scenario": {"name": "missing", **options}}))
-        for options in ({"never_empty": True}, {"empty": "redraw"})
-    )
-    assert former == current
-    assert former.digest() == current.digest()
-    assert former.scenario.options == {"rate": 0.3, "empty": "redraw"}
-
-
-def test_another_algorithm_keeps_the_options_that_both_know() -> None:
-    raw = {**MINIMAL, "algorithm": {"name": "fedprox", "mu": 0.5, "server_lr": 0.5}}
-    changed, notes = config.apply_overrides(raw, ["algorithm.name=fedavg"], options_of)
-    assert changed["algorithm"] == {"name": "fedavg", "server_lr": 0.5}
-    assert len(notes) == 1
-    assert algorithms.build("fedavg", config.validate(changed).algorithm.options)
-
-
-def test_a_misspelt_option_is_kept_and_refused() -> None:
-    raw = {**MINIMAL, "scenario": {"name": "hybrid", "presense": 0.6}}
-    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
-    assert not notes
-    with pytest.raises(ConfigError, match=r"scenario\.presense: unknown key for scenario 'cross'"):
-        scenarios.build("cross", config.validate(changed).scenario.options)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int) -> None:
-    overrides = ["scenario.name=cross", "scenario.image_clients=3", "scenario.presence=0.1"][::order]
-    changed, notes = config.apply_overrides(HYBRID, overrides, options_of)
-    # The option from the file is dropped; the one on the command line is a mistake and is kept, so that it is refused.
-    assert changed["scenario"] == {"name": "cross", "image_clients": 3, "presence": 0.1}
-    assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("scenario.name=crss", "--set scenario.name=crss: scenario.name: there is no scenario 'crss'; did you mean 'cross'?"),
-        ("seed.deep=1", "--set seed.deep: seed is a value, not a table."),
-    ],
-)
-def test_an_invalid_override_is_one_sentence(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        config.apply_overrides({**HYBRID, "seed": 0}, [override], options_of)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "there is no such experiment file"),
         (b"name = ", "not valid TOML"),
-        (b"\xff\xfe\x00", "cannot be read as a text file"),
+        (b"\xff\xfe\x00", "cannot be read as a text file .* save it as UTF-8"),
+        (rb'data = "C:\Users\me"', r"not valid TOML: .*; write paths with / or in 'single quotes'"),
+        (rb'data = "C:\xyz"', r"not valid TOML: .*; write paths with / or in 'single quotes'"),
+        (rb'[task]' b"\n" rb'train = "data\new\train.jsonl"',
+         r"task\.train: 'data\\new\\train\.jsonl' contains the control character '\\n'; write paths with / or in 'single"),
+        (rb'task.companion.train = "my data\test.jsonl"', r"task\.companion\.train: .* control character '\\t'"),
+        (rb'eval.transfer = [{ name = "a\u001b[2J" }]', r"eval\.transfer\.0\.name: .* control character '\\x1b'"),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "exp.toml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"exp\.toml: {message}"):
         config.read(path)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_have_questions_of_two_lines(tmp_path: Path) -> None:
+    path = tmp_path / "exp.toml"
+    path.write_bytes(b'\xef\xbb\xbfname = "marked"\n[task]\nname = "hub"\nask = "Look.\\nIs it red?"\ntrain = \'data\\new\'\n')
+    task = {"name": "hub", "ask": "Look.\nIs it red?", "train": "data\\new"}
+    assert config.read(path) == {"name": "marked", "task": task}
 
 
 def test_a_folder_or_a_path_through_a_file_cannot_be_read(tmp_path: Path) -> None:

@@ -112,3 +112,5 @@ def test_a_replicate_belongs_to_one_place_and_is_shared_by_its_methods(write_exp
     refused = call("sweep", file, "--dry-run")
     assert refused.exit_code == 2
     assert "replicates have seeds of their own; give either seeds or replicates" in refused.stderr
+    file.write_text(GRID.replace("replicates = 3", 'replicates = 3\nset = { "task.draw" = 1 }'))
+    assert "sets task.draw, which every replicate has of its own" in call("sweep", file, "--dry-run").stderr

@@ -223,9 +223,9 @@ def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
     result = run("run", file, "--out", "a")
     assert result["metrics"]["both"]["n"] == 15
     other = ("--set", "task.name=shapes-qa", "--set", "task.train=5", "--set", "task.test=7", "--patterns", "text")
-    found = run("eval", "a", *other)
-    assert (found["task"], found["metrics"]["text"]["n"]) == ("shapes-qa", 7)
-    assert run("eval", "a", *other) == found
+    evaluated = run("eval", "a", *other)
+    assert (evaluated["task"], evaluated["metrics"]["text"]["n"]) == ("shapes-qa", 7)
+    assert run("eval", "a", *other) == evaluated
     assert "task.companion belonged to the run's own task" in call("eval", "a", *other).stderr
     for wrong, sentence in [
         ("train.lr=1", "the run is trained; only [task], [eval] and [prompt] can be set"),
@@ -247,21 +247,21 @@ def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:
 
 
 def test_check_trains_nothing(write_experiment: Write) -> None:
-    found = run("check", write_experiment())
-    assert (found["train_samples"], found["test_samples"], found["skipped_samples"]) == (30, 12, 0)
-    assert found["adapter_bytes"] == 4 * found["adapter_parameters"]
+    summary = run("check", write_experiment())
+    assert (summary["train_samples"], summary["test_samples"], summary["skipped_samples"]) == (30, 12, 0)
+    assert summary["adapter_bytes"] == 4 * summary["adapter_parameters"]
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("kind", list(PartKinds))
 def test_list(kind: str) -> None:
-    found = json.loads(call("list", kind, "--json").stdout)
-    assert found
-    assert all(part["name"] and part["description"].endswith((".", ")")) for part in found)
+    listed = json.loads(call("list", kind, "--json").stdout)
+    assert listed
+    assert all(part["name"] and part["description"].endswith((".", ")")) for part in listed)
     shown = " ".join(call("list", kind).stdout.split())
-    assert found[0]["name"] in shown
+    assert listed[0]["name"] in shown
     # Extras such as [openmoji] in a description are not markup.
-    assert all("[" not in part["description"] or part["description"][:60] in shown for part in found)
+    assert all("[" not in part["description"] or part["description"][:60] in shown for part in listed)
 
 
 BAD = [
@@ -307,6 +307,24 @@ def test_a_bad_sample_is_named(write_experiment: Write, dataset: Path, line: str
     assert sentence in done.stderr
     assert "bad.jsonl, line 31" in done.stderr
     assert run(*arguments, "--set", "task.on_bad_sample=skip")["skipped_samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "remedy"),
+    [
+        ("fedavg", "server_lr=1e39", "lower algorithm.server_lr = 1e+39 or train.lr = 0.005, and start"),
+        # After one local step LoRA's A is unchanged, because B was 0: the step divides 0 by 0.
+        ("fedadam", "tau=1e-300", "or raise algorithm.tau = 1e-300, and start"),
+    ],
+)
+def test_a_servers_step_that_overflows_is_no_result(write_experiment: Write, name: str, option: str, remedy: str) -> None:
+    settings = ["--set", f"algorithm.name={name}", "--set", f"algorithm.{option}", "--set", "train.batch_size=64"]
+    done = call("run", write_experiment(rounds=1), "--out", "a", *settings)
+    assert done.exit_code == 2
+    assert "error: round 0: the server's step overflowed (NaN or infinity in 'adapter/" in done.stderr
+    assert remedy in done.stderr
+    assert not RunDir(Path("a")).complete
+    assert not RunDir(Path("a")).adapter.exists()
 
 
 def test_a_full_directory_is_left_alone(write_experiment: Write) -> None:

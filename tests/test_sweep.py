@@ -93,12 +93,12 @@ def test_a_dry_run_prints_the_cells_and_makes_nothing(write_sweep: Write) -> Non
 
 def test_ids_follow_the_meaning_not_the_file(write_sweep: Write) -> None:
     before = ids(run("sweep", write_sweep(), "--dry-run")["cells"])
-    said_otherwise = (
+    reworded = (
         GRID.replace("FedYogi", "yogi")
         .replace('"scenario.rate" = 0.3', '"scenario.rate" = 0.30')
         .replace('"algorithm.name" = "fedyogi"', '"algorithm.name" = "fedyogi", "algorithm.tau" = 0.001')
     )
-    assert ids(run("sweep", write_sweep(said_otherwise), "--dry-run")["cells"]) == before
+    assert ids(run("sweep", write_sweep(reworded), "--dry-run")["cells"]) == before
     other = ids(run("sweep", write_sweep(), "--dry-run", "--set", "train.lr=0.5")["cells"])
     assert other[0] == before[0], "zero-shot has no learning rate"
     assert not {other[1], other[3]} & set(before)
@@ -173,9 +173,9 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
     while not list(Path("runs/grid").glob("federated-*/checkpoint/server.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)  # to the parent alone
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     states = {row["state"] for row in run("sweep", file, "--dry-run")["cells"]}
     assert "cut short" in states
     for folder in Path("runs/grid").glob("federated-*/"):

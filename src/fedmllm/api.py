@@ -47,15 +47,6 @@ def experiment_file(file: str | Path) -> Path:
     return Path(__file__).parent / "quickstart.toml" if str(file) == QUICKSTART and not path.exists() else path
 
 
-def _settings(overrides: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
-    for key, value in overrides.items():
-        path = (*prefix, *key.split("."))
-        if isinstance(value, Mapping):
-            yield from _settings(value, path)
-        else:
-            yield list(path), value
-
-
 def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     """Read an experiment file, with all defaults filled in.
 
@@ -63,7 +54,7 @@ def load(file: str | Path = QUICKSTART, **overrides: Any) -> Experiment:
     keys: `load(file, seed=1, train={"rounds": 5})` and `load(file, **{"train.rounds": 5})` work alike. An option that an
     override made meaningless is dropped, as with `--set`. Raises ConfigError for the first thing that is wrong.
     """
-    return read_experiment(file, list(_settings(overrides)))[0]
+    return read_experiment(file, [(key.split("."), value) for key, value in overrides.items()])[0]
 
 
 def read_experiment(file: str | Path, settings: Sequence[Setting]) -> tuple[Experiment, list[str]]:
@@ -72,7 +63,8 @@ def read_experiment(file: str | Path, settings: Sequence[Setting]) -> tuple[Expe
     from fedmllm.experiment.parts import options_of, with_defaults
 
     raw, notes = config.apply_settings(config.read(experiment_file(file)), settings, options_of)
-    return with_defaults(config.validate(raw, str(file))), notes
+    with config.blaming(str(file), settings):
+        return with_defaults(config.validate(raw)), notes
 
 
 def run(

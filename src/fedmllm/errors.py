@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -20,6 +21,15 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory, a sweep or an archive cannot be used as requested."""
+
+
+def printable(message: str) -> str:
+    """The message with line feeds, other control characters and marks of text direction escaped: one line, and nothing in it,
+    such as a file name from elsewhere, can steer a terminal."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], message)
+
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:

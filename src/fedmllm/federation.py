@@ -15,8 +15,9 @@ from typing import Protocol
 
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
 from fedmllm.config import TrainTable
+from fedmllm.errors import RunError
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, bytes_by_group, problem_with
+from fedmllm.tensors import State, Tensors, bytes_by_group, not_finite, problem_with
 
 
 class Fleet(Protocol):
@@ -46,7 +47,8 @@ class FederationPlan:
     """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement.
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
-    multiplied by `first_round_factor`.
+    multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
+    message of a step that overflows.
     """
 
     clients: Sequence[int]
@@ -59,6 +61,7 @@ class FederationPlan:
     adapter: AdapterInfo = field(default_factory=AdapterInfo)
     ranks: Mapping[int, int] = field(default_factory=dict)
     first_round_factor: float = 1.0
+    remedy: str = ""
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -168,7 +171,8 @@ def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def _aggregate(
     updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, info: RoundInfo
 ) -> tuple[State, list[Update], list[dict[str, str | int]]]:
-    """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates."""
+    """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates, or
+    RunError if the server's step overflows."""
     valid, refused = screen(updates, algorithm, state, info)
     # Before the round is recorded: a client must not remember a control variate whose update was not used, nor a NaN.
     fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in valid}))
@@ -177,7 +181,14 @@ def _aggregate(
         raise TooFewUpdates(
             f"round {info.round}: {len(valid)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
         )
-    return algorithm.aggregate(state, valid, info), valid, refused
+    after = algorithm.aggregate(state, valid, info)
+    if name := not_finite(after):
+        kept = f"the state after round {info.round - 1} is kept" if info.round else "nothing was trained before"
+        raise RunError(
+            f"round {info.round}: the server's step overflowed (NaN or infinity in {name!r}, from finite updates); "
+            f"{plan.remedy or f'lower train.lr = {plan.lr}'}, and start a new run ({kept})."
+        )
+    return after, valid, refused
 
 
 def _record(
@@ -214,7 +225,7 @@ def federate(
 
     A caller that asks for round t + 1 has saved the state after round t − 1: the state after round t may still be being
     written while clients train. `resume` is (rounds already done, the server's state after them). Raises TooFewUpdates if a
-    round has too few valid updates.
+    round has too few valid updates, RunError if a round's aggregate is not finite.
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
     for round in range(done, plan.rounds):  # noqa: A001 (the standard term)
@@ -235,7 +246,7 @@ def each_alone(
     pass.
 
     After each round, yield for each client what `federate` yields; the round's seconds are divided equally. Raises
-    TooFewUpdates if a client's update is not valid.
+    TooFewUpdates if a client's update is not valid, RunError if an aggregate is not finite.
     """
     states = {client: algorithm.init(adapter) for client, adapter in adapters.items()}
     plans = {client: replace(plan, clients=(client,), per_round=1, min_updates=1) for client in adapters}

@@ -201,5 +201,17 @@ def explain(
         return f"{path}: unknown key{f' for {owner}' if owner else ''}; {hint}{more}"
     if first["type"] == "missing":
         return f"{path}: this key is required{f' by {owner}' if owner else ''}.{more}"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = _WITHOUT_JARGON.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
+    if message == _LIST and isinstance(first["input"], str):
+        texts = [text.strip(" \"'") for text in first["input"].strip("[]").split(",")]
+        message += f", written as {json.dumps(texts, ensure_ascii=False)}"
     return f"{path}: {message.removeprefix('value error, ')}, got {first['input']!r}.{more}"
+
+
+_LIST = "must be a list"
+_WITHOUT_JARGON = {
+    **dict.fromkeys(("tuple_type", "list_type"), _LIST),
+    **dict.fromkeys(("dict_type", "model_type", "mapping_type"), "must be a table"),
+    "string_type": "must be text, which is written in quotes (with --set in two kinds: key='\"text\"')",
+}
+"""Messages for errors that pydantic words in terms of Python."""

@@ -105,6 +105,11 @@ def problem_with(candidate: Tensors, reference: Tensors) -> str | None:
     return None
 
 
+def not_finite(state: State) -> str | None:
+    """The first tensor that holds NaN or infinity, as "group/name"; None if there is none."""
+    return next((name for name, tensor in flatten(state).items() if not bool(torch.isfinite(tensor).all())), None)
+
+
 def flatten(state: State) -> Tensors:
     """{"group/name": tensor}. Empty groups are lost. Raises ValueError for a group name with a slash."""
     for group in state:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
+import click
 import typer
 
 from fedmllm import __version__
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=not hasattr(click, "NoSuchCommand"),  # click suggests the closest command itself since it has this error
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {

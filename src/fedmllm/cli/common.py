@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from fedmllm.api import read_experiment
+from fedmllm.cli.output import OutputLost, fill_closed_streams, say
 from fedmllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run_guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        fill_closed_streams()
         try:
             plugins = kwargs.pop("plugin", None)
             assert isinstance(plugins, list | None)
@@ -47,17 +49,20 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                     load_plugin(path)
             command(*args, **kwargs)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}")
             raise typer.Exit(2) from None
+        except OutputLost as error:
+            say(f"note: standard output cannot be written ({error})" + (f", but {error.done}" if error.done else ""))
+            raise typer.Exit(0 if error.closed else 1) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted: the same command with --resume continues after the last finished round", err=True)
+            say("interrupted: the same command with --resume continues after the last finished round")
             raise typer.Exit(130) from None
         except typer.Exit:
             raise
         except Exception as error:  # the boundary: any other error is a failed run, reported in one line
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})", err=True)
+            say(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})")
             if os.environ.get("FEDMLLM_DEBUG"):
                 traceback.print_exc()
             raise typer.Exit(1) from None
@@ -77,7 +82,7 @@ def load_experiment(file: Path, overrides: list[str] | None) -> Experiment:
 
     experiment, notes = read_experiment(file, [parse_override(override) for override in overrides or []])
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
     return experiment
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
-from fedmllm.cli.output import Json, print_json, print_result, print_table
+from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_table, say, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
+
+if TYPE_CHECKING:
+    from fedmllm.config import Setting
 
 
 def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
@@ -62,12 +66,14 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     splits = summarise([(part.split, part.loaded) for part in loaded_splits])
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
-        typer.echo("\n".join(summary_lines(splits)))
+        with suppress(OutputLost):  # the exit status still says whether the experiment is valid
+            show("\n".join(summary_lines(splits)))
     try:
         dataset = parts.prepare(loaded_splits)
     except UserError:
-        if as_json:  # the summary shows what is wrong with data that cannot be used
-            print_json(summary | {"splits": splits})
+        with suppress(OutputLost):
+            if as_json:  # the summary shows what is wrong with data that cannot be used
+                print_json(summary | {"splits": splits})
         raise
     with ProgressBars() as progress:
         session = Session(parts, dataset, progress)
@@ -97,13 +103,13 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         print_json(summary)
         return
     for split, kinds in left_out.items():
-        typer.echo(f"{split}: bad samples that the model cannot take {count_line(kinds)}")
+        show(f"{split}: bad samples that the model cannot take {count_line(kinds)}")
     sizes = dataset.manifest.sizes()
     received, sent = (f"{sum(groups.values()) / 1e6:.2f} MB" for groups in (down, up))
-    typer.echo(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
-    typer.echo(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
-    typer.echo(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
-    typer.echo("\n".join(shares_lines(shares)))
+    show(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
+    show(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
+    show(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
+    show("\n".join(shares_lines(shares)))
 
 
 def partition(
@@ -117,27 +123,31 @@ def partition(
     from fedmllm.data.manifest_page import draw_manifest
     from fedmllm.data.summary import client_rows, modality_shares, shares_lines
     from fedmllm.experiment.parts import build
-    from fedmllm.storage.atomic import write_atomically
+    from fedmllm.storage.atomic import check_folder, write_atomically
 
     parts = build(load_experiment(file, overrides))
+    path = out or Path(f"{parts.config.name}.manifest.parquet")
+    check_folder(path.parent)
+    check_folder((plot or path).parent)
     dataset = parts.prepare()
-    manifest, path = dataset.manifest, out or Path(f"{parts.config.name}.manifest.parquet")
+    manifest = dataset.manifest
     manifest.write(path)
     if plot:
         write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name).encode())
     rows, shares = client_rows(manifest), modality_shares(manifest, dataset.train, parts.scenario)
-    if as_json:
-        print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows, "modalities": shares})
-        return
-    from rich.table import Table
+    with standing(f"the manifest is in {path}"):
+        if as_json:
+            print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows, "modalities": shares})
+            return
+        from rich.table import Table
 
-    table = Table(title=f"{path}  {manifest.digest()[:12]}", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    print_table(table)
-    typer.echo("\n".join(shares_lines(shares)))
+        table = Table(title=f"{path}  {manifest.digest()[:12]}", title_justify="left")
+        for column in rows[0]:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        print_table(table)
+        show("\n".join(shares_lines(shares)))
 
 
 def evaluate(
@@ -148,6 +158,7 @@ def evaluate(
 ) -> None:
     """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
     from fedmllm import config
+    from fedmllm.experiment.parts import with_defaults
     from fedmllm.report.tables import metrics_table
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.reevaluate import reevaluate
@@ -156,29 +167,33 @@ def evaluate(
     silence_libraries()
     run = RunDir(directory)
     run.result()
-    raw = _evaluation_settings(config.read(run.config), overrides or [])
+    settings = [config.parse_override(override) for override in overrides or []]
     if patterns:
-        raw.setdefault("eval", {})["patterns"] = [pattern.strip() for pattern in patterns.split(",")]
+        settings.append((["eval", "patterns"], [pattern.strip() for pattern in patterns.split(",")]))
+    raw = _evaluation_settings(config.read(run.config), settings)
+    with config.blaming(str(run.config), settings):
+        experiment = with_defaults(config.validate(raw))
     with ProgressBars() as progress:
-        metrics = reevaluate(run, config.validate(raw, str(run.config)), progress)
+        metrics = reevaluate(run, experiment, progress)
     if as_json:
         print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
     else:
         print_table(metrics_table(metrics, str(directory)))
 
 
-def _evaluation_settings(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The run's experiment with the overrides applied. Raises RunError for a setting that only matters to training."""
+def _evaluation_settings(raw: dict[str, Any], settings: list[Setting]) -> dict[str, Any]:
+    """The run's experiment with the settings applied. Raises RunError for one that only matters to training."""
     from fedmllm import config
     from fedmllm.experiment.parts import options_of
 
-    settings = [config.parse_override(override) for override in overrides]
-    for path, value in settings:
+    for path, value in config.flattened(settings):
         if path[0] not in ("task", "eval", "prompt"):
             raise RunError(f"--set {'.'.join(path)}: the run is trained; only [task], [eval] and [prompt] can be set.")
-        if path == ["task", "name"] and value != raw["task"]["name"] and raw["task"].pop("companion", None):
-            typer.echo("note: task.companion belonged to the run's own task and was dropped", err=True)
+        if path == ["task", "name"] and value != raw["task"]["name"]:
+            for key in sorted(raw["task"].keys() & {"companion", "train_samples", "test_samples"}):
+                del raw["task"][key]
+                say(f"note: task.{key} belonged to the run's own task and was dropped")
     raw, notes = config.apply_settings(raw, settings, options_of)
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
     return raw

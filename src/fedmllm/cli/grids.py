@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedmllm.cli.common import Set, silence_libraries
-from fedmllm.cli.output import Json, print_json, print_table
+from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.storage import archive
 from fedmllm.storage.archive import INDEX
+from fedmllm.storage.atomic import check_folder
 from fedmllm.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare finished runs side by side; a sweep's folder or archive as a grid, with published figures beside it."""
+    for number, directory in enumerate(directories):
+        for earlier in directories[:number]:
+            if directory.resolve() == earlier.resolve():
+                raise RunError(f"{earlier} and {directory} are the same directory; give it once.")
     with archive.opened(directories) as folders:
         if len(folders) == 1 and (folders[0] / INDEX).is_file():
             _compare_grid(folders[0], baseline, by_pattern, as_json)
@@ -54,7 +59,8 @@ def _compare_grid(folder: Path, baseline: str | None, by_pattern: bool, as_json:
     if compared:
         print_table(comparisons.places_table(compared))
         print_table(comparisons.comparisons_table(compared))
-        typer.echo("\n".join(comparisons.conclusions(compared)))
+        for sentence in comparisons.conclusions(compared):
+            show(sentence)
 
 
 def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
@@ -68,7 +74,7 @@ def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
             complete.append(directory)
             continue
         reason = "is a sweep's folder, compare it alone" if (directory / INDEX).is_file() else "is not a complete run"
-        typer.echo(f"note: {name} {reason}; skipped", err=True)
+        say(f"note: {name} {reason}; skipped")
     if not complete:
         raise RunError("none of the directories is a complete run; give some that are.")
     return complete
@@ -105,6 +111,7 @@ def report(
     from fedmllm.report.writeup import page
     from fedmllm.storage.atomic import write_atomically
 
+    check_folder(out.parent)
     if out.suffix != ".md":
         raise RunError(f"--out {out}: the page is Markdown; give a name that ends in .md.")
     with archive.opened(directories) as folders:
@@ -113,7 +120,8 @@ def report(
     for name, picture in written.pictures.items():
         write_atomically(out.parent / name, picture.encode())
     write_atomically(out, "\n".join(written.lines).encode())
-    typer.echo(f"{out} and {len(written.pictures)} pictures")
+    with standing(f"the page is in {out}"):
+        show(f"{out} and {len(written.pictures)} pictures")
 
 
 class SweepFleet(StrEnum):
@@ -152,7 +160,8 @@ def sweep(
     silence_libraries()
     plan, runs = plan_sweep(file, overrides or [])
     folder = out or Path("runs") / plan.name
-    sweeper = Sweeper(plan, runs, folder, lambda done, total, text: typer.echo(f"{done}/{total}  {text}", err=True))
+    check_folder(folder)
+    sweeper = Sweeper(plan, runs, folder, lambda done, total, text: say(f"{done}/{total}  {text}"))
     if address and fleet != SweepFleet.ray:
         raise ConfigError("--address needs --fleet ray.")
     if pilot is not None:
@@ -164,13 +173,20 @@ def sweep(
         rows = sweep_over_ray(sweeper, jobs, address)
     else:
         rows = sweeper.run(jobs or 1)
-    if as_json:
-        print_json({"sweep": plan.name, "out": str(folder), "cells": rows})
-    elif dry_run:
-        print_table(cells_table(rows))
-    else:
-        typer.echo(f"sweep directory: {folder}; compare its runs with `fedmllm compare {folder}`")
-    _fail_if_any_failed(folder, rows)
+    failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
+    for run, error in failed.items():
+        say(f"failed: {folder / run}: {error}")
+    try:
+        with standing(f"the runs are in {folder}"):
+            if as_json:
+                print_json({"sweep": plan.name, "out": str(folder), "cells": rows})
+            elif dry_run:
+                print_table(cells_table(rows))
+            else:
+                show(f"sweep directory: {folder}; compare its runs with `fedmllm compare {folder}`")
+    finally:
+        if failed:
+            raise typer.Exit(1)
 
 
 def _plan_replicates(
@@ -190,22 +206,16 @@ def _plan_replicates(
         print_table(plan_table(plans, baseline, effect, power))
 
 
-def _fail_if_any_failed(folder: Path, rows: list[dict[str, Any]]) -> None:
-    failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
-    for run, error in failed.items():
-        typer.echo(f"failed: {folder / run}: {error}", err=True)
-    if failed:
-        raise typer.Exit(1)
-
-
 def pack(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A folder that a sweep wrote.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="FILE.tar.xz", help="The archive.")],
     as_json: Json = False,
 ) -> None:
     """Pack a sweep's complete runs, without adapters and checkpoints, into one small file for report and compare."""
+    check_folder(to.parent)
     runs, size = archive.pack(directory, to)
-    if as_json:
-        print_json({"file": str(to), "runs": runs, "bytes": size})
-    else:
-        typer.echo(f"{to}: {runs} complete runs in {size:,} bytes")
+    with standing(f"the archive is in {to}"):
+        if as_json:
+            print_json({"file": str(to), "runs": runs, "bytes": size})
+        else:
+            show(f"{to}: {runs} complete runs in {size:,} bytes")

@@ -2,37 +2,93 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fedmllm.errors import printable
 from fedmllm.storage.strict_json import strict
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+class OutputLost(Exception):  # noqa: N818 (named after the event)
+    """Standard output cannot be written. `done` is what the command has done all the same, if anything; `closed` if its reader
+    wants no more, as `head` does, which is no failure."""
+
+    def __init__(self, reason: str, closed: bool) -> None:
+        super().__init__(reason)
+        self.closed, self.done = closed, ""
+
+
+def fill_closed_streams() -> None:
+    """Open the null device in place of closed standard streams. The next file would otherwise take their number, and what a
+    library prints would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (open until the process ends)
+
+
+def show(text: str) -> None:
+    """Write a line to standard output. Raises OutputLost."""
+    if sys.stdout is None:  # it was closed when the process began
+        raise OutputLost("it is closed", closed=True)
+    try:
+        typer.echo(text)
+    except OSError as error:
+        # The interpreter flushes standard output when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputLost(error.strerror or str(error), closed=error.errno == errno.EPIPE) from None
+
+
+@contextmanager
+def standing(done: str) -> Iterator[None]:
+    """While the block writes to standard output, `done` says what is complete even if that fails."""
+    try:
+        yield
+    except OutputLost as error:
+        error.done = done
+        raise
+
+
+def say(message: str) -> None:
+    """Write a line to standard error."""
+    typer.echo(printable(message), err=True)
+
+
 def print_json(value: Any) -> None:
     """NaN and infinities are written as null."""
-    typer.echo(json.dumps(strict(value), indent=2, allow_nan=False))
+    show(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 def print_table(table: Any) -> None:
     from rich.console import Console
 
     # Rich cuts tables to 80 columns if stdout is not a terminal; a file can hold more.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 140)
+    with console.capture() as printed:
+        console.print(table)
+    show(printed.get().removesuffix("\n"))
 
 
 def print_result(result: dict[str, Any], path: Path, as_json: bool) -> None:
     """The result of one run."""
     from fedmllm.report.tables import comparison, metrics_table
 
-    if as_json:
-        print_json(result)
-        return
-    print_table(comparison([result]))
-    print_table(metrics_table(result["metrics"], "by modality pattern"))
-    typer.echo(f"run directory: {path}")
+    with standing(f"the run is complete, and its result is in {path / 'result.json'}"):
+        if as_json:
+            print_json(result)
+            return
+        print_table(comparison([result]))
+        print_table(metrics_table(result["metrics"], "by modality pattern"))
+        show(f"run directory: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,15 +9,12 @@ import typer
 
 from fedmllm.api import need
 from fedmllm.cli.common import Out, Resume, Set
-from fedmllm.cli.output import Json, print_json, print_result
+from fedmllm.cli.output import Json, print_json, print_result, say, show, standing
 from fedmllm.errors import ConfigError
+from fedmllm.storage.atomic import check_folder
 
 if TYPE_CHECKING:
     from fedmllm.experiment.sweep import Sweeper
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def sweep_over_ray(sweeper: Sweeper, jobs: int | None, address: str | None) -> list[dict[str, Any]]:
@@ -47,11 +43,13 @@ def keys(
 
     if not hosts and not sites:
         raise ConfigError("nothing to create: give --host for a server's certificate, --site for a site's key.")
+    check_folder(folder)
     files = [str(path) for path in make(folder, hosts or [], sites or [], days)]
-    if as_json:
-        print_json({"made": files})
-    else:
-        typer.echo("\n".join(files))
+    with standing(f"the keys are in {folder}"):
+        if as_json:
+            print_json({"made": files})
+        else:
+            show("\n".join(files))
 
 
 def client(
@@ -70,9 +68,9 @@ def client(
         print_json(counts)
     else:
         modalities = f"{counts['image']} with image, {counts['text']} with text"
-        _log(f"site {site.name}: {counts['samples']} samples, {modalities}, {counts['skipped']} skipped")
+        say(f"site {site.name}: {counts['samples']} samples, {modalities}, {counts['skipped']} skipped")
     if not check:
-        site_process.serve(site, lambda line: _log(f"{site.name}: {line}"))
+        site_process.serve(site, lambda line: say(f"{site.name}: {line}"))
 
 
 def server(
@@ -92,5 +90,5 @@ def server(
     federation = FederationFile(file, overrides or [])
     config = build(federation.experiment).config
     run = choose_directory(config, "federated", out, resume)
-    result = run.result() if run.complete else Server(federation, run.path, run.exists, _log).run()
+    result = run.result() if run.complete else Server(federation, run.path, run.exists, say).run()
     print_result(result, run.path, as_json)

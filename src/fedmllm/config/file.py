@@ -3,34 +3,95 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from fedmllm.config.schema import Experiment
+from fedmllm.config.schema import Experiment, default_names
 from fedmllm.errors import ConfigError
 from fedmllm.registry import explain
 
 Setting = tuple[list[str], Any]
 """(path of a key, value), such as (["train", "rounds"], 5)."""
+_PATHS = "write paths with / or in 'single quotes'"
 
 
 def parse_override(text: str) -> Setting:
     """Parse `train.rounds=5` into (["train", "rounds"], 5). The value is read as TOML, or as a string if it is not TOML.
 
-    Raises ConfigError if there is no equals sign or a part of the key is empty.
+    Raises ConfigError if there is no equals sign, a part of the key is empty, or the value has a control character.
     """
-    key, equals, value = text.partition("=")
+    key, equals, text_of_value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or not all(path):
         raise ConfigError(f"--set {text}: write it as key=value, for example --set train.rounds=5.")
     try:
-        return path, tomllib.loads(f"value = {value}")["value"]
+        value = tomllib.loads(f"value = {text_of_value}")["value"]
     except tomllib.TOMLDecodeError:
-        return path, value.strip()
+        value = text_of_value.strip()
+    _check_text(value, f"--set {'.'.join(path)}")
+    return path, value
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises ConfigError for a string with a control character: TOML reads the backslashes of "data\\new.jsonl" as escapes.
+
+    A line feed is accepted in text with spaces, such as the wording of a question.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_text(inner, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            _check_text(entry, f"{where}.{number}")
+    elif isinstance(value, str):
+        control = next((c for c in value if unicodedata.category(c) == "Cc" and not (c == "\n" and " " in value)), None)
+        if control is not None:
+            raise ConfigError(f"{where}: {value!r} contains the control character {control!r}; {_PATHS}.")
+
+
+def flattened(settings: Iterable[Setting]) -> list[Setting]:
+    """The settings with a table as value replaced by one setting per key, so that they change a table and do not replace it.
+
+    A part inside another, such as `task.companion = { name = "shapes-qa" }`, stays a whole.
+    """
+
+    def split(path: list[str], value: Any) -> Iterator[Setting]:
+        if isinstance(value, Mapping) and not (len(path) > 1 and "name" in value):
+            for key, inner in value.items():
+                yield from split([*path, *key.split(".")], inner)
+        else:
+            yield path, value
+
+    return [setting for path, value in settings for setting in split(path, value)]
+
+
+@contextmanager
+def blaming(where: str, settings: Sequence[Setting] = ()) -> Iterator[None]:
+    """Begin the message of a ConfigError with `where`, or with "--set" if it is about a key that one of the settings gave."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        if any(_is_about(message, ".".join(path)) for path, _ in flattened(settings)):
+            raise ConfigError(message if message.startswith("--set ") else f"--set {message}") from None
+        raise ConfigError(f"{where}: {message}" if where else message) from None
+
+
+def _is_about(message: str, key: str) -> bool:
+    """Whether the message begins with the key, a table around it or an entry of it, or states its value as "key = value"."""
+    subject = re.split(r":| = ", message.removeprefix("--set "), maxsplit=1)[0]
+    return (
+        f"{key}.".startswith(f"{subject}.")
+        or f"{subject}.".startswith(f"{key}.")
+        or re.search(rf"(?<![\w.]){re.escape(key)} = ", message) is not None
+    )
 
 
 OptionNames = Callable[[str, str], Sequence[str]]
@@ -43,45 +104,55 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: O
 
 
 def apply_settings(
-    raw: dict[str, Any], settings: Sequence[Setting], options_of: OptionNames
+    raw: dict[str, Any], settings: Sequence[Setting], options_of: OptionNames, prefix: str = "--set "
 ) -> tuple[dict[str, Any], list[str]]:
-    """(a copy of `raw` with the settings applied, a note for each option that was dropped).
+    """(a copy of `raw` with the settings applied, a note for each option that was dropped). Messages begin with `prefix`.
 
     A setting that changes the name of a part drops the options that only the old part has: `--set scenario.name=cross` on a
-    file with the scenario hybrid drops `presence`. Misspelt options are kept, so that validation reports them. Raises
-    ConfigError for an unknown part or a path through a value.
+    file with the scenario hybrid drops `presence`. Another task keeps no option, because options of one name are about other
+    data. Misspelt options are kept, so that validation reports them. Raises ConfigError for an unknown part or a path through
+    a value.
     """
     result = json.loads(json.dumps(raw, default=str))
     notes: list[str] = []
     # Names first, so that an option in the same command belongs to the new part, whatever the order of the two.
-    for path, value in sorted(settings, key=lambda pv: pv[0][-1] != "name"):
+    for path, value in sorted(flattened(settings), key=lambda pv: pv[0][-1] != "name"):
         table = result
         for depth, part in enumerate(path[:-1], start=1):
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"--set {'.'.join(path)}: {'.'.join(path[:depth])} is a value, not a table.")
-        old = table.get("name")
-        if len(path) == 2 and path[-1] == "name" and isinstance(old, str) and isinstance(value, str) and old != value:
+                raise ConfigError(f"{prefix}{'.'.join(path)}: {'.'.join(path[:depth])} is a value, not a table.")
+        part = "task" if path == ["task", "companion", "name"] else path[0] if len(path) == 2 and path[1] == "name" else ""
+        old = table.get("name", default_names().get(part))
+        if part and isinstance(old, str) and isinstance(value, str) and old != value:
             try:
-                obsolete = set(options_of(path[0], old)) - set(options_of(path[0], value))
+                obsolete, kept = set(options_of(part, old)), set(options_of(part, value))
             except ConfigError as error:
-                raise ConfigError(f"--set {'.'.join(path)}={value}: {error}") from None
-            for option in sorted(obsolete & table.keys()):
-                notes.append(f"{path[0]}.{option} = {table.pop(option)!r} is an option of {old!r} and was dropped")
+                raise ConfigError(f"{prefix}{'.'.join(path)}={value}: {error}" if prefix else str(error)) from None
+            for option in sorted((obsolete if part == "task" else obsolete - kept) & table.keys()):
+                key = ".".join([*path[:-1], option])
+                notes.append(f"{key} = {table.pop(option)!r} is an option of {old!r} and was dropped")
         table[path[-1]] = value
     return result, notes
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The raw tables of a TOML file. Raises ConfigError if the file does not exist or is not valid TOML."""
+    """The raw tables of a TOML file. Raises ConfigError if the file does not exist, is not valid TOML, or has a string with a
+    control character."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such experiment file.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error}); save it as UTF-8.") from None
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error}).") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+        escape = any(word in str(error) for word in ("Unescaped", "Invalid hex", "Escaped"))
+        raise ConfigError(f"{path}: not valid TOML: {error}{f'; {_PATHS}' if escape else ''}.") from None
+    with blaming(str(path)):
+        _check_text(raw, "")
+    return raw
 
 
 def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:

@@ -8,15 +8,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmllm.kinds import Pattern
 
+_Number = TypeVar("_Number", int, float)
+
+
+def at_most(limit: int, why: str) -> AfterValidator:
+    """Refuse numbers above `limit`: after a slip of the pen such as `epochs = 1000000000`, a run would only seem to hang."""
+
+    def check(value: _Number) -> _Number:
+        if value > limit:
+            raise ValueError(f"must be at most {limit}, {why}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _usable_as_folder(name: str) -> str:
+    if not name.isprintable() or name != name.strip() or not name or any(c in name for c in "/\\") or name.startswith("."):
+        raise ValueError("must be usable as a folder's name")
+    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise ValueError(f"must have at most {_LONGEST_NAME} bytes, because a file's name has at most 255")
+    return name
+
+
+_LONGEST_NAME = 200  # the names of a run's folder and files add their kind, seed and number
 Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rounds = Annotated[int, Field(ge=0), at_most(1_000_000, "which take more than a week at a second each")]
+Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1, "the largest integer of TOML")]
+BatchSize = Annotated[int, Field(ge=1), at_most(65_536, "because a batch is in memory at once")]
+FolderName = Annotated[str, AfterValidator(_usable_as_folder)]
 _LOWER_OR_RAISE = "lower the first or raise the second."
 
 
@@ -49,7 +75,7 @@ class TaskTable(Named):
 
 
 class PartitionTable(Named):
-    clients: Positive = 10
+    clients: Annotated[Positive, at_most(1_000_000, "because each has its own state and its own row in the result")] = 10
     min_samples: Positive = 1
 
 
@@ -59,8 +85,8 @@ class ClientsTable(Table):
 
 
 class LoraTable(Table):
-    rank: Positive = 8
-    alpha: Rate = 8.0
+    rank: Annotated[Positive, at_most(8192, "the width of the largest models")] = 8
+    alpha: Annotated[float, Field(gt=0), at_most(65_536, "because the adapter is multiplied by alpha / rank")] = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: str | None = None
     """A regular expression for module names; by default that of the model family: q, k, v, o of the text model's attention."""
@@ -69,7 +95,7 @@ class LoraTable(Table):
 class AdapterTable(Table):
     kind: Literal["lora", "rslora", "dora", "ia3", "prompt-tuning"] = "lora"
     """The kind of adapter that is trained. The first three use the settings of `model.lora`."""
-    virtual_tokens: Positive = 8
+    virtual_tokens: Annotated[Positive, at_most(4096, "because every prompt becomes longer by this many tokens")] = 8
     """The number of trained vectors before every prompt, for "prompt-tuning"."""
 
 
@@ -88,48 +114,55 @@ class ModelTable(Table):
 
 
 class TrainTable(Table):
-    rounds: Positive = 10
+    rounds: Annotated[Rounds, Field(ge=1)] = 10
     clients_per_round: Positive = 2
     min_updates: Positive = 1
     """A round fails if fewer usable updates than this are returned."""
-    epochs: Positive = 1
-    batch_size: Positive = 4
-    accumulate: Positive = 1
+    epochs: Annotated[Positive, at_most(1000, "because a client repeats its data this often in every round")] = 1
+    batch_size: BatchSize = 4
+    accumulate: BatchSize = 1
     """The number of batches whose gradients are accumulated for one optimizer step."""
     batching: Literal["random", "by-length"] = "random"
     """"by-length" forms batches of similar length within each modality pattern, which pads less; both mix patterns alike."""
-    cohort: Positive | Literal["auto"] = "auto"
+    cohort: BatchSize | Literal["auto"] = "auto"
     """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
     and still speed up training."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Rate = 1e-3
+    lr: Annotated[float, Field(gt=0), at_most(100, "because training diverges far below that")] = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
-    first_round_factor: Rate = 1.0
+    first_round_factor: Annotated[float, Field(gt=0), at_most(100, "because training diverges far below that")] = 1.0
     """The learning rate of the first round is multiplied by it."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), at_most(100, "because it must stay far below 1 / lr")] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0), at_most(1_000_000, "which no usable gradient exceeds; 0 disables clipping")] = 1.0
     """The maximum gradient norm; 0 disables clipping."""
-    max_length: Positive = 1200
+    max_length: Annotated[Positive, at_most(1_000_000, "because no supported model reads longer prompts")] = 1200
     """A longer prompt is a bad sample."""
 
 
 class EvalTable(Table):
-    every: Annotated[int, Field(ge=0)] = 0
+    every: Rounds = 0
     """Evaluate after every this many rounds and at the end; 0: only at the end."""
     patterns: Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)] = ("both",)
     split: Literal["test", "validation"] = "test"
     """"validation" evaluates on held-out training data instead of the test set, for choosing settings."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    batch_size: Positive = 64
-    bootstrap: Positive = 1000
-    max_new_tokens: Positive = 16
+    batch_size: BatchSize = 64
+    bootstrap: Annotated[Positive, at_most(100_000, "because more change no printed digit of an interval")] = 1000
+    max_new_tokens: Annotated[Positive, at_most(32_768, "because every open answer may become this long")] = 16
     clients: Positive | None = None
     """If every client has its own model, evaluate only this many clients, drawn from the seed; by default all."""
     transfer: Annotated[tuple[TaskTable, ...], Field(strict=False, min_length=1)] | None = None
     """Other tasks on whose test sets the final model is also evaluated, without training on them."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _each_pattern_once(cls, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+        if len(set(patterns)) < len(patterns):
+            raise ValueError("must name each pattern once")
+        return patterns
 
     @field_validator("transfer")
     @classmethod
@@ -143,8 +176,8 @@ class EvalTable(Table):
 class Experiment(Table):
     """A whole experiment file. `Experiment.model_json_schema()` documents it for editors."""
 
-    name: str = "experiment"
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: FolderName = "experiment"
+    seed: Seed = 0
     task: TaskTable
     partition: PartitionTable = PartitionTable(name="iid")
     scenario: Named = Named(name="aligned")
@@ -166,16 +199,9 @@ class Experiment(Table):
         """Insert the default name into a table that sets options without a name."""
         if not isinstance(tables, dict):
             return tables
-        defaults = {key: field.default.name for key, field in cls.model_fields.items() if isinstance(field.default, Named)}
+        defaults = default_names()
         unnamed = {key for key, table in tables.items() if key in defaults and isinstance(table, dict) and "name" not in table}
         return tables | {key: {"name": defaults[key], **tables[key]} for key in unnamed}
-
-    @field_validator("name")
-    @classmethod
-    def _usable_as_folder(cls, name: str) -> str:
-        if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-            raise ValueError("must be usable as a folder's name")
-        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -217,6 +243,11 @@ class Experiment(Table):
     def digest(self) -> str:
         """SHA-256 of the resolved settings: two files that describe the same experiment have the same digest."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def default_names() -> dict[str, str]:
+    """table -> the name of the part that it selects if it has no `name`."""
+    return {key: field.default.name for key, field in Experiment.model_fields.items() if isinstance(field.default, Named)}
 
 
 def _without_none(value: Any) -> Any:

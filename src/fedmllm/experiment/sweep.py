@@ -16,13 +16,25 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedmllm import config as files
-from fedmllm.config import ClientsTable, Experiment, Named, PartitionTable, Positive, Rate, Setting, Table, TrainTable
+from fedmllm.config import (
+    ClientsTable,
+    Experiment,
+    FolderName,
+    Named,
+    PartitionTable,
+    Positive,
+    Seed,
+    Setting,
+    Table,
+    TrainTable,
+)
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
+from fedmllm.experiment.sweep_checks import check_file, check_runs
 from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.rng import seed_for
@@ -32,16 +44,25 @@ from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
 
+def _printable(name: str) -> str:
+    if not name.strip() or not name.isprintable() or len(name) > 100:
+        raise ValueError("must have 1 to 100 printable characters, because it heads a row or a column")
+    return name
+
+
+Label = Annotated[str, AfterValidator(_printable)]
+
+
 class Cell(Table):
     """One value of an axis: settings in the notation of `--set`, and the kind of run if it is not federated."""
 
-    name: str
+    name: Label
     kind: RunKind | None = None
     set: dict[str, Any] = Field(default_factory=dict)
 
 
 class Axis(Table):
-    name: str
+    name: Label
     cells: Annotated[tuple[Cell, ...], Field(strict=False, min_length=1)]
 
 
@@ -52,11 +73,11 @@ class Sweep(Table):
     declares beforehand, in points, the largest difference that does not matter.
     """
 
-    name: str
+    name: FolderName
     base: str
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
     replicates: Positive | None = None
-    margin: Rate | None = None
+    margin: Annotated[float, Field(gt=0)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     axes: Annotated[tuple[Axis, ...], Field(strict=False)] = ()
 
@@ -125,8 +146,7 @@ def _known_keys(path: tuple[int | str, ...]) -> Mapping[str, Any]:
 
 def _settings(sweep: Sweep, cells: Sequence[Cell]) -> list[Setting]:
     """What the sweep and one cell of each axis set."""
-    items = [*sweep.set.items(), *(item for cell in cells for item in cell.set.items())]
-    return [(key.split("."), value) for key, value in items]
+    return files.flattened([([], table) for table in (sweep.set, *(cell.set for cell in cells))])
 
 
 def place_draw(experiment: Experiment, replicate: int) -> int:
@@ -144,6 +164,7 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
     sweep = read(path)
     raw = files.read(path.parent / sweep.base)
     overriding = [files.parse_override(override) for override in overrides]
+    check_file(str(path), sweep.model_dump(), overriding)
     planned = []
     for cells in product(*(axis.cells for axis in sweep.axes)):
         axes = {axis.name: cell.name for axis, cell in zip(sweep.axes, cells, strict=True)}
@@ -152,13 +173,12 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
         if len(kinds) > 1:
             raise ConfigError(f"{where}: is of kinds {sorted(kinds)} at once; let one axis say the kind.")
         kind = kinds.pop()
-        merged, _ = files.apply_settings(raw, [*_settings(sweep, cells), *overriding], options_of)
-        try:
+        with files.blaming(where, overriding):
+            merged, _ = files.apply_settings(raw, [*_settings(sweep, cells), *overriding], options_of, prefix="")
             experiment = with_defaults(files.validate(merged))
             for replicate, drawn in _draws(sweep, experiment):
                 planned.append(PlannedRun(axes, drawn.seed, kind, build(essential(drawn, kind)).config, replicate))
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+    check_runs(str(path), sweep.model_dump(), [(run.axes, run.kind, run.id) for run in planned])
     return sweep, planned
 
 

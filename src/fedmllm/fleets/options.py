@@ -12,6 +12,7 @@ class FleetOptions:
     """The options of any fleet."""
 
 
+_LONGEST = 10_000_000  # four months; the operating system's own waits overflow at some larger number
 fleets: Registry[FleetOptions] = Registry("fleet", __name__)
 
 
@@ -38,8 +39,8 @@ class RayOptions(FleetOptions):
     timeout: float = 3600.0
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise ValueError("timeout: must be greater than 0 seconds")
+        if not 0 < self.timeout <= _LONGEST:
+            raise ValueError(f"timeout: must be greater than 0 and at most {_LONGEST} seconds")
         if self.actors is not None and self.actors < 1:
             raise ValueError("actors: must be at least 1")
         if (self.cpus is not None and self.cpus <= 0) or (self.gpus is not None and self.gpus < 0):
@@ -66,5 +67,5 @@ class FlowerOptions(FleetOptions):
     def __post_init__(self) -> None:
         if self.sites is not None and (not self.sites or len(set(self.sites)) != len(self.sites)):
             raise ValueError("sites: name at least one site, and each only once")
-        if min(self.wait, self.timeout, self.absent) <= 0:
-            raise ValueError("wait, timeout and absent: must be greater than 0 seconds")
+        if not all(0 < seconds <= _LONGEST for seconds in (self.wait, self.timeout, self.absent)):
+            raise ValueError(f"wait, timeout and absent: must be greater than 0 and at most {_LONGEST} seconds")

@@ -175,7 +175,8 @@ class FederationFile:
         self.experiment = self._experiment(path.parent / table.experiment, overrides)
 
     def _experiment(self, file: Path, overrides: list[str]) -> Experiment:
-        raw, _ = files.apply_overrides(files.read(file), overrides, options_of)
+        settings = [files.parse_override(override) for override in overrides]
+        raw, _ = files.apply_settings(files.read(file), settings, options_of)
         fleet = raw.get("fleet", {})
         options = fleet if fleet.get("name") == "flower" else {}
         names = options.get("sites", list(self.sites))
@@ -192,4 +193,5 @@ class FederationFile:
             for key in PATHS:
                 if isinstance(table.get(key), str):
                     table[key] = str(Path(table[key]).absolute())  # the process of the run has another working folder
-        return with_defaults(files.validate(raw, str(file)))
+        with files.blaming(str(file), settings):
+            return with_defaults(files.validate(raw))

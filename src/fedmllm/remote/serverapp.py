@@ -71,10 +71,12 @@ def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) 
 
 def load_experiment(file: Path, overrides: list[str]) -> Experiment:
     """The experiment of a file, with Flower as its fleet whatever the file says. Raises ConfigError."""
-    raw, _ = files.apply_overrides(files.read(file), overrides, options_of)
+    settings = [files.parse_override(override) for override in overrides]
+    raw, _ = files.apply_settings(files.read(file), settings, options_of)
     if raw.get("fleet", {}).get("name") != "flower":
         raw["fleet"] = {"name": "flower"}
-    return with_defaults(files.validate(raw, str(file)))
+    with files.blaming(str(file), settings):
+        return with_defaults(files.validate(raw))
 
 
 def _server_dataset(parts: Parts, about: Mapping[int, Mapping[str, Any]], earlier: Manifest | None) -> Dataset:

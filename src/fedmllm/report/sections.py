@@ -191,21 +191,21 @@ def _cost(rows: Sequence[GridRow]) -> tuple[str, str]:
 
 def add_speed(page: Page, chapter: Chapter) -> None:
     """Rounds and bytes until the target, and the scores on the way there."""
-    found = speeds(chapter.folder, chapter.grid.rows)
-    if found is None:
+    convergence = speeds(chapter.folder, chapter.grid.rows)
+    if convergence is None:
         return
     axes = chapter.grid.axes
     page.heading(
-        f"### Rounds and bytes to {100 * found.target:.1f}",
+        f"### Rounds and bytes to {100 * convergence.target:.1f}",
         "The target is 90 % of the way from the lowest to the best score of all these runs.",
     )
     table = []
-    for speed in found.rows:
+    for speed in convergence.rows:
         rounds = UNKNOWN if speed.rounds is None else f"{speed.rounds:.1f}"
         transferred = UNKNOWN if speed.bytes is None else f"{speed.bytes / 1e6:.2f}"
         table.append([*speed.axes.values(), f"{speed.reached} of {speed.runs}", rounds, transferred])
     page.table([*axes, "runs that reach it", "rounds", "MB"], table, len(axes))
-    if stops := sorted({stop for speed in found.rows for stop in speed.after}):
+    if stops := sorted({stop for speed in convergence.rows for stop in speed.after}):
         page.paragraph("A score that was reached need not last. After so many rounds:")
-        table = [[*speed.axes.values(), *(score(speed.after.get(stop)) for stop in stops)] for speed in found.rows]
+        table = [[*speed.axes.values(), *(score(speed.after.get(stop)) for stop in stops)] for speed in convergence.rows]
         page.table([*axes, *map(str, stops)], table, len(axes))

@@ -9,15 +9,17 @@ from fedmllm.config import Experiment, read, validate
 from fedmllm.errors import RunError, UserError
 from fedmllm.experiment.parts import with_defaults
 from fedmllm.kinds import RunKind
+from fedmllm.storage.atomic import check_folder
 from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 
 
 def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:
     """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest incomplete run.
 
-    Raises RunError if `out` holds something else, or a run that was not asked to resume.
+    Raises RunError if `out` holds something else, or a run that was not asked to resume, or cannot be written to.
     """
     if out is None:
+        check_folder(Path("runs"))
         stem = f"{config.name}-{kind}-seed{config.seed}"
         interrupted = unfinished(Path("runs"), stem, config.digest()) if resume else None
         return interrupted or new_run(Path("runs"), stem)
@@ -27,6 +29,7 @@ def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume
         if result["config_digest"] != config.digest() or result["kind"] != kind:
             raise another_run(run, config, result["kind"] == kind)
         return run
+    check_folder(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; give another --out, or --resume to continue the run in it.")
     return run

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from fedmllm.errors import printable
+
 ProgressCallback = Callable[[str, int, int, str], None]
 """(stage, done, total, note): called as a long task proceeds. `total` is 0 for a stage without a count."""
 
@@ -39,7 +41,7 @@ class ProgressBars:
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
         if not self._live:
             count = f" {done}/{total}" if total else ""
-            print(f"{stage}{count}: {note}", file=sys.stderr, flush=True)
+            print(printable(f"{stage}{count}: {note}"), file=sys.stderr, flush=True)
         elif total:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note="")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedmllm.algorithms import Algorithm
+from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
@@ -40,8 +41,19 @@ class Run:
 
 def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
-    clients = range(session.dataset.manifest.clients)
-    return FederationPlan.of(session.config.train, clients, session.config.seed, session.model.info, session.parts.ranks)
+    clients, config = range(session.dataset.manifest.clients), session.config
+    plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
+    return replace(plan, remedy=smaller_steps(config))
+
+
+def smaller_steps(config: Experiment) -> str:
+    """Which settings make the server's step smaller, with their values: "lower algorithm.server_lr = 10.0 or …"."""
+    options = {f"algorithm.{name}": value for name, value in config.algorithm.options.items()}
+    lower = [key for key in ("algorithm.server_lr", "algorithm.momentum") if key in options]
+    raised = [key for key in ("algorithm.tau", "algorithm.a") if key in options]
+    values = {**options, "train.lr": config.train.lr}
+    advice = "lower " + " or ".join(f"{key} = {values[key]}" for key in (*lower, "train.lr"))
+    return advice + "".join(f", or raise {key} = {values[key]}" for key in raised)
 
 
 def solo_rounds(session: Session) -> int:

@@ -8,6 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fedmllm.errors import RunError
+
+_LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
+
+
+def check_folder(folder: Path) -> None:
+    """Check, before any work is done, that the folder is one that can be written to, or can be made. Raises RunError."""
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.parts):
+        raise RunError(f"{folder}: the name of a file or folder has at most {_LONGEST_NAME} bytes; choose a shorter one.")
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise RunError(f"nothing can be written to {folder}, because {existing} is a file; choose another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(
+            f"nothing can be written to {folder}, because this user may not write to {existing}; choose another folder."
+        )
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from fedmllm.data.partitions import Deal, indices_by_value, partitions
 from fedmllm.data.samples import Sample
 
+_LARGEST_ALPHA = 1_000_000
+"""At this alpha, the shares of ten clients differ by about 0.0001; with much larger ones, their sum overflows."""
+
 
 @partitions.register("dirichlet")
 def dirichlet(*, alpha: float = 0.5, min_per_label: int = 0) -> Deal:
@@ -18,8 +21,8 @@ def dirichlet(*, alpha: float = 0.5, min_per_label: int = 0) -> Deal:
     Example with 3 clients: alpha = 100 gives each about a third of every label; alpha = 0.1 gives most of a label to one. If
     there are enough samples of a label, every client gets at least `min_per_label` of them, from the clients with the most.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha = {alpha} must be above 0")
+    if not 0 < alpha <= _LARGEST_ALPHA:
+        raise ValueError(f'alpha = {alpha} must be above 0 and at most {_LARGEST_ALPHA}; for equal shares, set the name "iid"')
     if min_per_label < 0:
         raise ValueError(f"min_per_label = {min_per_label} must not be negative")
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fedmllm.data.samples import Sample, Split, Task
-from fedmllm.data.tasks import tasks
+from fedmllm.data.tasks import check_generated, tasks
 from fedmllm.rng import stream
 
 COLORS = {"red": (235, 20, 20), "blue": (20, 40, 235), "green": (20, 200, 30), "yellow": (250, 235, 20)}
@@ -110,6 +110,7 @@ def pocket_memes(
     for name, count in (("n", n), ("test", test)):
         if count < 2:
             raise ValueError(f"{name} = {count} must be at least 2, one for each answer")
+    check_generated(n=n, test=test)
     for name, share, limit in (("p_image", p_image, 1.0), ("p_text", p_text, 1.0), ("noise", noise, 0.5)):
         if not 0 <= share <= limit:
             raise ValueError(f"{name} = {share} must be between 0 and {limit:g}")

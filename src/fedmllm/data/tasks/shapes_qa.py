@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedmllm.data.samples import Sample, Split, Task
-from fedmllm.data.tasks import tasks
+from fedmllm.data.tasks import check_generated, tasks
 from fedmllm.rng import stream
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -49,6 +49,7 @@ def shapes_qa(*, train: int = 4000, test: int = 1000, seed: int = 0) -> Task:
     for name, count in (("train", train), ("test", test)):
         if count < 1:
             raise ValueError(f"{name} = {count} must be at least 1")
+    check_generated(train=train, test=test)
 
     def load(split: Split) -> Iterator[Sample]:
         for index in range(train if split == "train" else test):
