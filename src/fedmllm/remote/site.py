@@ -104,8 +104,7 @@ class SiteExperiment:
                 for sample in samples
             ]
             visible, config, session = [sample for sample in limited if sample.modalities], self.config, self.session
-            strategy, longest = session.parts.strategy, config.train.max_length
-            test_set = TestSet(session.model, task, visible, config.eval.patterns, strategy, longest)
+            test_set = TestSet(session.model, task, visible, config.eval.patterns, session.parts.strategy, config.train)
             session.model.prepare_features()
             self._test_set = task, test_set
         return self._test_set

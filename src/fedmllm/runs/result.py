@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmllm.evaluation.answers import test_digest
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
@@ -54,8 +55,11 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "seed": config.seed,
         "primary_metric": evaluator.metric,
         "positive": task.positive,
+        "match": config.eval.match,
         "judge": config.judge.name,
         "metrics": metrics,
+        "bootstrap_scores": evaluator.bootstrap_scores(models),
+        "test_digest": test_digest(models[0]),
         "transfer": evaluator.transfer_summary(outcome.transferred),
         "per_client": outcome.rows,
         "clients": fairness(scores),

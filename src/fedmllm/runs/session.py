@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
-from fedmllm.data.dataset import Dataset, load_split
+from fedmllm.data.dataset import Dataset, check_patterns, load_split
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
 from fedmllm.data.summary import gaps
@@ -62,8 +62,8 @@ class Session:
         self._samples = {sample.id: sample for sample in dataset.train}
         self.clients = ClientData(dataset.manifest, self.encode)
         progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on")
-        patterns, longest = self.config.eval.patterns, self.config.train.max_length
-        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, longest)
+        patterns, train = self.config.eval.patterns, self.config.train
+        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, train)
         self.seconds = time.monotonic() - began
 
     @cached_property
@@ -80,7 +80,9 @@ class Session:
     def transfer(self) -> Transfer:
         """The test sets of `eval.transfer`. Raises ConfigError or DataError if they cannot be read."""
         test_sets = {name: load_split(source, "test")[:2] for name, source in self.parts.transfer.items()}
-        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train.max_length)
+        for name, (task, samples) in test_sets.items():
+            check_patterns(self.config.eval.patterns, task, samples, f"{name!r} in eval.transfer")
+        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train)
 
     def encode(self, holdings: Sequence[Holding]) -> list[Encoded]:
         """Samples as their clients see them; `prepare` encodes new pictures. Raises DataError if a prompt is too long."""
@@ -110,7 +112,9 @@ class Session:
         return self.model.prepare_features()
 
     def check_prompts(self) -> None:
-        """Encode every sample of every client and keep none. Raises DataError if a prompt is too long."""
+        """Encode every sample of every client and keep none, and the questions of `eval.transfer`. Raises ConfigError or
+        DataError, as if a prompt is too long."""
+        self.transfer  # noqa: B018 (read and encoded now)
         number = len(self.clients)
         for client in self.clients:
             if client % max(1, number // 10) == 0:
