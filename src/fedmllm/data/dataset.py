@@ -19,9 +19,6 @@ from fedmllm.kinds import Pattern
 from fedmllm.rng import stream
 
 
-_NAMES: dict[Pattern, str] = {"both": "anything to show", "image": "an image", "text": "a text"}
-
-
 @dataclass(frozen=True)
 class Source:
     """A task, its table in the experiment file at `where` (such as "task.companion"), and its companion."""
@@ -120,13 +117,16 @@ def splits_of(config: Experiment) -> tuple[Split, ...]:
     return ("train",) if config.eval.split == "validation" else ("train", "test")
 
 
+_NAMES: dict[Pattern, str] = {"both": "anything to show", "image": "an image", "text": "a text"}
+
+
 def check_patterns(patterns: Sequence[Pattern], task: Task, samples: Sequence[Sample], where: str) -> None:
     """Raises ConfigError if no sample can be tested under one of the patterns, or none that AUC needs."""
     for pattern in patterns:
         shown = [s for s in samples if pattern == "both" or pattern in s.modalities]
         if not shown:
             raise ConfigError(
-                f"eval.patterns: {pattern!r} would test nothing, because no sample of {where} has {_NAMES[pattern]}; leave it out."
+                f"eval.patterns: {pattern!r} tests nothing, because no sample of {where} has {_NAMES[pattern]}; leave it out."
             )
         if task.metric == "auc":
             _check_auc(task, shown, f"{where} under the pattern {pattern!r}")

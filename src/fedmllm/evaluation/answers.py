@@ -113,7 +113,8 @@ class Answers:
     def score(self, metric: str, weights: Floats) -> Floats:
         """(k,): the metric, averaged over the models, for each of k weightings (k, n) of the questions."""
         if metric == "accuracy":
-            return weights @ self.correct.mean(axis=0) / weights.sum(axis=1)
+            shares: Floats = weights @ self.correct.mean(axis=0) / weights.sum(axis=1)
+            return shares
         if metric == "macro_f1":
             of_models = [macro_f1(weights, self.truth, p, c) for p, c in zip(self.predicted, self.correct, strict=True)]
         else:

@@ -2,10 +2,10 @@
 
 - A mean of n values between 0 and 1, and macro-F1: Wilson's interval (1927), V(θ) = θ(1 − θ) / m, where m is the number of
   yes/no answers that would be as uncertain. m = θ̃(1 − θ̃) / Ṽ is computed with half a hit and half a miss added, in each class
-  for macro-F1, so that it is known where all answers are right. For the accuracy of one model it is n, for macro-F1 at most n.
+  for macro-F1, so that it is known where all answers are right. For one model it is n for accuracy and at most n for macro-F1.
 - AUC: Newcombe's interval (2006, Statistics in Medicine 25:559, method 5), V(θ) = θ(1 − θ) {1 + ν [(1 − θ)/(2 − θ) +
   θ/(1 + θ)]} / (ab) with a positives, b negatives and ν = (a + b)/2 − 1, scaled to DeLong's variance at θ̂, but to no less than
-  0.7 of itself, because few positives tell their own spread badly. Z is widened to Student's t with Satterthwaite's degrees of
+  0.65 of itself, because few positives tell their own spread badly. Z is widened to Student's t with Satterthwaite's degrees of
   freedom, by the first term of its expansion, t / z = 1 + (z² + 1) / (4 df).
 
 With several models, the score is their mean, and so is what each sample adds to it. A percentile bootstrap covers 87 % instead
@@ -26,7 +26,7 @@ from fedmllm.rng import stream
 Indices = NDArray[np.int64]
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
-_LEAST_SCALE = 0.7
+_LEAST_SCALE = 0.65
 
 
 def resamples(n: int, draws: int, seed: int) -> Indices:
@@ -81,9 +81,11 @@ def macro_f1_interval(
     ]
     smoothed = float(np.mean([value for value, _ in models]))
     influence = np.mean([of_model for _, of_model in models], axis=0)
-    contributions = by_class((weights * influence**2)[None], extended, k)[0]
-    variance = float((contributions * np.minimum(sizes / np.maximum(sizes - 1, 0.5), 2)).sum())
-    return wilson(score, min(len(truth), smoothed * (1 - smoothed) / variance))
+    factors = np.minimum(sizes / np.maximum(sizes - 1, 0.5), 2)[extended] * weights
+    variance = float(factors @ influence**2)
+    alone = float(np.mean([factors @ of_model**2 for _, of_model in models]))
+    most = len(truth) * alone / variance  # the mean of several models varies less than one of them
+    return wilson(score, min(most, smoothed * (1 - smoothed) / variance))
 
 
 def _influence(weights: Floats, truth: Classes, predicted: Classes, hits: NDArray[np.bool_]) -> tuple[float, Floats]:

@@ -2,9 +2,9 @@
 
 "exact" compares what answers say. Text is brought to Unicode's NFKC form and case-folded. Numbers are compared by value ("2" is
 "2.0", "−5" is "-5"), with their signs, decimal points, fractions, ratios and ranges: "1.5 cm" is not "15 cm", "1/2" not "12".
-Symbols and units count ("C++", "<5", "50 %", "mg/ml"). All other punctuation separates words ("x-ray" is "x ray"), except a full
-stop or an apostrophe between two letters, which is dropped ("U.S." is "us"). Every character is a word of its own where words are
-not written apart: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
+Symbols and units count ("C++", "<5", "50 %", "mg/ml"). All other punctuation separates words ("x-ray" is "x ray"), except a
+full stop or an apostrophe between two letters, which is dropped ("U.S." is "us"). Every character is a word of its own where
+words are not written apart: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
 
 Of the articles, "the" and "an" are dropped before another word, "a" only as the first word of an answer: in "hepatitis A" and
 "vitamin A deficiency" it is a name. Before "and" or "or", "a" is a name too.
@@ -53,7 +53,7 @@ class _Separate(dict[int, str]):
         elif character in "%‰&#@*/°§′" or (category[0] == "S" and character != "`"):
             separated = f" {character} "
         else:
-            separated = " " if category[0] in "PZ" or category == "Cc" else character
+            separated = " " if category[0] in "PZ" or category == "Cc" or character == "`" else character
         self[code] = separated
         return separated
 

@@ -60,7 +60,9 @@ def _summarise_pattern(task: Task, models: list[list[Prediction]], match: Match,
     if task.metric != "accuracy":
         score = float(answers.score("macro_f1", ones(n))[0])
         summary["macro_f1"] = round(score, 6)
-        summary["macro_f1_ci"] = _rounded(macro_f1_interval(score, answers.truth, answers.predicted, answers.correct))
+        summary["macro_f1_ci"] = _rounded(
+            macro_f1_interval(score, answers.truth, list(answers.predicted), list(answers.correct))
+        )
     for name, scores in (("auc", answers.scores), ("auc_hard", answers.hard_scores)) if task.metric == "auc" else ():
         score = float(answers.score(name, ones(n))[0])
         summary[name] = round(score, 6)

@@ -7,10 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fedmllm.report.scores import UNKNOWN
+from fedmllm.report.scores import NO_SAMPLES, UNKNOWN
 
-NO_SAMPLES = "no such samples"
-"""In place of scores under a pattern that no test sample has."""
 _BESIDE = {"majority": "most frequent answer, %", "chance": "chance, %", "ceiling": "best possible, %"}
 """What stands beside the scores -> its heading."""
 
