@@ -26,9 +26,8 @@ def rows(seed: int, n: int = 60) -> list[dict[str, Any]]:
     truth = np.random.default_rng(0).choice(["yes", "no", "no"], n)
     rng = np.random.default_rng(seed)
     said = np.where(rng.random(n) < 0.7, truth, rng.choice(["yes", "no"], n))
-    return [
-        row(i, str(t), str(p), float(rng.random() + (p == "yes"))) for i, (t, p) in enumerate(zip(truth, said, strict=True))
-    ]
+    scores = rng.random(n) + (said == "yes")
+    return [row(i, str(truth[i]), str(said[i]), float(scores[i])) for i in range(n)]
 
 
 def test_scores_on_the_common_resamples_by_hand() -> None:

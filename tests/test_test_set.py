@@ -111,8 +111,8 @@ def test_adapters_that_cannot_be_stacked_are_evaluated_one_by_one(tiny: Path, da
 def test_a_closed_question_is_judged_by_the_index_of_the_option(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, match: Match
 ) -> None:
-    pairs = [("15 cm", "1.5 cm"), ("C", "C++"), ("1", "-1"), ("<5", "5"), ("Vitamin", "Vitamin A"), ("U.S.", "us"), ("a", "the"),
-             ("10 %", "10")]  # fmt: skip
+    pairs = [("15 cm", "1.5 cm"), ("C", "C++"), ("1", "-1"), ("<5", "5"), ("Vitamin", "Vitamin A"), ("U.S.", "us"),
+             ("a", "the"), ("10 %", "10")]  # fmt: skip
     samples = [Sample(f"{i}-{a}", "which", pair[a], text="t", choices=pair) for i, pair in enumerate(pairs) for a in (0, 1)]
     strategy = prompts.build("modality-agnostic", {})
     tests = TestSet(load(tiny), replace(task(), positive="C++"), samples, ["both"], strategy, TrainTable())
