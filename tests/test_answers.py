@@ -25,9 +25,9 @@ def rows(seed: int, n: int = 60) -> list[dict[str, Any]]:
     """A model's answers to the same questions; `seed` draws the answers."""
     truth = np.random.default_rng(0).choice(["yes", "no", "no"], n)
     rng = np.random.default_rng(seed)
-    said = np.where(rng.random(n) < 0.7, truth, rng.choice(["yes", "no"], n))
-    scores = rng.random(n) + (said == "yes")
-    return [row(i, str(truth[i]), str(said[i]), float(scores[i])) for i in range(n)]
+    predicted = np.where(rng.random(n) < 0.7, truth, rng.choice(["yes", "no"], n))
+    scores = rng.random(n) + (predicted == "yes")
+    return [row(i, str(truth[i]), str(predicted[i]), float(scores[i])) for i in range(n)]
 
 
 def test_scores_on_the_common_resamples_by_hand() -> None:
@@ -52,8 +52,8 @@ def test_stored_lines_in_any_order_score_as_predictions_do(metric: str) -> None:
 
 def test_macro_f1_maps_wrong_answers_to_classes_by_the_rule_of_the_run() -> None:
     truth = ["Yes"] * 10 + ["No"] * 20
-    said = ["yes"] * 8 + ["no"] * 2 + ["no"] * 18 + ["yes"] * 2
-    lines = [row(i, t, p) | {"correct": t.lower() == p} for i, (t, p) in enumerate(zip(truth, said, strict=True))]
+    predicted = ["yes"] * 8 + ["no"] * 2 + ["no"] * 18 + ["yes"] * 2
+    lines = [row(i, t, p) | {"correct": t.lower() == p} for i, (t, p) in enumerate(zip(truth, predicted, strict=True))]
     lower = [{**line, "answer": line["answer"].lower()} for line in lines]
     assert bootstrap_scores("macro_f1", None, [lines]) == bootstrap_scores("macro_f1", None, [lower])
 

@@ -13,7 +13,7 @@ from helpers import quick
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("left", "right"),
     [
         # Case, width, composition, space
         ("Yes.", "yes"), ("CT", "ＣＴ"), ("caf\u00e9", "cafe\u0301"), ("Straße", "STRASSE"), ("  red\tcircle ", "red circle"),
@@ -32,12 +32,12 @@ from helpers import quick
         ("in the left lung", "in left lung"), ("a the dog", "dog"), ("hepatitis a", "Hepatitis A"), ("A", "a"),
     ],
 )  # fmt: skip
-def test_answers_that_say_the_same(one: str, other: str) -> None:
-    assert normal_form(one, "exact") == normal_form(other, "exact")
+def test_answers_that_say_the_same(left: str, right: str) -> None:
+    assert normal_form(left, "exact") == normal_form(right, "exact")
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("left", "right"),
     [
         # Decimal points, signs, fractions, powers
         ("1.5 cm", "15 cm"), ("-2", "2"), ("1/2", "12"), ("1/2", "1 2"), ("1.5", "1,5"), ("1,5", "15"), ("3-4", "34"),
@@ -55,8 +55,8 @@ def test_answers_that_say_the_same(one: str, other: str) -> None:
         ("是", "否"), ("yes", "no"), ("…", "—"), ("", "a"),
     ],
 )  # fmt: skip
-def test_answers_that_differ(one: str, other: str) -> None:
-    assert normal_form(one, "exact") != normal_form(other, "exact")
+def test_answers_that_differ(left: str, right: str) -> None:
+    assert normal_form(left, "exact") != normal_form(right, "exact")
 
 
 TEXT = st.text(st.one_of(st.sampled_from("aA Tthe-−.,:/*+'’1205e²½é的ก%#_`\"()<>^"), st.characters()), max_size=12)

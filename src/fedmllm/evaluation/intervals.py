@@ -75,9 +75,12 @@ def macro_f1_interval(
     weights = np.concatenate([np.ones(len(truth)), np.full(2 * k, 0.5)]) * (sizes / (sizes + 1))[extended]
     models = [
         _influence(
-            weights, extended, np.concatenate([said, classes, np.full(k, -1)]), np.concatenate([hit, classes >= 0, classes < 0])
+            weights,
+            extended,
+            np.concatenate([answers, classes, np.full(k, -1)]),
+            np.concatenate([hit, classes >= 0, classes < 0]),
         )
-        for said, hit in zip(predicted, hits, strict=True)
+        for answers, hit in zip(predicted, hits, strict=True)
     ]
     smoothed = float(np.mean([value for value, _ in models]))
     influence = np.mean([of_model for _, of_model in models], axis=0)
@@ -91,11 +94,11 @@ def macro_f1_interval(
 def _influence(weights: Floats, truth: Classes, predicted: Classes, hits: NDArray[np.bool_]) -> tuple[float, Floats]:
     """(macro-F1, (n,) its derivative with respect to the weight of each sample)."""
     k = int(truth.max()) + 1
-    true, said, right = (
+    true, given, right = (
         by_class(w[None], c, k)[0] for w, c in ((weights, truth), (weights, predicted), (weights * hits, truth))
     )
-    both = true + said
-    lost = 2 * right / both**2  # what a sample that is of the class, or is said to be, takes from the class's F1
+    both = true + given
+    lost = 2 * right / both**2  # what a sample that is of the class, or is given it, takes from the class's F1
     of_prediction = np.where(predicted >= 0, lost[predicted], 0)
     return float(np.mean(2 * right / both)), (hits * 2 / both[truth] - lost[truth] - of_prediction) / k
 

@@ -92,13 +92,13 @@ def _words(text: str) -> list[str]:
     text = _EMPHASIS.sub(r"\2", _MINUS.sub("-", text))
     text = _INSIDE_WORD.sub("", _UNSPACED.sub(r" \1 ", text))
     pieces = _NUMBER.split(_SPACED_OPERATOR.sub(r"\1", text))
-    found = []
+    tokens = []
     for number, piece in enumerate(pieces):
         if number % 2:
-            found.append(_number(piece))
+            tokens.append(_number(piece))
         else:
-            found += _SIGN_AFTER_WORD.sub(_KEPT_SIGN, piece).translate(_SEPARATE).replace(_KEPT_SIGN, "-").split()
-    return found
+            tokens += _SIGN_AFTER_WORD.sub(_KEPT_SIGN, piece).translate(_SEPARATE).replace(_KEPT_SIGN, "-").split()
+    return tokens
 
 
 def _number(text: str) -> str:
@@ -116,11 +116,11 @@ def _decimal(text: str) -> str:
     return (match[1].replace(",", "").lstrip("0") or "0") + (f".{fraction}" if fraction else "")
 
 
-def _without_articles(found: list[str]) -> list[str]:
+def _without_articles(tokens: list[str]) -> list[str]:
     def before_word(i: int) -> bool:
-        return i + 1 < len(found) and found[i + 1][0].isalpha()
+        return i + 1 < len(tokens) and tokens[i + 1][0].isalpha()
 
-    found = [word for i, word in enumerate(found) if not (word in ("the", "an") and before_word(i))]
-    while found[:1] == ["a"] and before_word(0) and found[1] not in ("and", "or"):
-        found = found[1:]
-    return found
+    tokens = [word for i, word in enumerate(tokens) if not (word in ("the", "an") and before_word(i))]
+    while tokens[:1] == ["a"] and before_word(0) and tokens[1] not in ("and", "or"):
+        tokens = tokens[1:]
+    return tokens

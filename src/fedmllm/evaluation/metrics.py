@@ -33,9 +33,9 @@ def macro_f1(weights: Floats, truth: Classes, predicted: Classes, hits: NDArray[
     less than classes do. NaN without samples.
     """
     count = int(truth.max(initial=-1)) + 1
-    true, said = by_class(weights, truth, count), by_class(weights, predicted, count)
+    true, given = by_class(weights, truth, count), by_class(weights, predicted, count)
     present = true > 0
-    f1 = 2 * by_class(weights * hits, truth, count) / np.maximum(true + said, 1e-12)
+    f1 = 2 * by_class(weights * hits, truth, count) / np.maximum(true + given, 1e-12)
     with np.errstate(invalid="ignore"):
         mean: Floats = (f1 * present).sum(axis=1) / present.sum(axis=1)
     return mean

@@ -120,8 +120,8 @@ class TestSet:
             return self._computed(settings, adapters)
         except FloatingPointError as error:
             raise RunError(
-                f"the test questions cannot be answered: {error}. If the adapter was trained, its training diverged: lower "
-                f'train.lr, which was {self._lr:g}. If it was not, set model.precision = "fp32".'
+                f"the test questions cannot be answered, because {error}: if the adapter was trained, its training diverged, so "
+                f'lower train.lr, which was {self._lr:g}; if it was not, set model.precision = "fp32".'
             ) from None
 
     def _computed(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
