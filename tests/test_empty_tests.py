@@ -74,12 +74,13 @@ def test_check_run_and_sweep_refuse_before_training(
     for command in (("check", file), ("run", file), ("baseline", "zero-shot", file)):
         refused = call(*command, "--set", f"task.test={plain}")
         assert (refused.exit_code, refused.stderr) == (2, f"error: {message}\n")
-    other = f'eval.transfer=[{{name = "jsonl", train = "{plain}", test = "{plain}"}}]'
+    other = ("--set", f'eval.transfer=[{{name = "jsonl", train = "{plain}", test = "{plain}"}}]')
     for name in ("check", "run"):
-        refused = call(name, file, "--set", other)
+        refused = call(name, file, *other, "--set", 'eval.patterns=["image"]')
         assert refused.exit_code == 2
         assert "'image' tests nothing, because no sample of 'jsonl' in eval.transfer has an image" in refused.stderr
     assert not list(tmp_path.glob("runs/*"))
+    assert run("check", file, *other)["test_samples"] == 12, "another task need not have every modality"
     assert run("check", file, "--set", f"task.test={plain}", "--set", 'eval.patterns=["text"]')["test_samples"] > 0
 
 

@@ -120,10 +120,15 @@ def splits_of(config: Experiment) -> tuple[Split, ...]:
 _NAMES: dict[Pattern, str] = {"both": "anything to show", "image": "an image", "text": "a text"}
 
 
+def shown_samples(pattern: Pattern, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that are tested under the pattern: all under "both", otherwise those that have the modality."""
+    return [sample for sample in samples if pattern == "both" or pattern in sample.modalities]
+
+
 def check_patterns(patterns: Sequence[Pattern], task: Task, samples: Sequence[Sample], where: str) -> None:
     """Raises ConfigError if no sample can be tested under one of the patterns, or none that AUC needs."""
     for pattern in patterns:
-        shown = [s for s in samples if pattern == "both" or pattern in s.modalities]
+        shown = shown_samples(pattern, samples)
         if not shown:
             raise ConfigError(
                 f"eval.patterns: {pattern!r} tests nothing, because no sample of {where} has {_NAMES[pattern]}; leave it out."

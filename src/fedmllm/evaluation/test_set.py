@@ -120,7 +120,7 @@ class TestSet:
             return self._computed(settings, adapters)
         except FloatingPointError as error:
             raise RunError(
-                f"the test questions cannot be answered, because {error}: if the adapter was trained, its training diverged, so "
+                f"the test questions cannot be answered, because {error}: if the adapter was trained, it diverged, so "
                 f'lower train.lr, which was {self._lr:g}; if it was not, set model.precision = "fp32".'
             ) from None
 
