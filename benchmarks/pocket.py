@@ -26,8 +26,8 @@ from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation, prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
-from fedmllm.evaluation.intervals import mean_interval, resamples
-from fedmllm.evaluation.metrics import normalise
+from fedmllm.evaluation.intervals import mean_interval
+from fedmllm.evaluation.matching import normal_form
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
 from fedmllm.rng import stream
@@ -165,11 +165,11 @@ def correctness(model: MLLM, items: Sequence[Item], batch: int = 32) -> np.ndarr
             chosen = order[start : start + batch]
             if closed:
                 scores_of_options = option_scores(model, [encoded[i] for i in chosen])
-                answers = [items[i][0].options[int(np.argmax(s))] for i, s in zip(chosen, scores_of_options, strict=True)]
+                for i, of_options in zip(chosen, scores_of_options, strict=True):
+                    scores[i] = items[i][0].options[int(np.argmax(of_options))] == items[i][0].answer
             else:
-                answers = model.generate([encoded[i] for i in chosen], 14)
-            for i, answer in zip(chosen, answers, strict=True):
-                scores[i] = normalise(answer) == normalise(items[i][0].answer)
+                for i, answer in zip(chosen, model.generate([encoded[i] for i in chosen], 14), strict=True):
+                    scores[i] = normal_form(answer, "exact") == normal_form(items[i][0].answer, "exact")
     return scores
 
 
@@ -183,10 +183,10 @@ def main() -> None:
     results: dict[str, dict[str, list[float]]] = {}
     for name, items in [*generated(options.items), *published()]:
         results[name] = {}
-        draws = resamples(len(items), 1000, 0)
         for path, model in zip(options.models, models, strict=True):
-            scores = 100 * correctness(model, items)
-            results[name][path] = [float(scores.mean()), *mean_interval(scores, draws), len(items)]
+            scores = correctness(model, items)
+            figures = (float(scores.mean()), *mean_interval(scores))
+            results[name][path] = [*(100 * figure for figure in figures), len(items)]
         cells = " | ".join(f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high, _ in results[name].values())
         print(f"| {name} | {cells} |", flush=True)
     if options.json:

@@ -27,6 +27,8 @@ ADAPTER = lora_adapter()
 A_NAME = min(ADAPTER)
 BYTES = nbytes(ADAPTER)
 
+DIVERGED = f"; its training diverged: lower train.lr, which was {PLAN.lr:g}"
+
 
 def run(
     fleet: FakeFleet, plan: FederationPlan = PLAN, resume: tuple[int, State] | None = None
@@ -151,8 +153,11 @@ def with_tensor(name: str, tensor: torch.Tensor | None) -> Callable[[Update], Up
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (with_tensor(A_NAME, torch.full((2, 3), math.nan)), f"NaN or infinity in '{A_NAME}'"),
-        (with_tensor(A_NAME, torch.full((2, 3), -math.inf)), f"NaN or infinity in '{A_NAME}'"),
+        (with_tensor(A_NAME, torch.full((2, 3), math.nan)), f"NaN or infinity in '{A_NAME}'{DIVERGED}"),
+        (with_tensor(A_NAME, torch.full((2, 3), -math.inf)), f"NaN or infinity in '{A_NAME}'{DIVERGED}"),
+        (lambda one: replace(one, metrics={"loss": math.nan}), f"NaN or infinity in the training loss{DIVERGED}"),
+        (lambda one: replace(one, metrics={"loss": math.inf}), f"NaN or infinity in the training loss{DIVERGED}"),
+        (lambda one: replace(one, problem="NaN or infinity in the update"), f"NaN or infinity in the update{DIVERGED}"),
         (with_tensor(A_NAME, torch.ones(3, 2)), f"shape (3, 2) of '{A_NAME}' is not (2, 3)"),
         (with_tensor(A_NAME, torch.ones(1)), f"shape (1,) of '{A_NAME}' is not (2, 3)"),
         (with_tensor(A_NAME, torch.ones(2, 3, dtype=torch.float64)),

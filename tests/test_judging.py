@@ -191,12 +191,12 @@ def test_the_summary_counts_verdicts_and_failures() -> None:
 
     rows = [prediction("yes", "yes", True), prediction("no", "yes", True)]
     rows += [replace(prediction(f"a{i}", "b"), judged=verdict) for i, verdict in enumerate((True, False, None))]
-    summary = summarise(task(), [rows], 0, 20, judged=True)["both"]
+    summary = summarise(task(), [rows], "exact", {}, judged=True)["both"]
     assert summary["accuracy"] == pytest.approx(1 / 5)
     assert summary["judged_accuracy"] == pytest.approx(2 / 5)
     assert summary["judged_accuracy_open"] == pytest.approx(1 / 3, abs=1e-6)
     assert summary["judge_failures"] == 1
-    assert "judged_accuracy" not in summarise(task(), [rows], 0, 20)["both"]
+    assert "judged_accuracy" not in summarise(task(), [rows], "exact", {})["both"]
 
 
 # Through the command line

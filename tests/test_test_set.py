@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmllm.config import AdapterTable, EvalTable, LoraTable, ModelTable
-from fedmllm.data.prompts import prompts
+from fedmllm.config import AdapterTable, EvalTable, LoraTable, ModelTable, TrainTable
+from fedmllm.data.prompts import prompts, render
 from fedmllm.data.samples import Sample
+from fedmllm.errors import RunError
 from fedmllm.evaluation import test_set
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.test_set import TestSet
+from fedmllm.kinds import Match
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
@@ -25,6 +28,7 @@ CLOSED = Sample("closed", "name the color", "red", choices=("red", "blue", "gree
 PREFIX = Sample("prefix", "which", "red circle", choices=("red", "red circle"))
 """One option is a prefix of the other, so both must be scored as a whole."""
 OPEN = Sample("open", "name the color of the shape", "red")
+MATCHES: tuple[Match, ...] = ("exact", "squad")
 
 
 def load(tiny: Path, kind: str = "lora") -> MLLM:
@@ -45,7 +49,7 @@ def make_test_set(model: MLLM, dataset: Path, kinds: Sequence[Sample]) -> TestSe
         for i, color in enumerate(("red", "blue", "green", "red"))
     ]
     strategy = prompts.build("modality-agnostic", {})
-    tests = TestSet(model, replace(task(), positive="red"), samples, ["both", "text"], strategy, 300)
+    tests = TestSet(model, replace(task(), positive="red"), samples, ["both", "text"], strategy, TrainTable(max_length=300))
     model.prepare_features()
     return tests
 
@@ -101,3 +105,48 @@ def test_adapters_that_cannot_be_stacked_are_evaluated_one_by_one(tiny: Path, da
     settings = EvalTable(batch_size=1000, max_new_tokens=2)
     adapters = random_adapters(model, 3)
     assert_equal(list(tests.predict_each(settings, adapters)), predict_one_by_one(model, tests, settings, adapters))
+
+
+@pytest.mark.parametrize("match", MATCHES)
+def test_a_closed_question_is_judged_by_the_index_of_the_option(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, match: Match
+) -> None:
+    pairs = [("15 cm", "1.5 cm"), ("C", "C++"), ("1", "-1"), ("<5", "5"), ("Vitamin", "Vitamin A"), ("U.S.", "us"),
+             ("a", "the"), ("10 %", "10")]  # fmt: skip
+    samples = [Sample(f"{i}-{a}", "which", pair[a], text="t", choices=pair) for i, pair in enumerate(pairs) for a in (0, 1)]
+    strategy = prompts.build("modality-agnostic", {})
+    tests = TestSet(load(tiny), replace(task(), positive="C++"), samples, ["both"], strategy, TrainTable())
+
+    def first(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
+        return [[-0.1, -2.4] for _ in batch]
+
+    monkeypatch.setattr(test_set, "option_scores", first)
+    predictions = tests.predict(EvalTable(match=match))
+    assert [p.correct for p in predictions] == [True, False] * len(pairs)
+    assert {p.option for p in predictions} == {0}
+    assert [p.score for p in predictions if p.score is not None] == [pytest.approx(math.exp(-2.4))] * 2
+
+
+def test_open_answers_are_judged_by_the_rule_of_the_experiment(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, strategy = load(tiny), prompts.build("modality-agnostic", {})
+    replies = {"1.5 cm": "15 cm", "hepatitis A": "Hepatitis.", "heart": "The heart.", "2": "2.0", "是的": "是的。"}
+    samples = [Sample(f"s{i}", "what", answer, text="t") for i, answer in enumerate(replies)]
+    tests = TestSet(model, task(), samples, ["both"], strategy, TrainTable())
+
+    def generate(batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        answers = {tuple(model.encode([render(s, s.modalities, strategy)], [None], 300)[0].answer): s.answer for s in samples}
+        return [replies[answers[tuple(encoded.answer)]] for encoded in batch]
+
+    monkeypatch.setattr(model, "generate", generate)
+    verdicts = {name: [p.correct for p in tests.predict(EvalTable(match=name))] for name in MATCHES}
+    assert verdicts == {"exact": [False, False, True, True, True], "squad": [True, True, True, False, False]}
+
+
+@pytest.mark.parametrize("question", [CLOSED, PREFIX, OPEN], ids=lambda question: question.id)
+def test_a_model_that_computes_nan_answers_nothing(tiny: Path, question: Sample) -> None:
+    model, strategy = load(tiny), prompts.build("modality-agnostic", {})
+    tests = TestSet(model, task(), [replace(question, text="some words")], ["both"], strategy, TrainTable(lr=0.25))
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in model.adapter.get().items()}
+    for adapters in ([broken], [model.adapter.get(), broken]):
+        with pytest.raises(RunError, match=r"NaN.*lower train\.lr, which was 0\.25"):
+            list(tests.predict_each(EvalTable(max_new_tokens=2), adapters))

@@ -157,6 +157,8 @@ def _reason_to_refuse(update: Update, algorithm: Algorithm, state: State, info: 
     for group in sorted(reference):
         if why := problem_with(update.groups[group], reference[group]):
             return why
+    if not math.isfinite(update.metrics.get("loss", 0.0)):
+        return "NaN or infinity in the training loss"
     return algorithm.refuse(update, state, info)
 
 
@@ -174,6 +176,9 @@ def _aggregate(
     """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates, or
     RunError if the server's step overflows."""
     valid, refused = screen(updates, algorithm, state, info)
+    for refusal in refused:
+        if "NaN or infinity" in str(refusal["why"]):
+            refusal["why"] = f"{refusal['why']}; its training diverged: lower train.lr, which was {plan.lr:g}"
     # Before the round is recorded: a client must not remember a control variate whose update was not used, nor a NaN.
     fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in valid}))
     if len(valid) < plan.min_updates:

@@ -1,4 +1,4 @@
-"""The names of modality patterns and of kinds of runs, as the experiment file and the command line spell them."""
+"""The names of modality patterns, kinds of runs and rules of matching, as experiment files and the command line spell them."""
 
 from __future__ import annotations
 
@@ -7,3 +7,5 @@ from typing import Literal
 Pattern = Literal["both", "image", "text"]
 BaselineKind = Literal["zero-shot", "local", "centralised"]
 RunKind = Literal["federated", BaselineKind]
+Match = Literal["exact", "squad"]
+"""When two answers are the same (`evaluation.matching`)."""

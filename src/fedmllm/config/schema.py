@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedmllm.kinds import Pattern
+from fedmllm.kinds import Match, Pattern
 
 _Number = TypeVar("_Number", int, float)
 
@@ -150,7 +150,10 @@ class EvalTable(Table):
     """"validation" evaluates on held-out training data instead of the test set, for choosing settings."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     batch_size: BatchSize = 64
+    match: Match = "exact"
+    """When a free answer is right, and which answers are of one class (`evaluation.matching`)."""
     bootstrap: Annotated[Positive, at_most(100_000, "because more change no printed digit of an interval")] = 1000
+    """Without effect since intervals have closed forms; accepted because older files set it."""
     max_new_tokens: Annotated[Positive, at_most(32_768, "because every open answer may become this long")] = 16
     clients: Positive | None = None
     """If every client has its own model, evaluate only this many clients, drawn from the seed; by default all."""

@@ -17,6 +17,7 @@ from fedmllm.data.scenarios import Scenario
 from fedmllm.data.subsets import draw_subset
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
+from fedmllm.kinds import Pattern
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,43 @@ def splits_of(config: Experiment) -> tuple[Split, ...]:
     return ("train",) if config.eval.split == "validation" else ("train", "test")
 
 
+_NAMES: dict[Pattern, str] = {"both": "anything to show", "image": "an image", "text": "a text"}
+
+
+def shown_samples(pattern: Pattern, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that are tested under the pattern: all under "both", otherwise those that have the modality."""
+    return [sample for sample in samples if pattern == "both" or pattern in sample.modalities]
+
+
+def check_patterns(patterns: Sequence[Pattern], task: Task, samples: Sequence[Sample], where: str) -> None:
+    """Raises ConfigError if no sample can be tested under one of the patterns, or none that AUC needs."""
+    for pattern in patterns:
+        shown = shown_samples(pattern, samples)
+        if not shown:
+            raise ConfigError(
+                f"eval.patterns: {pattern!r} tests nothing, because no sample of {where} has {_NAMES[pattern]}; leave it out."
+            )
+        if task.metric == "auc":
+            _check_auc(task, shown, f"{where} under the pattern {pattern!r}")
+
+
+def _check_auc(task: Task, samples: Sequence[Sample], where: str) -> None:
+    ranked = [s for s in samples if task.positive in (s.choices or ())]
+    if not ranked:
+        raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any sample of {where}.")
+    answers = {s.answer for s in ranked}
+    if task.positive not in answers:
+        raise ConfigError(
+            f"task.positive: {task.positive!r} is the answer of no sample of {where}, so that there is no AUC; "
+            f"the answers are {', '.join(map(repr, sorted(answers)[:5]))}."
+        )
+    if len(answers) == 1:
+        raise ConfigError(
+            f"task.positive: {task.positive!r} is the answer of every sample of {where}, so that there is no AUC; "
+            "test on samples with other answers too."
+        )
+
+
 def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal, scenario: Scenario) -> Dataset:
     """Separate training and test samples and draw the manifest. Raises ConfigError or DataError."""
     task, samples = loaded_splits[0].task, join_tasks(loaded_splits, "train")
@@ -128,8 +166,8 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
         test = join_tasks(loaded_splits, "test")
     if config.task.companion is not None:
         task = replace(task, ceiling={})  # the ceiling of one task does not hold for a mixture
-    if task.metric == "auc" and not any(task.positive in (s.choices or ()) for s in test):
-        raise ConfigError(f"task.positive: {task.positive!r} is not among the choices of any test sample.")
+    validation = config.eval.split == "validation"
+    check_patterns(config.eval.patterns, task, test, "the validation split" if validation else "the test split")
     if isinstance(deal, GroupedDeal) and not any(map(deal.key, samples)):
         raise ConfigError(
             f"partition.name = {config.partition.name!r} keeps the samples of one source together, and no training sample "

@@ -1,1 +1,1 @@
-"""Deterministic evaluation: predictions under each modality pattern, judges, metrics and their bootstrap intervals."""
+"""Deterministic evaluation: predictions under each modality pattern, judges, metrics and their intervals."""

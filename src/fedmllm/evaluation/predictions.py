@@ -20,8 +20,10 @@ PATTERNS: dict[Pattern, frozenset[Modality]] = {
 class Prediction:
     """One row of `predictions.jsonl`.
 
-    `score` is the probability of the task's positive answer, None if the sample's choices do not include it. `failed` means
-    that the model gave no readable answer. `judged` is a judge's verdict on an open answer, None without a readable one.
+    `option` is the index of the chosen option, None for a free answer; an option is `correct` if it is the reference's own, not
+    if it reads like it. `score` is the probability of the task's positive answer, None if the sample's choices do not include
+    it. `failed` means that the model gave no readable answer. `judged` is a judge's verdict on an open answer, None without a
+    readable one.
     """
 
     pattern: str
@@ -33,6 +35,7 @@ class Prediction:
     failed: bool
     score: float | None = None
     judged: bool | None = None
+    option: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,14 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from fedmllm.config import EvalTable
+from fedmllm.config import EvalTable, TrainTable
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.prompts import Strategy, render
 from fedmllm.data.samples import Modality, Problem, Sample, Task
-from fedmllm.evaluation.metrics import normalise
+from fedmllm.errors import RunError
+from fedmllm.evaluation.matching import normal_form
 from fedmllm.evaluation.predictions import PATTERNS, Prediction
-from fedmllm.kinds import Pattern
+from fedmllm.kinds import Match, Pattern
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
@@ -30,8 +31,17 @@ class Question:
     encoded: Encoded
 
 
-AnsweredQuestions = dict[int, tuple[str, float | None]]
-"""question index -> (answer, probability of the positive answer)."""
+@dataclass(frozen=True)
+class Answer:
+    """`option` is the index of a chosen option, `score` the probability of the positive one; None if there is none."""
+
+    text: str
+    option: int | None = None
+    score: float | None = None
+
+
+AnsweredQuestions = dict[int, Answer]
+"""question index -> answer."""
 
 
 class TestSet:
@@ -48,11 +58,12 @@ class TestSet:
         samples: Sequence[Sample],
         patterns: Sequence[Pattern],
         strategy: Strategy,
-        max_length: int,
+        train: TrainTable,
         on_bad_sample: Literal["error", "skip"] = "error",
     ) -> None:
-        """Raises DataError if the model cannot be asked about a sample, or, with "skip", about any."""
-        self._model, self._task = model, task
+        """`train` limits the length of a prompt. Raises DataError if the model cannot be asked about a sample, or, with
+        "skip", about any."""
+        self._model, self._task, self._lr = model, task, train.lr
         self._questions: list[Question] = []
         self._rows: dict[Pattern, list[int]] = {pattern: [] for pattern in patterns}
         shown = [(pattern, sample, sample.modalities & PATTERNS[pattern]) for pattern in patterns for sample in samples]
@@ -64,7 +75,7 @@ class TestSet:
             if sample.id not in refused and (sample.id, visible) not in encoded:
                 talk = render(sample, visible, strategy)
                 try:
-                    encoded[sample.id, visible] = model.encode_one(talk, sample.image, max_length, asks=True)
+                    encoded[sample.id, visible] = model.encode_one(talk, sample.image, train.max_length, asks=True)
                 except EntryError as error:
                     refused[sample.id] = problem_of(sample, task, str(error), error.kind)
         self.problems = list(refused.values())
@@ -84,14 +95,20 @@ class TestSet:
         """The number of distinct questions."""
         return len(self._questions)
 
+    @property
+    def choices(self) -> dict[str, tuple[str, ...] | None]:
+        """id of a sample -> the options of its question, None if it is answered freely."""
+        return {question.sample.id: question.sample.choices for question in self._questions}
+
     def predict(self, settings: EvalTable) -> list[Prediction]:
-        """The predictions of the current adapter, grouped by pattern."""
-        return self._predictions(self._answer(settings, 1)[0])
+        """The predictions of the current adapter, grouped by pattern. Raises RunError if the model computes NaN."""
+        return self._predictions(self._answer(settings, 1)[0], settings.match)
 
     def predict_each(self, settings: EvalTable, adapters: Sequence[Tensors]) -> Iterator[list[Prediction]]:
         """The predictions of each adapter.
 
-        If one adapter's questions do not fill a batch, several adapters are evaluated in one pass.
+        If one adapter's questions do not fill a batch, several adapters are evaluated in one pass. Raises RunError if the model
+        computes NaN.
         """
         per_pass = settings.batch_size // max(1, self.size) if self._model.adapter.stacks else 1
         for start in range(0, len(adapters), max(1, per_pass)):
@@ -103,17 +120,26 @@ class TestSet:
                     continue
             with self._model.stacked(group):
                 answers = self._answer(settings, len(group))
-            yield from map(self._predictions, answers)
+            yield from (self._predictions(answered, settings.match) for answered in answers)
 
-    def _predictions(self, answers: AnsweredQuestions) -> list[Prediction]:
+    def _predictions(self, answers: AnsweredQuestions, match: Match) -> list[Prediction]:
         return [
-            self._prediction(pattern, self._questions[index], *answers[index])
+            _prediction(pattern, self._questions[index].sample, answers[index], match)
             for pattern, indices in self._rows.items()
             for index in indices
         ]
 
     def _answer(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
         """The answers of each stacked adapter, or of the current adapter if `adapters` is 1."""
+        try:
+            return self._computed(settings, adapters)
+        except FloatingPointError as error:
+            raise RunError(
+                f"the test questions cannot be answered, because {error}: if the adapter was trained, it diverged, so "
+                f'lower train.lr, which was {self._lr:g}; if it was not, set model.precision = "fp32".'
+            ) from None
+
+    def _computed(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
         by_length = sorted(range(len(self._questions)), key=lambda i: len(self._questions[i].encoded.prompt))
         closed = [i for i in by_length if self._questions[i].encoded.options]
         open_ended = [i for i in by_length if not self._questions[i].encoded.options]
@@ -127,22 +153,25 @@ class TestSet:
             encoded = [self._questions[i].encoded for i in batch] * adapters
             texts = iter(self._model.generate(encoded, settings.max_new_tokens))
             for answered in answers:
-                answered |= {i: (text, None) for i, text in zip(batch, texts, strict=False)}
+                answered |= {i: Answer(text) for i, text in zip(batch, texts, strict=False)}
         return answers
 
-    def _choose(self, index: int, scores: Sequence[float]) -> tuple[str, float | None]:
+    def _choose(self, index: int, scores: Sequence[float]) -> Answer:
         """The most probable choice of a closed question and the probability of the positive one; `scores` are in logs."""
-        choices = self._questions[index].sample.choices or ()
+        choices, chosen = self._questions[index].sample.choices or (), int(np.argmax(scores))
         positive = choices.index(self._task.positive) if self._task.positive in choices else None
-        return choices[int(np.argmax(scores))], float(np.exp(scores[positive])) if positive is not None else None
+        return Answer(choices[chosen], chosen, float(np.exp(scores[positive])) if positive is not None else None)
 
-    def _prediction(self, pattern: str, question: Question, predicted: str, score: float | None) -> Prediction:
-        sample = question.sample
-        normalised = normalise(predicted)
-        # An answer that normalises to nothing ("a", "the") is compared as it stands.
-        correct = normalised == normalise(sample.answer) if normalised else predicted.strip() == sample.answer
-        failed = not predicted.strip()
-        return Prediction(pattern, sample.id, sample.answer, predicted, correct, sample.is_closed, failed, score)
+
+def _prediction(pattern: str, sample: Sample, answer: Answer, match: Match) -> Prediction:
+    if answer.option is not None:  # by index: two choices may read alike
+        correct = answer.option == (sample.choices or ()).index(sample.answer)
+    else:
+        correct = normal_form(answer.text, match) == normal_form(sample.answer, match)
+    failed = not answer.text.strip()
+    return Prediction(
+        pattern, sample.id, sample.answer, answer.text, correct, sample.is_closed, failed, answer.score, option=answer.option
+    )
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

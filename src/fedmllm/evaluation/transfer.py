@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fedmllm.config import EvalTable
+from fedmllm.config import EvalTable, TrainTable
 from fedmllm.data.prompts import Strategy
 from fedmllm.data.samples import Sample, Task
 from fedmllm.evaluation.predictions import Prediction
@@ -27,7 +27,7 @@ class Transfer:
         sets: Mapping[str, tuple[Task, Sequence[Sample]]],
         settings: EvalTable,
         strategy: Strategy,
-        max_length: int,
+        train: TrainTable,
         on_bad_sample: Mapping[str, Literal["error", "skip"]],
     ) -> None:
         """Raises DataError if the model cannot be asked about a sample, unless `on_bad_sample` of its task is "skip".
@@ -36,7 +36,7 @@ class Transfer:
         """
         self._settings = settings
         self._tasks = {
-            name: (task, TestSet(model, task, samples, settings.patterns, strategy, max_length, on_bad_sample[name]))
+            name: (task, TestSet(model, task, samples, settings.patterns, strategy, train, on_bad_sample[name]))
             for name, (task, samples) in sets.items()
         }
 
@@ -45,10 +45,10 @@ class Transfer:
         by_task = {name: list(tests.predict_each(self._settings, adapters)) for name, (_, tests) in self._tasks.items()}
         return [{name: models[i] for name, models in by_task.items()} for i in range(len(adapters))]
 
-    def summary(self, models: Sequence[TransferPredictions], seed: int) -> dict[str, Mapping[str, Any]]:
+    def summary(self, models: Sequence[TransferPredictions]) -> dict[str, Mapping[str, Any]]:
         """{task: {"primary_metric", "metrics": as in result.json}}."""
         summaries: dict[str, Mapping[str, Any]] = {}
-        for name, (task, _) in self._tasks.items():
-            metrics = summarise(task, [predictions[name] for predictions in models], seed, self._settings.bootstrap)
+        for name, (task, tests) in self._tasks.items():
+            metrics = summarise(task, [predictions[name] for predictions in models], self._settings.match, tests.choices)
             summaries[name] = {"primary_metric": primary_metric(task), "metrics": metrics}
         return summaries

@@ -222,7 +222,7 @@ class MLLM:
 
     @torch.no_grad()
     def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-        """Greedy answers without the end mark and surrounding space."""
+        """Greedy answers without the end mark and surrounding space. Raises FloatingPointError if the logits are NaN."""
         inputs = self.collate(batch, [()] * len(batch))
         inputs.pop("position_ids", None)  # generation computes them from the mask itself
         ids = self.backbone.model.generate(
@@ -231,6 +231,14 @@ class MLLM:
             do_sample=False,
             pad_token_id=self.backbone.pad_id,
             eos_token_id=list(self.backbone.end_ids),
+            logits_processor=[_refuse_nan],
         )
         new_ids = ids[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.backbone.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+
+def _refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    # The greedy choice among NaN is a token like any other.
+    if bool(logits.isnan().any()):
+        raise FloatingPointError("the logits of the next token are NaN")
+    return logits

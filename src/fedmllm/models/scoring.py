@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +19,7 @@ def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> li
 
     This takes one forward pass if the first token after the options' common beginning distinguishes them all. Otherwise,
     for instance if one option is the beginning of another, whole options are scored. Under a stack of adapters the batch
-    holds the same questions once per client, client by client.
+    holds the same questions once per client, client by client. Raises FloatingPointError if a score is NaN.
     """
     positions = [_distinguishing_position(question.options) for question in batch]
     scores: list[list[float]] = [[] for _ in batch]
@@ -39,6 +40,8 @@ def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> li
         totals = torch.split(score_whole(model, questions), [len(question.options) for question in questions])
         for i, total in zip(indices, totals, strict=True):
             scores[i] = functional.log_softmax(total, dim=-1).tolist()
+    if any(math.isnan(score) for of_question in scores for score in of_question):
+        raise FloatingPointError("the scores of the options are NaN")
     return scores
 
 

@@ -81,8 +81,8 @@ class SiteExperiment:
             hidden: dict[str, Any] = dict.fromkeys(set(MODALITIES) - site.modalities)
             limited = [replace(sample, **hidden) for sample in samples]
             visible, config, session = [sample for sample in limited if sample.modalities], self.config, self.session
-            strategy, longest, bad = session.parts.strategy, config.train.max_length, site.task.on_bad_sample
-            test_set = TestSet(session.model, task, visible, config.eval.patterns, strategy, longest, bad)
+            strategy, bad = session.parts.strategy, site.task.on_bad_sample
+            test_set = TestSet(session.model, task, visible, config.eval.patterns, strategy, config.train, bad)
             session.model.prepare_features()
             self._test_set = task, test_set
         return self._test_set

@@ -135,5 +135,5 @@ class Worker:
         adapter = self._own_adapter(experiment, job)
         experiment.session.model.adapter.set_fold(fold_of(job.state))
         (predictions,) = test_set.predict_each(experiment.config.eval, [adapter])
-        metrics = summarise(task, [predictions], experiment.config.seed, experiment.config.eval.bootstrap)
+        metrics = summarise(task, [predictions], experiment.config.eval.match, test_set.choices)
         return Reply(job.client, about={"metrics": metrics})

@@ -49,7 +49,9 @@ class Speeds:
 def curve(run: RunDir) -> list[Point]:
     """One point per round that was evaluated, and one for the end of the run."""
     result, records = run.result(), run.rounds()
-    metric, pattern = result["primary_metric"], next(iter(result["metrics"]))
+    metric, pattern = result["primary_metric"], next(iter(result["metrics"]), None)
+    if pattern is None:  # no test sample had what the experiment wanted to show
+        return []
     transferred, points = 0, []
     for record in records:
         transferred += sum(record["bytes_up"].values()) + sum(record["bytes_down"].values())

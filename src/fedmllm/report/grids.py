@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.report.published import PublishedScore, published, setting_of
-from fedmllm.report.scores import NO_SPREAD, UNKNOWN, Spread, mean, score
+from fedmllm.report.scores import NO_SAMPLES, NO_SPREAD, UNKNOWN, Spread, mean, score
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
 
@@ -34,7 +34,8 @@ class GridRow:
     `units` maps every replicate or seed to its run, which several seeds may share, and `draws` every replicate to its draw of
     the data. `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under
     each pattern and `ceiling` its best possible score, if known. `seconds` and `bytes` are means per run. `metric`, `pattern`,
-    `algorithm` and `scenario` are empty without a complete run.
+    `algorithm` and `scenario` are empty without a complete run. Complete runs whose test set had no sample to show have no
+    scores.
     """
 
     axes: Mapping[str, str]
@@ -113,6 +114,8 @@ class Grid:
 
 def row_score(row: GridRow | None) -> str:
     """The printed score of a row, or a dash if the grid has no such cell."""
+    if row and row.ids and not row.scores:
+        return NO_SAMPLES
     return score(row.spread, row.missing) if row else UNKNOWN
 
 
@@ -166,7 +169,7 @@ def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridR
 
 def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     """The fields of a row that come from the results of its runs."""
-    metric, pattern = results[-1]["primary_metric"], next(iter(results[-1]["metrics"]))
+    metric, pattern = results[-1]["primary_metric"], next(iter(results[-1]["metrics"]), "")
     metrics: dict[str, list[Mapping[str, Any]]] = {}
     transfer: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -174,7 +177,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
             metrics.setdefault(name, []).append(values)
         for task, values in result.get("transfer", {}).items():
             transfer.setdefault(task, []).append(values)
-    scores = [values[metric] for values in metrics[pattern]]
+    scores = [values[metric] for values in metrics.get(pattern, [])]
     # Cells of the other kinds share runs, so the clients of those runs are not this cell's.
     worst = [result.get("clients", {}).get("worst_decile") for result in results] if kind in ("federated", "local") else []
     return {
@@ -194,4 +197,4 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
 
 def _transfer_score(of_runs: Sequence[Mapping[str, Any]], pattern: str) -> TransferScore:
     metric = of_runs[0]["primary_metric"]
-    return TransferScore(metric, Spread.of([values["metrics"][pattern][metric] for values in of_runs]))
+    return TransferScore(metric, Spread.of([values["metrics"].get(pattern, {}).get(metric) for values in of_runs]))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 UNKNOWN = "–"
+NO_SAMPLES = "no such samples"
+"""In place of a score under a pattern that no test sample has."""
 
 
 @dataclass(frozen=True)

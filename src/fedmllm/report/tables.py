@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from fedmllm.report.scores import UNKNOWN
+from fedmllm.report.scores import NO_SAMPLES, UNKNOWN
+
+_BESIDE = {"majority": "most frequent answer, %", "chance": "chance, %", "ceiling": "best possible, %"}
+"""What stands beside the scores -> its heading."""
 
 
 def percent(metrics: Mapping[str, Any], name: str) -> str:
@@ -35,7 +38,10 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for result in results:
         method = result["kind"] if result["kind"] != "federated" else _method(result)
-        scores = [percent(result["metrics"].get(pattern, {}), result["primary_metric"]) for pattern in patterns]
+        scores = [
+            percent(result["metrics"][pattern], result["primary_metric"]) if pattern in result["metrics"] else NO_SAMPLES
+            for pattern in patterns
+        ]
         cost = [str(result["rounds"]), _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
         table.add_row(f"{result['name']} · {method}", *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
@@ -56,12 +62,12 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table
     deciles = list(dict.fromkeys(key for values in metrics.values() for key in values if key.endswith("_worst_decile")))
     for name in deciles:
         table.add_column(f"{name.removesuffix('_worst_decile')} of the worst tenth of clients, %", justify="right")
-    bounded = any("ceiling" in values for values in metrics.values())
-    for name in (*(["best possible, %"] if bounded else []), "n", "parse_failures"):
+    beside = [key for key in _BESIDE if any(key in values for values in metrics.values())]
+    for name in (*(_BESIDE[key] for key in beside), "n", "parse_failures"):
         table.add_column(name, justify="right")
     for pattern, values in metrics.items():
         worst = (f"{100 * values[name]:.1f}" for name in deciles)
-        best = [f"{100 * values['ceiling']:.1f}" if "ceiling" in values else UNKNOWN] if bounded else []
+        known = (f"{100 * values[key]:.1f}" if key in values else UNKNOWN for key in beside)
         counts = (str(values["n"]), str(values["parse_failures"]))
-        table.add_row(pattern, *(percent(values, name) for name in names), *worst, *best, *counts)
+        table.add_row(pattern, *(percent(values, name) for name in names), *worst, *known, *counts)
     return table

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmllm.errors import RunError
-from fedmllm.evaluation.resampling import bootstrap_scores, test_digest
+from fedmllm.evaluation.answers import bootstrap_scores, test_digest
 from fedmllm.report.grids import GridRow
 from fedmllm.report.protocol import Resamples, Units, regrouped
 from fedmllm.storage.run_dir import RunDir

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedmllm.algorithms.factors import fold_of
+from fedmllm.evaluation.answers import bootstrap_scores
 from fedmllm.evaluation.judging import JudgeCache
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.summary import primary_metric, summarise
@@ -56,11 +57,22 @@ class Evaluator:
             return self._session.transfer.predict_each(adapters)
 
     def transfer_summary(self, models: Sequence[TransferPredictions]) -> dict[str, Any]:
-        return dict(self._session.transfer.summary(models, self._config.seed))
+        return dict(self._session.transfer.summary(models))
 
     def summarise(self, models: Sequence[Sequence[Prediction]], judged: bool = False) -> dict[str, dict[str, Any]]:
         """The metrics of the predictions, averaged over the models."""
-        return summarise(self._session.dataset.task, models, self._config.seed, self._config.eval.bootstrap, judged)
+        session = self._session
+        return summarise(session.dataset.task, models, self._config.eval.match, session.test_set.choices, judged)
+
+    def bootstrap_scores(self, models: Sequence[Sequence[Prediction]]) -> dict[str, list[float]]:
+        """{pattern: the task's metric on the resamples that are common to all runs on these questions}."""
+        positive, match = self._session.dataset.task.positive, self._config.eval.match
+        by_pattern = {
+            name: [[p for p in model if p.pattern == name] for model in models] for name in self._config.eval.patterns
+        }
+        return {
+            name: bootstrap_scores(self.metric, positive, of_pattern, match=match) for name, of_pattern in by_pattern.items()
+        }
 
     def score(self, metrics: dict[str, dict[str, Any]]) -> float:
         """The task's metric under the first pattern."""

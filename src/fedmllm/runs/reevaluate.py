@@ -47,7 +47,7 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
     if not models:
         with session.model.without_adapter():
             models.append(session.test_set.predict(parts.config.eval))
-    return summarise(dataset.task, models, config.seed, config.eval.bootstrap)
+    return summarise(dataset.task, models, config.eval.match, session.test_set.choices)
 
 
 def _same(held: Manifest, now: Manifest, raw: dict[str, Any], trained: Experiment) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedmllm.data.scenarios.aligned import aligned
 from fedmllm.data.summary import modality_shares
+from fedmllm.evaluation.answers import test_digest
 from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
@@ -55,10 +56,14 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "model": config.model.name,
         "adapter": config.model.adapter.kind,
         "seed": config.seed,
+        "draw": config.task.draw,
         "primary_metric": evaluator.metric,
         "positive": task.positive,
+        "match": config.eval.match,
         "judge": config.judge.name,
         "metrics": metrics,
+        "bootstrap_scores": evaluator.bootstrap_scores(models),
+        "test_digest": test_digest(models[0]),
         "transfer": evaluator.transfer_summary(outcome.transferred),
         "per_client": outcome.rows,
         "clients": fairness(scores),

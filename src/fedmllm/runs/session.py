@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
-from fedmllm.data.dataset import Dataset, load_split
+from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samples
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
@@ -69,8 +69,8 @@ class Session:
         self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
         progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on")
-        patterns, longest, bad = self.config.eval.patterns, self.config.train.max_length, self.config.task.on_bad_sample
-        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, longest, bad)
+        patterns, train, bad = self.config.eval.patterns, self.config.train, self.config.task.on_bad_sample
+        self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, train, bad)
         self.seconds = time.monotonic() - began
 
     @cached_property
@@ -87,8 +87,13 @@ class Session:
     def transfer(self) -> Transfer:
         """The test sets of `eval.transfer`. Raises ConfigError or DataError if they cannot be read."""
         test_sets = {name: load_split(source, "test")[:2] for name, source in self.parts.transfer.items()}
+        for name, (task, samples) in test_sets.items():
+            patterns = self.config.eval.patterns
+            # The patterns are the main task's; another task need not have a modality that this one has.
+            tested = [pattern for pattern in patterns if shown_samples(pattern, samples)]
+            check_patterns(tested or patterns, task, samples, f"{name!r} in eval.transfer")
         bad = {name: source.table.on_bad_sample for name, source in self.parts.transfer.items()}
-        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train.max_length, bad)
+        return Transfer(self.model, test_sets, self.config.eval, self.parts.strategy, self.config.train, bad)
 
     def encode(self, holdings: Sequence[Holding]) -> list[Encoded]:
         """Samples as their client sees them; `prepare` encodes new pictures.
@@ -141,7 +146,9 @@ class Session:
         return self.model.prepare_features()
 
     def check_prompts(self) -> None:
-        """Encode every sample of every client and keep none. Raises DataError as `encode` does."""
+        """Encode every sample of every client and keep none, and the questions of `eval.transfer`. Raises ConfigError or
+        DataError as `encode` does."""
+        self.transfer  # noqa: B018 (read and encoded now)
         number = len(self.clients)
         for client in self.clients:
             if client % max(1, number // 10) == 0:

@@ -49,9 +49,10 @@ def _with_nan(value: Any) -> Any:
 
 
 def restored(record: dict[str, Any]) -> dict[str, Any]:
-    """Turn null back into NaN in the metrics and the loss of a result, a client's row or a round; changes `record`."""
-    if isinstance(record.get("metrics"), dict):
-        record["metrics"] = _with_nan(record["metrics"])
+    """Turn null back into NaN in the scores and the loss of a result, a client's row or a round; changes `record`."""
+    for key in ("metrics", "bootstrap_scores"):
+        if isinstance(record.get(key), dict):
+            record[key] = _with_nan(record[key])
     if "loss" in record:
         record["loss"] = _with_nan(record["loss"])
     for key in record.keys() & {"per_client", "rounds"}:

@@ -7,4 +7,4 @@ from fedmllm.evaluation.judges import judges
 
 @judges.register("none")
 def none() -> None:
-    """No judge: open answers are compared with the reference word by word."""
+    """No judge: open answers are compared with the reference by `eval.match`."""
