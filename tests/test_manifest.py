@@ -264,10 +264,12 @@ def test_more_clients_than_samples_is_a_data_error() -> None:
 
 def test_samples_that_no_client_can_see_are_a_data_error() -> None:
     texts = [sample(f"{i}", "text") for i in range(20)]
-    with pytest.raises(DataError, match="20 samples have only text, which no client has"):
-        drawn(texts, scenario="cross", image_clients=4)
-    with pytest.raises(DataError, match=r"client \d cannot be given min_samples = 1 samples that it may hold"):
-        drawn(texts, scenario="cross", image_clients=1)
+    for count in (4, 1):
+        message = rf"{count} of 4 clients have only image \(client \d is the first\), and the samples have only text"
+        with pytest.raises(DataError, match=message):
+            drawn(texts, scenario="cross", image_clients=count)
+    with pytest.raises(DataError, match="10 samples have only text, which no client has"):
+        drawn([*texts[:10], *(sample(f"p{i}") for i in range(10))], scenario="cross", image_clients=4)
 
 
 def test_the_work_does_not_grow_with_samples_times_clients(monkeypatch: pytest.MonkeyPatch) -> None:

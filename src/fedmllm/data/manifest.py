@@ -233,10 +233,10 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
     there = frozenset[Modality]().union(*(s.modalities for s in ordered))
-    empty = [client for client in range(clients) if not has[client] & there]
+    empty = [client for client in range(clients) if has[client] and not has[client] & there]
     if empty and there and min_samples and all(s.modalities for s in ordered):
         raise DataError(
-            f"under this scenario, {len(empty)} of {clients} clients have only {' and '.join(has[empty[0]]) or 'no modality'} "
+            f"under this scenario, {len(empty)} of {clients} clients have only {' and '.join(has[empty[0]])} "
             f"(client {empty[0]} is the first), and the samples have only {' and '.join(there)}; "
             'set scenario.name = "aligned", change the scenario\'s options, or add a task.companion with the other modality.'
         )

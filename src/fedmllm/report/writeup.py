@@ -90,5 +90,5 @@ def choose_baseline(grid: Grid, requested: str | None) -> str | None:
     for axis in reversed(grid.axes) if untrained else ():
         if len({axes[axis] for axes in untrained}) == 1:
             return untrained[0][axis]
-    axis = next((axis for axis in reversed(grid.axes) if comparable(grid, axis)), None)
-    return grid.rows[0].axes[axis] if axis is not None else None
+    methods = next((axis for axis in reversed(grid.axes) if comparable(grid, axis)), None)
+    return grid.rows[0].axes[methods] if methods is not None else None
