@@ -211,6 +211,14 @@ def test_too_few_usable_updates_end_the_run_with_the_reasons() -> None:
     assert str(failed.value) == f"round 1: 2 usable updates, train.min_updates = 3 (client {client}: no examples)"
 
 
+def test_a_diverged_run_says_which_rate_to_lower_and_what_it_was() -> None:
+    fleet = FakeFleet(fedavg(), lambda number, updates: [replace(u, metrics={"loss": math.nan}) for u in updates])
+    with pytest.raises(
+        TooFewUpdates, match=r"client 5: NaN or infinity in the training loss; .* lower train\.lr, which was 0\.1"
+    ):
+        list(federate(fleet.algorithm, fleet, PLAN, ADAPTER))
+
+
 def test_no_answer_at_all_ends_the_run() -> None:
     with pytest.raises(TooFewUpdates, match=r"round 0: 0 usable updates, train\.min_updates = 1 \(no client answered\)"):
         run(FakeFleet(fedavg(), lambda number, updates: []))
