@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
@@ -71,7 +69,8 @@ def split(clients: Sequence[int], actors: int) -> list[list[int]]:
 
     A client therefore tends to reach the same actor in every round, which has already encoded its samples.
     """
-    return [part.tolist() for part in np.array_split(clients, min(actors, len(clients)))] if clients else []
+    count = min(actors, len(clients))
+    return [list(clients[len(clients) * i // count : len(clients) * (i + 1) // count]) for i in range(count)]
 
 
 class ActorTransport:
