@@ -59,8 +59,9 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_actor_left() -> Iterator[None]:
+    """They are ended by a message, on which a busy machine takes seconds to act."""
     yield
-    wait_for(lambda: not actor_pids(), 20)
+    wait_for(lambda: not actor_pids(), 60)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,6 @@ def test_a_run_in_actors_equals_the_run_in_one_process(
     )
     assert ray_files
     assert ray_files.items() <= single_files.items(), "the clients' memory is in the run's directory"
-    assert not actor_pids()
     assert not cluster or is_open(int(cluster.rpartition(":")[2])), "a running cluster is left alone"
 
 
