@@ -279,7 +279,11 @@ def test_a_division_by_zero_in_the_first_round_is_an_overflow() -> None:
 
 def test_an_overflow_of_a_client_alone_names_the_learning_rate() -> None:
     start = {name: torch.full_like(tensor, -3e38) for name, tensor in ADAPTER.items()}
-    rounds = each_alone(fedavg(), FakeFleet(fedavg(), sending(3e38)), PLAN, {2: ADAPTER, 5: start})
+
+    def with_finite_losses(number: int, updates: list[Update]) -> list[Update]:
+        return [replace(update, metrics={"loss": 1.0}) for update in sending(3e38)(number, updates)]
+
+    rounds = each_alone(fedavg(), FakeFleet(fedavg(), with_finite_losses), PLAN, {2: ADAPTER, 5: start})
     with pytest.raises(RunError, match=r"round 1: the server's step overflowed .*; lower train\.lr = 0\.1, and start"):
         list(rounds)
 

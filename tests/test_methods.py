@@ -390,7 +390,7 @@ REFUSED = [
     ({"model__lora__target": ".*nothing"}, "model.lora.target = '.*nothing' matches no module of the model"),
     ({"model__lora__target": ".*q_proj", "model__adapter__kind": "ia3"},
      "model.lora.target is set and model.adapter.kind = 'ia3' does not use it; leave one of them out."),
-    ({"model__adapter__kind": "prompt-tuning", "model__adapter__virtual_tokens": 5000}, "more than train.max_length = 1200"),
+    ({"model__adapter__kind": "prompt-tuning", "model__adapter__virtual_tokens": 4000}, "more than train.max_length = 1200"),
     ({"algorithm__name": "flora", "model__adapter__kind": "ia3"},
      "algorithm.name: 'flora' works on LoRA's factors A and B alone, and model.adapter.kind = 'ia3' has others"),
     ({"algorithm__name": "fedsvd", "model__adapter__kind": "dora"}, "works on LoRA's factors A and B alone"),

@@ -147,7 +147,7 @@ def test_a_task_of_one_modality_does_not_suit_clients_of_the_other(
     file: Path, dataset: Path, modality: str, other: str
 ) -> None:
     values = {"image": None, "text": "a red thing"} if modality == "text" else {"image": "red.png", "text": None}
-    words = [*changed(dataset, **values), *sets("partition.name=iid")]
+    words = [*changed(dataset, **values), *sets("partition.name=iid", 'eval.patterns=["both"]')]
     refused = call("partition", file, *words, *sets("scenario.name=cross"))
     assert refused.exit_code == 2
     assert f"error: under this scenario, 2 of 4 clients have only {other} (client " in refused.stderr

@@ -94,7 +94,7 @@ def test_the_guides_sweep_is_one(tmp_path: Path) -> None:
     (shown,) = blocks((ROOT / "docs" / "sweeps.md").read_text(), "toml")
     (tmp_path / "quickstart.toml").write_text((ROOT / "experiments" / "quickstart.toml").read_text())
     (tmp_path / "grid.toml").write_text(shown)
-    assert len(plan_sweep(tmp_path / "grid.toml")[1]) == 2 * 3 * 3
+    assert len(plan_sweep(tmp_path / "grid.toml")[1]) == 2 * 3 * 5
 
 
 @pytest.mark.parametrize("name", algorithms.names())

@@ -144,5 +144,5 @@ def test_the_table_shows_them_beside_the_score() -> None:
     rows = [replace(prediction("yes", "yes"), id=str(i)) for i in range(3)]
     metrics = summarise(ACCURACY, [rows], "exact", {p.id: ("yes", "no") for p in rows})
     columns = {str(column.header): list(column.cells) for column in metrics_table(metrics, "made").columns}
-    assert columns["most frequent answer, %"] == ["100.0"]
+    assert columns["majority %"] == ["100.0"]
     assert columns["chance, %"] == ["50.0"]

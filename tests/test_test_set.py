@@ -130,12 +130,12 @@ def test_a_closed_question_is_judged_by_the_index_of_the_option(
 def test_open_answers_are_judged_by_the_rule_of_the_experiment(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, strategy = load(tiny), prompts.build("modality-agnostic", {})
     replies = {"1.5 cm": "15 cm", "hepatitis A": "Hepatitis.", "heart": "The heart.", "2": "2.0", "是的": "是的。"}
-    samples = [Sample(f"s{i}", "what", answer, text="t") for i, answer in enumerate(replies)]
+    samples = [Sample(f"s{i}", "what", answer, text=f"t {i}") for i, answer in enumerate(replies)]
     tests = TestSet(model, task(), samples, ["both"], strategy, TrainTable())
 
     def generate(batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-        answers = {tuple(model.encode([render(s, s.modalities, strategy)], [None], 300)[0].answer): s.answer for s in samples}
-        return [replies[answers[tuple(encoded.answer)]] for encoded in batch]
+        answers = {model.encode([render(s, s.modalities, strategy)], [None], 300)[0].prompt: s.answer for s in samples}
+        return [replies[answers[encoded.prompt]] for encoded in batch]
 
     monkeypatch.setattr(model, "generate", generate)
     verdicts = {name: [p.correct for p in tests.predict(EvalTable(match=name))] for name in MATCHES}

@@ -34,15 +34,6 @@ def resamples(n: int, draws: int, seed: int) -> Indices:
     return stream(seed, "bootstrap", n).integers(0, max(1, n), size=(draws, n))
 
 
-def percentile_interval(values: Floats, level: float = 0.95) -> list[float]:
-    """[low, high] of the middle `level` of `values`; NaN draws (a class was absent) are left out."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return [float("nan"), float("nan")]
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return [float(low), float(high)]
-
-
 def wilson(score: float, m: float) -> list[float]:
     """Wilson's interval of a score that is as uncertain as a share of `m` answers."""
     scale = 1 + Z * Z / m

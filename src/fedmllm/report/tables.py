@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fedmllm.report.scores import NO_SAMPLES, UNKNOWN
 
-_BESIDE = {"majority": "most frequent answer, %", "chance": "chance, %", "ceiling": "best possible, %"}
+_BESIDE = {"majority": "majority %", "chance": "chance %", "ceiling": "ceiling %"}
 """What stands beside the scores -> its heading."""
 
 
@@ -58,12 +58,12 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table
     table = Table(title=title, title_justify="left")
     table.add_column("pattern")
     for name in names:
-        table.add_column(f"{name}, %", justify="right")
+        table.add_column(f"{name}, %", justify="right", no_wrap=True)
     deciles = list(dict.fromkeys(key for values in metrics.values() for key in values if key.endswith("_worst_decile")))
     for name in deciles:
         table.add_column(f"{name.removesuffix('_worst_decile')} of the worst tenth of clients, %", justify="right")
     beside = [key for key in _BESIDE if any(key in values for values in metrics.values())]
-    for name in (*(_BESIDE[key] for key in beside), "n", "parse_failures"):
+    for name in (*(_BESIDE[key] for key in beside), "n", "parse failures"):
         table.add_column(name, justify="right")
     for pattern, values in metrics.items():
         worst = (f"{100 * values[name]:.1f}" for name in deciles)
