@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def test_replicates_of_all_places_are_units(tmp_path: Path) -> None:
     folder = replicated(tmp_path / "grid", scores, margin=5.0)
     compared = run("compare", folder, "--baseline", "base")["significance"]
     (new,) = compared["overall"]
+    assert compared["not_beaten"] == ["new"]
     assert new["difference"] == pytest.approx((0.025 + 0.04) / 2)
     variances = [np.var(values, ddof=1) / 4 / 100**2 / 4 for values in shift.values()]
     df = sum(variances) ** 2 / sum(v**2 / 3 for v in variances)
@@ -138,6 +140,18 @@ def test_units_that_are_not_comparable_are_refused(tmp_path: Path, settings: dic
     refused = call("compare", folder, "--baseline", "base")
     assert refused.exit_code == 2, refused.output
     assert message in refused.stderr
+
+
+def test_a_run_that_serves_two_replicates_is_refused(tmp_path: Path) -> None:
+    folder = replicated(tmp_path / "grid", lambda place, method, r: 0.5 + 0.01 * r)
+    index = folder / "sweep.json"
+    index.write_text(index.read_text().replace('"new-0-1"', '"new-0-0"'))
+    refused = call("compare", folder, "--baseline", "base")
+    assert refused.exit_code == 2
+    assert "have different test samples in replicate 1" in refused.stderr
+    for result in folder.glob("*/result.json"):
+        result.write_text(re.sub(r'"test_digest": "\w+ \d"', '"test_digest": "one"', result.read_text()))
+    assert "one run of new serves several replicates" in call("compare", folder, "--baseline", "base").stderr
 
 
 def hash_of(place: str, method: str, r: int) -> int:

@@ -18,7 +18,6 @@ from fedmllm.report.protocol import (
     Units,
     common_term,
     compare,
-    compare_unpaired,
     holm,
     place_variances,
     regrouped,
@@ -103,16 +102,6 @@ def test_two_places_are_welchs_test(counts: tuple[int, int]) -> None:
     assert 2 * np.array([ours.low, ours.high]) == pytest.approx(np.array(welch.confidence_interval(0.95)))
 
 
-def test_a_pool_of_independent_runs_is_welchs_test() -> None:
-    rng = np.random.default_rng(0)
-    ours, pool = rng.normal(0.6, 0.03, 5), rng.normal(0.62, 0.06, 15)
-    welch = stats.ttest_ind(ours, pool, equal_var=False)
-    comparison = compare_unpaired(units(ours), units(pool)["A"])
-    assert (comparison.p, comparison.df) == pytest.approx((welch.pvalue, welch.df))
-    assert (comparison.low, comparison.high) == pytest.approx(tuple(welch.confidence_interval(0.95)))
-    assert comparison.worst == pytest.approx(min(ours) - pool.mean())
-
-
 # By simulation
 
 DESIGNS = [
@@ -170,14 +159,6 @@ def test_one_fixed_test_set(places: int, replicates: int) -> None:
         corrected.append(summary(scores, common_term(resampled)).p < 0.05)
     assert share(without) > 0.15
     assert share(corrected) <= 0.085
-
-
-def test_a_pool_at_every_place_errs_as_often_as_it_says() -> None:
-    rng, significant = np.random.default_rng(0), []
-    for _ in range(1000):
-        ours = [0.6 + gap + 0.03 * rng.normal(size=5) for gap in (-0.1, 0, 0.1)]
-        significant.append(compare_unpaired(units(*ours), units(0.6 + 0.05 * rng.normal(size=15))["A"]).p < 0.05)
-    assert 0.02 <= share(significant) <= 0.07
 
 
 # By hand
@@ -253,15 +234,6 @@ def test_without_spread_there_is_no_p(gap: float) -> None:
 def test_a_dominant_place_is_named() -> None:
     assert summary(units([1, 2], [1, 9], [1, 2])).dominant == "B"
     assert summary(units([1, 2], [1, 2], [1, 2])).dominant is None
-
-
-def test_a_pool_that_is_too_small_gives_the_number_alone() -> None:
-    for pool, estimate in (({"x": 1.0}, 2.0), ({"x": 1.0, "y": NAN}, 2.0), ({"x": NAN}, NAN), ({}, NAN)):
-        comparison = compare_unpaired(units([2, 4], [3, 3]), pool)
-        assert comparison.estimate == pytest.approx(estimate, nan_ok=True)
-        assert math.isnan(comparison.p)
-    assert compare_unpaired(units([2, 4, NAN]), {"x": 1.0, "y": NAN, "z": 2.0}).dropped == 2
-    assert math.isnan(compare_unpaired({}, {"x": 1.0, "y": 2.0}).estimate)
 
 
 def test_the_common_term_is_the_mean_covariance_of_two_units() -> None:

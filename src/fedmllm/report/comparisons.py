@@ -11,10 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from fedmllm.errors import RunError, suggest
+from fedmllm.report.best import not_beaten
 from fedmllm.report.grids import Grid
 from fedmllm.report.protocol import Comparison, common_term, compare, holm, summary
 from fedmllm.report.scores import UNKNOWN
-from fedmllm.report.sentences import conclusion, points, remarks
+from fedmllm.report.sentences import best_set, conclusion, points, remarks
 from fedmllm.report.units import Rows, UnitReader, read_unit
 from fedmllm.storage.run_dir import RunDir
 
@@ -65,6 +66,8 @@ class Comparisons:
     """place -> its value on each axis but `axis`."""
     shared: bool
     margin: float | None
+    not_beaten: Sequence[str]
+    """The cells of `axis`, the baseline among them, that no other beats over the places that all of them have."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +79,7 @@ class Comparisons:
                 for place, at in method.by_place.items()
             ],
             "overall": [method.to_json(self.axis) for method in self.methods],
+            "not_beaten": self.not_beaten,
         }
 
 
@@ -132,7 +136,11 @@ def against(folder: Path, grid: Grid, baseline: str, reader: UnitReader | None =
         for rows in methods.values()
         for place, row in rows.items()
     }
-    return Comparisons(baseline, axis, compared, places, shared, None if grid.margin is None else grid.margin / 100)
+    margin = None if grid.margin is None else grid.margin / 100
+    matched = reader.match({name: rows for name, rows in methods.items() if rows})
+    known = matched.places and not grid.mixed_metrics and any(not math.isnan(method.overall.p) for method in compared)
+    best = not_beaten(matched.scores, matched.resamples) if known else []
+    return Comparisons(baseline, axis, compared, places, shared, margin, best)
 
 
 def _compare(reader: UnitReader, ours: Rows, theirs: Rows, names: tuple[str, str]) -> tuple[Comparison, float, bool]:
@@ -174,7 +182,7 @@ def conclusions(comparisons: Comparisons) -> list[str]:
         if method.overall.units:
             sentences.append(conclusion(method.overall, *names, method.p_holm, comparisons.margin))
             sentences += remarks(method.overall, *names)
-    return sentences
+    return sentences + ([best_set(comparisons.not_beaten)] if comparisons.not_beaten else [])
 
 
 def interval(comparison: Comparison) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,21 +139,6 @@ def summary(differences: Units, c: float = 0.0, level: float = 1 - LEVEL) -> Com
 def compare(ours: Units, baseline: Units, c: float = 0.0, level: float = 1 - LEVEL) -> Comparison:
     """Ours minus the baseline, paired by place and unit; `c` is `common_term` if all units share one test set."""
     return summary(differences(ours, baseline), c, level)
-
-
-def compare_unpaired(ours: Units, pool: Mapping[str, float], level: float = 1 - LEVEL) -> Comparison:
-    """Ours minus a pool of independent runs that stands at every place: the test of Welch (1947), stratified as `compare` is.
-
-    For pooled training, which is the same at every place: 3 R runs in all cost less than R at each place. Test samples must
-    have been drawn anew for each unit.
-    """
-    theirs = _known({"": pool}).get("", np.array([math.nan]))
-    differences = {place: {unit: score - theirs.mean() for unit, score in units.items()} for place, units in ours.items()}
-    places = _known(differences)
-    strata = _strata(places)
-    parts = [*_parts(strata, list(places)), *_parts([theirs])] if strata else []
-    comparison = _comparison(_mean(strata), parts, 0.0, level, places, differences)
-    return replace(comparison, dropped=comparison.dropped + sum(not math.isfinite(score) for score in pool.values()))
 
 
 def common_term(ours: Resamples, baseline: Resamples | None = None) -> float:

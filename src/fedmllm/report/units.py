@@ -76,6 +76,12 @@ class UnitReader:
             tests = {n: {u: (x.metric, x.digest) for u, x in by_place[place].items()} for n, by_place in units.items()}
             _check_same(place, tests, "test samples")
         shared = not any(rows[place].draws for rows in methods.values() for place in places)
+        for name, rows in methods.items():
+            runs = [run for place in places for run in rows[place].units.values()]
+            if not shared and len(set(runs)) < len(runs):
+                raise RunError(
+                    f"one run of {name} serves several replicates, which are then not independent; sweep them again."
+                )
         scores = {n: {p: {u: x.score for u, x in at.items()} for p, at in by_place.items()} for n, by_place in units.items()}
         resamples = {n: {p: {u: x.resampled for u, x in at.items()} for p, at in by.items()} for n, by in units.items()}
         if shared:
