@@ -106,6 +106,17 @@ def test_replicates_of_all_places_are_units(tmp_path: Path) -> None:
     assert "no effect larger than ±5.0 points" in shown, "the margin that the sweep declared"
 
 
+def test_places_and_replicates_that_one_side_lacks_are_named_and_counted(tmp_path: Path) -> None:
+    folder = replicated(tmp_path / "grid", lambda place, method, r: 0.5 + 0.01 * r * (method == "new"))
+    for run_id in ("new-0-3", *(f"new-1-{r}" for r in range(4))):  # the first place is easy, the second hard
+        (folder / run_id / "result.json").unlink()
+    (new,) = run("compare", folder, "--baseline", "base")["significance"]["overall"]
+    assert (new["units"], new["dropped"], new["lost"], new["places"]) == (3, 1, ["hard"], 1)
+    shown = call("compare", folder, "--baseline", "base").stdout
+    assert "Left out: 1 replicate that new or base lacks." in shown
+    assert "Without a common replicate: hard." in shown
+
+
 def test_a_fixed_test_set_widens_the_interval(tmp_path: Path) -> None:
     def scores(place: str, method: str, r: int) -> float:
         return 0.5 + (0.01 * (r + 1) if method == "new" else 0)

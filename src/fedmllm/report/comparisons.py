@@ -149,7 +149,8 @@ def _compare(reader: UnitReader, ours: Rows, theirs: Rows, names: tuple[str, str
     resamples = matched.resamples
     c = common_term(resamples[names[0]], resamples[names[1]]) if resamples else 0.0
     comparison = compare(matched.scores[names[0]], matched.scores[names[1]], c)
-    comparison = replace(comparison, places=len(matched.places) - len(comparison.lost))
+    lost = (*comparison.lost, *(place for place in {**theirs, **ours} if place not in matched.places))
+    comparison = replace(comparison, places=len(matched.places) - len(comparison.lost), lost=lost)
     return comparison, summary(matched.scores[names[0]]).estimate, matched.shared
 
 
