@@ -139,7 +139,8 @@ def test_the_scores_of_the_benchmark_page_are_those_of_the_results() -> None:
     for name, (_, untrained, alone, *best, pooled) in zip(names, shown, strict=True):
         chapter = results.partition(f"## offline-{name}\n")[2].partition("\n## ")[0]
         rows = [line.strip("| ").split(" | ") for line in chapter.splitlines() if line.startswith("|")]
-        averages = {row[0]: row[-1] for row in reversed(rows) if row[0] in ("zero-shot", "local", "centralised")}
+        scores = rows[: next(i for i, row in enumerate(rows) if row[0] == "place")]  # the table of scores comes first
+        averages = {row[0]: row[-1] for row in scores}
         assert [averages[kind] for kind in ("zero-shot", "local", "centralised")] == [untrained, alone, pooled]
-        scenarios = {row[0].split()[0]: row[5] for row in rows if re.fullmatch(r"[a-z]+ \(\d+\)", row[0])}
+        scenarios = {row[0].split()[0]: row[6] for row in rows if re.fullmatch(r"[a-z]+ \(\d+\)", row[0])}
         assert [scenarios.get(scenario, "–") for scenario in ("aligned", "missing", "cross", "hybrid")] == best, name

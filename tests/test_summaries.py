@@ -145,4 +145,4 @@ def test_the_table_shows_them_beside_the_score() -> None:
     metrics = summarise(ACCURACY, [rows], "exact", {p.id: ("yes", "no") for p in rows})
     columns = {str(column.header): list(column.cells) for column in metrics_table(metrics, "made").columns}
     assert columns["majority %"] == ["100.0"]
-    assert columns["chance, %"] == ["50.0"]
+    assert columns["chance %"] == ["50.0"]
