@@ -159,7 +159,7 @@ def test_a_site_that_sends_nan_is_refused_by_name_and_the_others_continue(
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(broken)
     AutoProcessor.from_pretrained(tiny).save_pretrained(broken)
-    assert sites["south"].stop() == 0
+    assert "south" not in sites or sites["south"].stop() == 0
     file = root / "south" / "broken.toml"
     file.write_text('model = "broken"\n' + (root / "south" / "site.toml").read_text())
     broken_site = Process(root / "broken.log", "client", file)
