@@ -49,7 +49,7 @@ def keys(
         if as_json:
             print_json({"made": files})
         else:
-            show("\n".join(files))
+            show(*files)
 
 
 def client(
