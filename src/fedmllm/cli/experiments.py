@@ -67,7 +67,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
         with suppress(OutputLost):  # the exit status still says whether the experiment is valid
-            show(*summary_lines(splits))
+            for line in summary_lines(splits):
+                show(line)
     try:
         dataset = parts.prepare(loaded_splits)
     except UserError:
@@ -109,7 +110,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     show(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
     show(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
     show(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
-    show(*shares_lines(shares))
+    for line in shares_lines(shares):
+        show(line)
 
 
 def partition(
@@ -147,7 +149,8 @@ def partition(
         for row in rows:
             table.add_row(*map(str, row.values()))
         print_table(table)
-        show(*shares_lines(shares))
+        for line in shares_lines(shares):
+            show(line)
 
 
 def evaluate(

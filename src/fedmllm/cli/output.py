@@ -39,9 +39,9 @@ def fill_closed_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (open until the process ends)
 
 
-def show(*lines: str) -> None:
-    """Write lines to standard output, with everything in them escaped that could steer a terminal. Raises OutputLost."""
-    _write("\n".join(map(printable, lines)))
+def show(line: str) -> None:
+    """Write a line to standard output, with everything in it escaped that could steer a terminal. Raises OutputLost."""
+    _write(printable(line))
 
 
 def _write(text: str) -> None:

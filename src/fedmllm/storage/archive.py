@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.storage.atomic import atomic_file
@@ -128,7 +128,7 @@ class _Metered:
     """An unpacked stream that can be read no further than its members account for, so that neither a huge header nor what
     follows the last member is ever unpacked. Raises RunError, as soon as a limit is passed."""
 
-    def __init__(self, stream: BinaryIO, file: Path) -> None:
+    def __init__(self, stream: lzma.LZMAFile, file: Path) -> None:
         self._stream, self._file = stream, file
         self._members = self._bytes = 0
         self._left = _MAX_HEADER
