@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import lzma
 import os
@@ -17,9 +16,8 @@ import pytest
 from commands import call, run
 from fedmllm.experiment import sweep
 from fedmllm.experiment.sweep import Sweeper
-from fedmllm.storage import archive
 from fedmllm.storage.archive import opened, pack
-from made_runs import make_run, make_sweep
+from made_runs import index_of, make_run, make_sweep, write_archive
 
 AXES = {"setting": ["α = 5", "β = 0.3", "p < 1"], "method": ["zero-shot", "FedAvg", "Broken"]}
 SHARES = {"zero-shot": 0.5, "FedAvg": 0.9, "Broken": 0.3}
@@ -79,24 +77,6 @@ def packed(original: Path, tmp_path: Path) -> Path:
 def members(file: Path) -> list[tarfile.TarInfo]:
     with tarfile.open(file) as tar:
         return tar.getmembers()
-
-
-def write(file: Path, contents: Mapping[str, bytes], link: str = "", special: bytes = b"") -> Path:
-    """An archive that `pack` did not write."""
-    with tarfile.open(file, "w:xz") as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        if link:
-            member = tarfile.TarInfo(link)
-            member.type, member.linkname = tarfile.SYMTYPE, "sweep.json"
-            tar.addfile(member)
-        if special:
-            member = tarfile.TarInfo("made/x")
-            member.type = special
-            tar.addfile(member)
-    return file
 
 
 # Contents
@@ -218,11 +198,6 @@ def test_a_sweep_continues_from_an_unpacked_archive(tmp_path: Path) -> None:
 # Errors
 
 
-def index(*ids: str, name: str = "made") -> bytes:
-    cells = [{"axes": {"m": i}, "seed": 0, "kind": "local", "id": i, "state": "complete"} for i in ids]
-    return json.dumps({"schema": 1, "name": name, "axes": ["m"], "cells": cells}).encode()
-
-
 def _huge_header(file: Path) -> None:
     with tarfile.open(file, "w:xz", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("made/sweep.json")
@@ -254,31 +229,49 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "truncated": (_cut, "cannot be read"),
     "without its end": (_end, "cannot be read"),
     "damaged": (_flipped, "cannot be read"),
-    "a path out": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/../../x": b""}), "leads out"),
+    "a path out": (lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "made/../../x": b""}), "leads out"),
     "an absolute path": (
-        lambda packed, file: write(file, {"made/sweep.json": index(), "/tmp/x": b""}),
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "/tmp/x": b""}),
         "is not a sweep's archive",
     ),
-    "a link": (lambda packed, file: write(file, {"made/sweep.json": index()}, link="made/x"), "'made/x' is a link"),
-    "two folders": (lambda packed, file: write(file, {"a/sweep.json": index(), "b/sweep.json": index()}), "one folder with"),
-    "no folder": (lambda packed, file: write(file, {"sweep.json": index()}), "one folder with sweep.json"),
-    "no index": (lambda packed, file: write(file, {"made/x": b""}), "one folder with sweep.json"),
-    "a folder in a run's": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/a/b/c": b""}), "deeper than"),
-    "a very deep folder": (
-        lambda packed, file: write(file, {"made/sweep.json": index(), f"made/{'d/' * 1500}": b""}),
+    "a link": (lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, link="made/x"), "'made/x' is a link"),
+    "two folders": (
+        lambda packed, file: write_archive(file, {"a/sweep.json": index_of(), "b/sweep.json": index_of()}),
+        "one folder with",
+    ),
+    "no folder": (lambda packed, file: write_archive(file, {"sweep.json": index_of()}), "one folder with sweep.json"),
+    "no index": (lambda packed, file: write_archive(file, {"made/x": b""}), "one folder with sweep.json"),
+    "a folder in a run's": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "made/a/b/c": b""}),
         "deeper than",
     ),
-    "a device": (lambda packed, file: write(file, {"made/sweep.json": index()}, special=tarfile.CHRTYPE), "is a link"),
-    "a pipe": (lambda packed, file: write(file, {"made/sweep.json": index()}, special=tarfile.FIFOTYPE), "is a link"),
+    "a very deep folder": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), f"made/{'d/' * 1500}": b""}),
+        "deeper than",
+    ),
+    "a device": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, special=tarfile.CHRTYPE),
+        "is a link",
+    ),
+    "a pipe": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, special=tarfile.FIFOTYPE),
+        "is a link",
+    ),
     "more after its end": (
         lambda packed, file: file.write_bytes(packed.read_bytes() + lzma.compress(bytes(2**22))),
         "belong to none of its files",
     ),
     "a huge header": (lambda packed, file: _huge_header(file), "belong to none of its files"),
-    "ids that lead out": (lambda packed, file: write(file, {"m/sweep.json": index("../../x")}), "'../../x' cannot be the name"),
-    "a damaged index": (lambda packed, file: write(file, {"m/sweep.json": b"{}"}), "m.tar.xz/sweep.json cannot be read"),
+    "ids that lead out": (
+        lambda packed, file: write_archive(file, {"m/sweep.json": index_of("../../x")}),
+        "'../../x' cannot be the name",
+    ),
+    "a damaged index": (
+        lambda packed, file: write_archive(file, {"m/sweep.json": b"{}"}),
+        "m.tar.xz/sweep.json cannot be read",
+    ),
     "no complete run": (
-        lambda packed, file: write(file, {"m/sweep.json": index("x")}),
+        lambda packed, file: write_archive(file, {"m/sweep.json": index_of("x")}),
         "m.tar.xz has no axis, or no complete run",
     ),
 }
@@ -302,131 +295,6 @@ def test_a_bad_archive_is_one_sentence_and_status_2(case: str, packed: Path, scr
         assert done.stdout == ""
     assert not (tmp_path / "out").exists()
     assert list(scratch.iterdir()) == []
-
-
-def bomb(file: Path, members: int, size: int) -> Path:
-    """An archive of a sweep whose folder also has this many files of zeros."""
-    return write(file, {"made/sweep.json": index(), **{f"made/x/{i}": bytes(size) for i in range(members)}})
-
-
-@pytest.mark.parametrize(("members", "size"), [(3, 2**20), (1, 2**21 + 1), (300, 0)])
-def test_a_bomb_is_refused_before_it_is_unpacked(
-    members: int, size: int, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedmllm.storage.archive.MAX_BYTES", 2**21)
-    monkeypatch.setattr("fedmllm.storage.archive.MAX_MEMBERS", 200)
-    sizes: list[int] = []
-    clean = tempfile.TemporaryDirectory.cleanup
-
-    def measure(folder: tempfile.TemporaryDirectory[str]) -> None:
-        sizes.append(sum(path.stat().st_size for path in Path(folder.name).rglob("*") if path.is_file()))
-        clean(folder)
-
-    monkeypatch.setattr(tempfile.TemporaryDirectory, "__exit__", lambda folder, *_: measure(folder))
-    file = bomb(tmp_path / "m.tar.xz", members, size)
-    assert file.stat().st_size < 20_000
-    done = call("compare", file)
-    assert done.exit_code == 2
-    assert done.stderr.startswith(f"error: {file} unpacks to more than 200 members or 2,097,152 bytes")
-    assert done.stderr.count("\n") == 1
-    assert sizes[0] <= 2**21, "it stops while it unpacks"
-    assert list(scratch.iterdir()) == []
-
-
-def test_the_limits_leave_room_for_the_largest_grids(tmp_path: Path) -> None:
-    assert (archive.MAX_MEMBERS, archive.MAX_BYTES) == (100_000, 2**30)
-    with opened([bomb(tmp_path / "m.tar.xz", 300, 100)]) as [folder]:
-        assert len(list((folder / "x").iterdir())) == 300
-
-
-ROW = {"axes": {"m": "a"}, "seed": 0, "kind": "local", "id": "x"}
-GOOD = {"schema": 1, "name": "made", "axes": ["m"], "cells": [ROW]}
-BAD_INDEXES: dict[str, tuple[object, str]] = {
-    "a list": ([], "dictionary"),
-    "a number": (5, "dictionary"),
-    "null": (None, "dictionary"),
-    "a string": ("made", "dictionary"),
-    "no name": ({k: v for k, v in GOOD.items() if k != "name"}, "name: Field required"),
-    "no cells": ({k: v for k, v in GOOD.items() if k != "cells"}, "cells: Field required"),
-    "a name that is none": (GOOD | {"name": 5}, "name: Input should be a valid string"),
-    "a name that leads out": (GOOD | {"name": "../../x"}, "'../../x' cannot be the name of a folder"),
-    "an absolute name": (GOOD | {"name": "/etc/x"}, "'/etc/x' cannot be the name of a folder"),
-    "a name on Windows": (GOOD | {"name": "..\\x"}, "cannot be the name of a folder"),
-    "a hidden name": (GOOD | {"name": ".ssh"}, "cannot be the name of a folder"),
-    "an empty name": (GOOD | {"name": ""}, "cannot be the name of a folder"),
-    "a name of control characters": (GOOD | {"name": "a\x1b[2J"}, "cannot be the name of a folder"),
-    "a long name": (GOOD | {"name": "a" * 5000}, "cannot be the name of a folder"),
-    "an id that leads out": (GOOD | {"cells": [ROW | {"id": "../x"}]}, "'../x' cannot be the name of a folder"),
-    "the folder itself as id": (GOOD | {"cells": [ROW | {"id": "."}]}, "'.' cannot be the name of a folder"),
-    "an id that is none": (GOOD | {"cells": [ROW | {"id": ["x"]}]}, "cells.0.id: Input should be a valid string"),
-    "axes that are none": (GOOD | {"axes": "m"}, "axes: Input should be a valid list"),
-    "a cell that is none": (GOOD | {"cells": ["x"]}, "cells.0: Input should be"),
-    "a cell of other axes": (GOOD | {"cells": [ROW | {"axes": {"n": "a"}}]}, "other axes than the sweep"),
-    "a value that is no text": (GOOD | {"cells": [ROW | {"axes": {"m": 5}}]}, "cells.0.axes.m: Input should be a valid string"),
-    "an unknown kind": (GOOD | {"cells": [ROW | {"kind": "best"}]}, "cells.0.kind"),
-    "a seed that is none": (GOOD | {"cells": [ROW | {"seed": "0"}]}, "cells.0.seed"),
-    "a margin below zero": (GOOD | {"margin": -1.0}, "margin"),
-    "deeply nested": ("[" * 100_000, "recursion"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INDEXES)
-def test_an_index_of_another_shape_is_one_sentence(case: str, tmp_path: Path) -> None:
-    content, sentence = BAD_INDEXES[case]
-    folder = tmp_path / "grid"
-    folder.mkdir()
-    (folder / "sweep.json").write_text(str(content) if case == "deeply nested" else json.dumps(content))
-    make_run(folder / "x", {"both": 0.5}, kind="local")
-    packed = write(tmp_path / "m.tar.xz", {"made/sweep.json": (folder / "sweep.json").read_bytes()})
-    for command in [
-        ("compare", folder), ("compare", packed), ("report", folder, "--out", tmp_path / "out" / "page.md"),
-        ("report", packed, "--out", tmp_path / "out" / "page.md"), ("pack", folder, "--to", tmp_path / "out" / "x.tar.xz"),
-    ]:  # fmt: skip
-        done = call(*command)
-        assert done.exit_code == 2
-        assert done.stderr.startswith(f"error: {packed if packed in command else folder}/sweep.json cannot be read")
-        assert sentence in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert len(done.stderr) < 600
-    assert not (tmp_path / "out").exists()
-
-
-BAD_RUNS: dict[str, tuple[str, str]] = {
-    "a list": ("result.json", "[]"),
-    "no metrics": ("result.json", '{"schema": 1}'),
-    "metrics of another type": ("result.json", '{"primary_metric": "accuracy", "metrics": 5}'),
-    "a metric that is no name": ("result.json", '{"primary_metric": {}, "metrics": {}}'),
-    "settings of nothing": ("config.toml", ""),
-    "settings that are no TOML": ("config.toml", "[[["),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RUNS)
-def test_a_run_of_another_shape_is_one_sentence(case: str, tmp_path: Path) -> None:
-    name, content = BAD_RUNS[case]
-    cell = {"setting": ["A"], "method": ["FedAvg"]}
-    folder = make_sweep(tmp_path / "grid", cell, lambda cell, seed, pattern: 0.5, seeds=[0])
-    (folder / "federated-0" / name).write_text(content)
-    for command in [("compare", folder), ("report", folder, "--out", tmp_path / "page.md")]:
-        done = call(*command)
-        assert done.exit_code == 2
-        assert done.stderr.startswith(f"error: {folder}/federated-0")
-        assert done.stderr.count("\n") == 1
-
-
-def test_pack_takes_no_file_from_outside_the_folder(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("mine")
-    kept = folder / "zero-shot" / "config.toml"
-    inside = kept.rename(folder / "zero-shot" / "settings.toml")
-    kept.symlink_to("settings.toml")
-    assert call("pack", folder, "--to", tmp_path / "x.tar.xz").exit_code == 0
-    kept.unlink()
-    kept.symlink_to(tmp_path / "secret")
-    done = call("pack", folder, "--to", tmp_path / "y.tar.xz")
-    assert done.exit_code == 2
-    assert done.stderr == f"error: {kept} is a link that leads out of {folder}; put the file itself there.\n"
-    assert not (tmp_path / "y.tar.xz").exists()
-    assert inside.is_file()
 
 
 def test_a_folder_may_be_named_like_an_archive(packed: Path, folder: Path, tmp_path: Path) -> None:
@@ -454,7 +322,7 @@ def test_bad_arguments_of_pack(case: str, to: str, sentence: str, packed: Path, 
     (tmp_path / "other").mkdir()
     (tmp_path / "out" / "taken.tar.xz").mkdir(parents=True)
     where = {"run": tmp_path / "run", "nowhere": tmp_path / "nowhere", "archive": packed, "good": folder}
-    broken = {"empty": index("x"), "damaged": b"[", "out": index("../run"), "name": index("x", name="a/b")}
+    broken = {"empty": index_of("x"), "damaged": b"[", "out": index_of("../run"), "name": index_of("x", name="a/b")}
     if case in broken:
         (tmp_path / "other" / "sweep.json").write_bytes(broken[case])
     done = call("pack", where.get(case, tmp_path / "other"), "--to", tmp_path / "out" / to)
