@@ -170,7 +170,7 @@ def _unpack(file: Path, scratch: Path) -> Path:
             while stream.read(2**20):  # tar stops at its own end, before the checksum of the whole file
                 pass
     except tarfile.FilterError as error:
-        name = error.tarinfo.name
+        name = error.tarinfo.name[:100]
         raise RunError(f"{file} is not a sweep's archive: {name!r} is a link or leads out of its folder.") from None
     except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
         raise RunError(f"{file} cannot be read ({error}); get it again, or pack the sweep again.") from None
