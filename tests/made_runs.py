@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,27 @@ def make_sweep(
     index = {"schema": 1, "name": "made", "axes": list(axes), "cells": rows}
     (folder / "sweep.json").write_text(json.dumps(index))
     return folder
+
+
+def write_archive(file: Path, contents: Mapping[str, bytes], link: str = "", special: bytes = b"") -> Path:
+    """An archive that `pack` did not write."""
+    with tarfile.open(file, "w:xz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        if link:
+            member = tarfile.TarInfo(link)
+            member.type, member.linkname = tarfile.SYMTYPE, "sweep.json"
+            tar.addfile(member)
+        if special:
+            member = tarfile.TarInfo("made/x")
+            member.type = special
+            tar.addfile(member)
+    return file
+
+
+def index_of(*ids: str, name: str = "made") -> bytes:
+    """The content of a `sweep.json` with a cell for each of these runs."""
+    cells = [{"axes": {"m": i}, "seed": 0, "kind": "local", "id": i, "state": "complete"} for i in ids]
+    return json.dumps({"schema": 1, "name": name, "axes": ["m"], "cells": cells}).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import lzma
 import os
@@ -18,7 +17,7 @@ from commands import call, run
 from fedmllm.experiment import sweep
 from fedmllm.experiment.sweep import Sweeper
 from fedmllm.storage.archive import opened, pack
-from made_runs import make_run, make_sweep
+from made_runs import index_of, make_run, make_sweep, write_archive
 
 AXES = {"setting": ["α = 5", "β = 0.3", "p < 1"], "method": ["zero-shot", "FedAvg", "Broken"]}
 SHARES = {"zero-shot": 0.5, "FedAvg": 0.9, "Broken": 0.3}
@@ -78,20 +77,6 @@ def packed(original: Path, tmp_path: Path) -> Path:
 def members(file: Path) -> list[tarfile.TarInfo]:
     with tarfile.open(file) as tar:
         return tar.getmembers()
-
-
-def write(file: Path, contents: Mapping[str, bytes], link: str = "") -> Path:
-    """An archive that `pack` did not write."""
-    with tarfile.open(file, "w:xz") as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        if link:
-            member = tarfile.TarInfo(link)
-            member.type, member.linkname = tarfile.SYMTYPE, "sweep.json"
-            tar.addfile(member)
-    return file
 
 
 # Contents
@@ -213,9 +198,11 @@ def test_a_sweep_continues_from_an_unpacked_archive(tmp_path: Path) -> None:
 # Errors
 
 
-def index(*ids: str, name: str = "made") -> bytes:
-    cells = [{"axes": {"m": i}, "seed": 0, "kind": "local", "id": i, "state": "complete"} for i in ids]
-    return json.dumps({"schema": 1, "name": name, "axes": ["m"], "cells": cells}).encode()
+def _huge_header(file: Path) -> None:
+    with tarfile.open(file, "w:xz", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("made/sweep.json")
+        member.pax_headers = {"comment": "a" * 2**22}
+        tar.addfile(member)
 
 
 def _cut(packed: Path, file: Path) -> None:
@@ -242,19 +229,49 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "truncated": (_cut, "cannot be read"),
     "without its end": (_end, "cannot be read"),
     "damaged": (_flipped, "cannot be read"),
-    "a path out": (lambda packed, file: write(file, {"made/sweep.json": index(), "made/../../x": b""}), "leads out"),
+    "a path out": (lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "made/../../x": b""}), "leads out"),
     "an absolute path": (
-        lambda packed, file: write(file, {"made/sweep.json": index(), "/tmp/x": b""}),
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "/tmp/x": b""}),
         "is not a sweep's archive",
     ),
-    "a link": (lambda packed, file: write(file, {"made/sweep.json": index()}, link="made/x"), "'made/x' is a link"),
-    "two folders": (lambda packed, file: write(file, {"a/sweep.json": index(), "b/sweep.json": index()}), "one folder with"),
-    "no folder": (lambda packed, file: write(file, {"sweep.json": index()}), "one folder with sweep.json"),
-    "no index": (lambda packed, file: write(file, {"made/x": b""}), "one folder with sweep.json"),
-    "ids that lead out": (lambda packed, file: write(file, {"m/sweep.json": index("../../x")}), "'../../x' cannot be the name"),
-    "a damaged index": (lambda packed, file: write(file, {"m/sweep.json": b"{}"}), "m.tar.xz/sweep.json cannot be read"),
+    "a link": (lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, link="made/x"), "'made/x' is a link"),
+    "two folders": (
+        lambda packed, file: write_archive(file, {"a/sweep.json": index_of(), "b/sweep.json": index_of()}),
+        "one folder with",
+    ),
+    "no folder": (lambda packed, file: write_archive(file, {"sweep.json": index_of()}), "one folder with sweep.json"),
+    "no index": (lambda packed, file: write_archive(file, {"made/x": b""}), "one folder with sweep.json"),
+    "a folder in a run's": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), "made/a/b/c": b""}),
+        "deeper than",
+    ),
+    "a very deep folder": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of(), f"made/{'d/' * 1500}": b""}),
+        "deeper than",
+    ),
+    "a device": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, special=tarfile.CHRTYPE),
+        "is a link",
+    ),
+    "a pipe": (
+        lambda packed, file: write_archive(file, {"made/sweep.json": index_of()}, special=tarfile.FIFOTYPE),
+        "is a link",
+    ),
+    "more after its end": (
+        lambda packed, file: file.write_bytes(packed.read_bytes() + lzma.compress(bytes(2**22))),
+        "belong to none of its files",
+    ),
+    "a huge header": (lambda packed, file: _huge_header(file), "belong to none of its files"),
+    "ids that lead out": (
+        lambda packed, file: write_archive(file, {"m/sweep.json": index_of("../../x")}),
+        "'../../x' cannot be the name",
+    ),
+    "a damaged index": (
+        lambda packed, file: write_archive(file, {"m/sweep.json": b"{}"}),
+        "m.tar.xz/sweep.json cannot be read",
+    ),
     "no complete run": (
-        lambda packed, file: write(file, {"m/sweep.json": index("x")}),
+        lambda packed, file: write_archive(file, {"m/sweep.json": index_of("x")}),
         "m.tar.xz has no axis, or no complete run",
     ),
 }
@@ -305,7 +322,7 @@ def test_bad_arguments_of_pack(case: str, to: str, sentence: str, packed: Path, 
     (tmp_path / "other").mkdir()
     (tmp_path / "out" / "taken.tar.xz").mkdir(parents=True)
     where = {"run": tmp_path / "run", "nowhere": tmp_path / "nowhere", "archive": packed, "good": folder}
-    broken = {"empty": index("x"), "damaged": b"[", "out": index("../run"), "name": index("x", name="a/b")}
+    broken = {"empty": index_of("x"), "damaged": b"[", "out": index_of("../run"), "name": index_of("x", name="a/b")}
     if case in broken:
         (tmp_path / "other" / "sweep.json").write_bytes(broken[case])
     done = call("pack", where.get(case, tmp_path / "other"), "--to", tmp_path / "out" / to)

@@ -202,7 +202,7 @@ def test_one_client_equals_centralised(write_experiment: Write) -> None:
 def test_eval_and_compare(write_experiment: Write) -> None:
     file = write_experiment()
     result = run("run", file, "--out", "a")
-    again = run("eval", "a", "--patterns", "image,both")
+    again = run("eval", "a", "--trust-config", "--patterns", "image,both")
     assert again["metrics"]["both"] == result["metrics"]["both"]
     assert again["metrics"].keys() == {"image", "both"}
     run("baseline", "zero-shot", file, "--out", "b")
@@ -223,18 +223,18 @@ def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
     result = run("run", file, "--out", "a")
     assert result["metrics"]["both"]["n"] == 15
     other = ("--set", "task.name=shapes-qa", "--set", "task.train=5", "--set", "task.test=7", "--patterns", "text")
-    evaluated = run("eval", "a", *other)
+    evaluated = run("eval", "a", "--trust-config", *other)
     assert (evaluated["task"], evaluated["metrics"]["text"]["n"]) == ("shapes-qa", 7)
-    assert run("eval", "a", *other) == evaluated
-    assert "task.companion belonged to the run's own task" in call("eval", "a", *other).stderr
+    assert run("eval", "a", "--trust-config", *other) == evaluated
+    assert "task.companion belonged to the run's own task" in call("eval", "a", "--trust-config", *other).stderr
     for wrong, sentence in [
         ("train.lr=1", "the run is trained; only [task], [eval] and [prompt] can be set"),
         ("task.name=shape-qa", "did you mean 'shapes-qa'?"),
     ]:
-        done = call("eval", "a", "--set", wrong)
+        done = call("eval", "a", "--trust-config", "--set", wrong)
         assert done.exit_code == 2
         assert sentence in done.stderr
-    assert run("eval", "a")["metrics"] == result["metrics"], "the run itself is as it was"
+    assert run("eval", "a", "--trust-config")["metrics"] == result["metrics"], "the run itself is as it was"
 
 
 def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from html import escape
 
 
 class UserError(Exception):
@@ -29,7 +30,13 @@ def printable(message: str) -> str:
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], message)
 
 
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def xml_text(text: str) -> str:
+    """The text as it is written in HTML and SVG, in an element or a quoted attribute: nothing in it is a tag, and it holds no
+    character that XML forbids."""
+    return escape(printable(text))
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:

@@ -67,7 +67,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
         with suppress(OutputLost):  # the exit status still says whether the experiment is valid
-            show("\n".join(summary_lines(splits)))
+            for line in summary_lines(splits):
+                show(line)
     try:
         dataset = parts.prepare(loaded_splits)
     except UserError:
@@ -109,7 +110,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     show(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
     show(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
     show(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
-    show("\n".join(shares_lines(shares)))
+    for line in shares_lines(shares):
+        show(line)
 
 
 def partition(
@@ -147,13 +149,18 @@ def partition(
         for row in rows:
             table.add_row(*map(str, row.values()))
         print_table(table)
-        show("\n".join(shares_lines(shares)))
+        for line in shares_lines(shares):
+            show(line)
 
 
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
     patterns: Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")] = None,
     overrides: Set = None,
+    trust_config: Annotated[
+        bool,
+        typer.Option("--trust-config", help="Take the model from a path, or run its code, if the run's config.toml says so."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
@@ -174,7 +181,7 @@ def evaluate(
     with config.blaming(str(run.config), settings):
         experiment = with_defaults(config.validate(raw))
     with ProgressBars() as progress:
-        metrics = reevaluate(run, experiment, progress)
+        metrics = reevaluate(run, experiment, progress, trusted=trust_config)
     if as_json:
         print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
     else:

@@ -82,13 +82,16 @@ def _complete_runs(directories: list[Path], names: list[Path]) -> list[Path]:
 
 def _compare_runs(directories: list[Path], names: list[Path], baseline: str | None, as_json: bool) -> None:
     from fedmllm.report.comparisons import runs_against, runs_table
+    from fedmllm.report.grids import reading
     from fedmllm.report.tables import comparison
 
     runs = directories if len(directories) == 1 else _complete_runs(directories, names)
     results = [RunDir(directory).result() for directory in runs]
     differences = runs_against(runs, Path(baseline)) if baseline else {}
     if not as_json:
-        print_table(comparison(results))
+        with reading(" or ".join(map(str, runs))):
+            table = comparison(results)
+        print_table(table)
         if baseline:
             print_table(runs_table(differences, Path(baseline)))
         return

@@ -24,8 +24,8 @@ class PartKinds(StrEnum):
 
 def list_parts(kind: PartKinds, as_json: Json = False) -> None:
     """List what an experiment file can name."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     parts = parts_of(kind)
     if as_json:
@@ -33,14 +33,14 @@ def list_parts(kind: PartKinds, as_json: Json = False) -> None:
         return
     table = Table(show_header=False, box=None)
     for part in parts:
-        lines = [escape(part["description"])]
+        lines = [Text(part["description"])]
         if part["options"]:
             defaults = part.get("defaults", {})
             options = ", ".join(f"{o} = {defaults[o]!r}" if o in defaults else o for o in part["options"])
-            lines.append(f"[dim]options: {escape(options)}[/dim]")
+            lines.append(Text(f"options: {options}", "dim"))
         if "down" in part:
-            lines.append(f"[dim]travels down: {', '.join(part['down'])}; up: {', '.join(part['up'])}[/dim]")
-        table.add_row(f"[bold]{escape(part['name'])}[/bold]", "\n".join(lines))
+            lines.append(Text(f"travels down: {', '.join(part['down'])}; up: {', '.join(part['up'])}", "dim"))
+        table.add_row(Text(part["name"], "bold"), Text("\n").join(lines))
     print_table(table)
 
 

@@ -39,8 +39,12 @@ def fill_closed_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (open until the process ends)
 
 
-def show(text: str) -> None:
-    """Write a line to standard output. Raises OutputLost."""
+def show(line: str) -> None:
+    """Write a line to standard output, with everything in it escaped that could steer a terminal. Raises OutputLost."""
+    _write(printable(line))
+
+
+def _write(text: str) -> None:
     if sys.stdout is None:  # it was closed when the process began
         raise OutputLost("it is closed", closed=True)
     try:
@@ -68,17 +72,24 @@ def say(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """NaN and infinities are written as null."""
-    show(json.dumps(strict(value), indent=2, allow_nan=False))
+    _write(json.dumps(strict(value), indent=2, allow_nan=False))  # JSON escapes control characters itself
 
 
 def print_table(table: Any) -> None:
+    """Print a table of rich. Its strings are data: nothing in them is markup, and they are escaped as by `show`."""
     from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:  # every string of a table passes here
+            return super().render_str(printable(text), **options)
 
     # Rich cuts tables to 80 columns if stdout is not a terminal; a file can hold more.
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 140)
+    width = None if sys.stdout and sys.stdout.isatty() else 140
+    console = PlainConsole(width=width, markup=False, emoji=False)
     with console.capture() as printed:
         console.print(table)
-    show(printed.get().removesuffix("\n"))
+    _write(printed.get().removesuffix("\n"))
 
 
 def print_result(result: dict[str, Any], path: Path, as_json: bool) -> None:

@@ -49,7 +49,8 @@ def keys(
         if as_json:
             print_json({"made": files})
         else:
-            show("\n".join(files))
+            for line in files:
+                show(line)
 
 
 def client(

@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmllm.kinds import Match, Pattern
+from fedmllm.storage.atomic import usable_as_folder
 
 _Number = TypeVar("_Number", int, float)
 
@@ -29,20 +30,11 @@ def at_most(limit: int, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _usable_as_folder(name: str) -> str:
-    if not name.isprintable() or name != name.strip() or not name or any(c in name for c in "/\\") or name.startswith("."):
-        raise ValueError("must be usable as a folder's name")
-    if len(name.encode(errors="replace")) > _LONGEST_NAME:
-        raise ValueError(f"must have at most {_LONGEST_NAME} bytes, because a file's name has at most 255")
-    return name
-
-
-_LONGEST_NAME = 200  # the names of a run's folder and files add their kind, seed and number
 Positive = Annotated[int, Field(ge=1)]
 Rounds = Annotated[int, Field(ge=0), at_most(1_000_000, "which take more than a week at a second each")]
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1, "the largest integer of TOML")]
 BatchSize = Annotated[int, Field(ge=1), at_most(65_536, "because a batch is in memory at once")]
-FolderName = Annotated[str, AfterValidator(_usable_as_folder)]
+FolderName = Annotated[str, AfterValidator(usable_as_folder)]
 _LOWER_OR_RAISE = "lower the first or raise the second."
 
 

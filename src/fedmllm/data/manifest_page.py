@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Sample
+from fedmllm.errors import xml_text
 
 _MODALITY_COLORS = {"both": "#4c72b0", "image": "#dd8452", "text": "#55a868", "neither": "#bbbbbb"}
 _PALETTE = (
@@ -41,9 +41,9 @@ def _pattern(visible: frozenset[str]) -> str:
 def _bars(title: str, rows: Sequence[Counter[str]], colors: Mapping[str, str]) -> str:
     largest = max((sum(row.values()) for row in rows), default=1) or 1
     used = {name: color for name, color in colors.items() if any(row[name] for row in rows)}
-    parts = [f"<h2>{escape(title)}</h2>", '<p class="legend">']
-    parts += [f'<span><i style="background:{color}"></i>{escape(name)}</span>' for name, color in used.items()]
-    parts.append(f'</p><svg height="{_ROW_HEIGHT * len(rows) + 8}" role="img" aria-label="{escape(title)}">')
+    parts = [f"<h2>{xml_text(title)}</h2>", '<p class="legend">']
+    parts += [f'<span><i style="background:{color}"></i>{xml_text(name)}</span>' for name, color in used.items()]
+    parts.append(f'</p><svg height="{_ROW_HEIGHT * len(rows) + 8}" role="img" aria-label="{xml_text(title)}">')
     for index, row in enumerate(rows):
         y, x = index * _ROW_HEIGHT + 4, 0.0
         label = f'<text x="{_LABEL_WIDTH - 8}" y="{y + 13}" text-anchor="end">client {index}</text>'
@@ -53,7 +53,7 @@ def _bars(title: str, rows: Sequence[Counter[str]], colors: Mapping[str, str]) -
                 width = row[name] / largest * _LONGEST_BAR
                 tooltip = f"client {index}, {name}: {row[name]} samples"
                 box = f'x="{x:.3f}%" y="{y}" width="{width:.3f}%" height="{_ROW_HEIGHT - 5}" fill="{color}"'
-                parts.append(f"<rect {box}><title>{escape(tooltip)}</title></rect>")
+                parts.append(f"<rect {box}><title>{xml_text(tooltip)}</title></rect>")
                 x += width
         parts.append(f'<text x="{x:.3f}%" dx="6" y="{y + 13}">{sum(row.values())}</text></g>')
     return "".join([*parts, "</svg>"])
@@ -78,7 +78,7 @@ def draw_manifest(manifest: Manifest, samples: Sequence[Sample], title: str) -> 
     note = f"; the first {_MAX_CLIENTS} are drawn" if manifest.clients > _MAX_CLIENTS else ""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>"
+        f"<title>{xml_text(title)}</title><style>{_STYLE}</style><h1>{xml_text(title)}</h1>"
         f"<p>{len(manifest)} samples on {manifest.clients} clients{note}; manifest {manifest.digest()[:12]}</p>"
         + _bars("What each client sees: samples by modality", by_pattern[:_MAX_CLIENTS], _MODALITY_COLORS)
         + _bars("What each client holds: samples by label", by_label[:_MAX_CLIENTS], label_colors)

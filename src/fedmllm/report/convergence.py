@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fedmllm.report.grids import GridRow
+from fedmllm.report.grids import GridRow, reading
 from fedmllm.report.scores import Spread, mean
 from fedmllm.storage.run_dir import RunDir
 
@@ -48,7 +48,11 @@ class Speeds:
 
 def curve(run: RunDir) -> list[Point]:
     """One point per round that was evaluated, and one for the end of the run."""
-    result, records = run.result(), run.rounds()
+    with reading(run.path):
+        return _curve(run.result(), run.rounds())
+
+
+def _curve(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Point]:
     metric, pattern = result["primary_metric"], next(iter(result["metrics"]), None)
     if pattern is None:  # no test sample had what the experiment wanted to show
         return []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from fedmllm.errors import RunError
 from fedmllm.report.published import PublishedScore, published, setting_of
 from fedmllm.report.scores import NO_SAMPLES, NO_SPREAD, UNKNOWN, Spread, mean, score
-from fedmllm.storage.archive import INDEX
+from fedmllm.storage.archive import read_index
 from fedmllm.storage.run_dir import RunDir
 
 
@@ -124,26 +124,34 @@ def unit_name(entry: Mapping[str, Any]) -> str:
     return f"replicate {entry['replicate']}" if "replicate" in entry else f"seed {entry['seed']}"
 
 
-def read_grid(folder: Path) -> Grid:
-    """Raises RunError if the folder is not a sweep's."""
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Raises RunError in place of the errors that arise from files of another shape than a run writes."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder / INDEX} cannot be read ({error}); run the sweep again.") from None
+        yield
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{where}: a file is not as a run writes it ({reason}); get it again, or repeat the run.") from None
+
+
+def read_grid(folder: Path) -> Grid:
+    """Raises RunError if the folder is not a sweep's or a run in it is not what a run writes."""
+    index = read_index(folder)
     entries: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for entry in index["cells"]:
         entries.setdefault(tuple(entry["axes"].values()), []).append(entry)
     known, first = published(), index["axes"][0] if index["axes"] else ""
     rows, figures = [], dict[tuple[str, str], PublishedScore]()
     for of_cell in entries.values():
-        row, configs = _read_row(folder, of_cell)
-        rows.append(row)
-        for config in configs if row.kind == "federated" and first else ():
-            task = known.get(config["task"]["name"], {})
-            percent = task.get(row.algorithm, {}).get(setting_of(config))
-            if percent is not None:
-                figure = PublishedScore(row.algorithm, first, row.axes[first], percent, task["metric"])
-                figures.setdefault((figure.algorithm, figure.cell), figure)
+        with reading(folder / of_cell[0]["id"]):
+            row, configs = _read_row(folder, of_cell)
+            rows.append(row)
+            for config in configs if row.kind == "federated" and first else ():
+                task = known.get(config["task"]["name"], {})
+                percent = task.get(row.algorithm, {}).get(setting_of(config))
+                if percent is not None:
+                    figure = PublishedScore(row.algorithm, first, row.axes[first], percent, task["metric"])
+                    figures.setdefault((figure.algorithm, figure.cell), figure)
     return Grid(index["name"], index["axes"], rows, list(figures.values()), known["source"], index.get("margin"))
 
 

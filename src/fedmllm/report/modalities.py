@@ -25,7 +25,8 @@ def add_modalities(page: Page, chapter: Chapter) -> None:
     if not places:
         return
     page.heading(
-        "### What the clients see",
+        3,
+        "What the clients see",
         "The share of the training samples that show both modalities, one or neither, in percent: the mean over the runs as "
         "drawn, and in brackets what the scenario gives over all draws.",
     )

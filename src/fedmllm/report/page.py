@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from fedmllm.errors import printable
+
+_MARKS = re.compile(
+    r"<(?! )|(?<! )>|&(?=[#\w])"  # tags and entities
+    r"|[\\`|{}$]|\](?=[(\[:])"  # escapes, code, cells, attributes, formulas, links
+    r"|(?<![^\W_])[*_~](?=\S)"  # emphasis; not the star behind a score, or the line inside a name
+    r"|\A[#>+=-](?!\d)"  # headings, quotes, lists
+)
+_NAMED = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+class Markdown(str):
+    """Text that is Markdown already. Any other string is data: it is escaped when it is put on a page."""
+
+    def filled(self, **data: object) -> Markdown:
+        """The text with data, escaped, in place of each `{name}`."""
+        return Markdown(
+            self.format_map({name: escaped(value if isinstance(value, str) else str(value)) for name, value in data.items()})
+        )
+
+
+def escaped(text: str) -> str:
+    """The text as Markdown that shows it on one line: no tag, link, picture, code or cell arises from it, also inside code."""
+    if isinstance(text, Markdown):
+        return text
+    # Entities, unlike backslashes, hold in every dialect and in tables, and cannot be undone by what stands before them.
+    return _MARKS.sub(lambda match: _NAMED.get(match[0], f"&#{ord(match[0])};"), printable(text).strip())
 
 
 @dataclass
@@ -13,12 +43,21 @@ class Page:
     lines: list[str] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
 
-    def heading(self, text: str, *paragraph: str) -> None:
-        """A heading with its marks (`### …`), and the paragraph below it."""
-        self.lines += ["", text, "", *paragraph]
+    def heading(self, level: int, text: str, *paragraph: str) -> None:
+        """A heading, and the paragraph below it."""
+        self.lines += ["", f"{'#' * level} {escaped(text)}", "", *map(escaped, paragraph)]
 
     def paragraph(self, text: str) -> None:
-        self.lines += ["", text]
+        self.lines += ["", escaped(text)]
+
+    def items(self, texts: Sequence[str]) -> None:
+        """A list with a point for each text."""
+        self.lines += ["", *(f"- {escaped(text)}" for text in texts)]
+
+    def picture(self, caption: str, file: str, svg: str) -> None:
+        """A picture; `file` is relative to the page."""
+        self.pictures[file] = svg
+        self.paragraph(Markdown("![{caption}]({file})").filled(caption=caption, file=Markdown(quote(file))))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
         """A table whose first `left` columns are text and whose other columns are numbers."""
@@ -28,4 +67,4 @@ class Page:
 
 
 def _table_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from fedmllm.errors import xml_text
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99")
 """Colours by Okabe and Ito, distinguishable with any colour vision, and a few by Tol."""
@@ -53,9 +54,9 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
     box = f'viewBox="0 0 {width:.0f} {height:.0f}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="13">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{xml_text(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{MARGIN}" y="26" font-size="15">{escape(title)}</text>',
+        f'<text x="{MARGIN}" y="26" font-size="15">{xml_text(title)}</text>',
     ]
     rings = range(int(low), int(high) + 1, 10 if high - low <= 50 else 20)
     for ring in rings:
@@ -66,7 +67,7 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
         parts.append(f'<line x1="{centre_x:.1f}" y1="{centre_y:.1f}" x2="{x:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
         x, y = point(index, 1.1)
         anchor = "middle" if abs(x - centre_x) < 20 else "start" if x > centre_x else "end"
-        parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{xml_text(name)}</text>')
     for number, (name, values) in enumerate(lines.items()):
         color = PALETTE[number % len(PALETTE)]
         dash = DASHES[number // len(PALETTE) % len(DASHES)]
@@ -81,7 +82,7 @@ def radar(title: str, axes: Sequence[str], lines: Mapping[str, Sequence[float | 
         parts += [f'<circle cx="{s[0]:.1f}" cy="{s[1]:.1f}" r="2.5" fill="{color}"/>' for s in spots if s]
         y = 62 + 22 * number
         parts.append(f'<line x1="{legend:.1f}" y1="{y}" x2="{legend + 26:.1f}" y2="{y}" {style}/>')
-        parts.append(f'<text x="{legend + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
+        parts.append(f'<text x="{legend + 32:.1f}" y="{y + 4}">{xml_text(name)}</text>')
     halo = 'fill="#555" stroke="white" stroke-width="3" paint-order="stroke"'
     for ring in rings:  # drawn after the lines, so that the labels stay readable
         x, y = point(0, (ring - low) / (high - low))

@@ -13,7 +13,7 @@ from fedmllm.report.comparisons import HEAD, Comparisons, conclusions, figures, 
 from fedmllm.report.convergence import speeds
 from fedmllm.report.gap_closed import BASELINES, COMPARED, GapClosed, gaps_by_place, gaps_by_scenario
 from fedmllm.report.grids import Cells, Grid, GridRow, row_score
-from fedmllm.report.page import Page
+from fedmllm.report.page import Markdown, Page, escaped
 from fedmllm.report.radar import radar
 from fedmllm.report.scores import UNKNOWN, Spread, mean, score
 from fedmllm.report.sentences import points
@@ -55,7 +55,7 @@ def add_scores(page: Page, chapter: Chapter) -> None:
     first = next(row for row in grid.rows if row.ids)
     if first.pattern in first.ceiling:
         best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first.ceiling.items())
-        page.lines.append(f"The best that any model can reach is known: {best}.")
+        page.lines.append(escaped(f"The best that any model can reach is known: {best}."))
     means = {name: [rows[c].spread.mean if c in rows else None for c in columns] for name, rows in methods.items()}
     several = len(columns) > 1
     table = []
@@ -65,9 +65,8 @@ def add_scores(page: Page, chapter: Chapter) -> None:
     page.table([*chapter.downs, *(c or "score" for c in columns), *(["mean"] if several else [])], table, len(chapter.downs))
     if len(columns) > 2:
         lines = {" · ".join(name): [None if v is None else 100 * v for v in values] for name, values in means.items()}
-        picture = f"figures/{grid.name}.svg"
-        page.pictures[picture] = radar(f"{grid.name}: {first.metric}, %", columns, lines)
-        page.paragraph(f"![{grid.name}: an axis a setting, a line a method]({picture})")
+        picture = radar(f"{grid.name}: {first.metric}, %", columns, lines)
+        page.picture(f"{grid.name}: an axis a setting, a line a method", f"figures/{grid.name}.svg", picture)
 
 
 def add_baselines(page: Page, chapter: Chapter) -> None:
@@ -76,7 +75,8 @@ def add_baselines(page: Page, chapter: Chapter) -> None:
     if not places:
         return
     page.heading(
-        "### Between the baselines",
+        3,
+        "Between the baselines",
         "The federated methods that no other beats (paired one-sided tests, 5 % in all), and the one with the best mean. Its "
         "score and its points above the baselines are cross-fitted: it is chosen on the other replicates and read on the one "
         "left out. Intervals hold for all methods together. The share is of the way from zero-shot to centralised.",
@@ -106,6 +106,11 @@ def _lead(lead: Best | None) -> str:
     return points(lead.score) + ("" if math.isnan(lead.low) else f" [{points(lead.low)}, {points(lead.high)}]")
 
 
+HOW = (
+    "Points of difference with 95 % intervals over replicates; p corrected after Holm. MDE is the difference that would be "
+    "found with 80 %; anything beyond the next column is excluded (two one-sided tests, 5 %); then the worst replicate. "
+    "[How this is done](statistics.md)."
+)
 SHARED = (
     "These runs share their seeds and test samples over the places, so a unit is a seed averaged over the places, and the test "
     "set's own luck is part of every interval."
@@ -117,13 +122,12 @@ def add_comparisons(page: Page, chapter: Chapter, comparisons: Comparisons) -> N
     if not comparisons.methods:
         return
     page.heading(
-        f"### Against {comparisons.baseline}",
-        "Points of difference with 95 % intervals over replicates; p corrected after Holm. MDE is the difference that would be "
-        "found with 80 %; anything beyond the next column is excluded (two one-sided tests, 5 %); then the worst replicate. "
-        f"[How this is done](statistics.md).{' ' + SHARED if comparisons.shared else ''}",
+        3,
+        f"Against {comparisons.baseline}",
+        Markdown(f"{HOW} {SHARED}" if comparisons.shared else HOW),
     )
     page.table([comparisons.axis, *HEAD], [[method.name, *figures(method)] for method in comparisons.methods])
-    page.paragraph("\n".join(f"- {sentence}" for sentence in conclusions(comparisons)))
+    page.items(conclusions(comparisons))
     if len(comparisons.places) > 1:
         page.paragraph("At each place, an interval and no test:")
         rows = []
@@ -139,7 +143,8 @@ def add_patterns(page: Page, chapter: Chapter) -> None:
     if len(names) < 2:
         return
     page.heading(
-        "### Trained in × tested with",
+        3,
+        "Trained in × tested with",
         "Test questions with both modalities or one alone; the last column is what the worst tenth of clients can expect.",
     )
     table = []
@@ -159,7 +164,7 @@ def add_transfer(page: Page, chapter: Chapter) -> None:
     metrics = {task: transferred.metric for _, _, row in cells for task, transferred in row.transfer.items()}
     if not metrics:
         return
-    page.heading("### Trained here × tested there", "The final model on the test sets of these tasks.")
+    page.heading(3, "Trained here × tested there", "The final model on the test sets of these tasks.")
     table = []
     for name, column, row in cells:
         spreads = [row.transfer[task].spread if task in row.transfer else None for task in metrics]
@@ -170,7 +175,7 @@ def add_transfer(page: Page, chapter: Chapter) -> None:
 
 def add_cost(page: Page, chapter: Chapter) -> None:
     """Bytes and seconds per method, or per cell if they depend on the column, as with a rank."""
-    page.heading("### Cost", "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.")
+    page.heading(3, "Cost", "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.")
     methods, downs = chapter.methods, chapter.downs
     transferred = [[row.bytes for row in rows.values() if row.bytes is not None] for rows in methods.values()]
     if any(known and max(known) > 1.01 * min(known) for known in transferred):
@@ -196,7 +201,8 @@ def add_speed(page: Page, chapter: Chapter) -> None:
         return
     axes = chapter.grid.axes
     page.heading(
-        f"### Rounds and bytes to {100 * convergence.target:.1f}",
+        3,
+        f"Rounds and bytes to {100 * convergence.target:.1f}",
         "The target is 90 % of the way from the lowest to the best score of all these runs.",
     )
     table = []

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedmllm.errors import RunError
 from fedmllm.evaluation.answers import bootstrap_scores, test_digest
-from fedmllm.report.grids import GridRow
+from fedmllm.report.grids import GridRow, reading
 from fedmllm.report.protocol import Resamples, Units, regrouped
 from fedmllm.storage.run_dir import RunDir
 
@@ -122,7 +122,11 @@ def _one_test_set(methods: Iterable[Mapping[str, Mapping[str, Unit]]]) -> bool:
 
 def read_unit(run: RunDir, pattern: str) -> Unit:
     """Raises RunError if the run has neither resampled scores nor predictions under the pattern."""
-    result = run.result()
+    with reading(run.path):
+        return _read_unit(run, run.result(), pattern)
+
+
+def _read_unit(run: RunDir, result: Mapping[str, Any], pattern: str) -> Unit:
     metric, score = result["primary_metric"], result["metrics"].get(pattern, {}).get(result["primary_metric"])
     score = float("nan") if score is None else float(score)
     if "bootstrap_scores" in result:

@@ -10,7 +10,7 @@ from fedmllm.errors import RunError
 from fedmllm.report.comparisons import against, comparable
 from fedmllm.report.grids import Grid, read_grid
 from fedmllm.report.modalities import add_modalities
-from fedmllm.report.page import Page
+from fedmllm.report.page import Markdown, Page
 from fedmllm.report.sections import (
     Chapter,
     add_baselines,
@@ -44,7 +44,8 @@ def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
         grids[grid.name] = folder, grid
     document = Page([HEAD.rstrip()])
     if len(grids) > 1:
-        document.lines += ["", *(f"- [{name}](#{_anchor(name)}): {_extent(grid)}" for name, (_, grid) in grids.items())]
+        line = Markdown("[{name}](#{anchor}): {extent}")
+        document.items([line.filled(name=n, anchor=_anchor(n), extent=_extent(grid)) for n, (_, grid) in grids.items()])
     for folder, grid in grids.values():
         _add_chapter(document, Chapter(folder, grid), choose_baseline(grid, baseline))
     document.lines.append("")
@@ -56,17 +57,18 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
 
 
-def _extent(grid: Grid) -> str:
+def _extent(grid: Grid) -> Markdown:
     complete = [row for row in grid.rows if row.ids]
     metrics = " or ".join(dict.fromkeys(row.metric for row in complete))
     cells = f"{sum(not row.missing for row in complete)} of {len(grid.rows)} cells complete"
     runs = len({run for row in complete for run in row.ids})
-    return f"{metrics} under the pattern `{complete[0].pattern}`; {cells}, {runs} runs"
+    extent = Markdown("{metrics} under the pattern `{pattern}`; {cells}, {runs} runs")
+    return extent.filled(metrics=metrics, pattern=complete[0].pattern, cells=cells, runs=runs)
 
 
 def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None:
     grid = chapter.grid
-    document.heading(f"## {grid.name}", f"{_extent(grid)}.")
+    document.heading(2, grid.name, Markdown(f"{_extent(grid)}."))
     add_scores(document, chapter)
     add_modalities(document, chapter)
     add_baselines(document, chapter)

@@ -25,8 +25,8 @@ class ProgressBars:
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Bars(*columns, TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True))
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressBars:
@@ -39,12 +39,13 @@ class ProgressBars:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        note = printable(note)  # it may quote the data
         if not self._live:
             count = f" {done}/{total}" if total else ""
-            print(printable(f"{stage}{count}: {note}"), file=sys.stderr, flush=True)
+            print(f"{stage}{count}: {note}", file=sys.stderr, flush=True)
         elif total:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
             self._bars.update(self._tasks[stage], completed=done, note=note)
         else:
-            self._bars.console.print(f"{stage}: {note}", style="dim", markup=False)  # a note may quote labels of the data
+            self._bars.console.print(f"{stage}: {note}", style="dim", markup=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Experiment, Named, PartitionTable, read, validate
+from fedmllm.config import Experiment, ModelTable, Named, PartitionTable, read, validate
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import RunError
@@ -15,11 +17,16 @@ from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
 
 
-def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_progress) -> dict[str, Any]:
+def reevaluate(
+    run: RunDir, config: Experiment, progress: ProgressCallback = no_progress, *, trusted: bool = False
+) -> dict[str, Any]:
     """Test a finished run's adapter again, under `config.eval` and on `config.task`; {pattern: metrics}.
 
-    Raises RunError if the task is the run's own and its data changed since, or if the run has no adapter.
+    Raises RunError if the task is the run's own and its data changed since, or if the run has no adapter; and, unless the
+    folder is `trusted`, if its model is a path or brings code.
     """
+    if not trusted:
+        _check_model(config.model, run.config)
     raw = read(run.config)
     trained, config = with_defaults(validate(raw)), with_defaults(config)
     same_data = (config.task, config.eval.split, config.eval.validation_share) == (
@@ -35,7 +42,8 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
     session = Session(parts, dataset, progress)
     session.prepare(session.clients, [])
-    personal = sorted(run.adapters.glob("client-*"), key=lambda path: int(path.name.removeprefix("client-")))
+    numbered = {path: re.fullmatch(r"client-([0-9]{1,9})", path.name) for path in run.adapters.glob("client-*")}
+    personal = sorted((path for path, match in numbered.items() if match), key=lambda path: int(path.name[len("client-") :]))
     folders = personal or [run.adapter]
     if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
         raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
@@ -48,6 +56,20 @@ def reevaluate(run: RunDir, config: Experiment, progress: ProgressCallback = no_
         with session.model.without_adapter():
             models.append(session.test_set.predict(parts.config.eval))
     return summarise(dataset.task, models, config.eval.match, session.test_set.choices)
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def _check_model(model: ModelTable, file: Path) -> None:
+    """Raises RunError if the model is read from a path or runs code of its own: the folder may come from elsewhere."""
+    wishes = []
+    if model.name != "pocket" and (not _HUB_ID.fullmatch(model.name) or Path(model.name).exists()):
+        wishes.append(f"model.name = {model.name!r}, which is a path and not a model on the Hugging Face hub")
+    if model.trust_remote_code:
+        wishes.append("model.trust_remote_code = true, which runs code that comes with the model")
+    if wishes:
+        raise RunError(f"{file} asks for {', and for '.join(wishes)}; if you trust the folder, allow it with --trust-config.")
 
 
 def _same(held: Manifest, now: Manifest, raw: dict[str, Any], trained: Experiment) -> bool:

@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedmllm.errors import RunError
 from fedmllm.storage.atomic import atomic_file
@@ -23,6 +24,9 @@ INDEX = "sweep.json"
 SUFFIX = ".tar.xz"
 KEPT = ("result.json", "meta.json", "config.toml", "rounds.jsonl", "predictions.jsonl")
 """The files of a run that are packed, in the order of the archive."""
+MAX_MEMBERS, MAX_BYTES = 100_000, 2**30
+"""What an archive may hold when it is unpacked: the largest grids so far have 1,500 members and 70 MB."""
+_MAX_HEADER = 2**20  # bytes that are no member's content: a header, the padding before it, the end of the archive
 
 
 def pack(folder: Path, file: Path) -> tuple[int, int]:
@@ -33,19 +37,23 @@ def pack(folder: Path, file: Path) -> tuple[int, int]:
     """
     if not file.name.endswith(SUFFIX) or file.is_dir():
         raise RunError(f"{file}: give a file name that ends in {SUFFIX}.")
-    index, name, all_ids = _read_index(folder)
-    ids = [run_id for run_id in all_ids if RunDir(folder / run_id).complete]
+    index, content = _read_index(folder)
+    name = index["name"]
+    ids = [run_id for run_id in sorted({row["id"] for row in index["cells"]}) if RunDir(folder / run_id).complete]
     if not ids:
         raise RunError(f"{folder} has no complete run; run the sweep first.")
     paths = [f"{run_id}.toml" for run_id in ids] + [f"{run_id}/{kept}" for kept in KEPT for run_id in ids]
     paths = [path for path in paths if (folder / path).is_file()]
-    size = len(index) + sum((folder / path).stat().st_size + 2 * tarfile.BLOCKSIZE for path in paths)
+    for path in paths:  # a folder from elsewhere must not make its user publish a file of their own
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{folder / path} is a link that leads out of {folder}; put the file itself there.")
+    size = len(content) + sum((folder / path).stat().st_size + 2 * tarfile.BLOCKSIZE for path in paths)
     with (
         atomic_file(file) as raw,
         lzma.open(raw, "wb", filters=[_compressor(size)]) as stream,
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):
-        _add(tar, f"{name}/{INDEX}", index)
+        _add(tar, f"{name}/{INDEX}", content)
         for path in paths:
             _add(tar, f"{name}/{path}", (folder / path).read_bytes())
     return len(ids), file.stat().st_size
@@ -67,22 +75,25 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _read_index(folder: Path) -> tuple[bytes, str, list[str]]:
-    """(content of the index, name of the sweep, sorted ids of its runs). Raises RunError if the folder does not hold a sweep
-    or a name in the index is not a plain file name."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a sweep's folder, with a shape that `check_index` accepts. Raises RunError."""
+    return _read_index(folder)[0]
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """(the index, the content of its file)."""
+    from fedmllm.storage.sweep_index import check_index  # the help page must not wait for pydantic
+
     path = folder / INDEX
     if not path.is_file():
         raise RunError(f"{folder} is not a sweep's folder; give the output folder of `fedmllm sweep`.")
     try:
         content = path.read_bytes()
-        index = json.loads(content)
-        sweep_name, ids = index["name"], sorted({row["id"] for row in index["cells"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}); run the sweep again.") from None
-    for name in (sweep_name, *ids):
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise RunError(f"{path}: {name!r} cannot be the name of a folder; give the sweep a plain name and run it again.")
-    return content, sweep_name, ids
+        index: dict[str, Any] = json.loads(content)
+        check_index(index)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read as the index of a sweep ({error}); run the sweep again.") from None
+    return index, content
 
 
 @contextlib.contextmanager
@@ -113,16 +124,53 @@ def opened(paths: Sequence[Path]) -> Iterator[list[Path]]:
             raise RunError(message) from None
 
 
+class _Metered:
+    """An unpacked stream that can be read no further than its members account for, so that neither a huge header nor what
+    follows the last member is ever unpacked. Raises RunError, as soon as a limit is passed."""
+
+    def __init__(self, stream: lzma.LZMAFile, file: Path) -> None:
+        self._stream, self._file = stream, file
+        self._members = self._bytes = 0
+        self._left = _MAX_HEADER
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise RunError(
+                f"{self._file} is not a sweep's archive: more than {_MAX_HEADER:,} bytes belong to none of its files."
+            )
+        return content
+
+    def admit(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        """tarfile's data filter, which also refuses what `pack` never writes: links, devices, and folders inside a run's."""
+        self._members += 1
+        self._bytes += member.size
+        if self._members > MAX_MEMBERS or self._bytes > MAX_BYTES:
+            raise RunError(
+                f"{self._file} unpacks to more than {MAX_MEMBERS:,} members or {MAX_BYTES:,} bytes, the most that is accepted; "
+                "if you trust it, unpack it with tar and give the folder."
+            )
+        self._left = member.size + _MAX_HEADER
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.SpecialFileError(member)
+        checked = tarfile.data_filter(member, folder)
+        if len(Path(member.name).parts) > 3:
+            raise RunError(f"{self._file} is not a sweep's archive: {member.name[:100]!r} lies deeper than the files of a run.")
+        return checked
+
+
 def _unpack(file: Path, scratch: Path) -> Path:
     """Unpack the archive into `scratch`; return its one folder."""
     try:
-        with lzma.open(file) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(scratch, filter=_plain)
+        with lzma.open(file) as unpacked:
+            stream = _Metered(unpacked, file)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+                tar.extractall(scratch, filter=stream.admit)
             while stream.read(2**20):  # tar stops at its own end, before the checksum of the whole file
                 pass
     except tarfile.FilterError as error:
-        name = error.tarinfo.name
+        name = error.tarinfo.name[:100]
         raise RunError(f"{file} is not a sweep's archive: {name!r} is a link or leads out of its folder.") from None
     except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
         raise RunError(f"{file} cannot be read ({error}); get it again, or pack the sweep again.") from None
@@ -130,10 +178,3 @@ def _unpack(file: Path, scratch: Path) -> Path:
     if len(contents) != 1 or not (contents[0] / INDEX).is_file():
         raise RunError(f"{file} is not a sweep's archive: give a file made by `fedmllm pack`, one folder with {INDEX} in it.")
     return contents[0]
-
-
-def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-    """tarfile's data filter, which also refuses links: `pack` never writes any."""
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)

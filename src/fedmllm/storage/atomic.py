@@ -11,6 +11,16 @@ from typing import BinaryIO
 from fedmllm.errors import RunError
 
 _LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
+_LONGEST_STEM = 200  # the names of a run's folder and files add their kind, seed and number
+
+
+def usable_as_folder(name: str) -> str:
+    """The name, if it can be that of a new folder in any given one. Raises ValueError."""
+    if not name.isprintable() or name != name.strip() or not name or any(c in name for c in "/\\") or name.startswith("."):
+        raise ValueError("must be usable as a folder's name")
+    if len(name.encode(errors="replace")) > _LONGEST_STEM:
+        raise ValueError(f"must have at most {_LONGEST_STEM} bytes, because a file's name has at most {_LONGEST_NAME}")
+    return name
 
 
 def check_folder(folder: Path) -> None:

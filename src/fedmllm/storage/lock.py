@@ -33,7 +33,7 @@ class FileLock:
 
     def _try_acquire(self) -> bool:
         while True:
-            self._file = self._path.open("w")
+            self._file = self._path.open("a")  # empties nothing, should the folder be from elsewhere and the file a link
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
