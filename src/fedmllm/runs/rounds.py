@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.algorithms import Algorithm
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError, RunError
+from fedmllm.errors import ConfigError, RunError, brief
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
@@ -20,7 +20,7 @@ from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
-from fedmllm.tensors import State
+from fedmllm.tensors import State, problem_with
 from fedmllm.training.capacity import cohort_size
 
 
@@ -172,7 +172,12 @@ def train_rounds(
 def personal_models(
     run: Run, algorithm: Algorithm, state: State, plan: FederationPlan, fleet: Fleet, done: int
 ) -> dict[int, State]:
-    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`."""
+    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`. Raises RunError for one that
+    is no adapter of this model."""
     clients = run.evaluator.sample_clients(plan.clients)
     info = plan.info(done, clients)
-    return {c: {"adapter": fleet.personal(c, algorithm.message(state, c, info), done)} for c in clients}
+    adapters = {c: fleet.personal(c, algorithm.message(state, c, info), done) for c in clients}
+    for client, adapter in adapters.items():
+        if why := problem_with(adapter, run.session.initial):
+            raise RunError(f"client {client}'s own adapter cannot be used ({brief(why)}).")
+    return {client: {"adapter": adapter} for client, adapter in adapters.items()}
