@@ -54,7 +54,8 @@ def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) 
 
     The counts determine how many samples have both modalities. Raises ConfigError for impossible counts.
     """
-    ids, owner, has_image, has_text = [pa.array([], pa.string())], [], [], []
+    ids = [pa.array([], pa.string())]
+    columns = [(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.bool_))]
     for client, report in sorted(about.items()):
         try:
             samples, image, text = counts_of(report)
@@ -62,14 +63,9 @@ def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) 
             raise ConfigError(f"site {names[client]!r} reports {error}.") from None
         number = np.arange(samples)
         ids.append(pa.array([f"{names[client]}/{n}" for n in range(samples)], pa.string()))
-        owner.append(np.full(samples, client, dtype=np.int32))
-        has_image.append(number < image)
-        has_text.append(number >= samples - text)
-    columns = (
-        np.concatenate([np.empty(0, dtype), *parts])
-        for dtype, parts in ((np.int32, owner), (np.bool_, has_image), (np.bool_, has_text))
-    )
-    return Manifest(pa.concat_arrays(ids), *columns, len(names))
+        columns.append((np.full(samples, client, np.int32), number < image, number >= samples - text))
+    owner, has_image, has_text = map(np.concatenate, zip(*columns, strict=True))
+    return Manifest(pa.concat_arrays(ids), owner, has_image, has_text, len(names))
 
 
 def load_experiment(file: Path, overrides: list[str]) -> Experiment:
