@@ -335,11 +335,20 @@ def test_fednova_reports_the_effective_steps_of_its_optimizer() -> None:
         assert float(upload["normaliser"]["a"]) == pytest.approx(expected)
 
 
-def test_fednova_refuses_steps_that_are_none() -> None:
+@pytest.mark.parametrize("a", [0.0, -3.0, 1e-30, 0.5, 16.0, 1e30])
+def test_fednova_refuses_effective_steps_that_its_steps_cannot_give(a: float) -> None:
     algorithm = built("fednova")
-    state = algorithm.init(tensors(w=0))
-    bad = update(0, tensors(w=1), normaliser=tensors(a=[0.0]))
-    assert algorithm.refuse(bad, state, round_info()) == "effective steps are not above 0"
+    bad = update(0, tensors(w=1), examples=5, steps=5, normaliser=tensors(a=[a]))
+    why = algorithm.refuse(bad, algorithm.init(tensors(w=0)), round_info())
+    assert why == f"effective steps {a:g} do not result from 5 steps"
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("steps", [1, 2, 5, 300])
+def test_fednova_accepts_the_effective_steps_of_every_optimizer(steps: int, momentum: float) -> None:
+    algorithm = built("fednova")
+    good = update(0, tensors(w=1), examples=300, steps=steps, normaliser=tensors(a=[effective_steps(steps, momentum)]))
+    assert algorithm.refuse(good, algorithm.init(tensors(w=0)), round_info()) is None
 
 
 def test_scaffold_with_one_client_is_fedavg() -> None:

@@ -21,8 +21,8 @@ from fedmllm.algorithms import (
     regularizations,
 )
 from fedmllm.algorithms.adaptive import middle
+from fedmllm.algorithms.screening import screen
 from fedmllm.errors import ConfigError
-from fedmllm.federation import screen
 from fedmllm.tensors import digest, nbytes, subtract
 from helpers import CLIENTS, a_round, built, lora_adapter, quick, round_info, rounds_of
 

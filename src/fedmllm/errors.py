@@ -30,6 +30,11 @@ def printable(message: str) -> str:
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], message)
 
 
+def brief(message: str, limit: int = 500) -> str:
+    """Text from another machine as a message may quote it: printable, and cut after `limit` characters."""
+    return printable(message if len(message) <= limit else f"{message[:limit]}…")
+
+
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
+from fedmllm.algorithms.screening import screen
 from fedmllm.config import TrainTable
 from fedmllm.errors import RunError
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, bytes_by_group, not_finite, problem_with
+from fedmllm.tensors import State, Tensors, bytes_by_group, not_finite
 
 
 class Fleet(Protocol):
@@ -48,7 +49,7 @@ class FederationPlan:
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
-    message of a step that overflows.
+    message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`).
     """
 
     clients: Sequence[int]
@@ -62,6 +63,8 @@ class FederationPlan:
     ranks: Mapping[int, int] = field(default_factory=dict)
     first_round_factor: float = 1.0
     remedy: str = ""
+    max_norm_ratio: float = 100.0
+    declared: Sequence[int] = ()
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -85,7 +88,7 @@ class FederationPlan:
         min_updates = min(train.min_updates, per_round)
         info = adapter or AdapterInfo()
         settings = (train.rounds, train.lr, train.schedule, min_updates, seed, info, ranks or {}, train.first_round_factor)
-        return cls(ids, per_round, *settings)
+        return cls(ids, per_round, *settings, max_norm_ratio=train.max_norm_ratio)
 
 
 @dataclass(frozen=True)
@@ -127,41 +130,6 @@ def participants(plan: FederationPlan) -> list[int]:
     return sorted({client for number in range(plan.rounds) for client in sample_clients(plan, number)})
 
 
-def screen(
-    updates: Sequence[Update], algorithm: Algorithm, state: State, info: RoundInfo
-) -> tuple[list[Update], list[dict[str, str | int]]]:
-    """The valid updates, and for each other update its client and why it was refused."""
-    valid: list[Update] = []
-    refused: list[dict[str, str | int]] = []
-    for update in sorted(updates, key=lambda u: u.client):
-        why = _reason_to_refuse(update, algorithm, state, info)
-        if why is None and any(update.client == other.client for other in valid):
-            why = "a second update in the same round"
-        if why is None:
-            valid.append(update)
-        else:
-            refused.append({"client": update.client, "why": why})
-    return valid, refused
-
-
-def _reason_to_refuse(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> str | None:
-    if update.client not in info.sampled:
-        return "not sampled in this round"
-    if update.problem:
-        return update.problem
-    if update.examples < 1 or update.steps < 1:
-        return "no examples"
-    reference = algorithm.uploads(state, update.client, info)
-    if update.groups.keys() != reference.keys():
-        return f"groups {sorted(update.groups)} instead of {sorted(reference)}"
-    for group in sorted(reference):
-        if why := problem_with(update.groups[group], reference[group]):
-            return why
-    if not math.isfinite(update.metrics.get("loss", 0.0)):
-        return "NaN or infinity in the training loss"
-    return algorithm.refuse(update, state, info)
-
-
 def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sum of several counts by group."""
     total: Counter[str] = Counter()
@@ -175,7 +143,7 @@ def _aggregate(
 ) -> tuple[State, list[Update], list[dict[str, str | int]]]:
     """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates, or
     RunError if the server's step overflows."""
-    valid, refused = screen(updates, algorithm, state, info)
+    valid, refused = screen(updates, algorithm, state, info, plan.max_norm_ratio, plan.declared)
     for refusal in refused:
         if "NaN or infinity" in str(refusal["why"]):
             refusal["why"] = f"{refusal['why']}; its training diverged: lower train.lr, which was {plan.lr:g}"

@@ -169,6 +169,11 @@ class Algorithm:
     message: Message = _adapter
     uploads: Message = _adapter
     refuse: Callable[[Update, State, RoundInfo], str | None] = lambda update, state, info: None
+    restored: Callable[[Update, State, RoundInfo], Update] = lambda update, state, info: update
+    """The update as the client made it, if it was compressed for the way."""
+    summed: tuple[str, ...] = ("adapter",)
+    """The groups of an update that are averaged or summed, and whose lengths are therefore compared. All but the adapter are
+    changes."""
     needs_lora: bool = False
     """The algorithm works on LoRA's factors A and B, which other adapters do not have."""
     needs_layers: bool = False

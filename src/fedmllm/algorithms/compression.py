@@ -68,7 +68,9 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
                 return f"NaN or infinity in {name!r} after decompression"
         return algorithm.refuse(uncompressed, state, info)
 
-    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, averages=None)
+    return replace(
+        algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, restored=restored, averages=None
+    )
 
 
 @compressions.register("int8")

@@ -53,7 +53,9 @@ def fednova(*, server_lr: float = 1.0, weighting: Weighting = "examples") -> Alg
         return {"adapter": state["adapter"], "normaliser": {"a": torch.ones(1)}}
 
     def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
-        return None if float(update.groups["normaliser"]["a"]) > 0 else "effective steps are not above 0"
+        # Between that of plain SGD in one step and that of momentum 1; a change is divided by it.
+        a, most = float(update.groups["normaliser"]["a"]), update.steps * (update.steps + 1) / 2
+        return None if 0.99 <= a <= 1.01 * most else f"effective steps {a:g} do not result from {update.steps} steps"
 
     # Σ p_k a_eff Δ_k / a_k needs each Δ_k together with its a_k.
     return replace(plain, aggregate=aggregate, finish=finish, uploads=uploads, refuse=refuse, averages=None)

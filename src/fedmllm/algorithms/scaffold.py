@@ -61,4 +61,5 @@ def scaffold(*, server_lr: float = 1.0) -> Algorithm:
         return {**upload, "control": subtract(after, before)}, {"control": after}
 
     both = groups("adapter", "control")
-    return replace(plain, init=init, aggregate=aggregate, rule=rule, finish=finish, message=both, uploads=both)
+    averaged = replace(plain, init=init, aggregate=aggregate, summed=("adapter", "control"))
+    return replace(averaged, rule=rule, finish=finish, message=both, uploads=both)

@@ -110,6 +110,8 @@ class TrainTable(Table):
     clients_per_round: Positive = 2
     min_updates: Positive = 1
     """A round fails if fewer usable updates than this are returned."""
+    max_norm_ratio: Annotated[float, Field(ge=0), at_most(1_000_000, "which would refuse nothing; 0 disables it")] = 100.0
+    """An update whose change of the adapter is more than this many times as long as the round's median is refused; 0: none."""
     epochs: Annotated[Positive, at_most(1000, "because a client repeats its data this often in every round")] = 1
     batch_size: BatchSize = 4
     accumulate: BatchSize = 1

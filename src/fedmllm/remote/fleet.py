@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmllm.algorithms import RoundInfo, Update, failed
+from fedmllm.algorithms.screening import MAX_COUNT
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import PATTERNS
 from fedmllm.remote.protocol import Job, JobKind, Reply, Transport
@@ -90,11 +90,14 @@ def valid_metrics(content: Any) -> dict[str, dict[str, Any]]:
     """The part of `content` that has the form {pattern: {metric: number, metric_ci: [low, high]}}; sites may send anything."""
 
     def is_number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= MAX_COUNT  # which NaN is not
 
     def is_valid(value: Any) -> bool:
         return is_number(value) or (isinstance(value, list) and len(value) == 2 and all(map(is_number, value)))
 
+    def valid(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name.isidentifier() and is_valid(value)}
+
     rows = content.items() if isinstance(content, dict) else ()
-    valid = {p: {k: v for k, v in row.items() if is_valid(v)} for p, row in rows if p in PATTERNS and isinstance(row, dict)}
-    return {pattern: row for pattern, row in valid.items() if row}
+    figures = {pattern: valid(row) for pattern, row in rows if pattern in PATTERNS and isinstance(row, dict)}
+    return {pattern: row for pattern, row in figures.items() if row}

@@ -3,6 +3,8 @@
 A Reply contains the groups that an algorithm uploads, counts and metrics, or one sentence about what went wrong. It never
 contains a sample or a part of one. The field names are the keys of the JSON header, except that the groups of the state or of
 the reply are listed under "groups", so that groups without tensors are not lost.
+
+Replies come from machines of others. Everything in one has a limit, here or in wire.py, and a reply beyond it is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +17,23 @@ from typing import Any, Literal, Protocol
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from fedmllm.algorithms.screening import MAX_COUNT
+from fedmllm.errors import brief
 from fedmllm.remote.wire import VERSION
 from fedmllm.storage.state_file import state_bytes
 from fedmllm.tensors import State, unflatten
 
 JobKind = Literal["describe", "train", "personal", "evaluate", "keys", "shares", "masked", "unmask"]
+
+
+MAX_HEADER = 1 << 20
+"""Characters of a reply's header; that of an honest reply has a few thousand."""
+MAX_NAME = 500
+"""Characters of the name of a tensor, a group, a metric or any other text in a reply; a problem is cut instead."""
+MAX_DEPTH = 6
+"""Objects and lists inside one another in a reply's metrics and counts."""
+MAX_SAMPLES = 500_000
+"""Samples of a site. The server has a row for each in the run's manifest."""
 
 
 class ProtocolError(ValueError):
@@ -88,29 +102,70 @@ class Reply:
     @classmethod
     def of(cls, header: str, state: State) -> Reply:
         """Raises ProtocolError."""
+        if len(header) > MAX_HEADER:
+            raise ProtocolError(f"not a reply: a header of {len(header)} characters, of {MAX_HEADER} at most")
         fields, complete = _parse(header, state)
+        for name in (*complete, *(name for tensors in complete.values() for name in tensors)):
+            _check_limits(name)
         try:
             reply = cls(**fields, groups=complete)
-            counts = (reply.client, reply.examples, reply.steps)
-            if not all(type(count) is int for count in counts) or not isinstance(reply.problem, str):
-                raise ProtocolError("not a reply: its counts are not integers")
-            return cls(**{**vars(reply), "metrics": {str(k): float(v) for k, v in reply.metrics.items()}})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except TypeError as error:
             raise ProtocolError(f"not a reply: {error}") from None
+        counts = (reply.client, reply.examples, reply.steps)
+        if not all(type(count) is int for count in counts) or not isinstance(reply.problem, str):
+            raise ProtocolError("not a reply: its counts are not integers")
+        if not isinstance(reply.metrics, dict) or not isinstance(reply.about, dict):
+            raise ProtocolError("not a reply: its metrics are not a table")
+        for value in (*counts, reply.metrics, reply.about):
+            _check_limits(value)
+        if not all(type(value) in (int, float) for value in reply.metrics.values()):
+            raise ProtocolError("not a reply: its metrics are not numbers")
+        metrics = {name: float(value) for name, value in reply.metrics.items()}
+        return cls(**{**vars(reply), "metrics": metrics, "problem": brief(reply.problem)})
+
+
+def _check_limits(value: Any, depth: int = MAX_DEPTH) -> None:
+    """Raises ProtocolError for a text, an integer or a depth beyond the limits. Floats have none: NaN says that training
+    diverged."""
+    if depth < 0:
+        raise ProtocolError(f"not a reply: lists or tables more than {MAX_DEPTH} deep")
+    if isinstance(value, str) and len(value) > MAX_NAME:
+        raise ProtocolError(f"not a reply: a text of {len(value)} characters, of {MAX_NAME} at most")
+    if isinstance(value, int) and abs(value) > MAX_COUNT:
+        raise ProtocolError("not a reply: a number of more than 63 bits")
+    if isinstance(value, dict | list):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_limits(entry, depth - 1)
+
+
+def counts_of(about: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(samples, with image, with text) of a site, as its reply to `describe` reports them.
+
+    `samples` = image + text − both. Raises ProtocolError for counts that are impossible or too large to be kept.
+    """
+    reported = [about.get(key) for key in ("samples", "image", "text")]
+    samples, image, text = (count if type(count) is int and count >= 0 else -1 for count in reported)
+    if not (0 <= max(image, text) <= samples <= image + text) or min(image, text) < 0:
+        raise ProtocolError(f"{samples} samples, {image} with image and {text} with text, which is impossible")
+    if type(about.get("skipped", 0)) is not int or about.get("skipped", 0) < 0:
+        raise ProtocolError("a number of skipped samples that is none")
+    if samples > MAX_SAMPLES:
+        raise ProtocolError(f"{samples} samples; a site may hold {MAX_SAMPLES} at most, so split its data among several")
+    return samples, image, text
 
 
 def _parse(header: str, state: State) -> tuple[dict[str, Any], State]:
     """The fields of a header, and the state completed with the groups that have no tensors."""
     try:
         fields = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"its header is not JSON: {error}") from None
     if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
         raise ProtocolError(
             f"the other side does not use version {VERSION} of the protocol; install the same version of fedmllm there"
         )
     groups = fields.pop("groups", None)
-    if not isinstance(groups, list) or not state.keys() <= set(groups):
+    if not isinstance(groups, list) or not all(isinstance(g, str) for g in groups) or not state.keys() <= set(groups):
         raise ProtocolError("its tensors are not in the groups that its header lists")
     return fields, {group: state.get(group, {}) for group in groups}
 
@@ -126,7 +181,7 @@ def parts_of(content: bytes) -> tuple[str, State]:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length]).get("__metadata__", {})["head"]
         return header, unflatten(load(content))
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ProtocolError(f"not a message: {error}") from None
 
 

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import load, save
 
 from fedmllm.errors import UserError
+from fedmllm.remote.wire import MAX_BYTES
 
 HEADER = "_head"
 """Name, on the wire, of the record that holds everything except the tensors; no group of tensors has this name."""
@@ -26,12 +27,14 @@ class RecordError(UserError):
 def pack(records: RecordDict) -> bytes:
     """One safetensors file with the header in its metadata.
 
-    Raises RecordError for other kinds of records, and for arrays that do not match their description.
+    Raises RecordError for other kinds of records, for arrays that do not match their description, and for too many bytes.
     """
     try:
         header = records.config_records[HEADER]["head"]
         if not isinstance(header, str) or records.metric_records or set(records.config_records) != {HEADER}:
             raise RecordError("the message contains records that fedmllm does not send.")
+        if sum(len(array.data) for arrays in records.array_records.values() for array in arrays.values()) > MAX_BYTES:
+            raise RecordError("the message is longer than fedmllm sends.")
         flat: dict[str, np.ndarray[Any, Any]] = {}
         for group, arrays in records.array_records.items():
             for name, array in arrays.items():

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import tomli_w
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -21,14 +23,13 @@ from fedmllm import config as files
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
 from fedmllm.data.dataset import Dataset, load_split
-from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.samples import MODALITIES
+from fedmllm.data.manifest import Manifest
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.experiment.parts import Parts, build, options_of, with_defaults
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.remote.fleet import RemoteFleet
-from fedmllm.remote.protocol import Job, Reply
+from fedmllm.remote.protocol import Job, ProtocolError, Reply, counts_of
 from fedmllm.remote.site import structure
 from fedmllm.remote.transport import FlowerTransport
 from fedmllm.runs.directory import choose_directory
@@ -51,22 +52,20 @@ def experiment_for_sites(config: Experiment) -> str:
 def manifest_of(about: Mapping[int, Mapping[str, Any]], names: tuple[str, ...]) -> Manifest:
     """The manifest that follows from the counts which the sites report; sample ids are invented, as no id leaves a site.
 
-    `samples` = image + text − both, so the counts determine how many samples have both. Raises ConfigError for impossible
-    counts.
+    The counts determine how many samples have both modalities. Raises ConfigError for impossible counts.
     """
-    holdings = []
+    ids = [pa.array([], pa.string())]
+    columns = [(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.bool_))]
     for client, report in sorted(about.items()):
-        counts = [report.get(key) for key in ("samples", "image", "text")]
-        samples, image, text = (count if type(count) is int and count >= 0 else -1 for count in counts)
-        if not (0 <= max(image, text) <= samples <= image + text) or min(image, text) < 0:
-            raise ConfigError(
-                f"site {names[client]!r} reports {samples} samples, {image} with image and {text} with text, which is "
-                "impossible."
-            )
-        for number in range(samples):
-            has = zip(MODALITIES, (number < image, number >= samples - text), strict=True)
-            holdings.append(Holding(f"{names[client]}/{number}", client, frozenset(m for m, visible in has if visible)))
-    return Manifest.of(holdings, len(names))
+        try:
+            samples, image, text = counts_of(report)
+        except ProtocolError as error:
+            raise ConfigError(f"site {names[client]!r} reports {error}.") from None
+        number = np.arange(samples)
+        ids.append(pa.array([f"{names[client]}/{n}" for n in range(samples)], pa.string()))
+        columns.append((np.full(samples, client, np.int32), number < image, number >= samples - text))
+    owner, has_image, has_text = map(np.concatenate, zip(*columns, strict=True))
+    return Manifest(pa.concat_arrays(ids), owner, has_image, has_text, len(names))
 
 
 def load_experiment(file: Path, overrides: list[str]) -> Experiment:
@@ -94,7 +93,7 @@ def _server_dataset(parts: Parts, about: Mapping[int, Mapping[str, Any]], earlie
             if manifest.counts()[client].tolist() != earlier.counts()[client].tolist():
                 raise RunError(f"site {names[client]!r}: its data changed since this run began; start a new one.")
         manifest = earlier
-    return Dataset(task, [], test, skipped + sum(int(report.get("skipped", 0)) for report in about.values()), manifest)
+    return Dataset(task, [], test, skipped + sum(report.get("skipped", 0) for report in about.values()), manifest)
 
 
 def run(grid: Grid, settings: Mapping[str, Any], progress: ProgressCallback) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
+from fedmllm.errors import brief
+from fedmllm.remote.protocol import Job, ProtocolError, Reply, counts_of, parts_of, to_bytes
 from fedmllm.remote.records import RecordError, pack, unpack
 
 
@@ -38,7 +39,7 @@ def read_reply(message: Message) -> Reply:
     try:
         return Reply.of(*parts_of(pack(message.content)))
     except (ProtocolError, RecordError) as error:
-        return Reply(problem=str(error))
+        return Reply(problem=brief(str(error)))
 
 
 @dataclass
@@ -111,7 +112,7 @@ class FlowerTransport:
             for message in self._pull(sent):
                 node_id = sent.pop(message.metadata.reply_to_message_id)
                 reply = read_reply(message)
-                if problem := reply.problem or self._misnamed(node_id, reply, clients, replies):
+                if problem := reply.problem or self._not_admitted(node_id, reply, clients, replies):
                     problems[node_id] = problem
                 else:
                     problems.pop(node_id, None)
@@ -127,14 +128,21 @@ class FlowerTransport:
             )
         return replies
 
-    def _misnamed(self, node_id: int, reply: Reply, clients: int, replies: Mapping[int, Reply]) -> str:
-        """Why the node cannot be the client that it claims to be; empty if it can."""
+    def _not_admitted(self, node_id: int, reply: Reply, clients: int, replies: Mapping[int, Reply]) -> str:
+        """Why the node cannot be the client that it claims to be, or hold what it reports; empty if it can."""
         if not 0 <= reply.client < clients:
             return f"it claims to be client {reply.client}, of {clients}"
         name = getattr(self._online.get(node_id), "name", "")
         if self._names and name and self._names[reply.client] != name:
             return f"it is registered as {name!r} and claims to be {self._names[reply.client]!r}"
-        return f"it claims to be client {reply.client}, as another node does" if reply.client in replies else ""
+        if reply.client in replies:
+            return f"it claims to be client {reply.client}, as another node does"
+        try:
+            if self._names:  # otherwise the server knows what its clients hold
+                counts_of(reply.about)
+        except ProtocolError as error:
+            return f"{self._names[reply.client]!r} has {error}"
+        return ""
 
     # Jobs
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.algorithms import Algorithm
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError, RunError
+from fedmllm.errors import ConfigError, RunError, brief
 from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
@@ -20,7 +20,7 @@ from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
-from fedmllm.tensors import State
+from fedmllm.tensors import State, problem_with
 from fedmllm.training.capacity import cohort_size
 
 
@@ -43,7 +43,10 @@ def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients, config = range(session.dataset.manifest.clients), session.config
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
-    return replace(plan, remedy=smaller_steps(config))
+    plan = replace(plan, remedy=smaller_steps(config))
+    if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
+        return replace(plan, max_norm_ratio=0.0)
+    return replace(plan, declared=[config.train.epochs * size for size in session.dataset.manifest.sizes()])
 
 
 def smaller_steps(config: Experiment) -> str:
@@ -169,7 +172,12 @@ def train_rounds(
 def personal_models(
     run: Run, algorithm: Algorithm, state: State, plan: FederationPlan, fleet: Fleet, done: int
 ) -> dict[int, State]:
-    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`."""
+    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`. Raises RunError for one that
+    is no adapter of this model."""
     clients = run.evaluator.sample_clients(plan.clients)
     info = plan.info(done, clients)
-    return {c: {"adapter": fleet.personal(c, algorithm.message(state, c, info), done)} for c in clients}
+    adapters = {c: fleet.personal(c, algorithm.message(state, c, info), done) for c in clients}
+    for client, adapter in adapters.items():
+        if why := problem_with(adapter, run.session.initial):
+            raise RunError(f"client {client}'s own adapter cannot be used ({brief(why)}).")
+    return {client: {"adapter": adapter} for client, adapter in adapters.items()}

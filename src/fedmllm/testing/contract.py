@@ -9,9 +9,9 @@ from itertools import cycle, islice, permutations
 import torch
 
 from fedmllm.algorithms import Algorithm, Update
+from fedmllm.algorithms.screening import screen
 from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
 from fedmllm.algorithms.traffic import traffic_of
-from fedmllm.federation import screen
 from fedmllm.rng import stream
 from fedmllm.tensors import State, digest, flatten, problem_with, unflatten
 

@@ -10,8 +10,8 @@ import torch
 
 from fedmllm.algorithms import Algorithm, Update, complete
 from fedmllm.algorithms.factors import rank_of
+from fedmllm.algorithms.screening import screen
 from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
-from fedmllm.federation import screen
 from fedmllm.tensors import State, Tensors, flatten, problem_with, weighted_mean
 
 RANKS = {0: 1, 1: 3, 3: 2}
