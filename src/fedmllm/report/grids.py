@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,7 +156,7 @@ def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridR
             units[unit_name(entry)] = entry["id"]
         if run.complete and entry["id"] not in results:  # seeds that share one run count once
             results[entry["id"]] = run.result()
-            configs.append(tomllib.loads(run.config.read_text(encoding="utf-8")))
+            configs.append(run.settings())
     draws = {unit_name(entry): entry["draw"] for entry in entries if "draw" in entry}
     missing = len({entry["id"] for entry in entries} - results.keys())
     row = GridRow(entries[0]["axes"], entries[0]["kind"], units=units, draws=draws, missing=missing)
