@@ -183,7 +183,7 @@ class RunDir:
 def _parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); {remedy}.") from None
 
 
