@@ -94,3 +94,12 @@ def test_finding_a_clients_files_does_not_list_those_of_others(memory: ClientMem
     for client in range(2, 300):
         memory.save(client, 1, state(1))
     assert a_round(2, [0, 1]) == few > 0
+
+
+def test_a_roll_back_keeps_what_the_server_may_still_go_back_to(memory: ClientMemory, tmp_path: Path) -> None:
+    for number in range(6):
+        memory.save(1, number, state(number))
+    memory.roll_back(1, 4)
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [f"round-{r}.safetensors" for r in (2, 3, 4)]
+    memory.roll_back(1, 2)
+    assert same(memory.load(1, 6), state(2))

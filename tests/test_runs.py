@@ -19,7 +19,7 @@ import torch
 from commands import call, forked, run
 from fedmllm.cli.list import PartKinds
 from fedmllm.runs import kinds
-from fedmllm.storage import run_dir
+from fedmllm.storage import checkpoint
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
 
@@ -104,7 +104,7 @@ def die_in_round(after: int, when: str) -> None:
 
     def save_and_die(self: RunDir, record: Mapping[str, Any], state: State, digest: str) -> None:
         if record["round"] == after and when == "between record and checkpoint":
-            run_dir.save_state = die  # type: ignore[assignment]
+            checkpoint.save_state = die  # type: ignore[assignment]
         save(self, record, state, digest)
         if record["round"] == after:
             if when == "written":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedmllm.errors import RunError
-from fedmllm.storage import run_dir as store
+from fedmllm.storage import checkpoint as store
 from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 from fedmllm.tensors import State
 from helpers import same, tensors
@@ -131,9 +131,9 @@ def test_rounds_are_written_in_the_background_and_failures_are_raised(tmp_path: 
     run, gates = begun(tmp_path), {"1": threading.Event(), "2": threading.Event()}
     save = store.save_state
 
-    def slow(path: Path, state: State, metadata: Mapping[str, str]) -> None:
+    def slow(path: Path, state: State, metadata: Mapping[str, str], previous: Path | None) -> None:
         assert gates[metadata["rounds_done"]].wait(20)
-        save(path, state, metadata)
+        save(path, state, metadata, previous)
 
     monkeypatch.setattr(store, "save_state", slow)
     run.save_round({"round": 0}, {"adapter": tensors(x=0)}, "d")  # returns although nothing is written yet
@@ -188,7 +188,7 @@ def test_a_missing_result_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is not complete; continue it with `fedmllm run … --resume`"):
         run.result()
     (tmp_path / "result.json").write_text('{"cut')
-    with pytest.raises(RunError, match=r"result\.json cannot be read .*; the run must be repeated"):
+    with pytest.raises(RunError, match=r"result\.json cannot be read .* delete it and give the run's command again"):
         run.result()
 
 

@@ -32,8 +32,8 @@ class Fleet(Protocol):
         """Delete what these clients remembered in that round, because their updates were refused."""
 
     def commit(self, round: int) -> None:
-        """The server's state after that round is saved, so client memory from earlier rounds may be deleted. Called one round
-        late."""
+        """The server's states after that round and the next are saved, so client memory from earlier rounds may be deleted.
+        Called two rounds late."""
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
         """The adapter of a client that keeps part of it, after `done` rounds and with this message."""
@@ -208,8 +208,9 @@ def federate(
         updates = fleet.train(info, messages)
         state, valid, refused = _aggregate(updates, algorithm, fleet, plan, state, info)
         yield _record(info, messages, updates, valid, refused, time.monotonic() - began), state
-        if round > done:
-            fleet.commit(round - 1)
+        # Not round − 1: a damaged checkpoint is replaced by the one before, which needs the memory of an earlier round.
+        if round > done + 1:
+            fleet.commit(round - 2)
 
 
 def each_alone(

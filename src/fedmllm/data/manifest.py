@@ -151,13 +151,14 @@ def read(path: Path) -> Manifest:
         if table.schema.names != SCHEMA.names or not metadata.keys() >= {b"clients", b"digest"}:
             raise DataError(f"{path}: is not a manifest; its columns must be {', '.join(SCHEMA.names)}.")
         columns = [column.combine_chunks() for column in table.cast(SCHEMA).columns]
-    except (OSError, pa.ArrowException) as error:
+        owner, image, text = (column.to_numpy(zero_copy_only=False) for column in columns[1:])
+        manifest = Manifest(columns[0], owner, image, text, int(metadata[b"clients"]))
+        # Unsorted rows also mean that the file was changed, and `of_client` would not find the rows of a client.
+        intact = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
+        intact = intact and manifest.digest() == metadata[b"digest"].decode()
+    except (OSError, ValueError, pa.ArrowException) as error:  # a name that is no UTF-8 is a ValueError
         raise DataError(f"{path}: cannot be read as a manifest ({error}).") from None
-    owner, image, text = (column.to_numpy(zero_copy_only=False) for column in columns[1:])
-    manifest = Manifest(columns[0], owner, image, text, int(metadata[b"clients"]))
-    # Unsorted rows also mean that the file was changed, and `of_client` would not find the rows of a client.
-    intact = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
-    if not intact or manifest.digest() != metadata[b"digest"].decode():
+    if not intact:
         raise DataError(f"{path}: its rows do not match its digest; write it again with `fedmllm partition`.")
     return manifest
 

@@ -39,7 +39,7 @@ from fedmllm.kinds import RunKind
 from fedmllm.registry import explain
 from fedmllm.rng import seed_for
 from fedmllm.storage.archive import INDEX
-from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.atomic import remove_leftovers, write_atomically
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
@@ -231,6 +231,7 @@ class Sweeper:
         launcher = launcher or Processes(jobs)
         refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
         with locked(self._out / ".lock", refusal):
+            remove_leftovers(self._out)
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
             with ThreadPoolExecutor(max_workers=jobs) as pool:

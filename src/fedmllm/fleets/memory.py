@@ -1,8 +1,8 @@
 """The state that clients keep between rounds, on disk. One folder per client, created on its first saved state.
 
 Finding a client's files does not involve those of other clients, so the cost of a round does not depend on how many clients
-have taken part. Each file carries its round in its name and replaces no earlier file until the server's state of that round is
-safe: a run that is killed in between finds the earlier state.
+have taken part. Each file carries its round in its name and replaces no earlier file until the server's states after that round
+and the next are safe: a run that is killed in between, or whose latest checkpoint is damaged, finds the earlier state.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ClientMemory:
         return self._folder / f"client-{client}" / f"round-{round}.safetensors"
 
     def load(self, client: int, round: int) -> State:
-        """The client's latest state from before `round`; empty if there is none."""
+        """The client's latest state from before `round`; empty if there is none. Raises RunError if it is damaged."""
         earlier = [r for r in self._rounds(client) if r < round]
         return load_state(self._path(client, earlier[-1]))[0] if earlier else {}
 
@@ -54,11 +54,12 @@ class ClientMemory:
             self._path(client, round).unlink(missing_ok=True)
 
     def roll_back(self, client: int, last: int) -> None:
-        """Keep only the client's state as of the end of round `last`."""
+        """Discard the client's states of rounds after `last`. Earlier ones stay as far as the server may go back: to its
+        state after round last − 2, if its latest checkpoint is not written yet and the one before turns out damaged."""
         for later in self._rounds(client):
             if later > last:
                 self._path(client, later).unlink()
-        self.commit(last, [client])
+        self.commit(last - 2, [client])
 
     def commit(self, round: int, clients: Sequence[int]) -> None:
         """Delete the states that these clients no longer need once the server's state after `round` is safe."""

@@ -12,8 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, is_a, is_b, modules
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.models.fold import branch_hook, dense_change, factors_with_fold
 from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.state_file import load_verified, with_digest
 from fedmllm.tensors import Tensors
 
 VIRTUAL = "prompt_embeddings"
@@ -186,7 +185,8 @@ class Adapter:
             config |= {"r": rank_of(tensors), "lora_alpha": rank_of(tensors), "use_rslora": False}
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
         config |= {"base_model_name_or_path": base_name, "inference_mode": True}
-        write_atomically(folder / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
+        metadata = with_digest(tensors, {"format": "pt"})
+        write_atomically(folder / "adapter_model.safetensors", serialize(tensors, metadata=metadata))
         text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
         write_atomically(folder / "adapter_config.json", text.encode())
 
@@ -207,8 +207,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Tensors:
-    """The tensors of an exported adapter. Raises RunError if the folder does not contain one."""
+    """The tensors of an exported adapter. Raises RunError if the folder does not contain one, or a damaged one."""
     try:
-        return load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} contains no readable adapter_model.safetensors ({error}).") from None
+        return load_verified(folder / "adapter_model.safetensors")[0]
+    except ValueError as error:
+        raise RunError(
+            f"{folder} contains no readable adapter_model.safetensors ({error}); run the experiment again."
+        ) from None

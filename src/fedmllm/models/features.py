@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.errors import ConfigError
-from fedmllm.storage.atomic import atomic_file, write_atomically
+from fedmllm.storage.atomic import atomic_file, remove_leftovers, write_atomically
 
+_DAY = 24 * 3600.0
 LAYOUT = "3"
 """Changed together with the layout of records and with how pictures are decoded, so that older files are not used."""
 
@@ -119,6 +120,7 @@ def open_features(path: Path) -> FeatureFile | None:
 def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
     """Write the records to disk one by one and open the file. Raises ConfigError if it cannot be written."""
     check_cache()
+    remove_leftovers(path.parent, min_age=_DAY)  # no lock: a machine that shares the cache may be writing
     shapes = []
     try:
         with atomic_file(path) as file:

@@ -15,6 +15,7 @@ from fedmllm.data.manifest import Manifest
 from fedmllm.errors import DataError, RunError
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.supervisor import Supervisor, environment, free_port, stop_signal
+from fedmllm.storage.atomic import remove_leftovers
 from fedmllm.storage.lock import locked
 
 
@@ -41,6 +42,7 @@ def serve(site: SiteFile, report: Callable[[str], None]) -> None:
         tempfile.TemporaryDirectory(prefix="fedmllm-", ignore_cleanup_errors=True) as folder,
         ExitStack() as undo,
     ):
+        remove_leftovers(site.state, "**/*")
         env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
         socket, log = str(Path(folder, "worker")), site.state / "supernode.log"
 

@@ -16,7 +16,7 @@ from fedmllm.errors import RunError
 from fedmllm.remote.files import FederationFile
 from fedmllm.remote.flower import FlowerCli, RunFailed
 from fedmllm.remote.supervisor import Supervisor, stop_signal
-from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.atomic import remove_leftovers, write_atomically
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
 
@@ -49,6 +49,7 @@ class Server:
         state = self._federation.state
         with locked(state / "lock", RunError(f"another `fedmllm server` is running in {state}; stop it first.")):
             self._check_port()
+            remove_leftovers(state)
             write_atomically(self._experiment, self._federation.experiment.toml().encode())
             shutil.rmtree(self._app, ignore_errors=True)
             # A copy in a folder of its own, because Flower sends every file of the folder to the sites.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -165,7 +164,7 @@ def _read_row(folder: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[GridR
             units[unit_name(entry)] = entry["id"]
         if run.complete and entry["id"] not in results:  # seeds that share one run count once
             results[entry["id"]] = run.result()
-            configs.append(tomllib.loads(run.config.read_text(encoding="utf-8")))
+            configs.append(run.settings())
     draws = {unit_name(entry): entry["draw"] for entry in entries if "draw" in entry}
     missing = len({entry["id"] for entry in entries} - results.keys())
     row = GridRow(entries[0]["axes"], entries[0]["kind"], units=units, draws=draws, missing=missing)

@@ -16,18 +16,22 @@ from fedmllm.storage.run_dir import RunDir, new_run, unfinished
 def choose_directory(config: Experiment, kind: RunKind, out: Path | None, resume: bool) -> RunDir:
     """The directory to run in: `out`, else a new one in runs/; with `resume` that of the latest incomplete run.
 
-    Raises RunError if `out` holds something else, or a run that was not asked to resume, or cannot be written to.
+    A damaged run is passed over if it is a neighbour, and the directory's `notes` say so. Raises RunError if `out` holds
+    something else, or a run that was not asked to resume, or cannot be written to.
     """
     if out is None:
         check_folder(Path("runs"))
         stem = f"{config.name}-{kind}-seed{config.seed}"
-        interrupted = unfinished(Path("runs"), stem, config.digest()) if resume else None
-        return interrupted or new_run(Path("runs"), stem)
+        notes: list[str] = []
+        interrupted = unfinished(Path("runs"), stem, config.digest(), notes) if resume else None
+        run = interrupted or new_run(Path("runs"), stem)
+        run.notes += notes
+        return run
     run = RunDir(out)
     if resume and run.complete:
         result = run.result()
-        if result["config_digest"] != config.digest() or result["kind"] != kind:
-            raise another_run(run, config, result["kind"] == kind)
+        if result.get("config_digest") != config.digest() or result.get("kind") != kind:
+            raise another_run(run, config, result.get("kind") == kind)
         return run
     check_folder(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):

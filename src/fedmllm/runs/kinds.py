@@ -29,6 +29,7 @@ from fedmllm.runs.rounds import (
     open_fleet,
     personal_models,
     prepare_run,
+    show_notes,
     solo_rounds,
     train_rounds,
 )
@@ -99,6 +100,7 @@ def local(run: Run) -> Outcome:
     for start in range(0, len(clients), run.cohort):
         cohort = clients[start : start + run.cohort]
         train_alone(run, [client for client in cohort if directory.load_part(f"client-{client}") is None])
+        show_notes(run)
         for number, row in enumerate(tested[start : start + run.cohort], start=start + 1):
             part = directory.load_part(f"client-{row['client']}")
             assert part is not None

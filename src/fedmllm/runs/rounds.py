@@ -103,6 +103,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
 
 def begin(run: Run) -> None:
     """Write what is known beforehand. Raises RunError if the directory holds another experiment's run."""
+    show_notes(run)
     directory, config, manifest = run.directory, run.session.config, run.session.dataset.manifest
     if directory.exists:
         meta = directory.meta()
@@ -113,6 +114,13 @@ def begin(run: Run) -> None:
         return
     manifest.write(directory.manifest)
     directory.begin(config.toml(), describe(run.session, run.kind))
+
+
+def show_notes(run: Run) -> None:
+    """Tell the user what the directory found damaged since the last call."""
+    notes, run.directory.notes = run.directory.notes, []
+    for note in notes:
+        run.session.progress("note", 0, 0, note)
 
 
 def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
@@ -151,6 +159,7 @@ def train_rounds(
     """The server's final state and the records of all rounds, resumed from the checkpoint if there is one."""
     session, directory, evaluator = run.session, run.directory, run.evaluator
     checkpoint = directory.load_checkpoint()
+    show_notes(run)
     state = checkpoint[1] if checkpoint else {"adapter": session.initial}
     if checkpoint:
         session.progress(stage, checkpoint[0], plan.rounds, "resumed")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +26,13 @@ def usable_as_folder(name: str) -> str:
     return name
 
 
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp", re.DOTALL)
+
+
+class DiskFull(OSError):  # noqa: N818 (named after the event, as TimeoutError's siblings are)
+    """A file could not be written for want of space; its message says which, and what to do."""
+
+
 def check_folder(folder: Path) -> None:
     """Check, before any work is done, that the folder is one that can be written to, or can be made. Raises RunError."""
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.parts):
@@ -37,23 +47,79 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing. On success it is flushed to disk and renamed to `path`; if the block
-    raises, it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def explaining_full_disk(path: Path, size: int | None = None) -> Iterator[None]:
+    """Raise DiskFull in place of the block's errors about space. `size` is the number of bytes to write, if it is known."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = "" if size is None else f" ({size:,} bytes are needed)"
+        raise DiskFull(
+            f"{path} cannot be written, because the disk or the quota is full{needed}; free some space and give the same "
+            "command again, a run with --resume."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, size: int | None = None, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing. On success it is flushed to disk and renamed to `path`, and what was
+    there before is renamed to `previous` if that is given; if the block raises, the temporary file is removed.
+
+    `size` is the number of bytes to write, if it is known. Raises DiskFull.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with explaining_full_disk(path, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                path.replace(previous)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically, creating the folder."""
-    with atomic_file(path) as file:
+def _sync_folder(folder: Path) -> None:
+    """Flush the names of the files in a folder to disk: without it, a power failure can undo a rename."""
+    with contextlib.suppress(OSError):  # some file systems cannot do it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write `content` to `path` atomically, creating the folder; see `atomic_file`."""
+    with atomic_file(path, len(content), previous) as file:
         file.write(content)
+
+
+def remove_leftovers(folder: Path, pattern: str = "*", min_age: float = 0.0) -> None:
+    """Delete the temporary files that killed processes left in `folder` where `pattern` (a glob) leads.
+
+    The caller holds the lock of the folder. Where there is none, `min_age` (seconds since the last write) protects the files
+    of processes on other machines; those of living processes on this machine always stay.
+    """
+    for path in folder.glob(pattern):
+        name = _TEMPORARY.fullmatch(path.name)
+        if name and not _is_alive(int(name[1])):
+            with contextlib.suppress(OSError):  # another process may have removed it, or it may be another user's
+                if time.time() - path.stat().st_mtime >= min_age:
+                    path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it exists and belongs to another user
+        return True
+    return True

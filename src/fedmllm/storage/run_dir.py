@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedmllm.errors import RunError
-from fedmllm.storage.atomic import write_atomically
+from fedmllm.storage.atomic import remove_leftovers, write_atomically
+from fedmllm.storage.checkpoint import Checkpoint
 from fedmllm.storage.lock import FileLock
-from fedmllm.storage.state_file import load_state, save_state
-from fedmllm.storage.strict_json import dump, json_line, restored
+from fedmllm.storage.strict_json import dump, json_line, parse_object
 
 if TYPE_CHECKING:
     from fedmllm.tensors import State
 
 SCHEMA = 1
 """Version of `result.json`. It changes if a key changes its meaning, not if a key is added."""
+
+T = TypeVar("T")
+_COPY = "restore it from a copy, or start a new run"
+_AGAIN = "restore it from a copy, or delete it and give the run's command again with --resume"
 
 
 class RunDir:
@@ -39,7 +42,8 @@ class RunDir:
         # Unlike a daemon thread, a pool's thread is joined when the interpreter exits: Ctrl-C loses no checkpoint.
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
-        self._next_round: int | None = None  # the round whose record can be appended to the file without rewriting it
+        self.notes: list[str] = []
+        """What was found damaged and what is done instead, for the user; the caller shows and removes them."""
         self._set_path(path)
 
     def _set_path(self, path: Path) -> None:
@@ -53,7 +57,7 @@ class RunDir:
         self._meta = path / "meta.json"
         self._rounds = path / "rounds.jsonl"
         self._predictions = path / "predictions.jsonl"
-        self._server = self.checkpoint / "server.safetensors"
+        self._progress = Checkpoint(self.checkpoint, self._rounds)
 
     @property
     def complete(self) -> bool:
@@ -68,10 +72,11 @@ class RunDir:
         """Create the directory and lock it against all other processes.
 
         A new run whose directory was taken in the meantime moves on to the next free one. Otherwise, raises RunError if
-        another process is working on the run.
+        another process is working on the run. Temporary files of killed processes are removed.
         """
         lock = self._acquire_lock()
         try:
+            remove_leftovers(self.path, "**/*")
             yield
             self._wait()
         finally:
@@ -99,42 +104,40 @@ class RunDir:
         write_atomically(self._meta, dump(meta))
 
     def meta(self) -> dict[str, Any]:
-        content: dict[str, Any] = _parsed(self._meta)
-        return content
+        """The content of `meta.json`. Raises RunError if it is damaged, as the other readers do for their files."""
+        return _parsed(self._meta, parse_object, _COPY)
+
+    def settings(self) -> dict[str, Any]:
+        """The content of `config.toml`."""
+        return _parsed(self.config, tomllib.loads, _COPY)
 
     def result(self) -> dict[str, Any]:
-        """The content of `result.json`. Raises RunError if the run is not complete or the folder is not a run directory."""
+        """The content of `result.json`. Raises RunError if it is damaged, if the run is not complete, or if the folder is not
+        a run directory."""
         if not self.complete:
             state = "is not complete; continue it with `fedmllm run … --resume`" if self.exists else "is not a run directory"
             raise RunError(f"{self.path} {state}.")
-        return restored(_parsed(self._result))
+        return _parsed(self._result, _parse_result, _AGAIN)
 
     # Rounds and the checkpoint
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The records of all complete lines; a line cut off by a kill is ignored."""
+        """The records of the rounds; a line cut off by a kill is ignored. Raises RunError if a complete run lacks records."""
         self._wait()
-        return self._complete_lines()
-
-    def _complete_lines(self) -> list[dict[str, Any]]:
-        if not self._rounds.is_file():
-            return []
-        records = []
-        for line in self._rounds.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(restored(json.loads(line)))
-            except ValueError:
-                break
+        records = self._progress.records()
+        if self.complete and self._rounds.is_file() and len(records) < (rounds := self.result().get("rounds", 0)):
+            raise RunError(f"{self._rounds} is damaged (line {len(records) + 1} of {rounds} is missing or changed); {_COPY}.")
         return records
 
     def save_round(self, record: Mapping[str, Any], state: State, config_digest: str) -> None:
         """Start writing a round's record and checkpoint in the background; `record` and `state` must not change afterwards.
 
-        The previous round is safely on disk when this returns. Raises OSError if it could not be written.
+        The previous round is safely on disk when this returns. Raises OSError if it could not be written, which is DiskFull
+        for want of space.
         """
         self._wait()
         self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
-        self._pending = self._writer.submit(self._save_round, dict(record), state, config_digest)
+        self._pending = self._writer.submit(self._progress.save, dict(record), state, config_digest)
 
     def _wait(self) -> None:
         """Wait until the latest round is written, and raise the writer's error if that failed."""
@@ -142,45 +145,31 @@ class RunDir:
         if pending is not None:
             pending.result()
 
-    def _save_round(self, record: dict[str, Any], state: State, config_digest: str) -> None:
-        # The record is written before the checkpoint: a record without its checkpoint is dropped on resume.
-        if record["round"] == self._next_round:
-            with self._rounds.open("a", encoding="utf-8") as file:
-                file.write(json_line(record))
-                file.flush()
-                os.fsync(file.fileno())
-        else:
-            earlier = [r for r in self._complete_lines() if r["round"] < record["round"]]
-            _write_lines(self._rounds, [*earlier, record])
-        self._next_round = record["round"] + 1
-        metadata = {"rounds_done": str(self._next_round), "config_digest": config_digest}
-        save_state(self._server, state, metadata)
-
     def load_checkpoint(self) -> tuple[int, State] | None:
-        """(rounds done, the server's state after them), or None before the end of the first round."""
-        self._wait()
-        if not self._server.is_file():
-            return None
-        state, metadata = load_state(self._server)
-        return int(metadata["rounds_done"]), state
+        """(rounds done, the server's state after them), or None before the end of the first round.
 
-    # Results
+        If the latest checkpoint is damaged or does not agree with `rounds.jsonl`, the one before is used, and `notes` says so.
+        Raises RunError if neither can be used.
+        """
+        self._wait()
+        return self._progress.load(self.notes)
 
     def save_part(self, name: str, value: Mapping[str, Any]) -> None:
         """Save a finished piece of a run without rounds, for resuming."""
-        write_atomically(self.checkpoint / f"{name}.json", dump(value))
+        self._progress.save_part(name, value)
 
     def load_part(self, name: str) -> dict[str, Any] | None:
-        path = self.checkpoint / f"{name}.json"
-        return restored(_parsed(path)) if path.is_file() else None
+        """A saved piece; None if there is none, or if it is damaged and must be made again, which `notes` then says."""
+        return self._progress.load_part(name, self.notes)
+
+    # Results
 
     def save_predictions(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         _write_lines(self._predictions, predictions)
 
     def predictions(self) -> list[dict[str, Any]]:
         """One row per test question and pattern. Raises RunError if the file is missing or damaged."""
-        rows: list[dict[str, Any]] = _parsed(self._predictions, lambda text: [json.loads(line) for line in text.splitlines()])
-        return rows
+        return _parsed(self._predictions, lambda text: [parse_object(line) for line in text.splitlines()], _COPY)
 
     def save_judgements(self, judgements: Iterable[Mapping[str, Any]]) -> None:
         _write_lines(self.path / "judgements.jsonl", judgements)
@@ -191,11 +180,20 @@ class RunDir:
         write_atomically(self._result, dump(result))
 
 
-def _parsed(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
+def _parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); the run must be repeated.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error}); {remedy}.") from None
+
+
+def _parse_result(text: str) -> dict[str, Any]:
+    result = parse_object(text)
+    for key in ("metrics", "per_client"):
+        kind = dict if key == "metrics" else list
+        if not isinstance(result.get(key, kind()), kind):
+            raise ValueError(f"{key!r} is not of the right type")
+    return result
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -208,10 +206,17 @@ def new_run(parent: Path, stem: str) -> RunDir:
     return RunDir(next(path for path in paths if not path.exists()), paths)
 
 
-def unfinished(parent: Path, stem: str, config_digest: str) -> RunDir | None:
-    """The latest incomplete run of this experiment under `parent`."""
+def unfinished(parent: Path, stem: str, config_digest: str, notes: list[str] | None = None) -> RunDir | None:
+    """The latest incomplete run of this experiment under `parent`. A run whose `meta.json` is damaged is passed over, and a
+    sentence about it is added to `notes`."""
     pattern = re.compile(re.escape(stem) + r"(-\d+)?")
     # Not glob(stem): a name may contain a bracket or an asterisk.
     runs = [RunDir(path) for path in parent.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
-    matching = [run for run in runs if run.exists and not run.complete and run.meta().get("config_digest") == config_digest]
+    matching = []
+    for run in runs:
+        if run.exists and run.config.is_file() and not run.complete:
+            try:
+                matching += [run] if run.meta().get("config_digest") == config_digest else []
+            except RunError as error:
+                (notes if notes is not None else []).append(f"{error} This run is passed over.")
     return max(matching, key=lambda run: run.config.stat().st_mtime, default=None)

@@ -1,20 +1,40 @@
-"""A `State` as one safetensors file. torch is imported on first use, so that reading run directories does not need it."""
+"""A `State` as one safetensors file with a digest in its header. torch is imported on first use, so that reading run
+directories does not need it."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmllm.errors import RunError
 from fedmllm.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from fedmllm.tensors import State
+    from fedmllm.tensors import State, Tensors
+
+DIGEST = "sha256"
+"""The key of the digest in the header of a file."""
 
 
-def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the state atomically as one safetensors file with `metadata` in its header."""
-    write_atomically(path, state_bytes(state, metadata))
+def save_state(path: Path, state: State, metadata: Mapping[str, str] | None = None, previous: Path | None = None) -> None:
+    """Write the state atomically as one safetensors file with `metadata` and a digest of both in its header. An earlier file
+    is renamed to `previous` if that is given. Raises DiskFull."""
+    from fedmllm.tensors import flatten
+
+    write_atomically(path, state_bytes(state, with_digest(flatten(state), metadata or {})), previous)
+
+
+def with_digest(flat: Tensors, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with a SHA-256 of the tensors and the metadata, in place of the one it may have."""
+    from fedmllm.tensors import digest
+
+    entries = {key: value for key, value in metadata.items() if key != DIGEST}
+    sha = hashlib.sha256(digest(flat).encode())
+    for key in sorted(entries):
+        sha.update(f"|{key}|{entries[key]}".encode())
+    return {**entries, DIGEST: sha.hexdigest()}
 
 
 def state_bytes(state: State, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -31,11 +51,29 @@ def state_bytes(state: State, metadata: Mapping[str, str] | None = None) -> byte
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """(the state, the metadata in the header)."""
-    from safetensors import safe_open
-
+    """(the state, the metadata in the header). Raises RunError if the file cannot be read or does not match its digest; files
+    of earlier versions have none."""
     from fedmllm.tensors import unflatten
 
-    with safe_open(path, "pt") as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return unflatten(flat), dict(file.metadata() or {})
+    try:
+        flat, metadata = load_verified(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); restore it from a copy, or start a new run.") from None
+    return unflatten(flat), metadata
+
+
+def load_verified(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """(the tensors of a safetensors file, the metadata in its header without the digest). Raises ValueError if the file
+    cannot be read or does not match its digest."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from None
+    if DIGEST in metadata and with_digest(flat, metadata) != metadata:
+        raise ValueError("its content does not match its digest")
+    metadata.pop(DIGEST, None)
+    return flat, metadata

@@ -48,6 +48,17 @@ def _with_nan(value: Any) -> Any:
     return _mapped(value, lambda leaf: math.nan if leaf is None else leaf)
 
 
+def parse_object(text: str) -> dict[str, Any]:
+    """The inverse of `dump` and `json_line` for an object. Raises ValueError if the text is anything else."""
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return restored(content)
+    except (AttributeError, RecursionError) as error:  # a list of rows that are no objects, or deep nesting
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    raise ValueError(f"it holds a {type(content).__name__} instead of an object")
+
+
 def restored(record: dict[str, Any]) -> dict[str, Any]:
     """Turn null back into NaN in the scores and the loss of a result, a client's row or a round; changes `record`."""
     for key in ("metrics", "bootstrap_scores"):
