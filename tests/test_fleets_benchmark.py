@@ -32,5 +32,7 @@ def test_clients_have_the_same_samples_in_one_process_and_at_sites(tmp_path: Pat
 
 
 def test_the_first_round_is_reported_separately(tmp_path: Path) -> None:
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps({"round": i, "seconds": s}) + "\n" for i, s in enumerate((9.0, 2.0, 3.0, 7.0))))
+    (tmp_path / "rounds.jsonl").write_text(
+        "".join(json.dumps({"round": i, "seconds": s}) + "\n" for i, s in enumerate((9.0, 2.0, 3.0, 7.0)))
+    )
     assert fleets.seconds(tmp_path) == pytest.approx((9.0, 3.0))
