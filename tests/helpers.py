@@ -119,3 +119,14 @@ def built(name: str, regularization: str = "none", compression: str = "none", **
     # What is remembered of one round cannot be added in the next where the factors are made anew between them.
     settings = {"feedback": False} if compression == "top-k" and algorithm.refactors else {}
     return compressions.build(compression, settings)(algorithm)
+
+
+HETEROGENEITY = """
+[[axes]]
+name = "heterogeneity"
+cells = [
+    { name = "α = 0.5", set = { "scenario.name" = "aligned", "partition.alpha" = 0.5 } },
+    { name = "β = 0.3", set = { "scenario.name" = "missing", "scenario.rate" = 0.3 } },
+]
+"""
+"""An axis of a sweep: two settings of the data."""

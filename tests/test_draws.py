@@ -17,7 +17,7 @@ from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.samples import Sample
 from fedmllm.data.subsets import draw_stratified, draw_subset
 from fedmllm.data.tasks import tasks
-from helpers import load_samples
+from helpers import HETEROGENEITY, load_samples
 
 Write = Callable[..., Path]
 
@@ -76,12 +76,9 @@ name = "grid"
 base = "small.toml"
 replicates = 3
 margin = 1.0
-[[axes]]
-name = "heterogeneity"
-cells = [
-    { name = "α = 0.5", set = { "scenario.name" = "aligned", "partition.alpha" = 0.5 } },
-    { name = "β = 0.3", set = { "scenario.name" = "missing", "scenario.rate" = 0.3 } },
-]
+"""
+GRID += HETEROGENEITY
+GRID += """
 [[axes]]
 name = "method"
 cells = [

@@ -12,12 +12,10 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
-from transformers.models.smolvlm import processing_smolvlm
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.models import processors
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import _score_repeated, option_scores
@@ -25,7 +23,7 @@ from fedmllm.models.tokens import Tokens
 from fedmllm.tensors import digest, distance
 from fedmllm.training.cohort import Work, train_cohort
 from naive_training import train_naively
-from tiny_families import FAMILIES, save
+from tiny_families import FAMILIES, save, without_torchvision_and_num2words
 from tiny_models import CLOSED, OPTIONS, last_logits, perturb
 
 pytestmark = [
@@ -59,10 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path | None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_torchvision_and_num2words() -> Iterator[None]:
-    """Behave as if neither is installed: both are only for videos, which these checkpoints do not support."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processors, "is_torchvision_available", lambda: False)
-        patch.setattr(processing_smolvlm, "num2words", str)
+    with without_torchvision_and_num2words():
         yield
 
 

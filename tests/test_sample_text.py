@@ -11,16 +11,14 @@ import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers.models.smolvlm import processing_smolvlm
 
 from fedmllm.data.prompts import Conversation, prompts, render
-from fedmllm.models import processors
 from fedmllm.models.backbone import Backbone, _answer_frame
 from fedmllm.models.families import family_of
 from fedmllm.models.sample_text import SampleText
 from fedmllm.models.tokens import Prompt, Tokens
 from helpers import png, sample
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, without_torchvision_and_num2words
 
 PICTURE, SIZE = png(), (4, 4)
 HARMLESS, END, OPTIONS = "rose", 2, ("a rose", "no rose")
@@ -34,9 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_torchvision_and_num2words() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processors, "is_torchvision_available", lambda: False)
-        patch.setattr(processing_smolvlm, "num2words", str)
+    with without_torchvision_and_num2words():
         yield
 
 

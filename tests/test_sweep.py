@@ -23,20 +23,16 @@ from fedmllm.experiment.processes import Processes
 from fedmllm.report.published import published, setting_of
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
+from helpers import HETEROGENEITY
 from made_runs import make_sweep
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
 PAPER = sorted((ROOT / "experiments" / "paper").glob("*.sweep.toml"))
 
-GRID = """
-[[axes]]
-name = "heterogeneity"
-cells = [
-    { name = "α = 0.5", set = { "scenario.name" = "aligned", "partition.alpha" = 0.5 } },
-    { name = "β = 0.3", set = { "scenario.name" = "missing", "scenario.rate" = 0.3 } },
-]
-
+GRID = (
+    HETEROGENEITY
+    + """
 [[axes]]
 name = "method"
 cells = [
@@ -44,6 +40,7 @@ cells = [
     { name = "FedYogi", set = { "algorithm.name" = "fedyogi" } },
 ]
 """
+)
 
 METHOD = """
 [[axes]]

@@ -6,11 +6,13 @@ larger ones, within limits that keep prompts at a few dozen tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -22,10 +24,21 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from fedmllm.models import processors
 from fedmllm.models.processors import NoVideos, picture_processor
 from tiny_parts import SIGLIP, SQUARE, VISION, Checkpoint, llama, template, text, tokenizer
+
+
+@contextmanager
+def without_torchvision_and_num2words() -> Iterator[None]:
+    """Behave as if neither is installed: both are only for videos, which these checkpoints do not support."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processors, "is_torchvision_available", lambda: False)
+        patch.setattr(processing_smolvlm, "num2words", str)
+        yield
 
 
 def _idefics(config_class: Any, model_class: Any, processor_class: Any, images: Any, *videos: Any) -> Checkpoint:

@@ -43,13 +43,17 @@ def summarise(
     summary = {}
     for name in dict.fromkeys(p.pattern for p in models[0]):
         of_pattern = [[p for p in model if p.pattern == name] for model in models]
-        metrics = _summarise_pattern(task, of_pattern, match, judged) | _references(task, of_pattern, match, choices)
+        answers = Answers.of(of_pattern, task.positive, match)
+        metrics = _summarise_pattern(task, answers, of_pattern, match, judged)
+        metrics |= _references(task, answers, [choices.get(p.id) or () for p in of_pattern[0]])
         summary[name] = metrics | ({"ceiling": round(task.ceiling[name], 6)} if name in task.ceiling else {})
     return summary
 
 
-def _summarise_pattern(task: Task, models: list[list[Prediction]], match: Match, judged: bool) -> dict[str, Any]:
-    n, answers = len(models[0]), Answers.of(models, task.positive, match)
+def _summarise_pattern(
+    task: Task, answers: Answers, models: list[list[Prediction]], match: Match, judged: bool
+) -> dict[str, Any]:
+    n = len(models[0])
     summary: dict[str, Any] = {"n": n, "parse_failures": round(sum(p.failed for m in models for p in m) / len(models))}
     for name, values in _sample_scores(answers, models, match, judged).items():
         summary[name] = round(float(values.mean()), 6)
@@ -98,12 +102,11 @@ def _sample_scores(
     return scores
 
 
-def _references(task: Task, models: list[list[Prediction]], match: Match, choices: Choices) -> dict[str, float]:
-    """`majority` and `chance`. A guess's macro-F1 is that of the expected counts."""
-    answers, n = Answers.of(models[:1], task.positive, match), len(models[0])
+def _references(task: Task, answers: Answers, options: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`majority` and `chance`, from the references and the `options` of each question. A guess's macro-F1 is that of the
+    expected counts."""
     sizes = np.bincount(answers.truth)
-    share = float(sizes.max() / n)
-    options = [choices.get(p.id) or () for p in models[0]]
+    share = float(sizes.max() / len(options))
     if task.metric == "auc":
         majority = chance = 0.5
     elif task.metric == "accuracy":

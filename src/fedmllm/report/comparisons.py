@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedmllm.errors import RunError, suggest
 from fedmllm.report.best import not_beaten
-from fedmllm.report.grids import Grid
+from fedmllm.report.grids import Grid, GridRow
 from fedmllm.report.protocol import Comparison, common_term, compare, holm, summary
 from fedmllm.report.scores import UNKNOWN
 from fedmllm.report.sentences import best_set, conclusion, points, remarks
@@ -83,9 +83,13 @@ class Comparisons:
         }
 
 
-def axis_of(grid: Grid, cell: str) -> str | None:
-    """The axis that has a cell of this name."""
-    return next((axis for axis in grid.axes if any(row.axes[axis] == cell for row in grid.rows)), None)
+def axis_of(grid: Grid, baseline: str, folder: Path) -> str:
+    """The axis that has a cell of the name given as `--baseline`. Raises RunError if none has."""
+    for axis in grid.axes:
+        if any(row.axes[axis] == baseline for row in grid.rows):
+            return axis
+    names = {row.axes[axis] for row in grid.rows for axis in grid.axes}
+    raise RunError(f"--baseline {baseline}: {folder} has no cell of that name; {suggest(baseline, names)}")
 
 
 def comparable(grid: Grid, axis: str) -> bool:
@@ -98,9 +102,9 @@ def comparable(grid: Grid, axis: str) -> bool:
     return all(len(shared) == 1 for shared in draws.values())
 
 
-def rows_by_method(grid: Grid, axis: str) -> dict[str, dict[str, Any]]:
+def rows_by_method(grid: Grid, axis: str) -> dict[str, dict[str, GridRow]]:
     """cell of `axis` -> place, "α = 0.5 · 8 clients" -> row, for the rows with a complete run."""
-    methods: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, GridRow]] = {}
     for row in grid.rows:
         place = " · ".join(value for name, value in row.axes.items() if name != axis)
         methods.setdefault(row.axes[axis], {})[place] = row
@@ -112,10 +116,7 @@ def against(folder: Path, grid: Grid, baseline: str, reader: UnitReader | None =
 
     Raises RunError if there is no such cell, or if the cells do not share their data.
     """
-    axis = axis_of(grid, baseline)
-    if axis is None:
-        names = {row.axes[a] for row in grid.rows for a in grid.axes}
-        raise RunError(f"--baseline {baseline}: {folder} has no cell of that name; {suggest(baseline, names)}")
+    axis = axis_of(grid, baseline, folder)
     reader, methods = reader or UnitReader(folder), rows_by_method(grid, axis)
     base, compared, shared = methods[baseline], list[MethodComparison](), False
     for name, rows in methods.items():

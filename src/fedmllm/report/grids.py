@@ -92,10 +92,6 @@ class Grid:
             cells.setdefault(tuple(row.axes[axis] for axis in downs), {})[row.axes.get(across, "")] = row
         return cells
 
-    def places(self, axis: str) -> Cells:
-        """The rows by their place on all axes but `axis`, then by their value on `axis`."""
-        return self.cells([name for name in self.axes if name != axis], axis)
-
     @property
     def mixed_metrics(self) -> bool:
         """Whether the cells have different metrics, so that their scores have no common mean."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedmllm.errors import RunError, suggest
+from fedmllm.errors import RunError
 from fedmllm.report.comparisons import axis_of, rows_by_method
 from fedmllm.report.grids import read_grid
 from fedmllm.report.protocol import place_variances, replicates_needed
@@ -42,14 +42,10 @@ def plan_replicates(pilot: Path, baseline: str, effect: float, power: float, kin
     Raises RunError if the pilot has no such cell or no method with two units at a place, ConfigError for an impossible effect.
     """
     grid, reader = read_grid(pilot), UnitReader(pilot)
-    axis = axis_of(grid, baseline)
-    if axis is None:
-        names = {row.axes[a] for row in grid.rows for a in grid.axes}
-        raise RunError(f"--baseline {baseline}: {pilot} has no cell of that name; {suggest(baseline, names)}")
     known = [row for row in grid.rows if row.seconds is not None]
     seconds = {kind: fmean([row.seconds or 0.0 for row in known if row.kind == kind] or [math.nan]) for kind in set(kinds)}
     hours = sum(seconds[kind] for kind in kinds) / 3600
-    methods, plans = rows_by_method(grid, axis), []
+    methods, plans = rows_by_method(grid, axis_of(grid, baseline, pilot)), []
     for name, rows in methods.items():
         if name == baseline:
             continue
