@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from fedmllm import config
 from fedmllm.algorithms import Algorithm, Update, algorithms, compressions, regularizations
 from fedmllm.algorithms.toy_federation import (
     ADAPTER_INFO,
@@ -31,6 +32,7 @@ from fedmllm.algorithms.toy_federation import run_rounds as rounds_of
 from fedmllm.algorithms.toy_federation import train_round as a_round
 from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.samples import Loaded, Problem, Sample, Split, Task
+from fedmllm.experiment.parts import options_of
 from fedmllm.tensors import Tensors
 
 __all__ = [
@@ -119,6 +121,11 @@ def built(name: str, regularization: str = "none", compression: str = "none", **
     # What is remembered of one round cannot be added in the next where the factors are made anew between them.
     settings = {"feedback": False} if compression == "top-k" and algorithm.refactors else {}
     return compressions.build(compression, settings)(algorithm)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a file with overrides in the notation of `--set`, and the notes about dropped options."""
+    return config.apply_settings(raw, [config.parse_override(override) for override in overrides], options_of)
 
 
 HETEROGENEITY = """

@@ -13,7 +13,7 @@ from fedmllm import config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build, options_of, with_defaults
-from helpers import quick
+from helpers import apply_overrides, quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
 SHIPPED = [path for path in SHIPPED if not path.name.endswith(".sweep.toml")]
@@ -243,8 +243,8 @@ def test_the_schema_for_editors_can_be_made() -> None:
 )
 def test_equal_experiments_have_equal_digests(settings: list[str]) -> None:
     raw = config.read(Path(__file__).parents[1] / "experiments" / "quickstart.toml")
-    variant, _ = config.apply_overrides(raw, settings, options_of)
-    plain, _ = config.apply_overrides(raw, ["partition.alpha=1.0"], options_of)
+    variant, _ = apply_overrides(raw, settings)
+    plain, _ = apply_overrides(raw, ["partition.alpha=1.0"])
     assert with_defaults(config.validate(variant)).digest() == with_defaults(config.validate(plain)).digest()
     assert with_defaults(with_defaults(config.validate(variant))) == with_defaults(config.validate(variant))
 

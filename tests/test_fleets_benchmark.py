@@ -9,8 +9,9 @@ import pytest
 
 import fleets
 from federations import write_samples
-from fedmllm.config import apply_overrides, read, validate
-from fedmllm.experiment.parts import build, options_of
+from fedmllm.config import read, validate
+from fedmllm.experiment.parts import build
+from helpers import apply_overrides
 
 
 def test_clients_have_the_same_samples_in_one_process_and_at_sites(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_clients_have_the_same_samples_in_one_process_and_at_sites(tmp_path: Pat
     file = tmp_path / "server" / "experiment.toml"
     file.write_text(text)
     fleets.divide(tmp_path)
-    raw, _ = apply_overrides(read(file), ["fleet.name=in-process", *fleets.settings(tmp_path, 2)], options_of)
+    raw, _ = apply_overrides(read(file), ["fleet.name=in-process", *fleets.settings(tmp_path, 2)])
     manifest = build(validate(raw)).prepare().manifest
     for client, name in enumerate(fleets.ORDER):
         ids = [json.loads(line)["id"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.config import apply_overrides, read, validate
-from fedmllm.experiment.parts import build, options_of, with_defaults
+from fedmllm.config import read, validate
+from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.experiment.sweep import PlannedRun, plan_sweep
 from fedmllm.report.published import published, setting_of
+from helpers import apply_overrides
 
 OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
 TASKS = ("openmoji", "pocket-memes", "qa")
@@ -65,7 +66,7 @@ def test_every_method_of_the_grids_has_nine_trials_per_task_on_held_out_data() -
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_base_file_has_data(task: str) -> None:
-    raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [], options_of)
+    raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [])
     assert notes == []
     data = build(validate(raw)).prepare()
     assert len(data.train) >= 400

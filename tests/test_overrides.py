@@ -12,6 +12,7 @@ from fedmllm.algorithms import algorithms
 from fedmllm.data.scenarios import scenarios
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import options_of, with_defaults
+from helpers import apply_overrides
 
 MINIMAL: dict[str, Any] = {"task": {"name": "easy-vqa"}}
 HYBRID: dict[str, Any] = {**MINIMAL, "scenario": {"name": "hybrid", "presence": 0.6}}
@@ -41,7 +42,7 @@ def test_an_override_must_have_a_key_and_a_value(text: str) -> None:
 
 def test_overrides_create_tables_and_leave_the_file_unchanged() -> None:
     raw = deepcopy(HYBRID)
-    changed, notes = config.apply_overrides(raw, ["model.lora.rank=4", "seed=7", "scenario.presence=0.1"], options_of)
+    changed, notes = apply_overrides(raw, ["model.lora.rank=4", "seed=7", "scenario.presence=0.1"])
     assert raw == HYBRID
     assert not notes
     experiment = config.validate(changed)
@@ -49,14 +50,14 @@ def test_overrides_create_tables_and_leave_the_file_unchanged() -> None:
 
 
 def test_another_scenario_drops_the_options_that_it_does_not_know() -> None:
-    changed, notes = config.apply_overrides(HYBRID, ["scenario.name=cross"], options_of)
+    changed, notes = apply_overrides(HYBRID, ["scenario.name=cross"])
     assert changed["scenario"] == {"name": "cross"}
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
 
 
 def test_another_algorithm_keeps_the_options_that_both_know() -> None:
     raw = {**MINIMAL, "algorithm": {"name": "fedprox", "mu": 0.5, "server_lr": 0.5}}
-    changed, notes = config.apply_overrides(raw, ["algorithm.name=fedavg"], options_of)
+    changed, notes = apply_overrides(raw, ["algorithm.name=fedavg"])
     assert changed["algorithm"] == {"name": "fedavg", "server_lr": 0.5}
     assert len(notes) == 1
     assert algorithms.build("fedavg", config.validate(changed).algorithm.options)
@@ -64,7 +65,7 @@ def test_another_algorithm_keeps_the_options_that_both_know() -> None:
 
 def test_a_misspelt_option_is_kept_and_refused() -> None:
     raw = {**MINIMAL, "scenario": {"name": "hybrid", "presense": 0.6}}
-    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
+    changed, notes = apply_overrides(raw, ["scenario.name=cross"])
     assert not notes
     with pytest.raises(ConfigError, match=r"scenario\.presense: unknown key for scenario 'cross'"):
         scenarios.build("cross", config.validate(changed).scenario.options)
@@ -92,13 +93,13 @@ TEST_SETS = {"task": {"name": "pocket-memes", "test": 500, "n": 800, "train_samp
 def test_another_task_keeps_no_option_of_the_old_one(
     raw: dict[str, Any], setting: str, expected: dict[str, Any], dropped: list[str]
 ) -> None:
-    changed, notes = config.apply_overrides(raw, [setting], options_of)
+    changed, notes = apply_overrides(raw, [setting])
     assert changed["task"] == expected
     assert [note.partition(" = ")[0] for note in notes] == dropped
 
 
 def test_options_of_the_default_part_are_dropped_too() -> None:
-    changed, notes = config.apply_overrides({**MINIMAL, "algorithm": {"server_lr": 0.5}}, ["algorithm.name=feddyn"], options_of)
+    changed, notes = apply_overrides({**MINIMAL, "algorithm": {"server_lr": 0.5}}, ["algorithm.name=feddyn"])
     assert changed["algorithm"] == {"name": "feddyn"}
     assert notes == ["algorithm.server_lr = 0.5 is an option of 'fedavg' and was dropped"]
 
@@ -108,7 +109,7 @@ def test_options_of_the_default_part_are_dropped_too() -> None:
 )
 def test_a_table_as_value_changes_a_table_and_does_not_replace_it(setting: str) -> None:
     raw = {**MINIMAL, "model": {"name": "m", "lora": {"rank": 8, "alpha": 16}}}
-    changed, _ = config.apply_overrides(raw, [setting], options_of)
+    changed, _ = apply_overrides(raw, [setting])
     assert changed["model"] == {"name": "m", "lora": {"rank": 4, "alpha": 16}}
 
 
@@ -140,7 +141,7 @@ def test_a_bad_setting_is_blamed_on_whom_it_came_from(settings: list[str], messa
 @pytest.mark.parametrize("order", [1, -1])
 def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int) -> None:
     overrides = ["scenario.name=cross", "scenario.image_clients=3", "scenario.presence=0.1"][::order]
-    changed, notes = config.apply_overrides(HYBRID, overrides, options_of)
+    changed, notes = apply_overrides(HYBRID, overrides)
     # The option from the file is dropped; the one on the command line is a mistake and is kept, so that it is refused.
     assert changed["scenario"] == {"name": "cross", "image_clients": 3, "presence": 0.1}
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
@@ -155,13 +156,13 @@ def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int
 )
 def test_an_invalid_override_is_one_sentence(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.apply_overrides({**HYBRID, "seed": 0}, [override], options_of)
+        apply_overrides({**HYBRID, "seed": 0}, [override])
     assert str(caught.value) == message
 
 
 def test_another_scenario_drops_the_options_of_earlier_versions_too() -> None:
     raw = {**MINIMAL, "scenario": {"name": "missing", "never_empty": True}}
-    changed, notes = config.apply_overrides(raw, ["scenario.name=cross"], options_of)
+    changed, notes = apply_overrides(raw, ["scenario.name=cross"])
     assert changed["scenario"] == {"name": "cross"}
     assert notes == ["scenario.never_empty = True is an option of 'missing' and was dropped"]
 

@@ -14,8 +14,9 @@ from fedmllm import config
 from fedmllm.algorithms import algorithms
 from fedmllm.cli.app import app
 from fedmllm.config import Experiment
-from fedmllm.experiment.parts import build, options_of
+from fedmllm.experiment.parts import build
 from fedmllm.experiment.sweep import plan_sweep
+from helpers import apply_overrides
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,7 +72,7 @@ def test_its_commands_parse(line: str) -> None:
         if words[0] == "sweep":
             assert plan_sweep(file, overrides)[1]
             return
-        config.validate(config.apply_overrides(config.read(file), overrides, options_of)[0])
+        config.validate(apply_overrides(config.read(file), overrides)[0])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_its_commands_parse(line: str) -> None:
     ids=lambda p: p.stem,
 )
 def test_every_shipped_experiment_checks(file: Path) -> None:
-    raw, notes = config.apply_overrides(config.read(file), [], options_of)
+    raw, notes = apply_overrides(config.read(file), [])
     assert notes == []
     assert build(config.validate(raw, str(file))).prepare().train
 

@@ -16,14 +16,14 @@ import pytest
 
 import layouts
 from commands import call, run
-from fedmllm.config import Experiment, apply_overrides, read, validate
+from fedmllm.config import Experiment, read, validate
 from fedmllm.experiment import sweep
-from fedmllm.experiment.parts import build, options_of
+from fedmllm.experiment.parts import build
 from fedmllm.experiment.processes import Processes
 from fedmllm.report.published import published, setting_of
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
-from helpers import HETEROGENEITY
+from helpers import HETEROGENEITY, apply_overrides
 from made_runs import make_sweep
 
 Write = Callable[..., Path]
@@ -288,7 +288,7 @@ def test_the_papers_files_read_the_published_layouts(name: str, tmp_path: Path) 
     moved = [f"task.data_dir={tmp_path / name}", "partition.clients=2"]
     if name in ("vqa-rad", "slake"):
         moved.append(f"task.companion.data_dir={tmp_path / 'medalpaca'}")
-    raw, _ = apply_overrides(read(ROOT / "experiments" / "paper" / f"{name}.toml"), moved, options_of)
+    raw, _ = apply_overrides(read(ROOT / "experiments" / "paper" / f"{name}.toml"), moved)
     data = build(validate(raw)).prepare()
     assert data.train
     assert data.test

@@ -2,7 +2,6 @@
 
 from fedmllm.config.file import (
     Setting,
-    apply_overrides,
     apply_settings,
     blaming,
     flattened,
@@ -29,6 +28,6 @@ from fedmllm.config.schema import (
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Positive", "Seed", "Setting", "Table", "TaskTable", "TrainTable", "apply_overrides",
+    "PartitionTable", "Positive", "Seed", "Setting", "Table", "TaskTable", "TrainTable",
     "apply_settings", "blaming", "flattened", "parse_override", "read", "validate",
 ]  # fmt: skip

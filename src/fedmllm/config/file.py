@@ -98,11 +98,6 @@ OptionNames = Callable[[str, str], Sequence[str]]
 """(table, name of a part) -> the options of that part; raises ConfigError for an unknown part."""
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], options_of: OptionNames) -> tuple[dict[str, Any], list[str]]:
-    """Apply overrides given as text, as `apply_settings` does."""
-    return apply_settings(raw, [parse_override(override) for override in overrides], options_of)
-
-
 def apply_settings(
     raw: dict[str, Any], settings: Sequence[Setting], options_of: OptionNames, prefix: str = "--set "
 ) -> tuple[dict[str, Any], list[str]]:
