@@ -21,7 +21,7 @@ from fedmllm.config import TaskTable
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import FederationPlan, sample_clients
 from fedmllm.remote import limits as limits_module
-from fedmllm.remote.files import SiteData, private_folder
+from fedmllm.remote.files import SiteData, SiteTable, private_folder
 from fedmllm.remote.limits import Limits, TimeIsUp, time_limit
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.service import ReplyCache
@@ -339,3 +339,12 @@ def test_the_state_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="is a file"):
         private_folder(tmp_path / "file" / "state", where)
+
+
+def test_every_key_of_a_site_file_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    keys = [*SiteTable.model_fields, *Limits.model_fields]
+    assert [key for key in keys if not re.search(rf"`\[?{key}\b|^{key} = ", page, re.MULTILINE)] == []
+    for key, field in Limits.model_fields.items():
+        default = json.dumps(field.default).removesuffix(".0")
+        assert f"| `{key}` | {default} |" in page or f"| `{key}` | `{default}` |" in page

@@ -5,7 +5,8 @@ same vectors over different sets of clients would give the server their differen
 therefore helps to unmask a second sum of a round only if it is over the same clients as the first.
 
 It suffices that a client is bound from the moment it answers "unmask": a sum needs the answers of more than half of the holders
-of every secret in it, so of two sums that both became known, one holder of every such secret has seen both lists.
+of every secret in it, so of two sums that both became known, one holder of every such secret has seen both lists. On a sparse
+graph a client that was not in the first sum has no secret in it; docs/privacy.md says when its neighbours protect it.
 """
 
 from __future__ import annotations
