@@ -48,7 +48,7 @@ class Limits(Table):
 
     def beside(self, folder: Path) -> Limits:
         """The same limits, with the folders in `models` relative to `folder` made absolute."""
-        models = (str((folder / Path(m).expanduser()).resolve()) if m.startswith(("/", ".", "~")) else m for m in self.models)
+        models = (os.path.realpath(folder / os.path.expanduser(m)) if m.startswith(("/", ".", "~")) else m for m in self.models)
         return self.model_copy(update={"models": tuple(models)})
 
     def check_clients(self, clients: int) -> None:
