@@ -36,7 +36,7 @@ class Limits(Table):
     """`seconds` and `samples` of one job, each sample counted once per epoch; `clients` of an experiment; `reply_bytes` of the
     tensors in one reply; `models` that a server may name.
 
-    An entry of `models` is a pattern, such as "HuggingFaceTB/*". One that begins with "/", "." or "~" allows folders of this
+    An entry of `models` is a pattern, such as "HuggingFaceTB/*". One that begins with "/" or "." allows folders of this
     machine; all others allow ids of the hub and shipped models, and never a folder.
     """
 
@@ -48,7 +48,7 @@ class Limits(Table):
 
     def beside(self, folder: Path) -> Limits:
         """The same limits, with the folders in `models` relative to `folder` made absolute."""
-        models = (os.path.realpath(folder / os.path.expanduser(m)) if m.startswith(("/", ".", "~")) else m for m in self.models)
+        models = (str((folder / m).resolve()) if m.startswith(("/", ".")) else m for m in self.models)
         return self.model_copy(update={"models": tuple(models)})
 
     def check_clients(self, clients: int) -> None:
