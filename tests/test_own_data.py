@@ -197,6 +197,7 @@ def test_a_masked_round_is_resumed_with_the_same_sites_only(federation: Path, tm
     fewer = Sites(federation, lost=lambda job: job.kind == "keys" and job.client == 1)
     with pytest.raises(TooFewUpdates, match=r"the same updates were already summed over other clients.*: client 1 left since"):
         run(fewer.grid(), settings(federation, overrides=masked, resume=True), no_progress)
+    assert [line for line in fewer.log if "already summed over other clients" in line], "the sites' own logs say so as well"
     run(Sites(federation).grid(), settings(federation, overrides=masked, resume=True), no_progress)
     in_one_process(federation, tmp_path / "alone", ("train.rounds=1",))
     ours, alone = adapter(federation.with_name("out")), adapter(tmp_path / "alone")

@@ -151,6 +151,18 @@ def test_a_site_is_served_by_one_process(folder: Path) -> None:
     assert "another `fedmllm client` is running" in completed.stderr
 
 
+@pytest.mark.parametrize("party", ["east/site.toml", "server/federation.toml"])
+def test_a_state_folder_that_other_users_may_open_is_refused(folder: Path, party: str) -> None:
+    state = (folder / party).with_name("state")
+    state.mkdir(exist_ok=True)
+    state.chmod(0o750)
+    completed = call(*(["client"] if "site" in party else ["server", "--out", folder / "never"]), folder / party)
+    state.chmod(0o700)
+    assert completed.exit_code == 2
+    assert f"other users of this machine may open the folder {state}; run `chmod 700 {state}`" in completed.stderr
+    assert list(state.iterdir()) == []
+
+
 def test_a_port_in_use_gives_one_sentence(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", FederationFile(folder / "server" / "federation.toml", []).port))

@@ -140,7 +140,11 @@ class Worker:
             return self._train(experiment, jobs, messages).values()
 
         messages = {job.client: job.state for job in jobs}
-        return [_reply(answer) for answer in clients.answer(first.kind, first.run, experiment.info(first), messages, train)]
+        answers = clients.answer(first.kind, first.run, experiment.info(first), messages, train)
+        for answer in answers:
+            if answer.problem:
+                self._log(answer.problem)
+        return [_reply(answer) for answer in answers]
 
     def _train(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
         fleet = experiment.fleet(self._folder / jobs[0].run, list(messages))
