@@ -57,6 +57,7 @@ def write_federation(root: Path, model: Path, extra: str = "", names: Sequence[s
         (root / name / "site.toml").write_text(
             f'name = "{name}"\nsuperlink = "127.0.0.1:{port}"\nca = "../keys/ca.crt"\nkey = "../keys/{name}.key"\n'
             f'jsonl = "train.jsonl"\nmodalities = {json.dumps(SITES[name])}\ndevice = "cpu"\n'
+            f'[limits]\nmodels = ["{model}"]\n'
         )
     for split in ("train", "test"):
         write_samples(root / "server", split, 6)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update, algorithms
-from fedmllm.secure.clients import change_of
+from fedmllm.secure.attempts import Attempts
+from fedmllm.secure.clients import SecureClients, change_of
 from fedmllm.secure.fixed import FixedPoint
 from fedmllm.secure.fleet import LocalTransport, SecureFleet
 from fedmllm.secure.settings import PHASES, Pairwise, Phase, secures
@@ -107,3 +109,42 @@ def total(fixed: FixedPoint, updates: Sequence[Update], messages: Mapping[int, S
 def fixed_of(info: RoundInfo, algorithm: Algorithm, **options: object) -> FixedPoint:
     assert algorithm.averages is not None
     return FixedPoint.of(settings(**options), len(info.sampled), algorithm.averages)
+
+
+class MaliciousServer:
+    """Sends requests to the client halves of three clients, honest ones or others. `attempts` is what they remember on disk."""
+
+    def __init__(self, clients: int = 3, attempts: Attempts | None = None) -> None:
+        self.algorithm = algorithms.build("fedavg", {})
+        self.clients = SecureClients(settings(), self.algorithm, attempts)
+        self.info = round_info(0, range(clients), clients=clients)
+        self.attempt = torch.zeros(16, dtype=torch.uint8)
+        self.trained = 0
+        self.model: State = {"adapter": lora_adapter()}
+
+    def request(self, phase: Phase, messages: Mapping[int, State], run: str = RUN) -> dict[int, Update]:
+        def train(unmasked: Mapping[int, State]) -> list[Update]:
+            self.trained += len(unmasked)
+            return [Update(c, state, 5, 1) for c, state in unmasked.items()]
+
+        return {u.client: u for u in self.clients.answer(phase, run, self.info, messages, train)}
+
+    def keys(self) -> dict[int, Update]:
+        return self.request("keys", {c: {"keys": {"attempt": self.attempt}} for c in self.info.sampled})
+
+    def shares(self) -> dict[int, Update]:
+        keys = {c: torch.cat([u.groups["keys"]["seal"], u.groups["keys"]["mask"]]) for c, u in self.keys().items()}
+        return self.request("shares", {c: {"keys": {str(p): keys[p] for p in keys if p != c}} for c in keys})
+
+    def sealed(self) -> dict[int, State]:
+        shares = self.shares()
+        return {c: {"shares": {str(p): shares[p].groups["shares"][str(c)] for p in shares if p != c}} for c in shares}
+
+    def masked(self, change: Callable[[dict[int, State]], object] = lambda inboxes: None) -> dict[int, Update]:
+        inboxes = self.sealed()
+        change(inboxes)
+        return self.request("masked", {c: {**self.model, **inbox} for c, inbox in inboxes.items()})
+
+    def unmask(self, present: Sequence[int], gone: Sequence[int], client: int = 0) -> Update:
+        ids = {"here": torch.tensor(present, dtype=torch.int64), "gone": torch.tensor(gone, dtype=torch.int64)}
+        return self.request("unmask", {client: {"unmask": ids}})[client]

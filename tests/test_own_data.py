@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import TooFewUpdates
 from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.fleet import valid_metrics
-from fedmllm.remote.protocol import Job, parts_of
+from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.serverapp import run
 from fedmllm.remote.service import ReplyCache
@@ -36,10 +37,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sites:
-    """A ClientApp with the workers of all sites in this process; `log` has what they kept to themselves."""
+    """A ClientApp with the workers of all sites in this process; `log` has what they kept to themselves. If `lost(job)`, the
+    answer to a job does not arrive."""
 
-    def __init__(self, federation: Path) -> None:
+    def __init__(self, federation: Path, lost: Callable[[Job], bool] = lambda job: False) -> None:
         self.log: list[str] = []
+        self.lost = lost
         self.jobs: list[Job] = []
         root = federation.parents[1]
         files = [SiteFile(root / name / "site.toml") for name in SITES]
@@ -48,7 +51,10 @@ class Sites:
     def __call__(self, message: Message, context: Context) -> Message:
         content = pack(message.content)
         self.jobs.append(Job.of(*parts_of(content)))
-        return Message(unpack(self.answers[str(context.node_config["site"])](content)), reply_to=message)
+        answer = self.answers[str(context.node_config["site"])](content)
+        if self.lost(self.jobs[-1]):
+            answer = to_bytes(Reply(self.jobs[-1].client, problem="the connection broke"))
+        return Message(unpack(answer), reply_to=message)
 
     def grid(self) -> DirectGrid:
         return DirectGrid(self, {7 + i: {"site": n} for i, n in enumerate(SITES)}, {7 + i: n for i, n in enumerate(SITES)})
@@ -180,3 +186,19 @@ def test_a_run_goes_on_without_a_site_that_is_not_back_yet(federation: Path, tmp
         [1],
         [1],
     ]
+
+
+def test_a_masked_round_is_resumed_with_the_same_sites_only(federation: Path, tmp_path: Path) -> None:
+    """The server is lost when the sites have just helped to unmask the sum of the last round."""
+    masked = ("secure.name=pairwise", "train.rounds=1")
+    first = Sites(federation, lost=lambda job: job.kind == "unmask")
+    with pytest.raises(TooFewUpdates, match="the connection broke"):
+        run(first.grid(), settings(federation, overrides=masked), no_progress)
+    fewer = Sites(federation, lost=lambda job: job.kind == "keys" and job.client == 1)
+    with pytest.raises(TooFewUpdates, match=r"the same updates were already summed over other clients.*: client 1 left since"):
+        run(fewer.grid(), settings(federation, overrides=masked, resume=True), no_progress)
+    assert [line for line in fewer.log if "already summed over other clients" in line], "the sites' own logs say so as well"
+    run(Sites(federation).grid(), settings(federation, overrides=masked, resume=True), no_progress)
+    in_one_process(federation, tmp_path / "alone", ("train.rounds=1",))
+    ours, alone = adapter(federation.with_name("out")), adapter(tmp_path / "alone")
+    assert max(float((ours[name] - alone[name]).abs().max()) for name in alone) < 1e-4

@@ -17,7 +17,7 @@ from federations import write_federation
 from fedmllm import api
 from fedmllm.errors import ConfigError
 from fedmllm.remote import server
-from fedmllm.remote.files import FederationFile, SiteFile
+from fedmllm.remote.files import FederationFile, SiteFile, private_folder
 from fedmllm.storage.lock import locked
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +118,11 @@ def test_a_site_may_give_a_whole_task_with_relative_paths(folder: Path) -> None:
         ('jsonl = "train.jsonl"', "", "give either a [task] table or jsonl"),
         ('device = "cpu"', 'divice = "cpu"', "divice: unknown key; did you mean 'device'?"),
         ('superlink = "127.0.0.1', 'superlink = "127.0.0.1" #', "superlink: string should match"),
+        ('device = "cpu"', "min_peers = 1", "min_peers: input should be greater than or equal to 2"),
+        ("[limits]", "[limits]\nsecond = 5", "limits.second: unknown key; did you mean 'seconds'?"),
+        ("[limits]", "[limits]\nseconds = 0", "limits.seconds: input should be greater than 0"),
+        ("[limits]", "[limits]\nsamples = 1.5", "limits.samples: input should be a valid integer"),
+        ("models = [", "models = 5 #", "limits.models: must be a list"),
     ],
 )
 def test_an_error_in_a_site_file_gives_one_sentence(folder: Path, old: str, new: str, reason: str) -> None:
@@ -139,10 +144,23 @@ def test_a_site_without_usable_samples_gives_one_sentence(folder: Path) -> None:
 
 def test_a_site_is_served_by_one_process(folder: Path) -> None:
     site = SiteFile(folder / "north" / "site.toml")
+    private_folder(site.state, site.path)
     with locked(site.state / "lock", RuntimeError()):
         completed = call("client", site.path)
     assert completed.exit_code == 2
     assert "another `fedmllm client` is running" in completed.stderr
+
+
+@pytest.mark.parametrize("party", ["east/site.toml", "server/federation.toml"])
+def test_a_state_folder_that_other_users_may_open_is_refused(folder: Path, party: str) -> None:
+    state = (folder / party).with_name("state")
+    state.mkdir(exist_ok=True)
+    state.chmod(0o750)
+    completed = call(*(["client"] if "site" in party else ["server", "--out", folder / "never"]), folder / party)
+    state.chmod(0o700)
+    assert completed.exit_code == 2
+    assert f"other users of this machine may open the folder {state}; run `chmod 700 {state}`" in completed.stderr
+    assert list(state.iterdir()) == []
 
 
 def test_a_port_in_use_gives_one_sentence(folder: Path) -> None:

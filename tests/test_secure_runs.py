@@ -267,6 +267,6 @@ def test_a_site_refuses_a_secure_round_of_an_open_experiment(fleet: WorkerFleet)
 
 def test_a_site_may_require_hidden_updates(fleet: WorkerFleet, tmp_path: Path) -> None:
     plain = fleet.config.model_copy(update={"secure": Named(name="none")})
-    worker = Worker(tmp_path / "own", SiteData("a", fleet.config.task, secure=True))
+    worker = Worker(tmp_path / "own", SiteData("a", fleet.config.task, secure=True, model="pocket"))
     (reply,) = worker.answer([Job("describe", "ab" * 8, plain.toml())])
     assert reply.problem == 'secure.name: this site\'s file requires hidden updates, and the experiment says "none".'

@@ -5,6 +5,7 @@ from fedmllm.config.file import (
     apply_settings,
     blaming,
     flattened,
+    keys_at,
     parse_override,
     read,
     validate,
@@ -29,5 +30,5 @@ from fedmllm.config.schema import (
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
     "PartitionTable", "Positive", "Seed", "Setting", "Table", "TaskTable", "TrainTable",
-    "apply_settings", "blaming", "flattened", "parse_override", "read", "validate",
+    "apply_settings", "blaming", "flattened", "keys_at", "parse_override", "read", "validate",
 ]  # fmt: skip

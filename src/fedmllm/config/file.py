@@ -155,7 +155,7 @@ def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:
     try:
         return Experiment.model_validate(dict(raw))
     except ValidationError as error:
-        message = explain(error, "", _keys_at)
+        message = explain(error, "", keys_at)
         if error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]:
             message = str(error.errors()[0]["ctx"]["error"])  # a check of several keys, which is a complete sentence
         raise ConfigError(f"{where}: {message}" if where else message) from None
@@ -169,8 +169,8 @@ def _inner_models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _keys_at(path: tuple[int | str, ...]) -> Mapping[str, Any]:
-    model: type[BaseModel] = Experiment
+def keys_at(path: tuple[int | str, ...], model: type[BaseModel] = Experiment) -> Mapping[str, Any]:
+    """The fields of the table at `path` of a file whose outermost table is `model`."""
     for part in path:
         field = model.model_fields.get(str(part))
         inner = _inner_models(field.annotation) if field else []

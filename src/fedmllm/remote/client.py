@@ -13,7 +13,7 @@ from typing import Any
 from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import DataError, RunError
-from fedmllm.remote.files import SiteFile
+from fedmllm.remote.files import SiteFile, private_folder
 from fedmllm.remote.supervisor import Supervisor, environment, free_port, stop_signal
 from fedmllm.storage.atomic import remove_leftovers
 from fedmllm.storage.lock import locked
@@ -33,8 +33,9 @@ def check(site: SiteFile) -> dict[str, Any]:
 def serve(site: SiteFile, report: Callable[[str], None]) -> None:
     """Take part in runs until SIGTERM or Ctrl-C, then end all processes that were started.
 
-    Raises RunError if another process already serves the site.
+    Raises RunError if another process already serves the site, ConfigError if other users may open its state.
     """
+    private_folder(site.state, site.path)
     refusal = RunError(f"another `fedmllm client` is running in {site.state}; stop it first.")
     with (
         locked(site.state / "lock", refusal),

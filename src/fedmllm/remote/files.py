@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,8 @@ from fedmllm.data.samples import MODALITIES, Modality, Sample
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import options_of, with_defaults
 from fedmllm.registry import explain
+from fedmllm.remote.limits import Limits
+from fedmllm.storage.atomic import check_folder
 
 PATHS = ("data_dir", "train", "test")
 """Options of tasks that are paths."""
@@ -25,7 +29,7 @@ PATHS = ("data_dir", "train", "test")
 @dataclass(frozen=True)
 class SiteData:
     """A site's own data and settings: `modalities` are those that may be used. If `secure`, the site takes part only in runs
-    whose server cannot see its updates."""
+    whose server cannot see its updates; under hidden updates, `min_peers` clients at least are sampled in a round."""
 
     name: str
     task: TaskTable
@@ -36,6 +40,8 @@ class SiteData:
     model: str = ""
     """The model on this machine, if it is not where the experiment says."""
     secure: bool = False
+    min_peers: int = 3
+    limits: Limits = field(default_factory=Limits)
 
     def holdings(self, samples: Sequence[Sample], client: int) -> list[Holding]:
         """The samples as those of a client, limited to the modalities that may be used."""
@@ -65,8 +71,11 @@ class SiteTable(Table):
     trust_remote_code: bool = False
     secure: bool = False
     """Take part only in experiments whose `secure` hides updates from the server."""
+    min_peers: Annotated[int, Field(ge=2)] = 3
+    """Where updates are hidden: the smallest number of sampled clients in whose sum this site's update may be."""
+    limits: Limits = Limits()
     state: str = "state"
-    """The folder for client memory, features of pictures and Flower's files."""
+    """The folder for client memory, features of pictures and Flower's files; no other user may read it."""
 
 
 class FederationTable(Table):
@@ -94,7 +103,7 @@ def _read(table: type[Table], path: Path) -> Any:
     try:
         return table.model_validate(files.read(path))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, '', lambda _: table.model_fields)}") from None
+        raise ConfigError(f"{path}: {explain(error, '', partial(files.keys_at, model=table))}") from None
 
 
 def _existing(path: Path, name: str, where: Path) -> Path:
@@ -109,6 +118,19 @@ def _secret(path: Path, where: Path) -> Path:
         raise ConfigError(
             f"{where}: {path} is a private key that other users of this machine may read; run `chmod 600 {path}`."
         )
+    return path
+
+
+def private_folder(path: Path, where: Path) -> Path:
+    """The folder, created with permissions 0700. Raises ConfigError if other users may open it, RunError if nothing can be
+    written to it."""
+    check_folder(path)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{where}: other users of this machine may open the folder {path}; run `chmod 700 {path}`.")
+    if status.st_uid != os.geteuid():
+        raise ConfigError(f"{where}: the folder {path} belongs to another user; choose another `state`, or change its owner.")
     return path
 
 
@@ -136,6 +158,8 @@ class SiteFile:
             has_test_data=bool(table.task or table.jsonl_test),
             model=str(model) if table.model and model.is_dir() else table.model,
             secure=table.secure,
+            min_peers=table.min_peers,
+            limits=table.limits.beside(path.parent.resolve()),
         )
 
 

@@ -10,9 +10,10 @@ Replies come from machines of others. Everything in one has a limit, here or in 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -75,9 +76,16 @@ class Job:
         """Raises ProtocolError."""
         fields, complete = _parse(header, state)
         try:
-            return cls(**{**fields, "sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}, state=complete)
+            job = cls(**{**fields, "sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}, state=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a job: {error}") from None
+        integers = (job.client, job.round, job.last, *job.sampled, *job.ranks, *job.ranks.values())
+        if not all(type(number) is int and abs(number) <= MAX_COUNT for number in integers):
+            raise ProtocolError("not a job: its clients and rounds are not integers of 63 bits")
+        texts = isinstance(job.run, str) and isinstance(job.config, str) and job.kind in get_args(JobKind)
+        if not texts or type(job.lr) not in (int, float) or not math.isfinite(job.lr):
+            raise ProtocolError("not a job: its kind, run, experiment or learning rate is none")
+        return job
 
 
 @dataclass(frozen=True)

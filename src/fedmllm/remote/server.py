@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.errors import RunError
-from fedmllm.remote.files import FederationFile
+from fedmllm.remote.files import FederationFile, private_folder
 from fedmllm.remote.flower import FlowerCli, RunFailed
 from fedmllm.remote.supervisor import Supervisor, stop_signal
 from fedmllm.storage.atomic import remove_leftovers, write_atomically
@@ -46,7 +46,7 @@ class Server:
 
     def run(self) -> dict[str, Any]:
         """The run's result. Raises ConfigError or RunError for what a user can correct, RunFailed, and Interrupted."""
-        state = self._federation.state
+        state = private_folder(self._federation.state, self._federation.path)  # its database holds every site's updates
         with locked(state / "lock", RunError(f"another `fedmllm server` is running in {state}; stop it first.")):
             self._check_port()
             remove_leftovers(state)

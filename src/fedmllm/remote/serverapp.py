@@ -42,10 +42,11 @@ from fedmllm.storage.run_dir import RunDir
 
 
 def experiment_for_sites(config: Experiment) -> str:
-    """The experiment as TOML, without the server's own data if the sites have data of their own."""
+    """The experiment as TOML. If the sites have data of their own, without what only the server opens: its data and judge."""
     raw = config.resolved()
     if config.fleet.options.get("sites"):
-        raw.pop("task")
+        del raw["task"], raw["judge"]
+        raw["eval"].pop("transfer", None)
     return tomli_w.dumps(raw)
 
 

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms import RoundInfo
-from fedmllm.config import validate
+from fedmllm.config import Experiment, Named, validate
 from fedmllm.data.dataset import Dataset, load_split, open_source
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import MODALITIES, Task
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, brief
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import Parts, build
+from fedmllm.federation import FederationPlan, sample_clients
 from fedmllm.fleets.base import FleetContext
 from fedmllm.fleets.inprocess import InProcessFleet
 from fedmllm.remote.files import SiteData
 from fedmllm.remote.protocol import Job
 from fedmllm.runs.session import Session
+from fedmllm.secure.attempts import Attempts
 from fedmllm.secure.clients import SecureClients
+from fedmllm.secure.settings import PHASES
 from fedmllm.tensors import Tensors
 from fedmllm.training.capacity import cohort_size
 
@@ -43,32 +46,75 @@ def site_dataset(parts: Parts, site: SiteData) -> Dataset:
     if site.name not in sites:
         raise ConfigError(f"the federation has no site {site.name!r}; its sites are {', '.join(sites) or 'not named'}.")
     task, samples, skipped = load_split(parts.source, "train")
+    site.limits.check_samples(len(samples), config.train.epochs)
     holdings = site.holdings(samples, sites.index(site.name))
     return Dataset(task, samples, [], skipped, Manifest.of(holdings, config.partition.clients))
 
 
-class SiteExperiment:
-    """One experiment as a site sees it, with the model loaded."""
+def parts_at(text: str, site: SiteData | None) -> Parts:
+    """The experiment of the server's TOML text, as far as the site's file allows it. Opens nothing; raises ConfigError.
 
-    def __init__(self, text: str, site: SiteData | None) -> None:
-        raw = tomllib.loads(text)
-        if site is not None:
-            raw["task"] = site.task.model_dump(mode="json", exclude_none=True)
-            raw.setdefault("model", {})["device"] = site.device
-            if site.model:
-                raw["model"]["name"] = site.model
-            if raw["model"].get("trust_remote_code") and not site.trust_remote_code:
-                raise ConfigError(
-                    "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file "
-                    "does not allow it."
-                )
-        parts = build(validate(raw, "the server's experiment"))
+    Of what the server names, a site uses no data, no judge and no device. It opens a model only as its file says.
+    """
+    raw = tomllib.loads(text)
+    if site is None:
+        return build(validate(raw, "the server's experiment"))
+    raw["task"] = site.task.model_dump(mode="json", exclude_none=True)
+    config = validate(raw, "the server's experiment")
+    site.limits.check_clients(config.partition.clients)
+    if not site.model:
+        site.limits.check_model(config.model.name)
+    if config.model.trust_remote_code and not site.trust_remote_code:
+        raise ConfigError(
+            "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file does not allow "
+            "it."
+        )
+    own = {
+        "model": config.model.model_copy(update={"device": site.device, "name": site.model or config.model.name}),
+        "eval": config.eval.model_copy(update={"transfer": None}),
+        "judge": Named(name="none"),
+    }
+    parts = build(config.model_copy(update=own))
+    if site.secure and parts.secure is None:
+        raise ConfigError('secure.name: this site\'s file requires hidden updates, and the experiment says "none".')
+    if parts.secure is not None and config.train.clients_per_round < site.min_peers:
+        raise ConfigError(
+            f"train.clients_per_round = {config.train.clients_per_round} is less than min_peers = {site.min_peers} in this "
+            "site's file: a sum of so few updates reveals too much about each."
+        )
+    return parts
+
+
+def check_job(job: Job, config: Experiment, site: SiteData) -> None:
+    """Raises ConfigError for a job that a server which follows the experiment does not send to this site."""
+    client, train = config.fleet.options["sites"].index(site.name), config.train
+    if job.client != client:
+        raise ConfigError(f"the server sends a job for client {job.client}, and this site is client {client}.")
+    if job.kind not in ("train", *PHASES):
+        return
+    if not 0 <= job.round < train.rounds:
+        raise ConfigError(f"the server begins round {job.round}, and the experiment has {train.rounds}.")
+    plan = FederationPlan.of(train, range(config.partition.clients), config.seed)
+    if job.kind in PHASES and job.sampled != (drawn := sample_clients(plan, job.round)):
+        raise ConfigError(
+            f"the server hides updates in a sum over clients {brief(str(job.sampled), 100)}, and the experiment draws "
+            f"{len(drawn)} others for round {job.round}, so nothing is sent."
+        )
+
+
+class SiteExperiment:
+    """One experiment as a site sees it, with the model loaded. `attempts` is the folder in which a site remembers masked
+    rounds."""
+
+    def __init__(self, text: str, site: SiteData | None, attempts: Path | None = None) -> None:
+        parts = parts_at(text, site)
         self.config, self.algorithm = parts.config, parts.algorithm
-        if site is not None and site.secure and parts.secure is None:
-            raise ConfigError('secure.name: this site\'s file requires hidden updates, and the experiment says "none".')
-        self.secure_clients = SecureClients(parts.secure, self.algorithm) if parts.secure else None
+        memory = Attempts(attempts, text) if attempts else None
+        self.secure_clients = SecureClients(parts.secure, self.algorithm, memory) if parts.secure else None
         dataset = parts.prepare() if site is None else site_dataset(parts, site)
         self.session = Session(parts, replace(dataset, test=[]))  # the server tests
+        if site is not None:
+            site.limits.check_reply(sum(self.session.first_messages()[1].values()))
         self._cohort = 1
         self._test_set: tuple[Task, TestSet] | None = None
 
@@ -80,6 +126,7 @@ class SiteExperiment:
             task, samples, _ = load_split(open_source(site.task), "test")
             hidden: dict[str, Any] = dict.fromkeys(set(MODALITIES) - site.modalities)
             limited = [replace(sample, **hidden) for sample in samples]
+            site.limits.check_samples(len(limited))
             visible, config, session = [sample for sample in limited if sample.modalities], self.config, self.session
             strategy, bad = session.parts.strategy, site.task.on_bad_sample
             test_set = TestSet(session.model, task, visible, config.eval.patterns, strategy, config.train, bad)

@@ -16,11 +16,12 @@ from fedmllm.evaluation.summary import summarise
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.registry import load_plugin
 from fedmllm.remote.files import SiteData
+from fedmllm.remote.limits import TimeIsUp, time_limit
 from fedmllm.remote.protocol import Job, Reply
-from fedmllm.remote.site import SiteExperiment, structure
+from fedmllm.remote.site import SiteExperiment, check_job, structure
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.settings import PHASES
-from fedmllm.tensors import State, Tensors
+from fedmllm.tensors import State, Tensors, bytes_by_group
 
 _RUN = re.compile(r"[0-9a-f]{8,64}")
 """A run's name becomes the name of a folder, so nothing else is accepted."""
@@ -53,7 +54,11 @@ class Worker:
         Never raises: errors are reported in the replies, without any of the data.
         """
         try:
-            return self._answer(jobs)
+            return self._answer_within_limits(jobs)
+        except TimeIsUp:
+            self._loaded = None  # it was interrupted anywhere
+            problem = "the job took longer than limits.seconds in this site's file allows, and was ended"
+            self._log(problem)
         except DataError as error:  # it names the sample, and may quote it
             self._log(f"the data cannot be used: {error}")
             problem = "the site's data cannot be used; its own log says why"
@@ -72,8 +77,19 @@ class Worker:
             self._loaded = None  # frees the old model before the new one is loaded
             for plugin in self._plugins:
                 load_plugin(plugin)
-            self._loaded = text, SiteExperiment(text, self._site)
+            attempts = self._folder / "attempts" if self._site else None
+            self._loaded = text, SiteExperiment(text, self._site, attempts)
         return self._loaded[1]
+
+    def _answer_within_limits(self, jobs: Sequence[Job]) -> list[Reply]:
+        if self._site is None:
+            return self._answer(jobs)
+        limits = self._site.limits
+        with time_limit(limits.seconds):
+            replies = self._answer(jobs)
+            for reply in replies:
+                limits.check_reply(sum(bytes_by_group(reply.groups).values()))
+        return replies
 
     def _answer(self, jobs: Sequence[Job]) -> list[Reply]:
         first = jobs[0]
@@ -82,6 +98,9 @@ class Worker:
         experiment = self.experiment(first.config)
         if first.kind == "describe":
             return [self._describe(experiment, job) for job in jobs]
+        if self._site is not None:
+            for job in jobs:
+                check_job(job, experiment.config, self._site)
         if experiment.secure_clients is not None:
             return self._secure(experiment, experiment.secure_clients, jobs)
         if first.kind in PHASES:
@@ -121,7 +140,11 @@ class Worker:
             return self._train(experiment, jobs, messages).values()
 
         messages = {job.client: job.state for job in jobs}
-        return [_reply(answer) for answer in clients.answer(first.kind, first.run, experiment.info(first), messages, train)]
+        answers = clients.answer(first.kind, first.run, experiment.info(first), messages, train)
+        for answer in answers:
+            if answer.problem:
+                self._log(answer.problem)
+        return [_reply(answer) for answer in answers]
 
     def _train(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
         fleet = experiment.fleet(self._folder / jobs[0].run, list(messages))

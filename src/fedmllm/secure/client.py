@@ -6,6 +6,9 @@
     unmask   receives which clients sent a masked update and which did not; sends shares of the own masks of the former and of
              the mask keys of the latter
 
+In a second attempt at a round, `keys` also sends which clients were in the sum of the first, and no other sum is unmasked
+(`attempts`).
+
 The own mask protects an update if its pairwise masks are reconstructed after all, as for a client that was presumed gone but
 was only late. Nobody may therefore learn both secrets of a client: `unmask` is answered once, and never if a client is in both
 lists.
@@ -13,13 +16,15 @@ lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.secure import primitives as crypto
+from fedmllm.secure.attempts import Attempts
 from fedmllm.secure.fixed import FixedPoint, Vector
 from fedmllm.secure.settings import PHASES, Pairwise, Phase
 from fedmllm.tensors import State, Tensors
@@ -79,10 +84,13 @@ def to_bytes(tensors: Tensors, name: str, length: int) -> bytes:
 
 
 class SecureClient:
-    """One client in one round. Raises Refusal for a request out of order, and for a request that it must not answer."""
+    """One client in one round. Raises Refusal for a request out of order, and for a request that it must not answer.
 
-    def __init__(self, group: MaskGroup, client: int) -> None:
-        self._group, self._client = group, client
+    `records` are the files that say which clients were in the sum of an earlier attempt; empty if nothing is remembered.
+    """
+
+    def __init__(self, group: MaskGroup, client: int, records: Collection[Path] = ()) -> None:
+        self._group, self._client, self._records = group, client, [*records]
         self._pending: list[Phase] = list(PHASES)
         self._own_seed, self._mask_seed = crypto.new_seed(), crypto.new_seed()
         self._seal, self._mask = crypto.KeyPair.of(crypto.new_seed()), crypto.KeyPair.of(self._mask_seed)
@@ -98,7 +106,10 @@ class SecureClient:
     def keys(self) -> State:
         self._enter("keys")
         check = self._group.check(self._own_seed, self._client)
-        return {"keys": {"seal": to_tensor(self._seal.public), "mask": to_tensor(self._mask.public), "check": to_tensor(check)}}
+        keys = {"seal": to_tensor(self._seal.public), "mask": to_tensor(self._mask.public), "check": to_tensor(check)}
+        for earlier in self._earlier():
+            keys["earlier"] = torch.tensor(sorted(earlier), dtype=torch.int64)
+        return {"keys": keys}
 
     def shares(self, request: State) -> State:
         """`request["keys"]` maps each peer's number to its two public keys, concatenated."""
@@ -128,9 +139,13 @@ class SecureClient:
                 sealed[str(peer)] = to_tensor(crypto.seal(key, own_share + mask_share))
         return sealed
 
-    def open(self, request: State) -> None:
-        """Open the shares that peers sealed for this client: the first part of `masked`, done before the client trains."""
+    def open(self, request: State, records: Collection[Path] = ()) -> None:
+        """Open the shares that peers sealed for this client: the first part of `masked`, done before the client trains.
+
+        `records` are further files as in `__init__`, whose names follow from what the client receives.
+        """
         self._enter("masked")
+        self._records += records
         for name, tensor in sorted(request.get("shares", {}).items()):
             if not name.isdecimal() or int(name) not in self._keys:
                 raise Refusal("secure aggregation: received the share of a client that sent no key")
@@ -142,6 +157,12 @@ class SecureClient:
                 raise Refusal(f"secure aggregation: the shares of client {peer} were altered in transit") from None
             self._shares[peer] = both[: crypto.SECRET], both[crypto.SECRET :]
         self._require(len(self._shares))
+        for earlier in self._earlier():
+            if gone := earlier - self._shares.keys():
+                raise Refusal(f"{_OTHER_SUM}: {_listed(gone)} left since; {_WAY_OUT}")
+
+    def _earlier(self) -> list[frozenset[int]]:
+        return [clients for clients in map(Attempts.earlier, self._records) if clients is not None]
 
     def masked(self, vector: Vector, fixed: FixedPoint) -> State:
         """The vector under all its masks. Changes `vector` in place."""
@@ -161,6 +182,11 @@ class SecureClient:
         if self._client not in present or present | gone != self._shares.keys():
             raise Refusal("secure aggregation: secrets were requested of clients other than those with which it shares masks")
         self._require(len(present))
+        for earlier in self._earlier():
+            if earlier != present:
+                raise Refusal(f"{_OTHER_SUM}: that sum and this one differ by {_listed(earlier ^ present)}; {_WAY_OUT}")
+        for record in self._records:
+            Attempts.remember(record, present)
         shares = {str(client): to_tensor(self._shares[client][0]) for client in sorted(present)}
         shares |= {str(client): to_tensor(self._shares[client][1]) for client in sorted(gone)}
         self._shares.clear()
@@ -170,6 +196,14 @@ class SecureClient:
         required = self._group.required(self._client)
         if clients < required:
             raise Refusal(f"secure aggregation: {clients} clients share masks with it, and {required} are needed")
+
+
+_OTHER_SUM = "secure aggregation: the same updates were already summed over other clients, and two sums would reveal updates"
+_WAY_OUT = "resume with the same clients, or start a run with another seed"
+
+
+def _listed(clients: Collection[int]) -> str:
+    return f"client{'s' * (len(clients) > 1)} {', '.join(map(str, sorted(clients)))}"
 
 
 SEALED = 2 * crypto.SECRET + 16

@@ -7,6 +7,7 @@ from functools import partial
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update, failed
 from fedmllm.secure import primitives as crypto
+from fedmllm.secure.attempts import Attempts
 from fedmllm.secure.client import MaskGroup, Refusal, SecureClient, to_bytes
 from fedmllm.secure.fixed import FixedPoint
 from fedmllm.secure.settings import Pairwise, Phase
@@ -20,11 +21,12 @@ class SecureClients:
     """Keeps what each client must know from one phase of a round to the next. It is kept in memory only, for one round.
 
     All four phases of a round must therefore reach the same object. A request that arrives twice, as happens in networks, gets
-    the same answer; a different request in the same phase is refused.
+    the same answer; a different request in the same phase is refused. What must outlive the process is in `attempts`; without
+    it, as in simulations, earlier attempts at a round are not remembered.
     """
 
-    def __init__(self, settings: Pairwise, algorithm: Algorithm) -> None:
-        self._settings, self._algorithm = settings, algorithm
+    def __init__(self, settings: Pairwise, algorithm: Algorithm, attempts: Attempts | None = None) -> None:
+        self._settings, self._algorithm, self._attempts = settings, algorithm, attempts
         self._clients: dict[int, tuple[MaskGroup, SecureClient]] = {}
         self._answers: dict[int, dict[Phase, tuple[str, Update]]] = {}
 
@@ -57,7 +59,8 @@ class SecureClients:
         if phase == "keys":
             attempt = to_bytes(state.get("keys", {}), "attempt", crypto.SECRET)
             group = MaskGroup.of(self._settings, run, info, attempt)
-            self._clients[client] = group, SecureClient(group, client)
+            records = [self._attempts.by_name(run, info, client)] if self._attempts else []
+            self._clients[client] = group, SecureClient(group, client, records)
             return self._client(client, run, info).keys()
         secure_client = self._client(client, run, info)
         return secure_client.shares(state) if phase == "shares" else secure_client.unmask(state)
@@ -68,15 +71,17 @@ class SecureClients:
         return self._clients[client][1]
 
     def _masked(self, run: str, info: RoundInfo, messages: Mapping[int, State], train: Train) -> dict[int, Update]:
-        opened = {c: _attempt(c, partial(self._open, c, run, info, state)) for c, state in messages.items()}
+        inboxes = {c: {g: t for g, t in state.items() if g != "shares"} for c, state in messages.items()}
+        opened = {c: _attempt(c, partial(self._open, c, run, info, messages[c], inboxes[c])) for c in messages}
         refused = {client: answer for client, answer in opened.items() if answer.problem}
         # Clients that refuse do not train; a client whose update cannot be summed withdraws after training.
-        received = {c: {g: t for g, t in state.items() if g != "shares"} for c, state in messages.items() if c not in refused}
+        received = {client: inbox for client, inbox in inboxes.items() if client not in refused}
         updates = {update.client: update for update in train(received)} if received else {}
         return refused | {c: _attempt(c, partial(self._mask, run, info, received[c], update)) for c, update in updates.items()}
 
-    def _open(self, client: int, run: str, info: RoundInfo, state: State) -> State:
-        self._client(client, run, info).open(state)
+    def _open(self, client: int, run: str, info: RoundInfo, state: State, received: State) -> State:
+        records = [self._attempts.by_start(info, client, received)] if self._attempts else []
+        self._client(client, run, info).open(state, records)
         return {}
 
     def _mask(self, run: str, info: RoundInfo, received: State, update: Update) -> State:

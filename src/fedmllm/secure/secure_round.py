@@ -118,13 +118,29 @@ class SecureRound:
     # The four phases
 
     def _exchange_keys(self, messages: Mapping[int, State]) -> None:
+        earlier: dict[int, set[int]] = {}
+
         def read(client: int, keys: Tensors) -> tuple[bytes, bytes, bytes]:
             seal, mask = (to_bytes(keys, name, crypto.KEY) for name in ("seal", "mask"))
-            return seal, mask, to_bytes(keys, "check", crypto.SECRET)
+            check = to_bytes(keys, "check", crypto.SECRET)
+            if "earlier" in keys:
+                earlier[client] = set(keys["earlier"].flatten().tolist())
+            return seal, mask, check
 
         request = {"keys": {"attempt": to_tensor(self._attempt)}}
         keys = self._exchange("keys", dict.fromkeys(messages, request), read)
+        for client in self._newcomers(keys, earlier):
+            self.problems[client] = "was not in the sum of an earlier attempt, and a second sum with it would reveal its update"
+            del keys[client]
         self._keys = {client: keys[client] for client in self._viable(keys)}
+
+    def _newcomers(self, clients: Collection[int], earlier: Mapping[int, Collection[int]]) -> list[int]:
+        """The clients that too many others will not unmask, because they were not in the sum of an earlier attempt."""
+
+        def willing(client: int) -> int:
+            return sum(client in earlier.get(holder, (client,)) for holder in self._group.holders(client))
+
+        return [client for client in clients if willing(client) < self._group.required(client)]
 
     def _exchange_shares(self) -> dict[int, State]:
         """For each client that shared its secrets, the shares that others sealed for it."""
