@@ -27,7 +27,7 @@ from fedmllm.remote.records import HEADER, pack, unpack
 from fedmllm.remote.service import CAPACITY, ReplyCache
 from fedmllm.remote.superlink import LocalOnly, is_local
 from fedmllm.remote.supernode import install_check, is_shipped_app
-from fedmllm.remote.supervisor import Supervisor, environment
+from fedmllm.remote.supervisor import Supervisor, environment, stop
 from fedmllm.remote.wire import NoAnswer, request, serve
 from grids import DirectGrid
 
@@ -162,7 +162,7 @@ def test_a_process_is_restarted_with_increasing_pauses() -> None:
     wait_for(restarted_twice, 20)
     assert messages == ["one ended with status 1; it is restarted in 2 s", "one ended with status 1; it is restarted in 4 s"]
     assert supervisor.restarts == 2
-    supervisor.stop()
+    stop(supervisor)
 
 
 def test_a_process_is_stopped_with_what_it_started(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_process_is_stopped_with_what_it_started(tmp_path: Path) -> None:
     supervisor = Supervisor("other", lambda: ["sh", "-c", script], os.environ, lambda message: None)
     supervisor.check()
     child = int(wait_for(lambda: file.read_text() if file.exists() else "", 10))
-    supervisor.stop()
+    stop(supervisor)
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text(), 10)
 
 
