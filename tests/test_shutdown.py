@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 import torch
@@ -167,14 +168,17 @@ def test_a_process_whose_parent_is_gone_already_does_not_begin() -> None:
         assert status_of(pid) == 1
 
 
-def test_all_processes_share_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_share_one_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "PATIENCE", 0.5)
-    command = ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"]
-    processes: list[Any] = [supervisor.Supervisor(name, lambda: command, os.environ, print) for name in "abc"]
+
+    def command(name: str) -> list[str]:
+        return ["sh", "-c", f"trap '' TERM; : > {tmp_path / name}; while :; do sleep 0.05; done"]
+
+    processes = [supervisor.Supervisor(name, partial(command, name), os.environ, print) for name in "abcd"]
     for process in processes:
         process.check()
-    time.sleep(0.2)  # until the signal is ignored
+    wait_for(lambda: len(list(tmp_path.iterdir())) == len(processes), 20)
     began = time.monotonic()
     supervisor.stop(*processes)
-    assert 0.4 < time.monotonic() - began < 1.0
+    assert 0.5 <= time.monotonic() - began < 1.5, "not one after the other"
     assert all(process.process is None for process in processes)
