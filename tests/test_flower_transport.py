@@ -14,7 +14,7 @@ from fedmllm.algorithms import RoundInfo
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
 from fedmllm.remote.records import pack, unpack
-from fedmllm.remote.transport import ATTEMPTS, Absent, FlowerTransport
+from fedmllm.remote.transport import ASK_AGAIN, ATTEMPTS, NODES_POLL, Absent, FlowerTransport
 from grids import DirectGrid
 
 Write = Callable[..., Path]
@@ -81,6 +81,57 @@ def test_a_node_that_comes_online_late_is_found() -> None:
     transport, now = clocked(grid, after_sleep=come_online)
     assert transport.find_clients(DESCRIBE, 2, wait=60).keys() == {0, 1}
     assert 20 < now[0] < 30
+
+
+@pytest.mark.parametrize("reason", ["Flower's error", "the node's own problem"])
+def test_a_node_that_could_not_answer_is_contacted_again(reason: str) -> None:
+    """Although it was online all the time, as far as Flower knows: its heartbeat may have been late for a second."""
+    grid, answers = DirectGrid(echo, nodes(0, 1)), [0]
+
+    def failing_twice(message: Message, context: Context) -> Message:
+        job = Job.of(*parts_of(pack(message.content)))
+        client = int(context.node_config["partition-id"])
+        answers[0] += client
+        problem = "the worker is away" if client and answers[0] <= 2 and "problem" in reason else ""
+        return Message(unpack(to_bytes(Reply(client, job.state, 1, 1, problem=problem))), reply_to=message)
+
+    grid.app, push = failing_twice, grid.push_messages
+
+    def push_and_fail(messages: Any) -> Any:
+        ids = list(push(messages))
+        if grid.sent[-1].metadata.dst_node_id == 101 and answers[0] <= 2 and "Flower" in reason:
+            grid.fail(grid.sent[-1], 3)
+        return ids
+
+    grid.push_messages = push_and_fail  # type: ignore[method-assign]
+    transport, now = clocked(grid)
+    assert transport.find_clients(DESCRIBE, 2, wait=60).keys() == {0, 1}
+    assert 2 * ASK_AGAIN <= now[0] < 2 * ASK_AGAIN + 2
+    assert [message.metadata.dst_node_id for message in grid.sent] == [100, 101, 101, 101], "no more often than that"
+
+
+def test_the_last_of_two_answers_of_a_node_is_no_problem() -> None:
+    grid = DirectGrid(echo, nodes(0, 1))
+    grid.lose = lambda message: message.metadata.dst_node_id == 101
+
+    def answer_twice(seconds: float) -> None:
+        if seconds > 5:  # it came online again, and answers what it was sent before as well
+            grid.activated[100] = "later"
+
+    transport, _ = clocked(grid, after_sleep=answer_twice)
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: pull(ids) if len(grid.sent) > 2 or len(list(ids)) > 2 else []  # type: ignore[method-assign]
+    with pytest.raises(Absent, match="1 of 2 clients connected within 20 s; missing: client 1; start them"):
+        transport.find_clients(DESCRIBE, 2, wait=20)
+
+
+def test_a_node_that_goes_offline_after_its_answer_is_still_the_site_it_is_registered_as() -> None:
+    grid = DirectGrid(echo, {100: {"partition-id": 0}, 102: {"partition-id": 1}}, names={100: "north", 102: "east"})
+    transport, now = clocked(grid, names=("north", "south", "east"), after_sleep=lambda now: grid.nodes.pop(102, None))
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: pull(ids) if now[0] > NODES_POLL + 1 else []  # type: ignore[method-assign]
+    with pytest.raises(Absent, match="registered as 'east' and claims to be 'south'"):
+        transport.find_clients(DESCRIBE, 3, wait=15)
 
 
 def test_a_node_cannot_be_another_site_than_it_is_registered_as() -> None:

@@ -89,7 +89,8 @@ def test_flwr_run_simulates_the_shipped_app(tmp_path: Path, tiny: Path, dataset:
     nodes = "num-supernodes=3 client-resources-num-cpus=1"
     command = [tool("flwr"), "run", str(ROOT / "examples" / "flower"), "local", "--federation-config", nodes, "-c", settings]
     try:
-        subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+        # Flower gives its SuperLink 15 s to start, which may be too little for the first attempt on a busy machine.
+        wait_for(lambda: subprocess.run(command, env=env, capture_output=True, timeout=120).returncode == 0, 240)
         wait_for((tmp_path / "out" / "result.json").is_file, 300)
     finally:
         for pid in [pid for pid, line in commands().items() if "flower-superlink" in line and str(home) in line]:

@@ -6,7 +6,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import DataError, RunError
 from fedmllm.remote.files import SiteFile, private_folder
-from fedmllm.remote.supervisor import Supervisor, environment, free_port, stop_signal
+from fedmllm.remote.supervisor import Supervisor, environment, free_port, stop, stop_signal
 from fedmllm.storage.atomic import remove_leftovers
 from fedmllm.storage.lock import locked
 
@@ -41,7 +40,6 @@ def serve(site: SiteFile, report: Callable[[str], None]) -> None:
         locked(site.state / "lock", refusal),
         # A short path, because the path of a Unix socket is limited to 107 bytes. Only this user can open the folder.
         tempfile.TemporaryDirectory(prefix="fedmllm-", ignore_cleanup_errors=True) as folder,
-        ExitStack() as undo,
     ):
         remove_leftovers(site.state, "**/*")
         env = environment(site.state / "flower") | {"FEDMLLM_CACHE": str(site.state / "cache")}
@@ -60,11 +58,12 @@ def serve(site: SiteFile, report: Callable[[str], None]) -> None:
             Supervisor("worker", lambda: worker_command, env, report),
             Supervisor("SuperNode", node_command, env, report, log),
         ]
-        for supervisor in supervisors:  # they stop in the opposite order
-            undo.callback(supervisor.stop)
         report(f"waits for runs at {site.superlink}; Flower's output goes to {log}")
-        stop = stop_signal()
-        while not stop():
-            for supervisor in supervisors:
-                supervisor.check()
-            time.sleep(0.2)
+        stopped = stop_signal()
+        try:
+            while not stopped():
+                for supervisor in supervisors:
+                    supervisor.check()
+                time.sleep(0.2)
+        finally:
+            stop(*supervisors)

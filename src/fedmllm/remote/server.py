@@ -15,7 +15,7 @@ from typing import Any
 from fedmllm.errors import RunError
 from fedmllm.remote.files import FederationFile, private_folder
 from fedmllm.remote.flower import FlowerCli, RunFailed
-from fedmllm.remote.supervisor import Supervisor, stop_signal
+from fedmllm.remote.supervisor import Supervisor, stop, stop_signal
 from fedmllm.storage.atomic import remove_leftovers, write_atomically
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
@@ -65,7 +65,7 @@ class Server:
                 self._report(f"sites {sites} may connect to {self._federation.address}")
                 return self._run_until_finished(flower, superlink)
             finally:
-                superlink.stop()
+                stop(superlink)
 
     def _check_port(self) -> None:
         """Raises RunError if the SuperLink could not listen: it would only log the error and be restarted forever."""

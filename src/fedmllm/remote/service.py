@@ -7,6 +7,7 @@ Unix socket.
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 from fedmllm.registry import plugin_files
 from fedmllm.remote.files import SiteFile
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, parts_of, to_bytes
-from fedmllm.remote.supervisor import stop_signal
 from fedmllm.remote.wire import serve
 from fedmllm.remote.worker import Worker
 
@@ -51,6 +51,10 @@ class ReplyCache:
 
 
 def main(site: Path, socket: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The kernel ends the process, whatever it is doing; a handler of Python's would wait for the end of a job or of a
+        # regular expression. Nothing is lost: files are replaced atomically, and `fedmllm client` removes the socket's folder.
+        signal.signal(number, signal.SIG_DFL)
     file = SiteFile(site)
 
     def log(line: str) -> None:
@@ -58,7 +62,7 @@ def main(site: Path, socket: Path) -> None:
 
     replies = ReplyCache(Worker(file.state / "clients", file.data, log, plugin_files()))
     log(f"worker listens on {socket}")
-    serve(socket, replies, stop_signal())
+    serve(socket, replies)
 
 
 if __name__ == "__main__":

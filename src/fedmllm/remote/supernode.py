@@ -1,4 +1,4 @@
-"""Flower's SuperNode, which executes no code that the server sends.
+"""Flower's SuperNode, which executes no code that the server sends, and answers no other user of this machine.
 
 A SuperNode receives an app as an archive, and plain Flower executes its content. A site accepts one app only: the archive that
 contains no code and names the ClientApp of the fedmllm installed here. Any other is answered with Flower's "invalid FAB".
@@ -15,6 +15,8 @@ import time
 import tomllib
 import zipfile
 from typing import Any
+
+from fedmllm.remote.superlink import LocalOnly
 
 FILES = {"pyproject.toml", ".info/CONTENT"}
 COMPONENTS = {"serverapp": "fedmllm.remote.serverapp:app", "clientapp": "fedmllm.remote.clientapp:app"}
@@ -65,6 +67,20 @@ def install_check() -> None:
     vars(flower).update(_pull_and_store_message=checked, _verify_fab=lambda fab, _: is_shipped_app(fab.content))
 
 
+def restrict_runtime() -> None:
+    """Answer the processes of this user only: whoever reaches the Runtime API can take a message and answer in its place."""
+    from flwr.supernode import main as runtime
+
+    create: Any = runtime.create_app
+
+    def restricted(*args: Any, **options: Any) -> Any:
+        app = create(*args, **options)
+        app.add_middleware(LocalOnly, fleet=False)  # the last one that is added comes first
+        return app
+
+    vars(runtime)["create_app"] = restricted
+
+
 def set_intervals() -> None:
     """Set how often the node reports to the server, and how often it tries to reach it."""
     from flwr.supercore import heartbeat
@@ -81,6 +97,7 @@ def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     install_check()
+    restrict_runtime()
     set_intervals()
     flower_supernode()
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from fedmllm.errors import ConfigError
@@ -20,6 +21,8 @@ MAX_PAUSE = 30.0
 """The longest pause between two starts, in seconds."""
 HEALTHY = 60.0
 """A process that ran for this many seconds was healthy, so the pauses begin again with the shortest."""
+PATIENCE = 4.0
+"""Seconds between SIGTERM and SIGKILL. The kernel needs little more, so that all processes have ended after five."""
 MAX_LOG = 10 << 20
 """Bytes of a log beyond which it is overwritten at the next start of its process."""
 _PR_SET_PDEATHSIG = 1
@@ -58,10 +61,12 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def _die_with_parent() -> None:
-    """In the child: end when the parent ends, even if the parent is killed (Linux only)."""
+def _die_with(parent: int) -> None:
+    """In the child: be killed when the parent ends, even if the parent is killed (Linux only)."""
     if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a process that is busy or stuck would not act on SIGTERM
+        if os.getppid() != parent:  # the parent ended before this request
+            os._exit(1)
 
 
 class Supervisor:
@@ -101,7 +106,7 @@ class Supervisor:
             with self._output() as output:
                 self.process = subprocess.Popen(
                     list(self._command()), env=dict(self._env), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                    start_new_session=True, preexec_fn=_die_with_parent,
+                    start_new_session=True, preexec_fn=partial(_die_with, os.getpid()),
                 )  # fmt: skip
 
     @contextmanager
@@ -114,17 +119,20 @@ class Supervisor:
         with self._log.open("wb" if overwrite else "ab") as file:
             yield file.fileno()
 
-    def stop(self, patience: float = 10.0) -> None:
-        """End the process and everything that it started: with SIGTERM, and with SIGKILL after `patience` seconds."""
-        if self.process is None:
-            return
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
-        _kill_group(self.process.pid)
-        self.process.wait()
-        self.process = None
+
+def stop(*supervisors: Supervisor) -> None:
+    """End the processes and everything that they started: with SIGTERM, and with SIGKILL after `PATIENCE` seconds."""
+    processes = [supervisor.process for supervisor in supervisors if supervisor.process is not None]
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + PATIENCE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(end - time.monotonic(), 0))
+        _kill_group(process.pid)
+        process.wait()
+    for supervisor in supervisors:
+        supervisor.process = None
 
 
 def _kill_group(leader: int) -> None:

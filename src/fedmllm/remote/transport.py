@@ -6,6 +6,7 @@ answer. A site answers the same job twice with the same reply, so sending again 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ POLL = 0.5
 """The longest pause between two looks for replies, in seconds."""
 NODES_POLL = 5.0
 """Seconds between two queries of which nodes are online."""
+ASK_AGAIN = 10.0
+"""Seconds until a node that cannot be admitted is contacted again."""
 
 
 def read_reply(message: Message) -> Reply:
@@ -100,23 +103,27 @@ class FlowerTransport:
         required = clients if required is None else required
         replies: dict[int, Reply] = {}
         problems: dict[int, str] = {}
-        sent: dict[str, int] = {}  # message id -> node
-        contacted: set[tuple[int, str]] = set()
+        sent: dict[str, NodeInfo] = {}  # message id -> node
+        due: dict[tuple[int, str], float] = {}  # (node, time at which it came online) -> when to contact it
         end = self._clock() + wait
         while len(replies) < clients and self._clock() < end:
-            for node_id, node in self._nodes().items():
-                # A node is contacted again each time it comes online: its site file may have been corrected.
-                if node_id not in self._node.values() and (node_id, node.last_activated_at) not in contacted:
-                    contacted.add((node_id, node.last_activated_at))
-                    sent |= dict.fromkeys(self._push(job, node_id, end - self._clock()), node_id)
+            for node in self._nodes().values():
+                # A node is contacted again when it comes online, as its site file may have been corrected, and some time after
+                # a problem: Flower answers in place of a node whose heartbeat is late, even if it comes a moment later.
+                key = (node.node_id, node.last_activated_at)
+                if node.node_id not in self._node.values() and self._clock() >= due.get(key, 0.0):
+                    due[key] = math.inf
+                    sent |= dict.fromkeys(self._push(job, node.node_id, end - self._clock()), node)
             for message in self._pull(sent):
-                node_id = sent.pop(message.metadata.reply_to_message_id)
-                reply = read_reply(message)
-                if problem := reply.problem or self._not_admitted(node_id, reply, clients, replies):
-                    problems[node_id] = problem
+                node, reply = sent.pop(message.metadata.reply_to_message_id), read_reply(message)
+                if node.node_id in self._node.values():  # it has answered another message already
+                    continue
+                if problem := reply.problem or self._not_admitted(node, reply, clients, replies):
+                    problems[node.node_id] = problem
+                    due[node.node_id, node.last_activated_at] = self._clock() + ASK_AGAIN
                 else:
-                    problems.pop(node_id, None)
-                    replies[reply.client], self._node[reply.client] = reply, node_id
+                    problems.pop(node.node_id, None)
+                    replies[reply.client], self._node[reply.client] = reply, node.node_id
             if len(replies) < clients:
                 self._sleep(POLL)
         if len(replies) < required:
@@ -128,13 +135,12 @@ class FlowerTransport:
             )
         return replies
 
-    def _not_admitted(self, node_id: int, reply: Reply, clients: int, replies: Mapping[int, Reply]) -> str:
+    def _not_admitted(self, node: NodeInfo, reply: Reply, clients: int, replies: Mapping[int, Reply]) -> str:
         """Why the node cannot be the client that it claims to be, or hold what it reports; empty if it can."""
         if not 0 <= reply.client < clients:
             return f"it claims to be client {reply.client}, of {clients}"
-        name = getattr(self._online.get(node_id), "name", "")
-        if self._names and name and self._names[reply.client] != name:
-            return f"it is registered as {name!r} and claims to be {self._names[reply.client]!r}"
+        if self._names and node.name and self._names[reply.client] != node.name:
+            return f"it is registered as {node.name!r} and claims to be {self._names[reply.client]!r}"
         if reply.client in replies:
             return f"it claims to be client {reply.client}, as another node does"
         try:

@@ -63,7 +63,7 @@ def request(path: Path, content: bytes, patience: float, pause: float = 0.5) -> 
             time.sleep(pause)
 
 
-def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bool]) -> None:
+def serve(path: Path, answer: Callable[[bytes], bytes], stopped: Callable[[], bool] = lambda: False) -> None:
     """Answer one request after another until `stopped()`, which is called twice a second. The socket has permissions 0600."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
