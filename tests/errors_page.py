@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedmllm.errors import UserError
-from fedmllm.report.page import Page, escaped
+from fedmllm.report.page import Page
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "fedmllm"
 INTRODUCTION = """# Error messages
 
-Bad input ends a command with exit status 2 and one sentence: what is wrong, where, and what to do. This page lists the inputs that the tests replay, each with its message,
-and is written by them (`make errors`). File names, keys and numbers in a message are those of the test; search this page for the words around yours."""
+Bad input ends a command with exit status 2 and one sentence: what is wrong, where, and what to do. This page lists the inputs
+that the tests replay, each with its message, and is written by them (`make errors`). File names, keys and numbers are those of
+the tests: search the page for the words around yours. A message ends with what to do where that is not plain from its beginning."""
 SUBJECTS = {
     "Overrides with `--set`": ("--set",),
     "Experiment files": ("config", "registry", "experiment"),
@@ -63,7 +64,7 @@ class Message(NamedTuple):
 
 
 class ErrorsPage:
-    """The plug-in behind --errors-page: records messages, in xdist's workers too, and writes the page when all tests are done."""
+    """The plug-in behind --errors-page: records messages, also in the workers of xdist, and writes the page at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -96,18 +97,20 @@ class ErrorsPage:
             module = "--set" if text.startswith("--set") else site
             self._messages.add(Message(subject_of(module), site, neutral(text), self._input))
 
-    def _note_error(self, error: BaseException) -> None:
+    def _note_error(self, error: BaseException | None) -> None:
         # Others, such as OutputLost, are no sentences.
         if type(error).__module__.startswith("fedmllm.") and isinstance(error, UserError | ValueError | RuntimeError | OSError):
             self._note(_site(error), str(error))
 
     def _install(self) -> None:
-        from fedmllm import federation  # noqa: F401 (it has its own reference to `screen`)
+        from fedmllm import federation
         from fedmllm.algorithms import screening
         from fedmllm.cli import common
         from fedmllm.data.samples import Problem
+        from fedmllm.remote.worker import Worker
+        from fedmllm.secure.client import Refusal
 
-        raises, say, screen, init = pytest.raises, common.say, screening.screen, Problem.__init__
+        raises = pytest.raises
 
         @contextmanager
         def recording_raises(*args: Any, **options: Any) -> Iterator[Any]:
@@ -116,27 +119,25 @@ class ErrorsPage:
                 yield caught
             self._note_error(caught.value)
 
-        def recording_say(line: str) -> None:
-            if (error := sys.exception()) is not None:
-                self._note_error(error)
-            say(line)
-
-        def recording_screen(*args: Any, **options: Any) -> Any:
-            valid, refused = screen(*args, **options)
-            for row in refused:
-                self._note("update", str(row["why"]))
-            return valid, refused
-
-        def recording_init(problem: Problem, *args: Any, **options: Any) -> None:
-            init(problem, *args, **options)
-            self._note("sample", problem.what)
-
         pytest.raises = recording_raises
-        common.say = recording_say
-        Problem.__init__ = recording_init  # type: ignore[method-assign]
-        for module in list(sys.modules.values()):
-            if vars(module).get("screen") is screen:
-                module.screen = recording_screen  # type: ignore[attr-defined]
+        _after(common, "say", lambda *_: self._note_error(sys.exception()))
+        _after(Problem, "__init__", lambda _, problem, *__: self._note("sample", problem.what))
+        _after(Refusal, "__init__", lambda _, refusal, *__: self._note("secure.client", str(refusal)))
+        _after(Worker, "answer", lambda replies, *_: [self._note("remote.worker", reply.problem) for reply in replies])
+        _after(screening, "screen", lambda both, *_: [self._note("update", str(row["why"])) for row in both[1]])
+        federation.screen = screening.screen
+
+
+def _after(owner: Any, name: str, record: Callable[..., object]) -> None:
+    """Call `record(result, *arguments)` after each call of the function of this name."""
+    inner = getattr(owner, name)
+
+    def recording(*args: Any, **options: Any) -> Any:
+        result = inner(*args, **options)
+        record(result, *args)
+        return result
+
+    setattr(owner, name, recording)
 
 
 def _site(error: BaseException) -> str:
@@ -161,7 +162,9 @@ def subject_of(site: str) -> str:
     return max(found)[1]
 
 
-_TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/(?:pytest-of-[^/]+/pytest-\d+/(?:popen-gw\d+/)?)?[^/\s'\"():;,]+(/?)")
+_TEMPORARY = re.compile(
+    rf"{re.escape(tempfile.gettempdir())}/(?:pytest-of-[^/]+/pytest-\d+/(?:popen-gw\d+/)?)?[^/\s'\"():;,]+(/?)"
+)
 
 
 def neutral(text: str) -> str:
@@ -204,7 +207,9 @@ def render(messages: Iterable[Message]) -> str:
         if inputs:
             page.lines += ["", f"## {subject}"]
             page.table(
-                ["message", "what to do", "bad input"], [(*_parts(text), _list(inputs[text])) for text in sorted(inputs)], left=3
+                ["message", "what to do", "bad input"],
+                [(*_parts(text), _list(inputs[text])) for text in sorted(inputs)],
+                left=3,
             )
     return "\n".join(page.lines) + "\n"
 
@@ -229,5 +234,7 @@ def _list(inputs: Iterable[str]) -> str:
     for text in sorted(inputs):
         test, _, case = text.partition(": ")
         cases.setdefault(test, []).extend([case] if case else [])
-    shown = {test: [*names[:MOST], f"{len(names) - MOST} more"] if len(names) > MOST + 1 else names for test, names in cases.items()}
+    shown = {
+        test: [*names[:MOST], f"{len(names) - MOST} more"] if len(names) > MOST + 1 else names for test, names in cases.items()
+    }
     return "; ".join(f"{test}: {', '.join(names)}" if names else test for test, names in shown.items())

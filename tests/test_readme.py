@@ -146,7 +146,10 @@ def test_the_hashes_are_those_of_the_tested_versions() -> None:
     (extras,) = re.findall(r"^EXTRAS := (.*)$", makefile, re.MULTILINE)
     assert set(extras.split()) == project["optional-dependencies"].keys() - {"bench", "docs", "dev"}
     tested, hashed = (
-        {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+        {
+            re.sub(r"[-_.]+", "-", name).lower(): version
+            for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        }
         for text in ((ROOT / "requirements" / name).read_text() for name in ("constraints.txt", "hashes.txt"))
     )
     assert {name: hashed[name] for name in hashed.keys() & tested} == {name: tested[name] for name in hashed.keys() & tested}
