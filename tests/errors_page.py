@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, printable
 from fedmllm.report.page import Page
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ INTRODUCTION = """# Error messages
 
 Bad input ends a command with exit status 2 and one sentence: what is wrong, where, and what to do. This page lists the inputs
 that the tests replay, each with its message, and is written by them (`make errors`). File names, keys and numbers are those of
-the tests: search the page for the words around yours. A message ends with what to do where that is not plain from its beginning."""
+the tests: search the page for the words around yours. Where it is not plain what to do, the message ends with it."""
 SUBJECTS = {
     "Overrides with `--set`": ("--set",),
     "Experiment files": ("config", "registry", "experiment"),
@@ -35,7 +35,9 @@ SUBJECTS = {
     "Tasks and samples": ("data", "sample"),
     "Models and training": ("models", "training", "tensors"),
     "Algorithms": ("algorithms",),
+    "Robust aggregation and attacks": ("algorithms.robust", "algorithms.combining", "robust", "attacks"),
     "Updates that are refused": ("algorithms.screening", "federation", "update"),
+    "Differential privacy": ("privacy",),
     "Secure aggregation": ("secure",),
     "Sites and federations": ("remote",),
     "Ray": ("remote.actors", "remote.cluster", "remote.ray_sweep"),
@@ -44,7 +46,8 @@ SUBJECTS = {
     "Archives": ("storage.archive",),
     "Evaluation and judges": ("evaluation",),
     "Reports and comparisons": ("report",),
-    "Commands and the Python API": ("cli", "api", "testing"),
+    "Commands and the Python API": ("cli", "api", "testing", "__main__"),
+    "Others": (),
 }
 """Subject -> the modules that raise its errors; the longest prefix decides."""
 MOST = 8
@@ -157,9 +160,7 @@ def _site(error: BaseException) -> str:
 def subject_of(site: str) -> str:
     module = site.partition(":")[0]
     found = [(len(p), subject) for subject, prefixes in SUBJECTS.items() for p in prefixes if f"{module}.".startswith(f"{p}.")]
-    if not found:
-        raise LookupError(f"tests/errors_page.py: SUBJECTS has no subject for {site!r}")
-    return max(found)[1]
+    return max(found, default=(0, "Others"))[1]
 
 
 _TEMPORARY = re.compile(
@@ -169,7 +170,7 @@ _TEMPORARY = re.compile(
 
 def neutral(text: str) -> str:
     """The text without what differs from run to run, or is only long."""
-    text = _TEMPORARY.sub(lambda match: "" if match[1] else "folder", text.replace(f"{ROOT}/", ""))
+    text = _TEMPORARY.sub(lambda match: "" if match[1] else "folder", printable(text).replace(f"{ROOT}/", ""))
     for pattern, replacement in _VOLATILE.items():
         text = re.sub(pattern, replacement, text)
     return text if len(text) <= 600 else f"{text[:600]}…"

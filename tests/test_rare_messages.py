@@ -16,19 +16,17 @@ from torch import nn
 
 from commands import call
 from fedmllm.algorithms import AdapterInfo, algorithms
-from fedmllm.config import AdapterTable, ModelTable, TaskTable, TrainTable, validate
+from fedmllm.config import ModelTable, TaskTable, validate
 from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.files import json_lines
 from fedmllm.errors import UserError
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts, build
-from fedmllm.fleets.options import RayOptions
 from fedmllm.models.adapter import adapter_parameters
 from fedmllm.models.attach import attach
 from fedmllm.models.backbone import _device, _end_ids
 from fedmllm.models.families import family_of
 from fedmllm.remote import clientapp, keys
-from fedmllm.remote.cluster import actor_resources
 from fedmllm.remote.files import SiteData, SiteFile
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.flower import FlowerCli
@@ -43,7 +41,6 @@ from fedmllm.secure.client import Refusal
 from fedmllm.secure.clients import SecureClients
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
-from fedmllm.training.capacity import cohort_size
 from helpers import built, round_info, tensors, update
 from secure_rounds import settings as pairwise
 
@@ -124,12 +121,6 @@ def no_end(folder: Path) -> None:
     _end_ids(ModelTable(), SimpleNamespace(generation_config=nothing), SimpleNamespace(tokenizer=nothing))
 
 
-def one_at_a_time(folder: Path) -> None:
-    settings = ModelTable(adapter=AdapterTable(kind="prompt-tuning"))
-    model = SimpleNamespace(adapter=SimpleNamespace(stacks=False), settings=settings)
-    cohort_size(model, [], TrainTable(cohort=2), 4)  # type: ignore[arg-type]
-
-
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a companion of another metric": (
         lambda folder: task_with_companion(folder, metric="auc", positive="yes"), "choose a companion with the same metric"
@@ -151,10 +142,6 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model without the usual modules": (no_default_target, "finds no module to adapt in this model"),
     "a device that is not there": (lambda _: _device("cuda:99"), "model.device = 'cuda:99' is not available on this machine"),
     "a model whose answers have no end": (no_end, "has no end-of-turn token"),
-    "a cohort of clients that train one at a time": (one_at_a_time, "trains one client at a time; leave train.cohort out"),
-    "more actors than the cluster has cores": (
-        lambda _: actor_resources(RayOptions(actors=9), {"CPU": 2.0}), "9 actors of 1 cores and 0 GPUs are more than"
-    ),
     "a node that is nobody": (
         lambda _: clientapp._answer_locally(b"", SimpleNamespace(node_config={})),  # type: ignore[arg-type]
         "this node's configuration has neither `worker` nor `partition-id`",
