@@ -25,6 +25,9 @@ PAGES = {
     "regularizations": "algorithms.md",
     "compressions": "algorithms.md",
     "secure": "experiments.md",
+    "robust": "experiments.md",
+    "privacy": "experiments.md",
+    "attacks": "experiments.md",
     "judges": "experiments.md",
     "fleets": "experiments.md",
 }
@@ -55,7 +58,8 @@ def load_sources() -> Sources:
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
 
-    registries = {kind if kind == "secure" else f"{kind}s": registry for kind, registry in REGISTRIES.items()}
+    unchanged = ("secure", "robust", "privacy")
+    registries = {kind if kind in unchanged else f"{kind}s": registry for kind, registry in REGISTRIES.items()}
     return Sources(registries, families, traffic_of)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
+from fedmllm.algorithms.combining import Combined, Combiner
 from fedmllm.algorithms.screening import screen
 from fedmllm.config import TrainTable
 from fedmllm.errors import RunError
@@ -49,7 +50,8 @@ class FederationPlan:
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
-    message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`).
+    message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`); then `combine`,
+    if set, replaces the valid ones.
     """
 
     clients: Sequence[int]
@@ -65,6 +67,7 @@ class FederationPlan:
     remedy: str = ""
     max_norm_ratio: float = 100.0
     declared: Sequence[int] = ()
+    combine: Combiner | None = None
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -108,6 +111,9 @@ class RoundRecord:
     seconds: float
     padding: float = 0.0
     metrics: dict[str, dict[str, object]] = field(default_factory=dict)
+    kept: dict[int, float] = field(default_factory=dict)
+    """client -> the share of its update that robust aggregation used, from 0 to 1."""
+    privacy: dict[str, float] = field(default_factory=dict)
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:
@@ -140,9 +146,9 @@ def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def _aggregate(
     updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, info: RoundInfo
-) -> tuple[State, list[Update], list[dict[str, str | int]]]:
-    """The state after a round with these updates, the valid ones, and why the others were refused. Raises TooFewUpdates, or
-    RunError if the server's step overflows."""
+) -> tuple[State, list[Update], list[dict[str, str | int]], Combined]:
+    """The state after a round with these updates, the valid ones, why the others were refused, and what was aggregated. Raises
+    TooFewUpdates, or RunError if the server's step overflows."""
     valid, refused = screen(updates, algorithm, state, info, plan.max_norm_ratio, plan.declared)
     for refusal in refused:
         if "NaN or infinity" in str(refusal["why"]):
@@ -154,14 +160,15 @@ def _aggregate(
         raise TooFewUpdates(
             f"round {info.round}: {len(valid)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
         )
-    after = algorithm.aggregate(state, valid, info)
+    combined = plan.combine(valid, algorithm, state, info) if plan.combine else Combined(valid)
+    after = {**algorithm.aggregate(state, combined.updates, info), **combined.state}
     if name := not_finite(after):
         kept = f"the state after round {info.round - 1} is kept" if info.round else "nothing was trained before"
         raise RunError(
             f"round {info.round}: the server's step overflowed (NaN or infinity in {name!r}, from finite updates); "
             f"{plan.remedy or f'lower train.lr = {plan.lr}'}, and start a new run ({kept})."
         )
-    return after, valid, refused
+    return after, valid, refused, combined
 
 
 def _record(
@@ -170,6 +177,7 @@ def _record(
     updates: Sequence[Update],
     valid: Sequence[Update],
     refused: list[dict[str, str | int]],
+    combined: Combined,
     seconds: float,
 ) -> RoundRecord:
     examples = sum(u.examples for u in valid)
@@ -188,6 +196,8 @@ def _record(
         refused=refused,
         seconds=seconds,
         padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in valid) / examples,
+        kept=dict(combined.kept),
+        privacy=dict(combined.privacy),
     )
 
 
@@ -206,8 +216,8 @@ def federate(
         info = plan.info(round, sample_clients(plan, round))
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         updates = fleet.train(info, messages)
-        state, valid, refused = _aggregate(updates, algorithm, fleet, plan, state, info)
-        yield _record(info, messages, updates, valid, refused, time.monotonic() - began), state
+        state, valid, refused, combined = _aggregate(updates, algorithm, fleet, plan, state, info)
+        yield _record(info, messages, updates, valid, refused, combined, time.monotonic() - began), state
         # Not round − 1: a damaged checkpoint is replaced by the one before, which needs the memory of an earlier round.
         if round > done + 1:
             fleet.commit(round - 2)
@@ -232,8 +242,9 @@ def each_alone(
         results = {}
         for client, info in infos.items():
             own_updates = [update for update in updates if update.client == client]
-            states[client], valid, refused = _aggregate(own_updates, algorithm, fleet, plans[client], states[client], info)
+            outcome = _aggregate(own_updates, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
             own_message = {client: messages[client]}
-            results[client] = _record(info, own_message, own_updates, valid, refused, seconds), states[client]
+            states[client] = outcome[0]
+            results[client] = _record(info, own_message, own_updates, *outcome[1:], seconds), states[client]
         yield results

@@ -20,6 +20,9 @@ class PartKinds(StrEnum):
     judges = "judges"
     fleets = "fleets"
     secure = "secure"
+    robust = "robust"
+    privacy = "privacy"
+    attacks = "attacks"
 
 
 def list_parts(kind: PartKinds, as_json: Json = False) -> None:

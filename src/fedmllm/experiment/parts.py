@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
+from fedmllm.algorithms.combining import robusts
+from fedmllm.attacks.settings import attacks
 from fedmllm.config import Experiment, Named, TaskTable
 from fedmllm.data.dataset import Dataset, LoadedSplit, Source, open_source, prepare, read_splits, splits_of
 from fedmllm.data.partitions import Deal, partitions
@@ -18,6 +20,7 @@ from fedmllm.errors import ConfigError
 from fedmllm.evaluation.judges import Judge, judges
 from fedmllm.experiment.compatibility import check_adapter_kind, check_ranks, check_secure, check_sites
 from fedmllm.fleets.options import FleetOptions, fleets
+from fedmllm.privacy.settings import privacies
 from fedmllm.registry import Registry
 from fedmllm.secure.settings import Pairwise, secures
 
@@ -30,6 +33,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "regularization": regularizations,
     "compression": compressions,
     "secure": secures,
+    "robust": robusts,
+    "privacy": privacies,
+    "attack": attacks,
     "judge": judges,
     "fleet": fleets,
 }

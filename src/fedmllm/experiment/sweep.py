@@ -111,7 +111,9 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     """The experiment with the default for every setting that this kind of run does not depend on."""
     if kind == "federated":
         return experiment
-    defaults: dict[str, Any] = dict.fromkeys(("regularization", "compression", "secure"), Named(name="none"))
+    defaults: dict[str, Any] = dict.fromkeys(
+        ("regularization", "compression", "secure", "robust", "privacy"), Named(name="none")
+    )
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

@@ -47,8 +47,11 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+_WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "attack")
+
+
 def _method(result: Mapping[str, Any]) -> str:
-    wrappers = [result.get(key, "none") for key in ("regularization", "compression", "secure")]
+    wrappers = [result.get(key, "none") for key in _WRAPPERS]
     return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none")])
 
 
