@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from peft import LoraConfig, get_peft_model
@@ -26,6 +27,7 @@ from fedmllm.models.adapter import adapter_parameters
 from fedmllm.models.attach import attach
 from fedmllm.models.backbone import _device, _end_ids
 from fedmllm.models.families import family_of
+from fedmllm.registry import load_plugin
 from fedmllm.remote import clientapp, keys
 from fedmllm.remote.files import SiteData, SiteFile
 from fedmllm.remote.fleet import RemoteFleet
@@ -37,7 +39,7 @@ from fedmllm.remote.site import site_dataset
 from fedmllm.remote.supervisor import tool
 from fedmllm.remote.worker import Worker
 from fedmllm.runs.rounds import begin, personal_models
-from fedmllm.secure.client import Refusal
+from fedmllm.secure.client import MaskGroup, Refusal, SecureClient
 from fedmllm.secure.clients import SecureClients
 from fedmllm.storage.lock import locked
 from fedmllm.storage.run_dir import RunDir
@@ -121,6 +123,17 @@ def no_end(folder: Path) -> None:
     _end_ids(ModelTable(), SimpleNamespace(generation_config=nothing), SimpleNamespace(tokenizer=nothing))
 
 
+def share_of_a_stranger(folder: Path) -> None:
+    client = SecureClient(MaskGroup.of(pairwise(), "run", round_info(sampled=(0, 1, 2)), bytes(16)), 0)
+    client._pending = ["masked", "unmask"]
+    client.open({"shares": {"7": torch.zeros(1)}})
+
+
+def plugin(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    load_plugin(folder / name)
+
+
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a companion of another metric": (
         lambda folder: task_with_companion(folder, metric="auc", positive="yes"), "choose a companion with the same metric"
@@ -168,6 +181,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an algorithm that needs single updates": (
         lambda _: SecureClients(pairwise(), built("flora"))._mask("run", round_info(sampled=(0, 1)), {}, update(0, {})),
         "the algorithm needs more than the mean of the updates",
+    ),
+    "a share of a client that sent no key": (share_of_a_stranger, "received the share of a client that sent no key"),
+    "a plugin that is missing": (lambda folder: load_plugin(folder / "x.py"), "--plugin .*x.py: there is no such file"),
+    "a plugin that is text": (lambda folder: plugin(folder, "x.txt", ""), "is not a Python file; give one that ends in .py"),
+    "a plugin that fails": (
+        lambda folder: plugin(folder, "x.py", "import no_such_library"), "it cannot be imported .ModuleNotFoundError: No module"
     ),
     "a job without its fields": (lambda _: Job.of('{"version": 1, "groups": []}', {}), "not a job: 'sampled'"),
     "bytes that are no message": (lambda _: parts_of(b"bytes"), "not a message"),
