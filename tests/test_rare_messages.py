@@ -82,7 +82,7 @@ def with_another_authority(folder: Path) -> None:
 
 def second_server(folder: Path) -> None:
     with locked(folder / "lock", RuntimeError()):
-        Server(SimpleNamespace(state=folder), folder / "run", False, print).run()  # type: ignore[arg-type]
+        Server(SimpleNamespace(state=folder, path=folder / "federation.toml"), folder / "run", False, print).run()  # type: ignore[arg-type]
 
 
 def refused_key(folder: Path) -> None:
