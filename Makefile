@@ -6,9 +6,10 @@ CONSTRAINTS := requirements/constraints.txt
 # Processes of the test run; 0 runs the tests in pytest itself, as a debugger needs.
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint format bench tables docs results pocket clean
+.PHONY: demo test test-all errors lint format bench tables docs results hashes pocket clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,10 +21,13 @@ demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
+	$(TEST)
 
 test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds
 	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+errors: $(VENV)/installed  ## docs/errors.md again, from a run of the test suite
+	$(TEST) --errors-page docs/errors.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -60,6 +64,12 @@ docs: $(VENV)/installed-docs tables
 RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
 results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ alone
 	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
+
+EXTRAS := flower ray secure privacy gpu hub openmoji track
+hashes: $(VENV)/installed  ## requirements/hashes.txt again: the tested versions with the digests of all their files
+	$(BIN)/uv pip compile pyproject.toml $(EXTRAS:%=--extra %) -c $(CONSTRAINTS) --universal --python-version 3.11 --generate-hashes \
+		--quiet --no-annotate --output-file requirements/hashes.txt \
+		--custom-compile-command "make hashes   (PyTorch is the build of the package index; others have other digests: SECURITY.md)"
 
 pocket: $(VENV)/installed  ## train the shipped model from scratch again; 60 to 90 minutes on two cores
 	$(BIN)/python -m recipes.pocket.pretrain --out build/pocket

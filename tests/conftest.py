@@ -156,3 +156,14 @@ SLOWEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--errors-page", metavar="FILE", help="write the page of error messages, from a run of all tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if page := config.getoption("--errors-page"):
+        from errors_page import ErrorsPage
+
+        config.pluginmanager.register(ErrorsPage(Path(page)))

@@ -190,7 +190,7 @@ def test_a_pilot_says_how_many_replicates_it_takes(tmp_path: Path) -> None:
     def scores(place: str, method: str, r: int) -> float:
         return 0.5 + (0.02 * (r % 2) if method == "new" else 0)  # s.d. of the differences: 0.02 · √(1/3)
 
-    pilot = replicated(tmp_path / "pilot", scores)
+    pilot, short = replicated(tmp_path / "pilot", scores), replicated(tmp_path / "short", scores, replicates=1)
     (tmp_path / "base.toml").write_text('[task]\nname = "shapes-qa"\n')
     sweep = tmp_path / "grid.toml"
     cells = '[{ name = "a" }, { name = "b", set = { "train.lr" = 0.1 } }]'
@@ -207,6 +207,7 @@ def test_a_pilot_says_how_many_replicates_it_takes(tmp_path: Path) -> None:
         (("--pilot", pilot), "--pilot needs --baseline NAME"),
         (("--pilot", pilot, "--baseline", "bose"), "did you mean 'base'?"),
         (("--pilot", pilot, "--baseline", "base", "--effect", 0), "an effect above 0"),
+        (("--pilot", short, "--baseline", "base"), "no method has two replicates at a place that 'base' also has"),
     ]:
         refused = call("sweep", sweep, *arguments)
         assert refused.exit_code == 2

@@ -73,6 +73,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({**MINIMAL, "train": 3}, "train: must be a table, got 3."),
         ({**MINIMAL, "name": 5},
          "name: must be text, which is written in quotes (with --set in two kinds: key='\"text\"'), got 5."),
+        ({**MINIMAL, "eval": {"patterns": []}}, "eval.patterns: must not be empty, got []."),
         ({**MINIMAL, "eval": {"patterns": "both"}}, 'eval.patterns: must be a list, written as ["both"], got \'both\'.'),
         ({**MINIMAL, "eval": {"patterns": "[both, text]"}},
          'eval.patterns: must be a list, written as ["both", "text"], got \'[both, text]\'.'),

@@ -125,11 +125,39 @@ def test_the_guide_names_every_key() -> None:
             assert f"`{key}`" in guide or f"`{key}." in guide, f"[{table}] {key} is not in docs/experiments.md"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *GUIDES], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tests_that_a_page_names_exist() -> None:
+    named = {name for page in GUIDES for name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text())}
+    assert len(named) > 20
+    tests = {file: (ROOT / "tests" / file).read_text() for file, _ in named}
+    assert [name for name in sorted(named) if f"def {name[1]}(" not in tests[name[0]]] == []
+
+
+def test_the_hashes_are_those_of_the_tested_versions() -> None:
+    """`make hashes` keeps them so; the extras of developers are not in the file."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    makefile = (ROOT / "Makefile").read_text()
+    (extras,) = re.findall(r"^EXTRAS := (.*)$", makefile, re.MULTILINE)
+    assert set(extras.split()) == project["optional-dependencies"].keys() - {"bench", "docs", "dev"}
+    tested, hashed = (
+        {
+            re.sub(r"[-_.]+", "-", name).lower(): version
+            for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        }
+        for text in ((ROOT / "requirements" / name).read_text() for name in ("constraints.txt", "hashes.txt"))
+    )
+    assert {name: hashed[name] for name in hashed.keys() & tested} == {name: tested[name] for name in hashed.keys() & tested}
+    direct = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    assert direct <= hashed.keys()
+    for requirement in re.split(r"\n(?=\w)", (ROOT / "requirements" / "hashes.txt").read_text())[1:]:
+        assert "--hash=sha256:" in requirement
+        assert "+" not in requirement.split()[0], "a local build"
 
 
 def test_the_scores_of_the_benchmark_page_are_those_of_the_results() -> None:

@@ -235,6 +235,8 @@ def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
         assert done.exit_code == 2
         assert sentence in done.stderr
     assert run("eval", "a", "--trust-config")["metrics"] == result["metrics"], "the run itself is as it was"
+    Path("a", "adapter").rename("elsewhere")
+    assert "a has no adapter to evaluate: its kind is 'federated'" in call("eval", "a", "--trust-config").stderr
 
 
 def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:

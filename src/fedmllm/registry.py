@@ -212,6 +212,7 @@ _LIST = "must be a list"
 _WITHOUT_JARGON = {
     **dict.fromkeys(("tuple_type", "list_type"), _LIST),
     **dict.fromkeys(("dict_type", "model_type", "mapping_type"), "must be a table"),
+    "too_short": "must not be empty",  # every list with a least length has 1
     "string_type": "must be text, which is written in quotes (with --set in two kinds: key='\"text\"')",
 }
 """Messages for errors that pydantic words in terms of Python."""
