@@ -14,6 +14,7 @@ from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.federation import sum_groups
+from fedmllm.runs.kept import kept_by_group
 from fedmllm.runs.meta import peak_memory_mb
 from fedmllm.runs.rounds import Run
 from fedmllm.storage.run_dir import SCHEMA
@@ -71,6 +72,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "per_client": outcome.rows,
         "clients": fairness(scores),
         "modalities": modality_shares(seen[0], session.dataset.train, seen[1]),
+        "kept": kept_by_group(records, outcome.rows),
         "rounds": len(records),
         "cohort": run.cohort,
         "bytes_up": _total(records, "bytes_up"),

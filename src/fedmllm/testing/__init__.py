@@ -9,11 +9,12 @@ The file that registers the part must be imported first: by the test, through an
 """
 
 from fedmllm.algorithms.toy_federation import ToyFleet, lora_adapter, round_info, run_rounds, train_round
-from fedmllm.testing.algorithms import check_algorithm, check_compression, check_regularization
+from fedmllm.testing.algorithms import check_algorithm, check_compression, check_regularization, check_robust
 from fedmllm.testing.data import check_partition, check_prompt, check_scenario, check_task
 from fedmllm.testing.families import check_family
 
 __all__ = [
     "ToyFleet", "check_algorithm", "check_compression", "check_family", "check_partition", "check_prompt",
-    "check_regularization", "check_scenario", "check_task", "lora_adapter", "round_info", "run_rounds", "train_round",
+    "check_regularization", "check_robust", "check_scenario", "check_task", "lora_adapter", "round_info", "run_rounds",
+    "train_round",
 ]  # fmt: skip

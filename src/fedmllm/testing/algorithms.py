@@ -8,6 +8,9 @@ from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
 from fedmllm.algorithms.base import Wrapper
+from fedmllm.algorithms.combining import robusts
+from fedmllm.algorithms.toy_federation import lora_adapter, round_info, same, train_round
+from fedmllm.tensors import State, digest, flatten, problem_with
 from fedmllm.testing import contract, properties
 from fedmllm.testing.registered import check_registered
 
@@ -56,6 +59,34 @@ def check_compression(name: str, **options: Any) -> None:
             if _check_wrapped(compressions.build(name, options), algorithms.build(inner, {})):
                 accepted.append(inner)
     assert accepted, f"compression {name!r} accepts no algorithm"
+
+
+def check_robust(name: str, **options: Any) -> None:
+    """What the round loop relies on in a robust aggregation, around FedAvg in two rounds of seven clients."""
+    check_registered(robusts, name)
+    robust, algorithm = robusts.build(name, options), algorithms.build("fedavg", {})
+    assert robust is not None, "only `none` has no combiner"
+    state, memories = algorithm.init(lora_adapter()), dict[int, State]()
+    for number in range(2):
+        info = round_info(number, sampled=range(7))
+        updates = train_round(algorithm, state, memories, info)
+        inputs = (state, *(update.groups for update in updates))
+        before = [digest(flatten(groups)) for groups in inputs]
+        combined = robust.combine(updates, algorithm, state, info)
+        assert [digest(flatten(groups)) for groups in inputs] == before, "the server's state or an update was modified"
+        assert [update.client for update in combined.updates] == list(info.sampled), "an update of each client is expected"
+        for update in combined.updates:
+            problem = problem_with(update.groups["adapter"], state["adapter"])
+            assert problem is None, f"the adapter that is aggregated: {problem}"
+        assert combined.kept.keys() == set(info.sampled), "`kept` must have a share for every client"
+        assert all(0 <= share <= 1 for share in combined.kept.values()), f"`kept` is not between 0 and 1: {combined.kept}"
+        own = combined.state.keys() & algorithm.init(lora_adapter()).keys()
+        assert not own, f"the combiner replaces groups of the algorithm: {sorted(own)}"
+        shuffled = robust.combine(updates[::-1], algorithm, state, info)
+        aggregated = algorithm.aggregate(state, combined.updates, info)
+        in_other_order = algorithm.aggregate(state, shuffled.updates, info)
+        assert same(in_other_order, aggregated), "the order of the updates matters (use `in_order`)"
+        state = {**aggregated, **combined.state}
 
 
 def _check_wrapped(wrapper: Wrapper, algorithm: Algorithm) -> bool:
