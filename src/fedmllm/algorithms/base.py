@@ -170,7 +170,7 @@ class Algorithm:
     uploads: Message = _adapter
     refuse: Callable[[Update, State, RoundInfo], str | None] = lambda update, state, info: None
     restored: Callable[[Update, State, RoundInfo], Update] = lambda update, state, info: update
-    """The update as the client made it, if it was compressed for the way."""
+    """The update as the client made it, if it was compressed for the way; a restored one stays as it is."""
     summed: tuple[str, ...] = ("adapter",)
     """The groups of an update that are averaged or summed, and whose lengths are therefore compared. All but the adapter are
     changes."""
@@ -183,8 +183,8 @@ class Algorithm:
     refactors: bool = False
     """The server computes new factors every round, so an entry of the adapter means something else in the next round."""
     averages: Literal["examples", "uniform"] | None = None
-    """The weighting of the mean, if `aggregate` depends on nothing but the mean of the updates and their number: the same
-    number of copies of the mean gives the same result. None if it needs the single updates."""
+    """The weighting of the mean, if `aggregate` depends on nothing but the mean of the restored updates and their number: the
+    same number of copies of the mean gives the same result. None if it needs the single updates."""
     personal: bool = False
     """Part of each client's adapter stays with the client, so every client has its own model."""
 

@@ -33,9 +33,38 @@ class Combiner(Protocol):
     def __call__(self, updates: Sequence[Update], algorithm: Algorithm, state: State, info: RoundInfo) -> Combined: ...
 
 
-robusts: Registry[Combiner | None] = Registry("robust", "fedmllm.algorithms")
+@dataclass(frozen=True)
+class Robust:
+    """A robust aggregation: its combiner, and what must hold of the experiment.
+
+    A round needs `least` updates for the method to promise anything; if it cannot have as many, `instead` is the advice. With
+    `mean_only` the algorithm receives copies of one estimate instead of single updates. With `remembers` the combiner uses its
+    state of the round before, whose entries must mean the same in this round. With `products` it multiplies LoRA's factors.
+    """
+
+    combine: Combiner
+    least: int = 1
+    instead: str = ""
+    mean_only: bool = True
+    remembers: bool = False
+    products: bool = False
+
+
+robusts: Registry[Robust | None] = Registry("robust", "fedmllm.algorithms.robust")
 
 
 @robusts.register("none")
 def no_robust() -> None:
     """The algorithm's own mean, which a single client can move as far as it likes."""
+
+
+def as_upload(change: State, received: State, shapes: State) -> State:
+    """A change in the form of an upload: the received adapter plus the change; other groups are changes already."""
+    upload: State = {}
+    for group, tensors in change.items():
+        start = received.get("adapter", {}) if group == "adapter" else {}
+        upload[group] = {
+            name: (tensor + start[name].double() if name in start else tensor).to(shapes[group][name].dtype)
+            for name, tensor in tensors.items()
+        }
+    return upload

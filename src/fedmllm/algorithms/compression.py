@@ -45,6 +45,8 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
         return {**{g: t for g, t in upload.items() if g != "adapter"}, **packed}, remembered
 
     def restored(update: Update, state: State, info: RoundInfo) -> Update:
+        if "adapter" in update.groups:  # it is restored already
+            return update
         shapes = algorithm.uploads(state, update.client, info)
         sent = algorithm.message(state, update.client, info)["adapter"]
         change = unpack(update.groups, shapes["adapter"])
@@ -68,9 +70,7 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
                 return f"NaN or infinity in {name!r} after decompression"
         return algorithm.refuse(uncompressed, state, info)
 
-    return replace(
-        algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, restored=restored, averages=None
-    )
+    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, restored=restored)
 
 
 @compressions.register("int8")

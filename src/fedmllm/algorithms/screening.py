@@ -107,12 +107,17 @@ def _beyond(
 
 
 def change_norms(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> dict[str, float]:
-    """The L2 norm of what the update would change, for each group of `algorithm.summed`: of the adapter, the difference from
-    what the client was sent."""
+    """The L2 norm of what the update would change, for each group of `algorithm.summed`."""
+    return {group: norm(tensors) for group, tensors in changes_of(update, algorithm, state, info).items()}
+
+
+def changes_of(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> State:
+    """What the update would change, for each group of `algorithm.summed`: of the adapter, the difference from what the client
+    was sent."""
     sent = algorithm.message(state, update.client, info).get("adapter", {})
     groups = algorithm.restored(update, state, info).groups
     changes = {group: groups[group] for group in algorithm.summed if group in groups}
     if "adapter" in changes:
         # In float64, where the difference of two float32 numbers does not overflow.
         changes["adapter"] = {n: t.double() - sent[n] if n in sent else t for n, t in changes["adapter"].items()}
-    return {group: norm(tensors) for group, tensors in changes.items()}
+    return changes

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
+from fedmllm.algorithms.combining import as_upload
 from fedmllm.attacks.settings import Attack
 from fedmllm.federation import Fleet
 from fedmllm.tensors import State, Tensors, flatten, unflatten
@@ -31,19 +32,18 @@ class AttackedFleet:
         own = {u.client: u for u in updates if u.client in self._attackers and not u.problem and u.examples}
         changes = {client: self._change(update, messages[client]) for client, update in sorted(own.items())}
         sent = self._attack.distort(changes, info) if changes else {}
-        return [self._with_change(u, sent[u.client], messages[u.client]) if u.client in sent else u for u in updates]
+        uploads = {
+            client: as_upload(unflatten(change), messages[client], own[client].groups) for client, change in sent.items()
+        }
+        return [replace(u, groups={**u.groups, **uploads[u.client]}) if u.client in uploads else u for u in updates]
 
     def _change(self, update: Update, message: State) -> Tensors:
-        """The change of the adapter since it was sent, and the other groups that are averaged, which are changes already."""
+        """The change of the adapter since it was sent, in float64, and the other groups that are averaged, which are changes
+        already."""
         groups = {group: update.groups[group] for group in self._algorithm.summed if group in update.groups}
         start = message.get("adapter", {})
-        adapter = {name: tensor - start[name] if name in start else tensor for name, tensor in groups["adapter"].items()}
+        adapter = {n: t.double() - start[n] if n in start else t for n, t in groups["adapter"].items()}
         return flatten({**groups, "adapter": adapter})
-
-    def _with_change(self, update: Update, change: Tensors, message: State) -> Update:
-        groups, start = unflatten(change), message.get("adapter", {})
-        adapter = {name: start[name] + tensor if name in start else tensor for name, tensor in groups["adapter"].items()}
-        return replace(update, groups={**update.groups, **groups, "adapter": adapter})
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         self._fleet(round).forget(round, clients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
+from fedmllm.algorithms.combining import Robust
 from fedmllm.algorithms.factors import modules
 from fedmllm.attacks.settings import Attack
 from fedmllm.config import Experiment
@@ -63,7 +64,7 @@ def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, in
             'let it match some, or set the regularisation to "fedprox" or "none".'
         )
     try:
-        if algorithm.needs_lora or config.clients.rank:
+        if algorithm.needs_lora or config.clients.rank or config.robust.options.get("on") == "product":
             modules(adapter)
     except ValueError as error:
         raise ConfigError(
@@ -128,11 +129,45 @@ def _needs_single_updates(config: Experiment, algorithm: Algorithm) -> str:
     if algorithm.personal:
         return f"algorithm.name = {name!r} sends every client's own adapter to be tested; choose one model for all"
     if algorithm.averages is None:
-        candidates = {n: algorithms.build(n, {}) for n in algorithms.names()}
-        capable = ", ".join(n for n, candidate in candidates.items() if candidate.averages and not candidate.personal)
-        return f"algorithm.name = {name!r} works on single updates; choose one of {capable}"
+        return f"algorithm.name = {name!r} works on single updates; choose one of {_averaging()}"
     if config.fleet.options.get("evaluate"):
         return "fleet.evaluate = true sends every site's own figures; set it to false"
     if config.train.clients_per_round < 2:
         return "the mean of one update is that update; set train.clients_per_round to at least 2"
+    return ""
+
+
+def _averaging() -> str:
+    """The algorithms that need the mean of the updates only, and have one model for all."""
+    candidates = {n: algorithms.build(n, {}) for n in algorithms.names()}
+    return ", ".join(n for n, candidate in candidates.items() if candidate.averages and not candidate.personal)
+
+
+def check_robust(config: Experiment, algorithm: Algorithm, robust: Robust) -> None:
+    """Robust aggregation needs single updates, enough of them, and mostly an algorithm that takes their mean."""
+    if why := _without_robust(config, algorithm, robust):
+        raise ConfigError(f"robust.name: {config.robust.name!r} {why}.")
+
+
+def _without_robust(config: Experiment, algorithm: Algorithm, robust: Robust) -> str:
+    """Why the experiment excludes this robust aggregation; empty if it does not."""
+    name, kind, clients = config.algorithm.name, config.model.adapter.kind, config.train.clients_per_round
+    if config.secure.name != "none":
+        return f'compares single updates, which secure.name = {config.secure.name!r} hides; set one of them to "none"'
+    if config.privacy.name != "none":
+        return f'is not needed under privacy.name = {config.privacy.name!r}, which clips every update; set one to "none"'
+    if robust.mean_only and algorithm.personal:
+        return (
+            f'sees half of each adapter under algorithm.name = {name!r}; choose one model for all, or robust.name = "norm-clip"'
+        )
+    if robust.mean_only and algorithm.averages is None:
+        others = f'choose one of {_averaging()}, or robust.name = "norm-clip"'
+        return f"estimates a mean, and algorithm.name = {name!r} works on single updates; {others}"
+    if robust.remembers and algorithm.refactors:
+        return f"compares with the last round, and algorithm.name = {name!r} makes new factors in between; choose another"
+    if robust.products and kind not in PLAIN_LORA:
+        return f'multiplies LoRA\'s factors, and model.adapter.kind = {kind!r} has others; set robust.on = "factors"'
+    if clients < robust.least:
+        remedy = f"raise it or {robust.instead}"
+        return f"needs {robust.least} updates a round with these settings, and train.clients_per_round = {clients}; {remedy}"
     return ""

@@ -44,7 +44,8 @@ def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients, config = range(session.dataset.manifest.clients), session.config
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
-    plan = replace(plan, remedy=smaller_steps(config))
+    robust = session.parts.robust
+    plan = replace(plan, remedy=smaller_steps(config), combine=robust.combine if robust else None)
     if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
         return replace(plan, max_norm_ratio=0.0)
     return replace(plan, declared=[config.train.epochs * size for size in session.dataset.manifest.sizes()])

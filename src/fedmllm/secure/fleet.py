@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update, failed
+from fedmllm.algorithms.combining import as_upload
 from fedmllm.federation import Fleet, TooFewUpdates
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
@@ -64,7 +65,7 @@ class SecureFleet:
                 "round %d: %.2g of the numbers exceeded secure.clip = %g and were clipped; raise it",
                 info.round, share, self._settings.clip,
             )  # fmt: skip
-        groups = _as_upload(mean, received, shapes)
+        groups = as_upload(mean, received, shapes)
         metrics = {name: value for name, value in sums.items() if name not in COUNTS}
         examples, steps = (_even_parts(int(sums[name]), len(present)) for name in ("examples", "steps"))
         counts = zip(present, examples, steps, strict=True)
@@ -76,15 +77,3 @@ class SecureFleet:
 def _even_parts(count: int, parts: int) -> list[int]:
     """`count` in parts that differ by at most 1: their sum is correct, and none of them is a client's own number."""
     return [count // parts + (position < count % parts) for position in range(parts)]
-
-
-def _as_upload(mean: State, received: State, shapes: State) -> State:
-    """The mean in the form of an upload: the received adapter plus the mean change; other groups unchanged."""
-    upload = {}
-    for group, tensors in mean.items():
-        start = received["adapter"] if group == "adapter" else {}
-        upload[group] = {
-            name: (tensor + start[name].double() if name in start else tensor).to(shapes[group][name].dtype)
-            for name, tensor in tensors.items()
-        }
-    return upload

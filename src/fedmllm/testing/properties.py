@@ -34,7 +34,8 @@ def check_averages(algorithm: Algorithm) -> None:
     """Copies of the updates' mean give the same state, and valid uploads can be derived from the message: secure aggregation
     relies on both."""
     for state, updates, after, info in run_rounds(algorithm, rounds=2):
-        of_copies = algorithm.aggregate(state, _copies_of_the_mean(updates, algorithm.averages == "examples"), info)
+        restored = [algorithm.restored(update, state, info) for update in updates]
+        of_copies = algorithm.aggregate(state, _copies_of_the_mean(restored, algorithm.averages == "examples"), info)
         for name, tensor in flatten(after).items():
             close = torch.allclose(flatten(of_copies)[name], tensor, rtol=1e-4, atol=1e-5)
             assert close, f"`averages` is set, but {name!r} depends on more than the mean of the updates"
