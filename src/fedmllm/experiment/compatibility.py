@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
 from fedmllm.algorithms.combining import Robust
 from fedmllm.algorithms.factors import modules
+from fedmllm.attacks.settings import Attack
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.secure.fixed import FixedPoint
@@ -83,6 +84,41 @@ def check_secure(config: Experiment, algorithm: Algorithm, secure: Pairwise) -> 
         FixedPoint.of(secure, config.train.clients_per_round, algorithm.averages)
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+
+
+def check_attack(config: Experiment, attack: Attack) -> None:
+    """An attack is a simulation, in which some clients attack and others do not."""
+    name, fleet, clients = config.attack.name, config.fleet.name, config.partition.clients
+    if fleet not in ("in-process", "ray"):
+        raise ConfigError(
+            f"attack.name: {name!r} is for simulations only, and fleet.name = {fleet!r} trains on real clients; set "
+            'attack.name = "none" or fleet.name = "in-process".'
+        )
+    if attack.falsify and fleet != "in-process":
+        raise ConfigError(
+            f'attack.name: {name!r} changes samples, which only this process does; set fleet.name = "in-process".'
+        )
+    if attack.distort and config.compression.name != "none":
+        raise ConfigError(
+            f"attack.name: {name!r} changes updates, which compression.name = {config.compression.name!r} has packed before; "
+            'set it to "none", or choose an attack on samples.'
+        )
+    if attack.colludes and len({config.rank_of(client) for client in range(clients)}) > 1:
+        raise ConfigError(
+            f"attack.name: {name!r} averages the attackers' updates, and clients.rank gives them different shapes; give all "
+            "clients the same rank, or choose another attack."
+        )
+    count = len(attack.attackers(clients, config.seed))
+    if not 0 < count < clients:
+        raise ConfigError(
+            f"attack.share = {attack.share} of {clients} clients is {count}; {'raise' if not count else 'lower'} it so that "
+            'some clients attack and others are honest, or set attack.name = "none".'
+        )
+    if attack.start >= config.train.rounds:
+        raise ConfigError(
+            f"attack.start = {attack.start}, and the last of train.rounds = {config.train.rounds} rounds is "
+            f"{config.train.rounds - 1}, so that nobody would attack; lower it."
+        )
 
 
 def _needs_single_updates(config: Experiment, algorithm: Algorithm) -> str:

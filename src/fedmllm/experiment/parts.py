@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
 from fedmllm.algorithms.combining import Robust, robusts
-from fedmllm.attacks.settings import attacks
+from fedmllm.attacks.settings import Attack, attacks
 from fedmllm.config import Experiment, Named, TaskTable
 from fedmllm.data.dataset import Dataset, LoadedSplit, Source, open_source, prepare, read_splits, splits_of
 from fedmllm.data.partitions import Deal, partitions
@@ -18,7 +18,14 @@ from fedmllm.data.scenarios import Scenario, scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.judges import Judge, judges
-from fedmllm.experiment.compatibility import check_adapter_kind, check_ranks, check_robust, check_secure, check_sites
+from fedmllm.experiment.compatibility import (
+    check_adapter_kind,
+    check_attack,
+    check_ranks,
+    check_robust,
+    check_secure,
+    check_sites,
+)
 from fedmllm.fleets.options import FleetOptions, fleets
 from fedmllm.privacy.settings import privacies
 from fedmllm.registry import Registry
@@ -46,7 +53,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
 class Parts:
     """Everything that an experiment names, built. `config` has all defaults filled in; `transfer` has the tasks of
     `eval.transfer` by name; `algorithm` is wrapped in its regularisation and compression; `secure` is None if updates travel
-    in the clear, `robust` None if the algorithm's own mean is taken, `judge` None if there is none."""
+    in the clear, `robust` None if the algorithm's own mean is taken, `attack` None if every client is honest, `judge` None if
+    there is none."""
 
     config: Experiment
     source: Source
@@ -57,6 +65,7 @@ class Parts:
     algorithm: Algorithm
     secure: Pairwise | None
     robust: Robust | None
+    attack: Attack | None
     judge: Judge | None
     fleet: FleetOptions
 
@@ -116,11 +125,16 @@ def build(config: Experiment) -> Parts:
     robust = robusts.build(config.robust.name, config.robust.options)
     if robust is not None:
         check_robust(config, algorithm, robust)
+    attack = attacks.build(config.attack.name, config.attack.options)
+    if attack is not None:
+        check_attack(config, attack)
     judge = judges.build(config.judge.name, config.judge.options)
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
-    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, robust, judge, fleet)
+    return Parts(
+        config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, robust, attack, judge, fleet
+    )
 
 
 def build_algorithm(config: Experiment) -> Algorithm:

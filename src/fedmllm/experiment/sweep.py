@@ -112,7 +112,7 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     if kind == "federated":
         return experiment
     defaults: dict[str, Any] = dict.fromkeys(
-        ("regularization", "compression", "secure", "robust", "privacy"), Named(name="none")
+        ("regularization", "compression", "secure", "robust", "privacy", "attack"), Named(name="none")
     )
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedmllm.algorithms import Algorithm
+from fedmllm.attacks.fleet import AttackedFleet
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, brief
-from fedmllm.federation import FederationPlan, Fleet, federate, participants
+from fedmllm.federation import FederationPlan, Fleet, federate, participants, sample_clients
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
@@ -76,6 +77,20 @@ def check_secure_backend(session: Session, backend: FleetBackend) -> None:
         )
 
 
+def check_attackers(session: Session) -> list[int]:
+    """The attackers that take part while they attack. Raises ConfigError if there is none."""
+    plan, attack = federation_plan(session), session.parts.attack
+    rounds = range(attack.start if attack else 0, plan.rounds)
+    active = session.attackers & {client for number in rounds for client in sample_clients(plan, number)}
+    if not active:
+        raise ConfigError(
+            f"attack.share: {len(session.attackers)} of {len(plan.clients)} clients would attack, and none of them is sampled "
+            f"in a round from attack.start = {rounds.start} on; raise attack.share, train.clients_per_round or train.rounds, "
+            "or choose another seed."
+        )
+    return sorted(active)
+
+
 def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: FleetBackend = IN_PROCESS) -> Run:
     """Encode what a run trains and tests on, before anything is written. Raises ConfigError or DataError.
 
@@ -95,6 +110,8 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
         everyone = range(session.dataset.manifest.clients)
         clients = participants(federation_plan(session)) if federated else run.evaluator.sample_clients(everyone)
         session.prepare(session.clients, clients)
+        if federated and session.parts.attack is not None:
+            session.prepare(session.attacked, check_attackers(session))
         most = session.config.train.clients_per_round if federated else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
         run.cohort = cohort_size(session.model, samples, session.config.train, most)
@@ -125,15 +142,20 @@ def show_notes(run: Run) -> None:
 
 
 def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
-    """A fleet for these clients, with secure aggregation around it if a federated run asks for it."""
+    """A fleet for these clients, with attackers among them and secure aggregation around it if a federated run asks for it."""
     session, backend = run.session, run.backend
     memory, train = run.directory.checkpoint / "clients", session.config.train
     context = FleetContext(session.model, algorithm, clients, train, session.initial, session.gaps, memory, run.cohort)
     run_id = run.directory.meta().get("run_id", session.config.digest())
     if not backend.local:
         context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))
-    fleet, secure = backend.open(context), session.parts.secure
-    if secure is None or run.kind != "federated":
+    fleet, secure, attack = backend.open(context), session.parts.secure, session.parts.attack
+    if run.kind != "federated":
+        return fleet
+    if attack is not None:
+        attacked = backend.open(replace(context, data=session.attacked)) if attack.falsify else fleet
+        fleet = AttackedFleet(attack, session.attackers, algorithm, fleet, attacked)
+    if secure is None:
         return fleet
     # Imported here because its libraries are optional.
     from fedmllm.secure.fleet import LocalTransport, SecureFleet
@@ -182,9 +204,11 @@ def train_rounds(
 def personal_models(
     run: Run, algorithm: Algorithm, state: State, plan: FederationPlan, fleet: Fleet, done: int
 ) -> dict[int, State]:
-    """client -> its own adapter after `done` rounds, for all clients or a draw of `eval.clients`. Raises RunError for one that
-    is no adapter of this model."""
-    clients = run.evaluator.sample_clients(plan.clients)
+    """client -> its own adapter after `done` rounds, for all honest clients or a draw of `eval.clients`.
+
+    Raises RunError for one that is no adapter of this model.
+    """
+    clients = run.evaluator.sample_clients([client for client in plan.clients if client not in run.session.attackers])
     info = plan.info(done, clients)
     adapters = {c: fleet.personal(c, algorithm.message(state, c, info), done) for c in clients}
     for client, adapter in adapters.items():

@@ -13,7 +13,8 @@ from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
-from fedmllm.data.samples import Problem, Split
+from fedmllm.data.samples import Problem, Sample, Split
+from fedmllm.data.scenarios import Modalities
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
@@ -21,6 +22,7 @@ from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.rng import stream
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
@@ -79,6 +81,17 @@ class Session:
         return ClientData(manifests.pooled(self.dataset.train), self.encode)
 
     @cached_property
+    def attackers(self) -> frozenset[int]:
+        """The clients that attack."""
+        attack = self.parts.attack
+        return attack.attackers(self.config.partition.clients, self.config.seed) if attack else frozenset()
+
+    @cached_property
+    def attacked(self) -> ClientData:
+        """As `clients`, with what the attackers train on once the attack has begun."""
+        return ClientData(self.dataset.manifest, self._encode_attacked)
+
+    @cached_property
     def gaps(self) -> dict[int, float]:
         """client -> the share of its modality slots that are empty."""
         return dict(enumerate(gaps(self.dataset.manifest)))
@@ -101,17 +114,27 @@ class Session:
         Raises DataError for a prompt that is too long or a picture that the processor refuses. If bad samples are to be
         skipped, such samples are left out, and DataError is raised for a client that would keep none.
         """
+        shown = [(self._samples[holding.sample_id], holding.visible) for holding in holdings]
+        return self._encode(shown, holdings[0].client if holdings else 0)
+
+    def _encode_attacked(self, holdings: Sequence[Holding]) -> list[Encoded]:
+        client, attack = holdings[0].client if holdings else 0, self.parts.attack
+        if client not in self.attackers or attack is None or attack.falsify is None:
+            return self.clients[client] if holdings else []
+        shown = [(self._samples[holding.sample_id], holding.visible) for holding in holdings]
+        return self._encode(attack.falsify(shown, lambda s: stream(self.config.seed, "attack", client, s.id)), client)
+
+    def _encode(self, shown: Sequence[tuple[Sample, Modalities]], client: int) -> list[Encoded]:
         encoded: list[Encoded] = []
         problems: dict[str, Problem] = {}
-        for holding in holdings:
-            sample = self._samples[holding.sample_id]
-            talk = render(sample, holding.visible, self.parts.strategy)
+        for sample, visible in shown:
+            talk = render(sample, visible, self.parts.strategy)
             try:
                 encoded.append(self.model.encode_one(talk, sample.image, self.config.train.max_length))
             except EntryError as error:
                 problems[sample.id] = problem_of(sample, self.dataset.task, str(error), error.kind)
         if problems:
-            nothing_left = f"the model can use none of the {len(holdings)} samples of client {holdings[0].client}"
+            nothing_left = f"the model can use none of the {len(shown)} samples of client {client}"
             refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
         self._refused |= problems
         return encoded
