@@ -18,9 +18,10 @@ from fedmllm.data.scenarios import Scenario, scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.judges import Judge, judges
-from fedmllm.experiment.compatibility import check_adapter_kind, check_ranks, check_secure, check_sites
+from fedmllm.experiment.compatibility import check_adapter_kind, check_privacy, check_ranks, check_secure, check_sites
 from fedmllm.fleets.options import FleetOptions, fleets
-from fedmllm.privacy.settings import privacies
+from fedmllm.privacy.settings import UserLevel, privacies
+from fedmllm.privacy.user_level import Mechanism
 from fedmllm.registry import Registry
 from fedmllm.secure.settings import Pairwise, secures
 
@@ -46,7 +47,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 class Parts:
     """Everything that an experiment names, built. `config` has all defaults filled in; `transfer` has the tasks of
     `eval.transfer` by name; `algorithm` is wrapped in its regularisation and compression; `secure` is None if updates travel
-    in the clear, `judge` None if there is none."""
+    in the clear, `privacy` None if no noise is added, `judge` None if there is none."""
 
     config: Experiment
     source: Source
@@ -56,8 +57,20 @@ class Parts:
     strategy: Strategy
     algorithm: Algorithm
     secure: Pairwise | None
+    privacy: UserLevel | None
     judge: Judge | None
     fleet: FleetOptions
+
+    @cached_property
+    def mechanism(self) -> Mechanism | None:
+        """What the run does for privacy, None if nothing. Raises ConfigError if the budget does not suffice for a round."""
+        if self.privacy is None:
+            return None
+        clients, train = self.config.partition.clients, self.config.train
+        try:
+            return Mechanism.plan(self.privacy, clients, train.clients_per_round, train.rounds)
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
 
     def read_splits(self) -> list[LoadedSplit]:
         """Read the splits that the experiment uses. Raises ConfigError or DataError if one cannot be read at all."""
@@ -112,11 +125,14 @@ def build(config: Experiment) -> Parts:
     secure = secures.build(config.secure.name, config.secure.options)
     if secure is not None:
         check_secure(config, algorithm, secure)
+    privacy = privacies.build(config.privacy.name, config.privacy.options)
+    if privacy is not None:
+        check_privacy(config, algorithm, privacy)
     judge = judges.build(config.judge.name, config.judge.options)
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
-    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, judge, fleet)
+    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, privacy, judge, fleet)
 
 
 def build_algorithm(config: Experiment) -> Algorithm:
