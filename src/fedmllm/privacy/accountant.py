@@ -10,9 +10,10 @@ import math
 from functools import lru_cache
 from typing import Any
 
-_TOLERANCE = 5e-4
-"""Relative; planned noise may be so much larger than needed."""
-_MOST_NOISE = 2.0**20
+import numpy as np
+from scipy.optimize import brentq
+
+_MOST_NOISE = 2.0**14
 
 
 @lru_cache(maxsize=64)
@@ -34,27 +35,28 @@ def epsilon_after(rounds: int, noise: float, probability: float, delta: float) -
         return 0.0
     if noise == 0:
         return math.inf
-    return float(_one_round(noise, probability).self_compose(rounds).get_epsilon_for_delta(delta))
+    with np.errstate(all="ignore"):  # of an ε in the hundreds, e^ε overflows
+        return float(_one_round(noise, probability).self_compose(rounds).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=64)
 def plan_noise(epsilon: float, delta: float, probability: float, rounds: int) -> float:
-    """The smallest noise, to 0.05 %, with which `rounds` rounds spend at most `epsilon`. Raises ValueError if it is absurd."""
+    """The noise with which `rounds` rounds spend `epsilon`, or up to 0.2 % less. Raises ValueError if it is absurd."""
 
-    def fits(noise: float) -> bool:
-        return epsilon_after(rounds, noise, probability, delta) <= epsilon
+    def excess(log_noise: float) -> float:
+        spent = epsilon_after(rounds, math.exp(log_noise), probability, delta)
+        return math.log(min(spent, 1e300) / (0.999 * epsilon))
 
-    low = high = 1.0
-    while not fits(high):
-        low, high = high, 2 * high
-        if high > _MOST_NOISE:
+    # A grid of factors 2, so that other budgets meet the same distributions in the cache.
+    high = 0.0
+    while excess(high) > 0:
+        high += math.log(2)
+        if high > math.log(_MOST_NOISE):
             raise ValueError(f"privacy.epsilon = {epsilon} needs more than {_MOST_NOISE:g} times the clip as noise; raise it")
-    while low == high or fits(low):
-        low, high = low / 2, low
-    while high / low > 1 + _TOLERANCE:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    low = high - math.log(2)
+    while excess(low) <= 0:
+        low, high = low - math.log(2), low
+    return math.exp(brentq(excess, low, high, xtol=1e-4))
 
 
 def rounds_within(epsilon: float, delta: float, noise: float, probability: float, rounds: int) -> int:

@@ -23,6 +23,7 @@ class UserLevel:
     count_noise: float | None
 
 
+LARGEST_EPSILON = 500.0
 SMALLEST_DELTA = 1e-15
 """Below it, the mass that the accountant cuts off would count."""
 privacies: Registry[UserLevel | None] = Registry("privacy", __name__)
@@ -59,6 +60,8 @@ def user_level(
     positive(clip=clip, clip_lr=clip_lr, **{name: value for name, value in given.items() if value is not None})
     if noise is not None and noise < 0:
         raise ValueError(f"noise = {noise} must not be negative; 0 adds none and promises nothing")
+    if epsilon is not None and epsilon > LARGEST_EPSILON:
+        raise ValueError(f"epsilon = {epsilon} must be at most {LARGEST_EPSILON:g}, and promises nothing far below that")
     if not SMALLEST_DELTA <= delta < 1:
         raise ValueError(f"delta = {delta} must be at least {SMALLEST_DELTA:g} and below 1")
     if not 0 < quantile < 1:

@@ -30,7 +30,7 @@ from fedmllm.algorithms.combining import Combined
 from fedmllm.privacy.accountant import epsilon_after, plan_noise, rounds_within
 from fedmllm.privacy.settings import UserLevel
 from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors, add, digest, norm, scale, subtract
+from fedmllm.tensors import State, add, digest, norm, scale, subtract
 
 GROUP = "privacy"
 """The group of the server's state that holds the adaptive clip."""
