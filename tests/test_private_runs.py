@@ -157,7 +157,7 @@ def test_a_robust_estimate_is_refused(write_experiment: Write) -> None:
     parts = build(config)
     assert parts.privacy is not None
     robust = config.model_copy(update={"robust": Named(name="median")})
-    with pytest.raises(ConfigError, match="robust.name = 'median' chooses among updates, so that one client changes what"):
+    with pytest.raises(ConfigError, match=r"robust\.name = 'median' chooses among updates, so that one client changes what"):
         check_privacy(robust, parts.algorithm, parts.privacy)
 
 
