@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+
 from fedmllm.algorithms import AdapterInfo, Algorithm, RoundInfo, Update
 from fedmllm.algorithms.combining import Combined, Combiner
 from fedmllm.algorithms.screening import screen
@@ -46,7 +48,8 @@ class TooFewUpdates(RuntimeError):  # noqa: N818 (named after the event, as Stop
 
 @dataclass(frozen=True)
 class FederationPlan:
-    """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement.
+    """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement. If `poisson`, each
+    takes part with the probability that makes `per_round` the expected number, independently of the others.
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
@@ -68,6 +71,7 @@ class FederationPlan:
     max_norm_ratio: float = 100.0
     declared: Sequence[int] = ()
     combine: Combiner | None = None
+    poisson: bool = False
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -96,8 +100,8 @@ class FederationPlan:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """The record of one round. `loss` and `padding` are means over the examples of the valid updates. Bytes are counted from
-    the tensors that were sent, by group, and summed over all sampled clients."""
+    """The record of one round. `loss` and `padding` are means over the examples of the valid updates; without any, the loss is
+    NaN. Bytes are counted from the tensors that were sent, by group, and summed over all sampled clients."""
 
     round: int
     lr: float
@@ -125,9 +129,13 @@ def learning_rate(plan: FederationPlan, round: int) -> float:
 
 
 def sample_clients(plan: FederationPlan, round: int) -> tuple[int, ...]:
-    """The clients of a round, sorted. The draw depends on the experiment's seed and the round only, so a resumed run draws the
-    same clients."""
-    indices = stream(plan.seed, "sampling", round).choice(len(plan.clients), size=plan.per_round, replace=False)
+    """The clients of a round, sorted; there may be none if `plan.poisson`. The draw depends on the experiment's seed and the
+    round only, so a resumed run draws the same clients."""
+    rng, count = stream(plan.seed, "sampling", round), len(plan.clients)
+    if plan.poisson:
+        indices = np.flatnonzero(rng.random(count) < plan.per_round / count)
+    else:
+        indices = rng.choice(count, size=plan.per_round, replace=False)
     return tuple(sorted(plan.clients[int(i)] for i in indices))
 
 
@@ -181,6 +189,10 @@ def _record(
     seconds: float,
 ) -> RoundRecord:
     examples = sum(u.examples for u in valid)
+
+    def mean(metric: str) -> float:
+        return sum(u.metrics.get(metric, 0.0) * u.examples for u in valid) / examples if examples else math.nan
+
     reported = {update.client: update.travelled for update in updates if update.travelled}
     down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
     up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
@@ -190,12 +202,12 @@ def _record(
         sampled=list(info.sampled),
         examples=examples,
         steps=sum(u.steps for u in valid),
-        loss=sum(u.metrics.get("loss", 0.0) * u.examples for u in valid) / examples,
+        loss=mean("loss"),
         bytes_down=sum_groups(down),
         bytes_up=sum_groups(up),
         refused=refused,
         seconds=seconds,
-        padding=sum(u.metrics.get("padding", 0.0) * u.examples for u in valid) / examples,
+        padding=mean("padding") if examples else 0.0,
         kept=dict(combined.kept),
         privacy=dict(combined.privacy),
     )

@@ -1,10 +1,10 @@
-"""The groups of tensors that an algorithm sends, observed in three rounds of toy clients."""
+"""What an algorithm sends and what its clients remember, observed in rounds of toy clients."""
 
 from __future__ import annotations
 
 from fedmllm.algorithms.base import Algorithm
 from fedmllm.algorithms.factors import is_a, is_b
-from fedmllm.algorithms.toy_federation import run_rounds
+from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, train_round
 from fedmllm.tensors import State
 
 
@@ -27,3 +27,10 @@ def traffic_of(algorithm: Algorithm) -> dict[str, list[str]]:
             down |= _groups_in(algorithm.message(state, update.client, info))
             up |= _groups_in(update.groups)
     return {"down": sorted(down), "up": sorted(up)}
+
+
+def keeps_memory(algorithm: Algorithm) -> bool:
+    """Whether clients remember anything after their first round."""
+    memories: dict[int, State] = {}
+    train_round(algorithm, algorithm.init(lora_adapter()), memories, round_info(sampled=CLIENTS))
+    return any(tensors for memory in memories.values() for tensors in memory.values())

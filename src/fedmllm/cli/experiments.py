@@ -99,6 +99,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "bytes_down": down,
         "bytes_up": up,
         "caches_features": session.model.caches,
+        "privacy_spent": parts.mechanism.to_json(parts.mechanism.rounds) if parts.mechanism else None,
     }
     if as_json:
         print_json(summary)
@@ -112,6 +113,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     show(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
     for line in shares_lines(shares):
         show(line)
+    if parts.mechanism:
+        show(f"privacy: {parts.mechanism.summary()}")
 
 
 def partition(

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
 from fedmllm.algorithms.combining import Robust
 from fedmllm.algorithms.factors import modules
+from fedmllm.algorithms.traffic import keeps_memory
 from fedmllm.attacks.settings import Attack
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
+from fedmllm.privacy.settings import UserLevel
 from fedmllm.secure.fixed import FixedPoint
 from fedmllm.secure.settings import Pairwise
 from fedmllm.tensors import Tensors
@@ -171,3 +173,56 @@ def _without_robust(config: Experiment, algorithm: Algorithm, robust: Robust) ->
         remedy = f"raise it or {robust.instead}"
         return f"needs {robust.least} updates a round with these settings, and train.clients_per_round = {clients}; {remedy}"
     return ""
+
+
+def check_privacy(config: Experiment, algorithm: Algorithm, privacy: UserLevel) -> None:
+    """The figure ε must cover all that the model learns from a client, and the accountant needs its library."""
+    if reason := _not_covered(config, algorithm, privacy):
+        raise ConfigError(f"privacy.name: {config.privacy.name!r} cannot be promised, because {reason}.")
+    if not find_spec("dp_accounting"):
+        raise ConfigError(f'privacy.name: {config.privacy.name!r} needs its accountant; run pip install "fedmllm[privacy]".')
+
+
+def _not_covered(config: Experiment, algorithm: Algorithm, privacy: UserLevel) -> str:
+    """Why ε would not hold, and what to do; empty if it does."""
+    clients, name = config.partition.clients, config.algorithm.name
+    if config.secure.name != "none":
+        return (
+            f"secure.name = {config.secure.name!r} hides the single updates, which the server must clip, and adds no noise "
+            'of its own; set it to "none"'
+        )
+    if config.robust.name != "none":
+        return (
+            f"robust.name = {config.robust.name!r} chooses among updates, so that one client changes what the others count; "
+            'set it to "none" (the clip bounds each client as well)'
+        )
+    if config.compression.name != "none":
+        return f'compression.name = {config.compression.name!r} cannot pack the noisy mean; set it to "none"'
+    if any(config.rank_of(client) != config.model.lora.rank for client in range(clients)):
+        return "clients.rank gives clients unequal ranks, which may tell how much data they hold; leave it out"
+    if reason := _lets_data_pass(algorithm):
+        candidates = {n: algorithms.build(n, {}) for n in algorithms.names()}
+        capable = ", ".join(n for n, candidate in candidates.items() if not _lets_data_pass(candidate))
+        return f"algorithm.name = {name!r} {reason}; choose one of {capable}"
+    if config.fleet.name == "flower":
+        return (
+            'fleet.name = "flower" tells every site which others take part in a round, and ε holds only while nobody knows; '
+            'set it to "in-process" or "ray"'
+        )
+    if config.train.min_updates > 1:
+        return f"train.min_updates = {config.train.min_updates} ends the run if few clients take part; leave it out"
+    if privacy.delta >= 1 / clients:
+        return (
+            f"privacy.delta = {privacy.delta} is not below 1 / {clients} clients, so that one client's data could be published "
+            "as they are; lower it"
+        )
+    return ""
+
+
+def _lets_data_pass(algorithm: Algorithm) -> str:
+    """Which data of clients the algorithm lets pass without noise; empty if none."""
+    if algorithm.personal:
+        return "leaves part of every model with its client, without noise"
+    if algorithm.averages is None or algorithm.summed != ("adapter",):
+        return "uses more of the updates than the mean of the adapters, to which noise is added"
+    return "lets clients remember earlier rounds, which no clip bounds" if keeps_memory(algorithm) else ""

@@ -21,13 +21,15 @@ from fedmllm.evaluation.judges import Judge, judges
 from fedmllm.experiment.compatibility import (
     check_adapter_kind,
     check_attack,
+    check_privacy,
     check_ranks,
     check_robust,
     check_secure,
     check_sites,
 )
 from fedmllm.fleets.options import FleetOptions, fleets
-from fedmllm.privacy.settings import privacies
+from fedmllm.privacy.settings import UserLevel, privacies
+from fedmllm.privacy.user_level import Mechanism
 from fedmllm.registry import Registry
 from fedmllm.secure.settings import Pairwise, secures
 
@@ -53,8 +55,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
 class Parts:
     """Everything that an experiment names, built. `config` has all defaults filled in; `transfer` has the tasks of
     `eval.transfer` by name; `algorithm` is wrapped in its regularisation and compression; `secure` is None if updates travel
-    in the clear, `robust` None if the algorithm's own mean is taken, `attack` None if every client is honest, `judge` None if
-    there is none."""
+    in the clear, `robust` None if the algorithm's own mean is taken, `privacy` None if no noise is added, `attack` None if
+    every client is honest, `judge` None if there is none."""
 
     config: Experiment
     source: Source
@@ -65,9 +67,21 @@ class Parts:
     algorithm: Algorithm
     secure: Pairwise | None
     robust: Robust | None
+    privacy: UserLevel | None
     attack: Attack | None
     judge: Judge | None
     fleet: FleetOptions
+
+    @cached_property
+    def mechanism(self) -> Mechanism | None:
+        """What the run does for privacy, None if nothing. Raises ConfigError if the budget does not suffice for a round."""
+        if self.privacy is None:
+            return None
+        clients, train = self.config.partition.clients, self.config.train
+        try:
+            return Mechanism.plan(self.privacy, clients, train.clients_per_round, train.rounds)
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
 
     def read_splits(self) -> list[LoadedSplit]:
         """Read the splits that the experiment uses. Raises ConfigError or DataError if one cannot be read at all."""
@@ -125,6 +139,9 @@ def build(config: Experiment) -> Parts:
     robust = robusts.build(config.robust.name, config.robust.options)
     if robust is not None:
         check_robust(config, algorithm, robust)
+    privacy = privacies.build(config.privacy.name, config.privacy.options)
+    if privacy is not None:
+        check_privacy(config, algorithm, privacy)
     attack = attacks.build(config.attack.name, config.attack.options)
     if attack is not None:
         check_attack(config, attack)
@@ -132,9 +149,8 @@ def build(config: Experiment) -> Parts:
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
-    return Parts(
-        config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, secure, robust, attack, judge, fleet
-    )
+    wrappers = (secure, robust, privacy, attack)
+    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
 
 
 def build_algorithm(config: Experiment) -> Algorithm:

@@ -55,11 +55,13 @@ class GridRow:
     patterns: Mapping[str, Spread] = field(default_factory=dict)
     transfer: Mapping[str, TransferScore] = field(default_factory=dict)
     worst_decile: Spread = NO_SPREAD
+    epsilon: float | None = None
+    """The largest ε that a run spent, if all of them spent a known one."""
 
     def to_json(self) -> dict[str, Any]:
         names = ["axes", "kind", "ids", "scores", "missing", "seconds", "bytes"]
         names += ["metric", "pattern", "algorithm", "scenario"] if self.ids else []
-        names += ["ceiling"] if self.ceiling else []
+        names += [name for name in ("ceiling", "epsilon") if getattr(self, name)]
         return {
             **{name: getattr(self, name) for name in names},
             **self.spread.to_json(),
@@ -111,7 +113,8 @@ def row_score(row: GridRow | None) -> str:
     """The printed score of a row, or a dash if the grid has no such cell."""
     if row and row.ids and not row.scores:
         return NO_SAMPLES
-    return score(row.spread, row.missing) if row else UNKNOWN
+    spent = f" (ε = {row.epsilon:.3g})" if row and row.epsilon else ""
+    return score(row.spread, row.missing) + spent if row else UNKNOWN
 
 
 def unit_name(entry: Mapping[str, Any]) -> str:
@@ -181,6 +184,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         for task, values in result.get("transfer", {}).items():
             transfer.setdefault(task, []).append(values)
     scores = [values[metric] for values in metrics.get(pattern, [])]
+    spent = [(result.get("privacy_spent") or {}).get("epsilon") for result in results]
     # Cells of the other kinds share runs, so the clients of those runs are not this cell's.
     worst = [result.get("clients", {}).get("worst_decile") for result in results] if kind in ("federated", "local") else []
     return {
@@ -195,6 +199,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "patterns": {name: Spread.of([v.get(metric) for v in of_runs]) for name, of_runs in metrics.items()},
         "transfer": {task: _transfer_score(of_runs, pattern) for task, of_runs in transfer.items()},
         "worst_decile": Spread.of(worst),
+        "epsilon": max((float(value) for value in spent if value is not None), default=None) if all(spent) else None,
     }
 
 

@@ -52,7 +52,9 @@ _WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "at
 
 def _method(result: Mapping[str, Any]) -> str:
     wrappers = [result.get(key, "none") for key in _WRAPPERS]
-    return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none")])
+    epsilon = (result.get("privacy_spent") or {}).get("epsilon")
+    spent = [] if epsilon is None else [f"ε = {epsilon:.3g}"]
+    return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none"), *spent])
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:

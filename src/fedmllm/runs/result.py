@@ -41,6 +41,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
     companion = f"+{config.task.companion.name}" if config.task.companion else ""
     metrics = evaluator.summarise(models, judged=config.judge.name != "none")
     scores = client_scores(manifest, metrics, outcome.rows, evaluator.metric)
+    mechanism = session.parts.mechanism if run.kind == "federated" else None
     seen = (session.pooled.manifest, aligned()) if run.kind == "centralised" else (manifest, session.parts.scenario)
     return {
         "schema": SCHEMA,
@@ -56,6 +57,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "robust": config.robust.name,
         "privacy": config.privacy.name,
         "attack": config.attack.name,
+        "privacy_spent": mechanism.to_json(len(records)) if mechanism else None,
         "prompt": config.prompt.name,
         "model": config.model.name,
         "adapter": config.model.adapter.kind,

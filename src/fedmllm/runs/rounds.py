@@ -16,6 +16,7 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.models.encoded import Encoded
+from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
@@ -44,8 +45,13 @@ def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients, config = range(session.dataset.manifest.clients), session.config
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
-    robust = session.parts.robust
-    plan = replace(plan, remedy=smaller_steps(config), combine=robust.combine if robust else None)
+    plan = replace(plan, remedy=smaller_steps(config))
+    if (mechanism := session.parts.mechanism) is not None:
+        # Whether an update counts must not depend on the others, nor a round's end on how many clients take part.
+        private = replace(plan, rounds=mechanism.rounds, poisson=True, min_updates=0, max_norm_ratio=0.0)
+        return replace(private, combine=NoisyMean(mechanism, config.seed))
+    if (robust := session.parts.robust) is not None:
+        plan = replace(plan, combine=robust.combine)
     if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
         return replace(plan, max_norm_ratio=0.0)
     return replace(plan, declared=[config.train.epochs * size for size in session.dataset.manifest.sizes()])
@@ -98,6 +104,11 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     """
     if kind == "federated":
         check_secure_backend(session, backend)
+        if (mechanism := session.parts.mechanism) is not None:
+            session.progress("privacy", 0, 0, mechanism.summary())
+            if mechanism.rounds < session.config.train.rounds:
+                spent = f"the budget ends after {mechanism.rounds} of {session.config.train.rounds} rounds, and so does the run"
+                session.progress("note", 0, 0, spent)
     run = Run(kind, session, directory, backend if kind == "federated" else IN_PROCESS, Evaluator(session, directory))
     began = time.monotonic()
     session.transfer  # noqa: B018 (read and encoded now)
