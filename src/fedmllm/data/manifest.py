@@ -231,6 +231,8 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
         ordered = [s for s in ordered if scenario.keeps(s, stream(seed, "visible", s.id))]
     try:
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
+        seen = scenario.seen(ordered, clients, stream(seed, "scenario", "rates"))
+        then = [part.seen(ordered, clients, stream(seed, "scenario", i)) for i, part in enumerate(scenario.then)]
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
     there = frozenset[Modality]().union(*(s.modalities for s in ordered))
@@ -245,11 +247,13 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
     image, text = np.zeros((2, len(ordered)), dtype=np.bool_)
     for index, (sample, client) in enumerate(zip(ordered, owner.tolist(), strict=True)):
         rng = stream(seed, "visible", sample.id)
-        present = scenario.visible(sample, client, rng)
+        present = seen(sample, client, rng)
         own = has[client] or frozenset((MODALITIES[int(rng.integers(2))],))  # a client without modalities tosses a coin
         visible = present & own
         if present and not visible:  # it was to see the very modality that the sample lost or never had
             visible = sample.modalities & has[client] or present
+        for number, part in enumerate(then):
+            visible = visible & part(sample.showing(visible), client, stream(seed, "visible", number, sample.id))
         image[index], text[index] = "image" in visible, "text" in visible
     by_client = np.argsort(owner, kind="stable")  # and by id within a client, because `ordered` is sorted by id
     ids = pa.array([s.id for s in ordered], pa.string()).take(by_client)

@@ -64,6 +64,12 @@ class Sample:
         """The modalities of the sample itself, before a scenario removes any."""
         return frozenset(m for m in MODALITIES if getattr(self, m) is not None)
 
+    def showing(self, modalities: frozenset[Modality]) -> Sample:
+        """The sample without its other modalities."""
+        if self.modalities <= modalities:
+            return self
+        return replace(self, **{m: None for m in MODALITIES if m not in modalities})
+
     @property
     def is_closed(self) -> bool:
         """Whether its score counts among the closed questions. Without choices, the model still answers freely."""
