@@ -68,7 +68,8 @@ class Sample:
         """The sample without its other modalities."""
         if self.modalities <= modalities:
             return self
-        return replace(self, **{m: None for m in MODALITIES if m not in modalities})
+        image, text = (self.image if "image" in modalities else None), (self.text if "text" in modalities else None)
+        return replace(self, image=image, text=text)
 
     @property
     def is_closed(self) -> bool:

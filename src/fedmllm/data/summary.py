@@ -123,10 +123,9 @@ def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] |
     if len(classes) < 2:
         return None
     column_of = {sample.id: classes[sample.label] for sample in samples}
-    counts = np.zeros((4, len(classes)))
-    columns = [column_of[sample_id] for sample_id in manifest.ids.to_pylist()]
-    np.add.at(counts, (2 * manifest.image + manifest.text, columns), 1)
-    joint = counts / len(manifest)
+    columns = np.array([column_of[sample_id] for sample_id in manifest.ids.to_pylist()], dtype=np.int64)
+    cells = (2 * manifest.image + manifest.text) * len(classes) + columns
+    joint = np.bincount(cells, minlength=4 * len(classes)).reshape(4, -1) / len(manifest)
     by_pattern, by_class = (float(entropy(joint.sum(axis=axis))) for axis in (1, 0))
     information = (by_pattern + by_class - float(entropy(joint.ravel()))) / by_class if by_class else 0.0
     figures = {"majority": joint.sum(axis=0).max(), "accuracy": joint.max(axis=1).sum(), "information": max(information, 0.0)}
