@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,8 @@ from fedmllm.data.manifest import Holding, Manifest, draw
 from fedmllm.data.manifest_page import draw_manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
-from fedmllm.data.scenarios import scenarios
+from fedmllm.data.scenarios import BOTH, TEXT, Change, scenarios
+from fedmllm.data.schedule import Schedule
 from helpers import mixed, sample
 
 BAR = re.compile(r'width="([\d.]+)%" height="17" fill="(#\w+)"><title>client (\d+), (.+?): (\d+) samples</title>')
@@ -110,3 +112,19 @@ def test_the_legend_has_only_used_names_and_the_number_of_clients_is_limited() -
     assert re.findall(r"</i>([^<]+)</span>", html) == ["image", "l"]
     assert "on 600 clients; the first 500 are drawn;" in html
     assert len(bars(html)) == 2 * 500
+
+
+def test_drift_is_drawn_over_the_rounds() -> None:
+    manifest = replace(
+        Manifest.of([Holding("a", 0, BOTH), Holding("b", 1, BOTH)], 2),
+        schedule=Schedule.of([Change(1, 3, TEXT), Change(1, 4, BOTH)], 8),
+    )
+    page = draw_manifest(manifest, [Sample("a", "q", "x", label="1"), Sample("b", "q", "x", label="2")], "drift")
+    assert "<title>client 0, rounds 0 to 7: both</title>" in page
+    assert all(
+        f"<title>client 1, {rounds}</title>" in page
+        for rounds in ("rounds 0 to 2: both", "round 3: text", "rounds 4 to 7: both")
+    )
+    assert "round by round" not in draw_manifest(
+        replace(manifest, schedule=Schedule()), [Sample("a", "q", "x"), Sample("b", "q", "x")], "still"
+    )

@@ -173,5 +173,6 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
             f"partition.name = {config.partition.name!r} keeps the samples of one source together, and no training sample "
             'names one; add it to the data (the key or the option "source"), or choose another partition.'
         )
-    manifest = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
+    clients, least, rounds = config.partition.clients, config.partition.min_samples, config.train.rounds
+    manifest = manifests.draw(samples, deal, scenario, clients, least, config.seed, rounds)
     return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)))

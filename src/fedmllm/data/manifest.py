@@ -21,6 +21,7 @@ from fedmllm.data.min_samples import ensure_minimum
 from fedmllm.data.partitions import Deal, GroupedDeal
 from fedmllm.data.samples import MODALITIES, Modality, Sample
 from fedmllm.data.scenarios import Modalities, Scenario
+from fedmllm.data.schedule import NOTHING_CHANGES, Schedule
 from fedmllm.errors import DataError
 from fedmllm.rng import stream
 from fedmllm.storage.atomic import write_atomically
@@ -63,6 +64,8 @@ class Manifest:
     text: NDArray[np.bool_]
     clients: int
     """The number of clients, some of which may hold nothing."""
+    schedule: Schedule = NOTHING_CHANGES
+    """What clients may see of it in each round, if that changes."""
 
     @classmethod
     def of(cls, holdings: Iterable[Holding], clients: int) -> Manifest:
@@ -86,7 +89,7 @@ class Manifest:
         if not isinstance(other, Manifest):
             return NotImplemented
         columns = ((self.owner, other.owner), (self.image, other.image), (self.text, other.text))
-        same = self.clients == other.clients and self.ids.equals(other.ids)
+        same = (self.clients, self.schedule) == (other.clients, other.schedule) and self.ids.equals(other.ids)
         return bool(same) and all(np.array_equal(a, b) for a, b in columns)
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[str, int, bool, bool]]:
@@ -103,6 +106,12 @@ class Manifest:
     def of_client(self, client: int) -> list[Holding]:
         start, stop = np.searchsorted(self.owner, (client, client + 1)).tolist()
         return list(self._holdings(start, stop))
+
+    def at(self, number: int) -> Manifest:
+        """What clients see in this round of the schedule, as a manifest that does not change."""
+        seen = [self.schedule.visible(client, number) for client in range(self.clients)]
+        image, text = (np.array([m in has for has in seen], dtype=np.bool_)[self.owner] for m in MODALITIES)
+        return Manifest(self.ids, self.owner, self.image & image, self.text & text, self.clients)
 
     def counts(self) -> NDArray[np.int64]:
         """(clients, 3): the number of samples that each client holds, of visible images, and of visible texts."""
@@ -128,11 +137,13 @@ class Manifest:
         sha = hashlib.sha256()
         for sample_id, client, image, text in self._rows(0, len(self)):
             sha.update(f"{sample_id}\t{client}\t{_DIGESTED[image, text]}\n".encode())
+        sha.update(self.schedule.to_json().encode())
         return sha.hexdigest()
 
     def write(self, path: Path) -> None:
         table = pa.table([self.ids, self.owner, self.image, self.text], schema=SCHEMA)
-        table = table.replace_schema_metadata({"clients": str(self.clients), "digest": self.digest()})
+        drift = {"schedule": self.schedule.to_json()} if self.schedule.changes else {}
+        table = table.replace_schema_metadata({"clients": str(self.clients), "digest": self.digest(), **drift})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         write_atomically(path, buffer.getvalue())
@@ -152,7 +163,8 @@ def read(path: Path) -> Manifest:
             raise DataError(f"{path}: is not a manifest; its columns must be {', '.join(SCHEMA.names)}.")
         columns = [column.combine_chunks() for column in table.cast(SCHEMA).columns]
         owner, image, text = (column.to_numpy(zero_copy_only=False) for column in columns[1:])
-        manifest = Manifest(columns[0], owner, image, text, int(metadata[b"clients"]))
+        schedule = Schedule.of_json(metadata.get(b"schedule", b"").decode())
+        manifest = Manifest(columns[0], owner, image, text, int(metadata[b"clients"]), schedule)
         # Unsorted rows also mean that the file was changed, and `of_client` would not find the rows of a client.
         intact = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
         intact = intact and manifest.digest() == metadata[b"digest"].decode()
@@ -218,8 +230,10 @@ def _assign(samples: Sequence[Sample], deal: Deal, has: Sequence[Modalities], mi
     )
 
 
-def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int, min_samples: int, seed: int) -> Manifest:
-    """Draw which client holds each sample and which of its modalities the client sees.
+def draw(
+    samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int, min_samples: int, seed: int, rounds: int = 1
+) -> Manifest:
+    """Draw which client holds each sample and which of its modalities the client sees, in each of the rounds if that changes.
 
     Samples are distributed in pools of equal modalities, each pool over the clients that have at least one of them: a
     text-only question goes to a client that has text. A client without any modality (see `Scenario.coin_per_sample`) may hold
@@ -233,6 +247,7 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
         has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
         seen = scenario.seen(ordered, clients, stream(seed, "scenario", "rates"))
         then = [part.seen(ordered, clients, stream(seed, "scenario", i)) for i, part in enumerate(scenario.then)]
+        changes = scenario.changes(clients, rounds, stream(seed, "scenario", "changes")) if scenario.changes else ()
     except ValueError as error:
         raise DataError(f"scenario: {error}; change it or partition.clients.") from None
     there = frozenset[Modality]().union(*(s.modalities for s in ordered))
@@ -257,4 +272,5 @@ def draw(samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int
         image[index], text[index] = "image" in visible, "text" in visible
     by_client = np.argsort(owner, kind="stable")  # and by id within a client, because `ordered` is sorted by id
     ids = pa.array([s.id for s in ordered], pa.string()).take(by_client)
-    return Manifest(ids, owner[by_client].astype(np.int32), image[by_client], text[by_client], clients)
+    columns = (owner[by_client].astype(np.int32), image[by_client], text[by_client])
+    return Manifest(ids, *columns, clients, Schedule.of(changes, rounds))

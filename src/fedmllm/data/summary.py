@@ -95,16 +95,20 @@ def client_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Scenario) -> dict[str, Any]:
-    """How often the clients' samples show both modalities, the image only, the text only, and none: the effective rates.
+    """How often the clients' samples show both modalities, the image only, the text only, and none: the effective rates, over
+    all rounds if they change.
 
     {"drawn": {both, image, text, none: share of the manifest's samples}, "expected": the same over all draws of the scenario
     for these samples, None if it is not known, "dropped": the number of `samples` that no client holds, "absence": what these
     four patterns say about the class (`absence`)}. `samples` is empty if they are elsewhere.
     """
-    drawn = dict(zip(PATTERNS, manifest.patterns().sum(axis=0).tolist(), strict=True))
+    phases = [
+        (manifest.at(start) if manifest.schedule.changes else manifest, length) for start, length in manifest.schedule.phases()
+    ]
+    drawn = dict(zip(PATTERNS, sum(m.patterns().sum(axis=0) * length for m, length in phases).tolist(), strict=True))
     dropped = len(samples) - len(manifest) if samples else 0
     expected = None
-    if samples and scenario.expected is not None:
+    if samples and scenario.expected is not None and not manifest.schedule.changes:
         totals = dict.fromkeys(PATTERNS.values(), 0.0)
         for kind, count in Counter(s.modalities for s in samples).items():
             for visible, probability in scenario.expected(kind, manifest.clients).items():

@@ -68,8 +68,9 @@ class InProcessFleet:
 
     def _prepare(self, client: int, info: RoundInfo, message: State) -> tuple[Tensors, Work, Finish]:
         """The client's fold, its training, and what turns the result into its update and its new memory."""
-        context, data = self._context, self._context.data[client]
-        info = replace(info, client=ClientInfo(client, context.gaps[client]))
+        context = self._context
+        data, gap = context.in_round(client, info) if context.in_round else (context.data[client], context.gaps[client])
+        info = replace(info, client=ClientInfo(client, gap))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)

@@ -103,4 +103,6 @@ class SiteExperiment:
         context = FleetContext(
             session.model, self.algorithm, session.clients, train, session.initial, session.gaps, memory, self._cohort
         )
+        if session.clients.manifest.schedule.changes:
+            context = replace(context, in_round=session.clients.in_round)
         return InProcessFleet(context)

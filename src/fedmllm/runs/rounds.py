@@ -128,6 +128,8 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[En
     session, backend = run.session, run.backend
     memory, train = run.directory.checkpoint / "clients", session.config.train
     context = FleetContext(session.model, algorithm, clients, train, session.initial, session.gaps, memory, run.cohort)
+    if clients is session.clients and session.clients.manifest.schedule.changes:
+        context = replace(context, in_round=session.clients.in_round)
     run_id = run.directory.meta().get("run_id", session.config.digest())
     if not backend.local:
         context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
@@ -14,6 +15,7 @@ from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
 from fedmllm.data.samples import Problem, Split
+from fedmllm.data.scenarios import BOTH, Modalities
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
@@ -34,6 +36,7 @@ class ClientData(Mapping[int, list[Encoded]]):
         self.manifest = manifest
         self._encode = encode
         self._encoded: dict[int, list[Encoded]] = {}
+        self._in_phase: dict[tuple[int, Modalities], tuple[list[Encoded], float]] = {}
 
     def __getitem__(self, client: int) -> list[Encoded]:
         if client not in self:
@@ -41,6 +44,16 @@ class ClientData(Mapping[int, list[Encoded]]):
         if client not in self._encoded:
             self._encoded[client] = self._encode(self.manifest.of_client(client))
         return self._encoded[client]
+
+    def in_round(self, client: int, info: RoundInfo) -> tuple[list[Encoded], float]:
+        """The client's samples as it sees them in a round of a scenario that changes, and the share of its modality slots that
+        are then empty."""
+        seen = self.manifest.schedule.visible(client, info.round, info.rounds)
+        if (client, seen) not in self._in_phase:
+            holdings = [replace(h, visible=h.visible & seen) for h in self.manifest.of_client(client)]
+            limited = Manifest.of(holdings, self.manifest.clients)
+            self._in_phase[client, seen] = (self[client] if seen == BOTH else self._encode(holdings)), gaps(limited)[client]
+        return self._in_phase[client, seen]
 
     def __contains__(self, client: object) -> bool:
         return isinstance(client, int) and 0 <= client < self.manifest.clients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,14 @@ def see_all(sample: Sample, client: int, rng: np.random.Generator) -> Modalities
     return sample.modalities
 
 
+class Change(NamedTuple):
+    """From `round` on, until its next change, the client sees no modalities but these."""
+
+    client: int
+    round: int
+    modalities: Modalities
+
+
 @dataclass(frozen=True)
 class Scenario:
     """How modalities are missing, on clients and in samples."""
@@ -69,6 +78,9 @@ class Scenario:
     expected: Callable[[Modalities, int], Shares] | None = None
     """(modalities of a sample, number of clients) -> the probability that it shows each subset of them, over all draws of
     clients and samples; what is missing to 1 is the probability that no client holds it. None if it is not known."""
+    changes: Callable[[int, int, np.random.Generator], Sequence[Change]] | None = None
+    """(number of clients, number of rounds, generator) -> what clients may see from which round on, in any order. Before its
+    first change, a client sees all that the rest of the scenario shows. Raises ValueError for numbers that do not suit."""
     then: tuple[Scenario, ...] = ()
     """Scenarios that are laid over this one (see `composed`)."""
 
@@ -104,8 +116,18 @@ def composed(first: Scenario, then: Sequence[tuple[str, Scenario]]) -> Scenario:
             shares = laid
         return shares
 
+    drifting = [part.changes for part in (first, *(later for _, later in then)) if part.changes is not None]
+    if len(drifting) > 1:
+        raise ValueError("two of the scenarios change over the rounds; leave one of them out")
     known = all(part.expected is not None for part in (first, *(later for _, later in then)))
-    return replace(first, clients=clients, expected=expected if known else None, then=tuple(later for _, later in then))
+    laid_over = tuple(later for _, later in then)
+    return replace(
+        first,
+        clients=clients,
+        expected=expected if known else None,
+        changes=drifting[0] if drifting else None,
+        then=laid_over,
+    )
 
 
 scenarios: Registry[Scenario] = Registry("scenario", __name__)
