@@ -115,16 +115,12 @@ def test_the_legend_has_only_used_names_and_the_number_of_clients_is_limited() -
 
 
 def test_drift_is_drawn_over_the_rounds() -> None:
-    manifest = replace(
-        Manifest.of([Holding("a", 0, BOTH), Holding("b", 1, BOTH)], 2),
-        schedule=Schedule.of([Change(1, 3, TEXT), Change(1, 4, BOTH)], 8),
-    )
-    page = draw_manifest(manifest, [Sample("a", "q", "x", label="1"), Sample("b", "q", "x", label="2")], "drift")
-    assert "<title>client 0, rounds 0 to 7: both</title>" in page
-    assert all(
-        f"<title>client 1, {rounds}</title>" in page
-        for rounds in ("rounds 0 to 2: both", "round 3: text", "rounds 4 to 7: both")
-    )
-    assert "round by round" not in draw_manifest(
-        replace(manifest, schedule=Schedule()), [Sample("a", "q", "x"), Sample("b", "q", "x")], "still"
-    )
+    still = Manifest.of([Holding("a", 0, BOTH), Holding("b", 1, BOTH)], 2)
+    drifting = replace(still, schedule=Schedule.of([Change(1, 3, TEXT), Change(1, 4, BOTH)], 8))
+    samples = [sample("a", label="1"), sample("b", label="2")]
+    page = draw_manifest(drifting, samples, "drift")
+    for bar in (
+        "client 0, rounds 0 to 7: both", "client 1, rounds 0 to 2: both", "client 1, round 3: text", "client 1, rounds 4 to 7: both"
+    ):  # fmt: skip
+        assert f"<title>{bar}</title>" in page
+    assert "round by round" not in draw_manifest(still, samples, "still")

@@ -77,9 +77,8 @@ def _timeline(schedule: Schedule, clients: int) -> str:
             parts.append(f"<rect {box}><title>{xml_text(f'client {client}, {rounds}: {name}')}</title></rect>")
         parts.append("</g>")
     bottom = clients * _ROW_HEIGHT + 16
-    for number, anchor in ((0, "start"), (schedule.rounds, "end")):
-        x = _LONGEST_BAR * number / schedule.rounds
-        text = f'<text x="{x:.3f}%" y="{bottom}" text-anchor="{anchor}">{"first round" if not number else f"{number} rounds"}</text>'
+    for x, anchor, label in ((0, "start", "first round"), (_LONGEST_BAR, "end", f"{schedule.rounds} rounds")):
+        text = f'<text x="{x}%" y="{bottom}" text-anchor="{anchor}">{label}</text>'
         parts.append(f'<g transform="translate({_LABEL_WIDTH})">{text}</g>')
     return "".join([*parts, "</svg>"])
 
