@@ -120,7 +120,10 @@ def test_drift_is_drawn_over_the_rounds() -> None:
     samples = [sample("a", label="1"), sample("b", label="2")]
     page = draw_manifest(drifting, samples, "drift")
     for bar in (
-        "client 0, rounds 0 to 7: both", "client 1, rounds 0 to 2: both", "client 1, round 3: text", "client 1, rounds 4 to 7: both"
-    ):  # fmt: skip
+        "client 0, rounds 0 to 7: both",
+        "client 1, rounds 0 to 2: both",
+        "client 1, round 3: text",
+        "client 1, rounds 4 to 7: both",
+    ):
         assert f"<title>{bar}</title>" in page
     assert "round by round" not in draw_manifest(still, samples, "still")
