@@ -13,7 +13,8 @@ import pytest
 
 from commands import run
 from fedmllm.data import manifest as manifests
-from fedmllm.data.manifest import Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Change, Modalities, composed, scenarios
 from fedmllm.data.schedule import Schedule

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm.data import manifest as manifests
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario, scenarios

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.manifest_page import draw_manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample

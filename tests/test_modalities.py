@@ -12,7 +12,8 @@ import pytest
 
 from commands import call, run
 from fedmllm.data import manifest as manifests
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Scenario, scenarios

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedmllm.config import validate
-from fedmllm.data.manifest import Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Scenario, composed, scenarios

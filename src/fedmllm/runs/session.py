@@ -9,12 +9,13 @@ from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
+from fedmllm.data.corruptions import corrupted
 from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samples
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
-from fedmllm.data.samples import Problem, Split
+from fedmllm.data.samples import Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, Modalities
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
@@ -117,7 +118,7 @@ class Session:
         encoded: list[Encoded] = []
         problems: dict[str, Problem] = {}
         for holding in holdings:
-            sample = self._samples[holding.sample_id]
+            sample = self._seen(holding)
             talk = render(sample, holding.visible, self.parts.strategy)
             try:
                 encoded.append(self.model.encode_one(talk, sample.image, self.config.train.max_length))
@@ -128,6 +129,17 @@ class Session:
             refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
         self._refused |= problems
         return encoded
+
+    def _seen(self, holding: Holding) -> Sample:
+        """The sample as bad as its client sees it."""
+        sample = self._samples[holding.sample_id]
+        for modality, kind, severity in holding.noise:
+            sample = corrupted(sample, modality, kind, severity, self.config.seed, self._texts)
+        return sample
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [sample.text for sample in self.dataset.train if sample.text]
 
     @property
     def problems(self) -> dict[Split, list[Problem]]:
@@ -153,7 +165,7 @@ class Session:
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
-            shown = (self._samples[holding.sample_id].image for holding in manifest if "image" in holding.visible)
+            shown = (self._seen(holding).image for holding in manifest if "image" in holding.visible)
             self.model.register_pictures(image for image in shown if image is not None)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()

@@ -49,6 +49,10 @@ def see_all(sample: Sample, client: int, rng: np.random.Generator) -> Modalities
     return sample.modalities
 
 
+Noise = tuple[tuple[Modality, str, int], ...]
+"""(modality, kind of corruption, severity) of what is visible of a sample and bad (`data.corruptions`)."""
+
+
 class Change(NamedTuple):
     """From `round` on, until its next change, the client sees no modalities but these."""
 
@@ -78,6 +82,8 @@ class Scenario:
     expected: Callable[[Modalities, int], Shares] | None = None
     """(modalities of a sample, number of clients) -> the probability that it shows each subset of them, over all draws of
     clients and samples; what is missing to 1 is the probability that no client holds it. None if it is not known."""
+    noise: Callable[[Sample, Modalities, np.random.Generator], Noise] | None = None
+    """(sample, what the client sees of it, a generator of the sample's own) -> how bad that is. By default nothing is bad."""
     changes: Callable[[int, int, np.random.Generator], Sequence[Change]] | None = None
     """(number of clients, number of rounds, generator) -> what clients may see from which round on, in any order. Before its
     first change, a client sees all that the rest of the scenario shows. Raises ValueError for numbers that do not suit."""
@@ -116,6 +122,9 @@ def composed(first: Scenario, then: Sequence[tuple[str, Scenario]]) -> Scenario:
             shares = laid
         return shares
 
+    noises = [part.noise for part in (first, *(later for _, later in then)) if part.noise is not None]
+    if len(noises) > 1:
+        raise ValueError("two of the scenarios corrupt samples; leave one of them out")
     drifting = [part.changes for part in (first, *(later for _, later in then)) if part.changes is not None]
     if len(drifting) > 1:
         raise ValueError("two of the scenarios change over the rounds; leave one of them out")
@@ -125,6 +134,7 @@ def composed(first: Scenario, then: Sequence[tuple[str, Scenario]]) -> Scenario:
         first,
         clients=clients,
         expected=expected if known else None,
+        noise=noises[0] if noises else None,
         changes=drifting[0] if drifting else None,
         then=laid_over,
     )

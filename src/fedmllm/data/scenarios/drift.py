@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 
 from fedmllm.data.samples import MODALITIES
-from fedmllm.data.scenarios import BOTH, NONE, Change, Modalities, Scenario, count_or_share, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Change, Modalities, Scenario, count_or_share, scenarios
 
-_NAMED = {"both": BOTH, "none": NONE, **{m: frozenset((m,)) for m in MODALITIES}}
+_NAMED: dict[str, Modalities] = {"both": BOTH, "none": NONE, "image": IMAGE, "text": TEXT}
 
 
 def _change(entry: Sequence[int | str]) -> Change:
