@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.manifest_page import draw_manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
-from fedmllm.data.scenarios import scenarios
+from fedmllm.data.scenarios import BOTH, TEXT, Change, scenarios
+from fedmllm.data.schedule import Schedule
 from helpers import mixed, sample
 
 BAR = re.compile(r'width="([\d.]+)%" height="17" fill="(#\w+)"><title>client (\d+), (.+?): (\d+) samples</title>')
@@ -110,3 +113,18 @@ def test_the_legend_has_only_used_names_and_the_number_of_clients_is_limited() -
     assert re.findall(r"</i>([^<]+)</span>", html) == ["image", "l"]
     assert "on 600 clients; the first 500 are drawn;" in html
     assert len(bars(html)) == 2 * 500
+
+
+def test_drift_is_drawn_over_the_rounds() -> None:
+    still = Manifest.of([Holding("a", 0, BOTH), Holding("b", 1, BOTH)], 2)
+    drifting = replace(still, schedule=Schedule.of([Change(1, 3, TEXT), Change(1, 4, BOTH)], 8))
+    samples = [sample("a", label="1"), sample("b", label="2")]
+    page = draw_manifest(drifting, samples, "drift")
+    for bar in (
+        "client 0, rounds 0 to 7: both",
+        "client 1, rounds 0 to 2: both",
+        "client 1, round 3: text",
+        "client 1, rounds 4 to 7: both",
+    ):
+        assert f"<title>{bar}</title>" in page
+    assert "round by round" not in draw_manifest(still, samples, "still")

@@ -12,7 +12,8 @@ import pytest
 
 from commands import call, run
 from fedmllm.data import manifest as manifests
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Scenario, scenarios
@@ -83,7 +84,7 @@ def test_shares_by_hand() -> None:
     samples = [sample(sample_id) for sample_id in "abcdefg"]
     unknown = Scenario(clients=lambda number, rng: [BOTH] * number)
     found = modality_shares(Manifest.of(held, 3), samples, unknown)
-    assert found == {"drawn": shares(0.2, 0.2, 0.4, 0.2), "expected": None, "dropped": 2}
+    assert found == {"drawn": shares(0.2, 0.2, 0.4, 0.2), "expected": None, "dropped": 2, "absence": None}
     assert list(shares_lines(found)) == [
         "clients' samples, as drawn: 20.0 % with image and text, 20.0 % with image only, 40.0 % with text only, "
         "20.0 % with neither",
@@ -93,7 +94,7 @@ def test_shares_by_hand() -> None:
 
 def test_samples_that_are_elsewhere_are_not_missed() -> None:
     found = modality_shares(Manifest.of([Holding("site/0", 0, IMAGE)], 1), [], scenarios.build("missing", {}))
-    assert found == {"drawn": shares(image=1), "expected": None, "dropped": 0}
+    assert found == {"drawn": shares(image=1), "expected": None, "dropped": 0, "absence": None}
 
 
 def test_check_and_partition_say_the_rates(write_experiment: Write) -> None:
@@ -120,6 +121,8 @@ def test_the_result_has_the_rates_and_an_older_version_is_understood(write_exper
     result = run("run", file, "--out", "a")
     assert result["modalities"] == run("partition", file, "--out", "m.parquet")["modalities"]
     centralised = run("baseline", "centralised", file, "--out", "c")
+    absence = {"majority": 1 / 3, "accuracy": 1 / 3, "information": 0.0}
+    assert centralised["modalities"].pop("absence") == pytest.approx(absence, abs=1e-6)
     assert centralised["modalities"] == {"drawn": shares(0.6, 0.2, 0.2), "expected": shares(0.6, 0.2, 0.2), "dropped": 0}
 
     folder = RunDir(Path("a"))

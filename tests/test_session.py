@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from commands import call, run
 from fedmllm.algorithms import algorithms
 from fedmllm.config import TrainTable, read, validate
-from fedmllm.data.manifest import Holding, Manifest, draw
+from fedmllm.data.dealing import draw
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Modality, Sample
 from fedmllm.data.scenarios import scenarios

@@ -34,10 +34,12 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1."""
+    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1; `sees`
+    are the modalities that any of its samples shows."""
 
     client: int
     gap: float
+    sees: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
 
 LR = 0.1
 CLIENTS = (0, 1, 3)
+_SEES = (frozenset(("image", "text")), frozenset(("image",)), frozenset(("text",)), frozenset[str]())
+"""What client k sees, modulo their number."""
 
 
 def lora_adapter(layers: int = 6, rank: int = 2) -> Tensors:
@@ -96,7 +98,7 @@ def train_clients(
     new memories."""
     updates = []
     for client, message in messages.items():
-        own_info = replace(info, client=ClientInfo(client, gap=0.25 * (client % 4)))
+        own_info = replace(info, client=ClientInfo(client, 0.25 * (client % 4), _SEES[client % 4]))
         memory = memories.get(client, {})
         received = complete(message, memory, initial)
         result = local_sgd(client, received["adapter"], algorithm.rule(received, memory, own_info), info.lr)

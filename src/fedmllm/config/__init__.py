@@ -21,6 +21,7 @@ from fedmllm.config.schema import (
     Named,
     PartitionTable,
     Positive,
+    ScenarioTable,
     Seed,
     Table,
     TaskTable,
@@ -29,6 +30,6 @@ from fedmllm.config.schema import (
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Positive", "Seed", "Setting", "Table", "TaskTable", "TrainTable",
+    "PartitionTable", "Positive", "ScenarioTable", "Seed", "Setting", "Table", "TaskTable", "TrainTable",
     "apply_settings", "blaming", "flattened", "keys_at", "parse_override", "read", "validate",
 ]  # fmt: skip

@@ -71,6 +71,11 @@ class PartitionTable(Named):
     min_samples: Positive = 1
 
 
+class ScenarioTable(Named):
+    then: Annotated[tuple[Named, ...], Field(strict=False)] = ()
+    """Further scenarios that are laid over this one, each on what the one before it left of a sample."""
+
+
 class ClientsTable(Table):
     rank: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     """LoRA ranks: client k has entry k modulo their number. By default, and at most, `model.lora.rank`."""
@@ -177,7 +182,7 @@ class Experiment(Table):
     seed: Seed = 0
     task: TaskTable
     partition: PartitionTable = PartitionTable(name="iid")
-    scenario: Named = Named(name="aligned")
+    scenario: ScenarioTable = ScenarioTable(name="aligned")
     clients: ClientsTable = ClientsTable()
     prompt: Named = Named(name="modality-agnostic")
     model: ModelTable = ModelTable()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fedmllm.config import Experiment, TaskTable
-from fedmllm.data import manifest as manifests
+from fedmllm.data.dealing import draw
 from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.notes import notes
@@ -173,5 +173,6 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
             f"partition.name = {config.partition.name!r} keeps the samples of one source together, and no training sample "
             'names one; add it to the data (the key or the option "source"), or choose another partition.'
         )
-    manifest = manifests.draw(samples, deal, scenario, config.partition.clients, config.partition.min_samples, config.seed)
+    clients, least, rounds = config.partition.clients, config.partition.min_samples, config.train.rounds
+    manifest = draw(samples, deal, scenario, clients, least, config.seed, rounds)
     return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)))

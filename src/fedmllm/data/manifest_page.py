@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Sample
+from fedmllm.data.schedule import Schedule
 from fedmllm.errors import xml_text
 
 _MODALITY_COLORS = {"both": "#4c72b0", "image": "#dd8452", "text": "#55a868", "neither": "#bbbbbb"}
@@ -59,6 +60,35 @@ def _bars(title: str, rows: Sequence[Counter[str]], colors: Mapping[str, str]) -
     return "".join([*parts, "</svg>"])
 
 
+def _timeline(schedule: Schedule, clients: int) -> str:
+    """One bar a client over the rounds, coloured by what the client may see."""
+    parts = ["<h2>What each client may see, round by round</h2>", '<p class="legend">']
+    parts += [f'<span><i style="background:{color}"></i>{xml_text(name)}</span>' for name, color in _MODALITY_COLORS.items()]
+    parts.append(f'</p><svg height="{_ROW_HEIGHT * clients + 24}" role="img" aria-label="Modalities of the clients by round">')
+    for client in range(clients):
+        y = client * _ROW_HEIGHT + 4
+        label = f'<text x="{_LABEL_WIDTH - 8}" y="{y + 13}" text-anchor="end">client {client}</text>'
+        parts.append(f'{label}<g transform="translate({_LABEL_WIDTH})">')
+        for start, length in _stretches(schedule, client):
+            name = _pattern(schedule.visible(client, start))
+            x, width = (_LONGEST_BAR * rounds / schedule.rounds for rounds in (start, length))
+            box = f'x="{x:.3f}%" y="{y}" width="{width:.3f}%" height="{_ROW_HEIGHT - 5}" fill="{_MODALITY_COLORS[name]}"'
+            rounds = f"rounds {start} to {start + length - 1}" if length > 1 else f"round {start}"
+            parts.append(f"<rect {box}><title>{xml_text(f'client {client}, {rounds}: {name}')}</title></rect>")
+        parts.append("</g>")
+    bottom = clients * _ROW_HEIGHT + 16
+    for x, anchor, label in ((0, "start", "first round"), (_LONGEST_BAR, "end", f"{schedule.rounds} rounds")):
+        text = f'<text x="{x}%" y="{bottom}" text-anchor="{anchor}">{label}</text>'
+        parts.append(f'<g transform="translate({_LABEL_WIDTH})">{text}</g>')
+    return "".join([*parts, "</svg>"])
+
+
+def _stretches(schedule: Schedule, client: int) -> list[tuple[int, int]]:
+    """(first round, number of rounds) of each stretch in which this client does not change."""
+    starts = sorted({0, *(change.round for change in schedule.changes if change.client == client)})
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], schedule.rounds], strict=True)]
+
+
 def _colors(labels: Sequence[str]) -> dict[str, str]:
     palette = iter(_PALETTE)
     return {label: _NAMED_COLORS[label.lower()] if label.lower() in _NAMED_COLORS else next(palette) for label in labels}
@@ -81,6 +111,7 @@ def draw_manifest(manifest: Manifest, samples: Sequence[Sample], title: str) -> 
         f"<title>{xml_text(title)}</title><style>{_STYLE}</style><h1>{xml_text(title)}</h1>"
         f"<p>{len(manifest)} samples on {manifest.clients} clients{note}; manifest {manifest.digest()[:12]}</p>"
         + _bars("What each client sees: samples by modality", by_pattern[:_MAX_CLIENTS], _MODALITY_COLORS)
+        + (_timeline(manifest.schedule, min(manifest.clients, _MAX_CLIENTS)) if manifest.schedule.changes else "")
         + _bars("What each client holds: samples by label", by_label[:_MAX_CLIENTS], label_colors)
         + "</html>\n"
     )

@@ -64,6 +64,13 @@ class Sample:
         """The modalities of the sample itself, before a scenario removes any."""
         return frozenset(m for m in MODALITIES if getattr(self, m) is not None)
 
+    def showing(self, modalities: frozenset[Modality]) -> Sample:
+        """The sample without its other modalities."""
+        if self.modalities <= modalities:
+            return self
+        image, text = (self.image if "image" in modalities else None), (self.text if "text" in modalities else None)
+        return replace(self, image=image, text=text)
+
     @property
     def is_closed(self) -> bool:
         """Whether its score counts among the closed questions. Without choices, the model still answers freely."""

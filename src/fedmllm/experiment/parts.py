@@ -10,11 +10,11 @@ from typing import Any
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
 from fedmllm.algorithms.combining import Robust, robusts
 from fedmllm.attacks.settings import Attack, attacks
-from fedmllm.config import Experiment, Named, TaskTable
+from fedmllm.config import Experiment, Named, ScenarioTable, TaskTable
 from fedmllm.data.dataset import Dataset, LoadedSplit, Source, open_source, prepare, read_splits, splits_of
 from fedmllm.data.partitions import Deal, partitions
 from fedmllm.data.prompts import Strategy, prompts
-from fedmllm.data.scenarios import Scenario, scenarios
+from fedmllm.data.scenarios import Scenario, composed, scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.judges import Judge, judges
@@ -110,6 +110,8 @@ def _filled(table: Named, registry: Registry[Any], where: str) -> Named:
     values = {key: getattr(table, key) for key in type(table).model_fields}
     if isinstance(table, TaskTable) and table.companion is not None:
         values["companion"] = _filled(table.companion, registry, f"{where}.companion")
+    if isinstance(table, ScenarioTable):
+        values["then"] = tuple(_filled(later, registry, f"{where}.then.{i}") for i, later in enumerate(table.then))
     options = registry.check(table.name, table.options, where)
     return type(table).model_validate(values | {key: value for key, value in options.items() if value is not None})
 
@@ -129,7 +131,7 @@ def build(config: Experiment) -> Parts:
     cannot be combined with the others."""
     config = with_defaults(config)
     deal = partitions.build(config.partition.name, config.partition.options)
-    scenario = scenarios.build(config.scenario.name, config.scenario.options)
+    scenario = build_scenario(config.scenario)
     strategy = prompts.build(config.prompt.name, config.prompt.options)
     algorithm = build_algorithm(config)
     fleet = fleets.build(config.fleet.name, config.fleet.options)
@@ -151,6 +153,18 @@ def build(config: Experiment) -> Parts:
     }
     wrappers = (secure, robust, privacy, attack)
     return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
+
+
+def build_scenario(table: ScenarioTable) -> Scenario:
+    """The scenario with those of `then` laid over it. Raises ConfigError if they cannot be combined."""
+    first = scenarios.build(table.name, table.options)
+    then = [
+        (later.name, scenarios.build(later.name, later.options, f"scenario.then.{i}")) for i, later in enumerate(table.then)
+    ]
+    try:
+        return composed(first, then) if then else first
+    except ValueError as error:
+        raise ConfigError(f"scenario.then: {error}.") from None
 
 
 def build_algorithm(config: Experiment) -> Algorithm:

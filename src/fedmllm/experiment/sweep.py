@@ -26,6 +26,7 @@ from fedmllm.config import (
     Named,
     PartitionTable,
     Positive,
+    ScenarioTable,
     Seed,
     Setting,
     Table,
@@ -125,7 +126,7 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     if kind == "centralised":
         defaults["partition"] = PartitionTable(name="iid", clients=experiment.partition.clients)
     if kind in ("zero-shot", "centralised"):
-        defaults |= {"scenario": Named(name="aligned"), "clients": ClientsTable(), "algorithm": Named(name="fedavg")}
+        defaults |= {"scenario": ScenarioTable(name="aligned"), "clients": ClientsTable(), "algorithm": Named(name="fedavg")}
     return experiment.model_copy(update=defaults)
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms import Algorithm, RoundInfo
 from fedmllm.config import TrainTable
 from fedmllm.federation import Fleet
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import State, Tensors
+
+InRound = Callable[[int, RoundInfo], tuple[Sequence[Encoded], float]]
+"""(client, round) -> the client's encoded samples and its gap in that round."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class FleetContext:
     """What a fleet needs to train the clients of one run.
 
     `data[client]` holds a client's encoded samples, `gaps[client]` the share of its (sample, modality) slots that are empty.
-    `initial` is the adapter from which all clients start, `memory` the folder for the clients' state between rounds, `cohort`
-    the number of clients that train in one pass. The other fields are for clients in other processes: `run` is the permanent
+    If what clients see changes over the rounds, `in_round(client, info)` has both as they are in a round. `initial` is the
+    adapter from which all clients start, `memory` the folder for the clients' state between rounds, `cohort` the number of
+    clients that train in one pass. The other fields are for clients in other processes: `run` is the permanent
     name of the run, `config` its experiment as TOML, and `last` maps each client to the last round that used its update.
     """
 
@@ -36,6 +40,7 @@ class FleetContext:
     run: str = ""
     config: str = ""
     last: Mapping[int, int] = field(default_factory=dict)
+    in_round: InRound | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fedmllm.algorithms.factors import fold_of
 from fedmllm.config import TrainTable
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
+from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import seed_for, stream
 from fedmllm.tensors import State, Tensors
@@ -68,8 +69,9 @@ class InProcessFleet:
 
     def _prepare(self, client: int, info: RoundInfo, message: State) -> tuple[Tensors, Work, Finish]:
         """The client's fold, its training, and what turns the result into its update and its new memory."""
-        context, data = self._context, self._context.data[client]
-        info = replace(info, client=ClientInfo(client, context.gaps[client]))
+        context = self._context
+        data, gap = context.in_round(client, info) if context.in_round else (context.data[client], context.gaps[client])
+        info = replace(info, client=ClientInfo(client, gap, _seen(data)))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
@@ -84,6 +86,12 @@ class InProcessFleet:
         seed = seed_for(info.seed, "dropout", client, info.round)
         work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)
         return fold_of(message), work, finish
+
+
+def _seen(data: Sequence[Encoded]) -> frozenset[str]:
+    """The modalities that any of the samples shows."""
+    shown = {"image": any(e.picture is not None for e in data), "text": any(e.text for e in data)}
+    return frozenset(modality for modality, is_shown in shown.items() if is_shown)
 
 
 IN_PROCESS = FleetBackend(InProcessFleet)

@@ -150,4 +150,4 @@ class SiteExperiment:
         context = FleetContext(
             session.model, self.algorithm, session.clients, train, session.initial, session.gaps, memory, self._cohort
         )
-        return InProcessFleet(context)
+        return InProcessFleet(replace(context, in_round=session.clients.changing))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Experiment, ModelTable, Named, PartitionTable, read, validate
+from fedmllm.config import Experiment, ModelTable, PartitionTable, ScenarioTable, read, validate
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import RunError
@@ -34,7 +34,7 @@ def reevaluate(
     )  # fmt: skip
     if not same_data:
         # Nobody trains on the other task, so these clients need not be able to share it.
-        single = {"partition": PartitionTable(name="iid", clients=1), "scenario": Named(name="aligned")}
+        single = {"partition": PartitionTable(name="iid", clients=1), "scenario": ScenarioTable(name="aligned")}
         config = config.model_copy(update=single)
     parts = build(config)
     dataset = parts.prepare()

@@ -48,7 +48,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "name": config.name,
         "kind": run.kind,
         "task": config.task.name + companion,
-        "scenario": config.scenario.name,
+        "scenario": "+".join([config.scenario.name, *(later.name for later in config.scenario.then)]),
         "partition": config.partition.name,
         "algorithm": config.algorithm.name,
         "regularization": config.regularization.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,12 +14,11 @@ from fedmllm.federation import FederationPlan, Fleet, federate, participants, sa
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
-from fedmllm.models.encoded import Encoded
 from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
-from fedmllm.runs.session import Session
+from fedmllm.runs.session import ClientData, Session
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, problem_with
 from fedmllm.training.capacity import cohort_size
@@ -152,11 +150,12 @@ def show_notes(run: Run) -> None:
         run.session.progress("note", 0, 0, note)
 
 
-def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]]) -> Fleet:
+def open_fleet(run: Run, algorithm: Algorithm, clients: ClientData) -> Fleet:
     """A fleet for these clients, with attackers among them and secure aggregation around it if a federated run asks for it."""
     session, backend = run.session, run.backend
     memory, train = run.directory.checkpoint / "clients", session.config.train
     context = FleetContext(session.model, algorithm, clients, train, session.initial, session.gaps, memory, run.cohort)
+    context = replace(context, in_round=clients.changing)
     run_id = run.directory.meta().get("run_id", session.config.digest())
     if not backend.local:
         context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))
@@ -164,7 +163,8 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[En
     if run.kind != "federated":
         return fleet
     if attack is not None:
-        attacked = backend.open(replace(context, data=session.attacked)) if attack.falsify else fleet
+        falsified = replace(context, data=session.attacked, in_round=session.attacked.changing)
+        attacked = backend.open(falsified) if attack.falsify else fleet
         fleet = AttackedFleet(attack, session.attackers, algorithm, fleet, attacked)
     if secure is None:
         return fleet
@@ -188,7 +188,7 @@ def _last_rounds(directory: RunDir) -> dict[int, int]:
 
 
 def train_rounds(
-    run: Run, algorithm: Algorithm, clients: Mapping[int, Sequence[Encoded]], plan: FederationPlan, stage: str
+    run: Run, algorithm: Algorithm, clients: ClientData, plan: FederationPlan, stage: str
 ) -> tuple[State, list[dict[str, Any]]]:
     """The server's final state and the records of all rounds, resumed from the checkpoint if there is one."""
     session, directory, evaluator = run.session, run.directory, run.evaluator

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
+from fedmllm.data.corruptions import corrupted
 from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samples
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import render
 from fedmllm.data.samples import Problem, Sample, Split
-from fedmllm.data.scenarios import Modalities
+from fedmllm.data.scenarios import BOTH, Modalities
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts
+from fedmllm.fleets.base import InRound
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
@@ -36,6 +39,7 @@ class ClientData(Mapping[int, list[Encoded]]):
         self.manifest = manifest
         self._encode = encode
         self._encoded: dict[int, list[Encoded]] = {}
+        self._in_phase: dict[tuple[int, Modalities], tuple[list[Encoded], float]] = {}
 
     def __getitem__(self, client: int) -> list[Encoded]:
         if client not in self:
@@ -43,6 +47,21 @@ class ClientData(Mapping[int, list[Encoded]]):
         if client not in self._encoded:
             self._encoded[client] = self._encode(self.manifest.of_client(client))
         return self._encoded[client]
+
+    @property
+    def changing(self) -> InRound | None:
+        """What clients see in each round, if that changes."""
+        return self._in_round if self.manifest.schedule.changes else None
+
+    def _in_round(self, client: int, info: RoundInfo) -> tuple[list[Encoded], float]:
+        """The client's samples as it sees them in a round of a scenario that changes, and the share of its modality slots that
+        are then empty."""
+        seen = self.manifest.schedule.visible(client, info.round, info.rounds)
+        if (client, seen) not in self._in_phase:
+            holdings = [replace(h, visible=h.visible & seen) for h in self.manifest.of_client(client)]
+            limited = Manifest.of(holdings, self.manifest.clients)
+            self._in_phase[client, seen] = (self[client] if seen == BOTH else self._encode(holdings)), gaps(limited)[client]
+        return self._in_phase[client, seen]
 
     def __contains__(self, client: object) -> bool:
         return isinstance(client, int) and 0 <= client < self.manifest.clients
@@ -114,14 +133,14 @@ class Session:
         Raises DataError for a prompt that is too long or a picture that the processor refuses. If bad samples are to be
         skipped, such samples are left out, and DataError is raised for a client that would keep none.
         """
-        shown = [(self._samples[holding.sample_id], holding.visible) for holding in holdings]
+        shown = [(self._seen(holding), holding.visible) for holding in holdings]
         return self._encode(shown, holdings[0].client if holdings else 0)
 
     def _encode_attacked(self, holdings: Sequence[Holding]) -> list[Encoded]:
         client, attack = holdings[0].client if holdings else 0, self.parts.attack
         if client not in self.attackers or attack is None or attack.falsify is None:
-            return self.clients[client] if holdings else []
-        shown = [(self._samples[holding.sample_id], holding.visible) for holding in holdings]
+            return self.encode(holdings)
+        shown = [(self._seen(holding), holding.visible) for holding in holdings]
         return self._encode(attack.falsify(shown, lambda s: stream(self.config.seed, "attack", client, s.id)), client)
 
     def _encode(self, shown: Sequence[tuple[Sample, Modalities]], client: int) -> list[Encoded]:
@@ -138,6 +157,17 @@ class Session:
             refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
         self._refused |= problems
         return encoded
+
+    def _seen(self, holding: Holding) -> Sample:
+        """The sample as bad as its client sees it."""
+        sample = self._samples[holding.sample_id]
+        for modality, kind, severity in holding.noise:
+            sample = corrupted(sample, modality, kind, severity, self.config.seed, self._texts)
+        return sample
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [sample.text for sample in self.dataset.train if sample.text]
 
     @property
     def problems(self) -> dict[Split, list[Problem]]:
@@ -163,7 +193,7 @@ class Session:
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
-            shown = (self._samples[holding.sample_id].image for holding in manifest if "image" in holding.visible)
+            shown = (self._seen(holding).image for holding in manifest if "image" in holding.visible)
             self.model.register_pictures(image for image in shown if image is not None)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()

@@ -45,10 +45,12 @@ def check_scenario(name: str, **options: Any) -> None:
         assert known, f"{part}: a client without a modality"
         again = list(scenario.clients(number, stream(seed, "clients")))
         assert clients == again, f"{part}: `clients` depends on more than its generator"
+        seen = scenario.seen(_samples(5), number, stream(seed, "rates"))
+        seen_again = scenario.seen(_samples(5), number, stream(seed, "rates"))
         for sample, client in product(_samples(5), range(number)):
-            visible = scenario.visible(sample, client, stream(seed, sample.id))
+            visible = seen(sample, client, stream(seed, sample.id))
             assert visible <= sample.modalities, f"{part}: {sorted(visible)} of a sample with {sorted(sample.modalities)}"
-            repeated = scenario.visible(sample, client, stream(seed, sample.id))
+            repeated = seen_again(sample, client, stream(seed, sample.id))
             assert visible == repeated, f"{part}: `visible` depends on more than its arguments"
         for sample in _samples(5) if scenario.expected else []:
             assert scenario.expected is not None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmllm.data.scenarios import BOTH, IMAGE, TEXT, Modalities, Scenario, Shares, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, TEXT, Modalities, Scenario, Shares, count_or_share, scenarios
 
 
 @scenarios.register("cross")
@@ -15,16 +15,9 @@ def cross(*, image_clients: int | float = 0.5) -> Scenario:
 
     The paper's ratios 3:7, 5:5 and 7:3 among 10 clients are 3, 5 and 7, or 0.3, 0.5 and 0.7.
     """
-    is_count = isinstance(image_clients, int)
-    if image_clients < 0 or (not is_count and image_clients > 1):
-        raise ValueError(f"image_clients = {image_clients} must be a count, or a share between 0.0 and 1.0")
-
-    def count(number: int) -> int:
-        return int(image_clients) if is_count else round(image_clients * number)
+    count = count_or_share("image_clients", image_clients)
 
     def clients(number: int, rng: np.random.Generator) -> Sequence[Modalities]:
-        if count(number) > number:
-            raise ValueError(f"image_clients = {image_clients} is more than the number of clients, {number}")
         chosen = set(rng.permutation(number)[: count(number)].tolist())
         return [IMAGE if client in chosen else TEXT for client in range(number)]
 

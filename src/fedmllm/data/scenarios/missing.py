@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from fedmllm.data.samples import MODALITIES, Sample
-from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario, Shares, scenarios
+from fedmllm.data.scenarios import BOTH, NONE, Modalities, Scenario, Shares, scenarios, subsets
 
 
 @scenarios.register("missing", former={"never_empty": ("empty", {True: "redraw", False: "keep"})})
@@ -31,9 +31,7 @@ def missing(*, rate: float = 0.3, empty: Literal["keep", "redraw", "drop"] = "ke
                 return kept & sample.modalities
 
     def expected(kind: Modalities, number: int) -> Shares:
-        shares = {
-            shown: (1 - rate) ** len(shown) * rate ** len(kind - shown) for shown in (BOTH, IMAGE, TEXT, NONE) if shown <= kind
-        }
+        shares = {shown: (1 - rate) ** len(shown) * rate ** len(kind - shown) for shown in subsets(kind)}
         if empty == "keep" or not kind:
             return shares
         lost = shares.pop(NONE)

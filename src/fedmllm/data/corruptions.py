@@ -1,0 +1,150 @@
+"""Pictures and texts that are there but bad, at severities from 1 to 5; 0 changes nothing.
+
+The kinds and the idea of five severities are those of ImageNet-C (Hendrycks and Dietterich 2019, 1903.12261). Its own code
+needs OpenCV and scikit-image; these are of the same kinds, made with Pillow, with strengths relative to the picture's size,
+so that the figures cannot be compared with published ones. A corruption draws from its generator only, so the same sample is
+always equally bad.
+"""
+
+from __future__ import annotations
+
+import io
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from fedmllm.data.images import decode
+from fedmllm.data.samples import Modality, Sample
+from fedmllm.rng import stream
+
+SEVERITIES = (1, 2, 3, 4, 5)
+_BLUR = (0.01, 0.02, 0.03, 0.045, 0.06)
+"""The radius as a share of the shorter side."""
+_OCCLUDED = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""The share of the area."""
+_FACTOR = (0.6, 0.45, 0.3, 0.2, 0.1)
+"""What remains of brightness or contrast."""
+_QUALITY = (40, 25, 15, 10, 5)
+"""JPEG's scale from 1 to 95."""
+_WORDS = (0.1, 0.2, 0.3, 0.45, 0.6)
+"""The share of the words of a text that are affected, at least one."""
+
+PictureCorruption = Callable[[Image.Image, int, np.random.Generator], Image.Image]
+TextCorruption = Callable[[list[str], int, np.random.Generator, Sequence[str]], list[str]]
+"""(words, how many to affect, generator, the texts of other samples) -> words."""
+
+
+def _blur(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(_BLUR[severity - 1] * min(image.size)))
+
+
+def _occlusion(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
+    """A grey rectangle of the picture's shape, anywhere within it."""
+    share = _OCCLUDED[severity - 1] ** 0.5
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left, top = (int(rng.integers(side - part + 1)) for side, part in zip(image.size, (width, height), strict=True))
+    covered = image.copy()
+    covered.paste((127, 127, 127), (left, top, left + width, top + height))
+    return covered
+
+
+def _low_light(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(_FACTOR[severity - 1])
+
+
+def _contrast(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(_FACTOR[severity - 1])
+
+
+def _jpeg(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_QUALITY[severity - 1])
+    return decode(buffer.getvalue())
+
+
+def _chosen(words: Sequence[str], number: int, rng: np.random.Generator) -> list[int]:
+    return sorted(rng.permutation(len(words))[:number].tolist())
+
+
+def _typos(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+    """In each affected word, one letter is replaced, dropped, doubled, or swapped with the next."""
+    for index in _chosen(words, number, rng):
+        word, at, letter = words[index], int(rng.integers(len(words[index]))), string.ascii_lowercase[int(rng.integers(26))]
+        words[index] = [
+            word[:at] + letter + word[at + 1 :],
+            word[:at] + word[at + 1 :] or letter,
+            word[: at + 1] + word[at:],
+            word[:at] + word[at + 1 : at + 2] + word[at : at + 1] + word[at + 2 :],
+        ][int(rng.integers(4))]
+    return words
+
+
+def _dropped_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+    """Affected words are left out; a text keeps at least one."""
+    dropped = set(_chosen(words, min(number, len(words) - 1), rng))
+    return [word for index, word in enumerate(words) if index not in dropped]
+
+
+def _swapped_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+    """Each affected word changes places with the one after it."""
+    for index in _chosen(words[1:], number, rng):
+        words[index], words[index + 1] = words[index + 1], words[index]
+    return words
+
+
+def _shuffled_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+    """The affected words change places among themselves; at least two are affected."""
+    chosen = _chosen(words, max(2, number), rng)
+    for index, word in zip(chosen, [words[i] for i in rng.permutation(chosen).tolist()], strict=True):
+        words[index] = word
+    return words
+
+
+def _other_text(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+    """The last words are those of another sample's text."""
+    if not others:
+        return words
+    other = others[int(rng.integers(len(others)))].split()
+    return [*words[:-number], *other[-number:]]
+
+
+PICTURES: dict[str, PictureCorruption] = {
+    "blur": _blur,
+    "contrast": _contrast,
+    "jpeg": _jpeg,
+    "low-light": _low_light,
+    "occlusion": _occlusion,
+}
+TEXTS: dict[str, TextCorruption] = {
+    "dropped-words": _dropped_words,
+    "other-text": _other_text,
+    "shuffled-words": _shuffled_words,
+    "swapped-words": _swapped_words,
+    "typos": _typos,
+}
+KINDS: dict[Modality, tuple[str, ...]] = {"image": tuple(PICTURES), "text": tuple(TEXTS)}
+
+
+def corrupted(sample: Sample, modality: Modality, kind: str, severity: int, seed: int, others: Sequence[str] = ()) -> Sample:
+    """The sample with a worse picture (a PNG in memory) or text; unchanged at severity 0, or without that modality.
+
+    `others` are texts of which "other-text" takes one. Raises ValueError for an unknown kind or severity.
+    """
+    if kind not in KINDS[modality]:
+        raise ValueError(f"there is no corruption {kind!r} of {modality}s; choose among {', '.join(KINDS[modality])}")
+    if severity not in (0, *SEVERITIES):
+        raise ValueError(f"severity = {severity} must be from 0 to 5")
+    rng = stream(seed, "corruption", kind, sample.id)
+    if severity and modality == "image" and sample.image is not None:
+        buffer = io.BytesIO()
+        PICTURES[kind](decode(sample.image), severity, rng).save(buffer, "PNG", compress_level=1)
+        return replace(sample, image=buffer.getvalue())
+    words = (sample.text or "").split()
+    if severity and modality == "text" and words:
+        number = max(1, round(_WORDS[severity - 1] * len(words)))
+        different = [text for text in others if text != sample.text]
+        return replace(sample, text=" ".join(TEXTS[kind](words, number, rng, different)))
+    return sample

@@ -1,0 +1,125 @@
+"""Draw the manifest: deal the samples out to the clients, and decide what each client sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedmllm.data.manifest import Manifest
+from fedmllm.data.min_samples import ensure_minimum
+from fedmllm.data.partitions import Deal, GroupedDeal
+from fedmllm.data.samples import MODALITIES, Modality, Sample
+from fedmllm.data.scenarios import Modalities, Noise, Scenario
+from fedmllm.data.schedule import Schedule
+from fedmllm.errors import DataError
+from fedmllm.rng import stream
+
+Pool = frozenset[Modalities]
+"""Samples that are distributed together, identified by the sets of modalities that they have."""
+
+
+def _sorted_names(pool: Pool) -> list[list[str]]:
+    return sorted(sorted(modalities) for modalities in pool)
+
+
+def _pools(
+    kinds: Sequence[Modalities], eligible: Mapping[Modalities, frozenset[int]], samples: Sequence[Sample], deal: Deal
+) -> dict[Pool, list[int]]:
+    """The indices of the samples in each pool, where sample i has the modalities `kinds[i]`.
+
+    A sample is pooled with those of equal modalities. Samples that the deal keeps together are in one pool, if there is a
+    client that may hold all of them.
+    """
+    own: dict[Modalities, Pool] = {kind: frozenset((kind,)) for kind in eligible}
+    pool_of = [own[kind] for kind in kinds]
+    if isinstance(deal, GroupedDeal):
+        keys, kinds_by_key = [deal.key(s) for s in samples], dict[str, set[Modalities]]()
+        for key, kind in zip(keys, kinds, strict=True):
+            kinds_by_key.setdefault(key, set()).add(kind)
+        shared = {
+            key: frozenset(group)
+            for key, group in kinds_by_key.items()
+            if frozenset.intersection(*(eligible[kind] for kind in group))
+        }
+        pool_of = [shared.get(key, pool) for key, pool in zip(keys, pool_of, strict=True)]
+    pools: dict[Pool, list[int]] = {}
+    for index, pool in enumerate(pool_of):
+        pools.setdefault(pool, []).append(index)
+    return pools
+
+
+def _assign(samples: Sequence[Sample], deal: Deal, has: Sequence[Modalities], min_samples: int, seed: int) -> NDArray[np.int64]:
+    """The client of each sample, where client c has the modalities `has[c]`."""
+    # One object per distinct set: a separate one for each of 100,000 samples would take much memory.
+    interned: dict[Modalities, Modalities] = {}
+    kinds = [interned.setdefault(modalities, modalities) for modalities in (s.modalities for s in samples)]
+    eligible = {
+        kind: frozenset(client for client, own in enumerate(has) if not (kind and own) or kind & own) for kind in interned
+    }
+    owner = np.empty(len(samples), dtype=np.int64)
+    pools = _pools(kinds, eligible, samples, deal)
+    for pool in sorted(pools, key=_sorted_names):
+        indices, names = pools[pool], _sorted_names(pool)
+        clients = sorted(frozenset.intersection(*(eligible[kind] for kind in pool)))
+        if not clients:
+            raise DataError(
+                f"{len(indices)} samples have only {' and '.join(names[0])}, which no client has; change the "
+                "scenario's options, the seed, or the number of clients."
+            )
+        rng = stream(seed, "partition", *(names[0] if len(names) == 1 else map("+".join, names)))
+        owner[indices] = deal([samples[i] for i in indices], clients, rng)
+    return ensure_minimum(
+        owner, [eligible[kind] for kind in kinds], len(has), min_samples, stream(seed, "partition", "minimum")
+    )
+
+
+def draw(
+    samples: Sequence[Sample], deal: Deal, scenario: Scenario, clients: int, min_samples: int, seed: int, rounds: int = 1
+) -> Manifest:
+    """Draw which client holds each sample and which of its modalities the client sees, in each of the rounds if that changes.
+
+    Samples are distributed in pools of equal modalities, each pool over the clients that have at least one of them: a
+    text-only question goes to a client that has text. A client without any modality (see `Scenario.coin_per_sample`) may hold
+    every sample. Samples that the scenario drops are not in the manifest. Raises DataError if no client may hold a pool, or if
+    there are too few samples.
+    """
+    ordered = sorted(samples, key=lambda s: s.id)
+    if scenario.keeps is not None:
+        ordered = [s for s in ordered if scenario.keeps(s, stream(seed, "visible", s.id))]
+    try:
+        has = list(scenario.clients(clients, stream(seed, "scenario", "clients")))
+        seen = scenario.seen(ordered, clients, stream(seed, "scenario", "rates"))
+        then = [part.seen(ordered, clients, stream(seed, "scenario", i)) for i, part in enumerate(scenario.then)]
+        changes = scenario.changes(clients, rounds, stream(seed, "scenario", "changes")) if scenario.changes else ()
+    except ValueError as error:
+        raise DataError(f"scenario: {error}; change it or partition.clients.") from None
+    there = frozenset[Modality]().union(*(s.modalities for s in ordered))
+    empty = [client for client in range(clients) if has[client] and not has[client] & there]
+    if empty and there and min_samples and all(s.modalities for s in ordered):
+        raise DataError(
+            f"under this scenario, {len(empty)} of {clients} clients have only {' and '.join(has[empty[0]])} "
+            f"(client {empty[0]} is the first), and the samples have only {' and '.join(there)}; "
+            'set scenario.name = "aligned", change the scenario\'s options, or add a task.companion with the other modality.'
+        )
+    owner = _assign(ordered, deal, has, min_samples, seed)
+    image, text = np.zeros((2, len(ordered)), dtype=np.bool_)
+    noise: dict[str, Noise] = {}
+    for index, (sample, client) in enumerate(zip(ordered, owner.tolist(), strict=True)):
+        rng = stream(seed, "visible", sample.id)
+        present = seen(sample, client, rng)
+        own = has[client] or frozenset((MODALITIES[int(rng.integers(2))],))  # a client without modalities tosses a coin
+        visible = present & own
+        if present and not visible:  # it was to see the very modality that the sample lost or never had
+            visible = sample.modalities & has[client] or present
+        for number, part in enumerate(then):
+            visible = visible & part(sample.showing(visible), client, stream(seed, "visible", number, sample.id))
+        image[index], text[index] = "image" in visible, "text" in visible
+        if scenario.noise and (bad := scenario.noise(sample, visible, stream(seed, "noise", sample.id))):
+            noise[sample.id] = bad
+    by_client = np.argsort(owner, kind="stable")  # and by id within a client, because `ordered` is sorted by id
+    ids = pa.array([s.id for s in ordered], pa.string()).take(by_client)
+    columns = (owner[by_client].astype(np.int32), image[by_client], text[by_client])
+    return Manifest(ids, *columns, clients, Schedule.of(changes, rounds), noise)
