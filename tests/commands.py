@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from fedmllm.cli.app import app
 from fedmllm.experiment import processes
 
-
 COMMAND = typer.main.get_command(app)
 """Built once: typer reads the options of all commands again each time."""
 

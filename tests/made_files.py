@@ -18,15 +18,33 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from fedmllm.evaluation.answers import test_digest
+from fedmllm.remote.protocol import Job, Reply, to_bytes
 
 T = TypeVar("T")
 DEEP = "deeply nested"
 """In a value, stands for more lists inside one another than any parser follows."""
-NUMBERS = (0, -1, 1, 3, 2**31, 2**63, -(2**63) - 1, 10**9, 10**400, 0.5, -0.0, 1e308, -1e308, 5e-324, float("inf"), float("nan"))
+NUMBERS = (
+    0,
+    -1,
+    1,
+    3,
+    2**31,
+    2**63,
+    -(2**63) - 1,
+    10**9,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    -1e308,
+    5e-324,
+    float("inf"),
+    float("nan"),
+)
 TEXTS = (
-    "", " ", "x", "0", "none", "nan", "é", "\x00", "\x1b[2J", "a\nb", "a\r\n\tb", "../../x", "/etc/passwd", "C:\\x", "~", "..", ".",
-    "<script>alert(1)</script>", "[/red]", "{name}", "%s%n", "|", "`", "\u202e", "\u2028", "\ud800", "💥" * 9, "x" * 5_000, "a.b",
-    "data\\new", "=1+1", "-x", "*",
+    "", " ", "x", "0", "none", "nan", "é", "\x00", "\x1b[2J", "a\nb", "a\r\n\tb", "../../x", "/etc/passwd", "C:\\x", "~",
+    "..", ".", "<script>alert(1)</script>", "[/red]", "{name}", "%s%n", "|", "`", "\u202e", "\u2028", "\ud800", "💥" * 9,
+    "x" * 5_000, "a.b", "data\\new", "=1+1", "-x", "*",
 )  # fmt: skip
 OTHERS = (None, True, False, [], {}, [[]], [None], {"": None}, {"name": "x"}, {"name": {}}, ["x", 1], [[], {}], [0] * 300, DEEP)
 
@@ -85,7 +103,9 @@ def damaged(draw: DrawFn, content: bytes) -> bytes:
     if accident == "cut":
         return content[:start]
     if accident in ("insert", "replace"):
-        noise = draw(st.sampled_from((b"", b"\x00" * 9, b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 9_000, b"{}", b'"', b"\n", b"1" * 5_000)))
+        noise = draw(
+            st.sampled_from((b"", b"\x00" * 9, b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 9_000, b"{}", b'"', b"\n", b"1" * 5_000))
+        )
         return noise if accident == "replace" else content[:start] + noise + content[start:]
     return content[:start] + (content[stop:] if accident == "lose" else content[start:stop] + content[start:])
 
@@ -113,7 +133,7 @@ def as_lines(value: Any) -> bytes:
 
 def as_toml(value: Any) -> bytes:
     plain = _without_none(value)
-    return _with_depth(tomli_w.dumps(plain if isinstance(plain, dict) else {"name": plain}))
+    return _with_depth(tomli_w.dumps(plain if isinstance(plain, dict) else {} if plain is None else {"name": plain}))
 
 
 def _without_none(value: Any) -> Any:
@@ -132,6 +152,20 @@ def of_safetensors(content: bytes) -> SearchStrategy[bytes]:
         return len(text).to_bytes(8, "little") + text + data
 
     return st.one_of(mutated(st.just(header)).map(dump), damaged(content))
+
+
+def messages(valid: Job | Reply) -> SearchStrategy[bytes]:
+    """A message of the protocol with one change in its own header, in that of its file, or damaged."""
+    content = to_bytes(valid)
+    size = 8 + int.from_bytes(content[:8], "little")
+
+    def dump(changed: Any) -> bytes:
+        head = as_json(changed).decode(errors="replace")
+        text = as_json(json.loads(content[8:size]) | {"__metadata__": {"head": head}})
+        return len(text).to_bytes(8, "little") + text + content[size:]
+
+    own = mutated(st.just(json.loads(valid.header()))).map(dump)
+    return st.one_of(own, own, of_safetensors(content))
 
 
 def of_compressed(content: bytes) -> SearchStrategy[bytes]:
@@ -168,7 +202,8 @@ TASKS: tuple[dict[str, Any], ...] = (
     {"name": "hub", "dataset": "owner/set", "answer": "label", "question": "text"},
 )
 PARTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "partition": ({"name": "iid", "clients": 4}, {"name": "dirichlet", "clients": 8, "alpha": 0.5}, {"name": "by-source", "clients": 3}),
+    "partition": ({"name": "iid", "clients": 4}, {"name": "dirichlet", "clients": 8, "alpha": 0.5},
+                  {"name": "by-source", "clients": 3}),
     "scenario": ({"name": "aligned"}, {"name": "missing", "rate": 0.3}, {"name": "cross", "image_clients": 0.5},
                  {"name": "hybrid", "presence": 0.7, "coin": "client"}),
     "prompt": ({"name": "modality-agnostic"}, {"name": "modality-specific"}),
@@ -181,7 +216,8 @@ PARTS: dict[str, tuple[dict[str, Any], ...]] = {
 }  # fmt: skip
 TABLES: dict[str, Any] = {
     "name": "made", "seed": 1, "clients": {"rank": []},
-    "model": {"name": "pocket", "adapter": {"kind": "lora"}, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target": "q_proj"}},
+    "model": {"name": "pocket", "adapter": {"kind": "lora"},
+              "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target": "q_proj"}},
     "train": {"rounds": 3, "clients_per_round": 2, "batch_size": 4, "lr": 5e-3, "optimizer": "sgd", "max_norm_ratio": 10.0},
     "eval": {"every": 1, "patterns": ["both", "image"], "split": "test", "match": "squad", "transfer": [{"name": "shapes-qa"}]},
 }  # fmt: skip
@@ -212,8 +248,9 @@ def sweeps() -> SearchStrategy[dict[str, Any]]:
 
 
 SITE = {
-    "name": "north", "superlink": "127.0.0.1:9092", "ca": "keys/ca.crt", "key": "keys/north.key", "modalities": ["image", "text"],
-    "device": "cpu", "model": "", "trust_remote_code": False, "secure": False, "state": "state",
+    "name": "north", "superlink": "127.0.0.1:9092", "ca": "keys/ca.crt", "key": "keys/north.key",
+    "modalities": ["image", "text"], "device": "cpu", "model": "", "trust_remote_code": False, "secure": False,
+    "state": "state",
 }  # fmt: skip
 SITES: tuple[dict[str, Any], ...] = (
     SITE | {"jsonl": "train.jsonl", "jsonl_test": "test.jsonl"},
@@ -224,14 +261,22 @@ FEDERATION = {
     "key": "keys/server.key", "state": "state", "retries": 5, "sites": {"north": "keys/north.pub", "south": "keys/south.pub"},
 }  # fmt: skip
 SAMPLES: list[dict[str, Any]] = [
-    {"id": "a", "image": "red.png", "text": "a red thing", "question": "which color?", "choices": ["red", "blue"], "answer": "red"},
+    {
+        "id": "a",
+        "image": "red.png",
+        "text": "a red thing",
+        "question": "which color?",
+        "choices": ["red", "blue"],
+        "answer": "red",
+    },
     {"id": 7, "text": "a text", "question": "yes?", "answer": "yes", "label": "yes", "source": "north"},
     {"id": "c", "image": "red.png", "question": "how many?", "answer": 3},
     {"id": "d", "text": "t", "choices": ["A", "B", "C"], "answer": "B"},
 ]
 SETTINGS = (
-    "train.rounds=5", "task.name=shapes-qa", "eval.patterns=['both', 'text']", "scenario = {name = 'missing', rate = 0.2}", "name=x",
-    "model.lora.alpha=4.5", "clients.rank=[1, 2]", "task.companion={name='shapes-qa'}", "algorithm.name=fedprox", "seed=3",
+    "train.rounds=5", "task.name=shapes-qa", "eval.patterns=['both', 'text']", "scenario = {name = 'missing', rate = 0.2}",
+    "name=x", "model.lora.alpha=4.5", "clients.rank=[1, 2]", "task.companion={name='shapes-qa'}", "algorithm.name=fedprox",
+    "seed=3",
     "model.trust_remote_code=true", "partition.clients=3", "eval.transfer=[{name = 'shapes-qa'}]", "task.train='a.jsonl'",
 )  # fmt: skip
 
@@ -243,7 +288,9 @@ def settings_texts(draw: DrawFn) -> str:
     key, value = text.split("=", 1)
     other = draw(st.one_of(anything(), mutated(experiments())))
     written = as_toml({"x": other}).decode(errors="surrogateescape").removeprefix("x = ").strip()
-    other_key = draw(st.sampled_from((key, key, *(f"{key}.{t}" for t in TEXTS), *(f"{t}.{key}" for t in TEXTS), key + ".a" * 3_000)))
+    other_key = draw(
+        st.sampled_from((key, key, *(f"{key}.{t}" for t in TEXTS), *(f"{t}.{key}" for t in TEXTS), key + ".a" * 3_000))
+    )
     whole = draw(damaged(text.encode())).decode(errors="surrogateescape")
     return draw(st.sampled_from((f"{key}={written}", f"{other_key}={value}", f"{key}={draw(st.sampled_from(TEXTS))}", whole)))
 
@@ -251,23 +298,28 @@ def settings_texts(draw: DrawFn) -> str:
 # A run's folder: `result.json` with every key, as a run of this version writes it (test_runs compares the keys).
 
 PREDICTIONS: list[dict[str, Any]] = [
-    {"pattern": pattern, "id": f"s{i}", "answer": answer, "predicted": "a", "correct": answer == "a", "closed": True, "failed": False,
-     "score": 0.5, "judged": None, "option": 0}
+    {"pattern": pattern, "id": f"s{i}", "answer": answer, "predicted": "a", "correct": answer == "a", "closed": True,
+     "failed": False, "score": 0.5, "judged": None, "option": 0}
     for pattern in ("both", "image") for i, answer in enumerate("ababab")
 ]  # fmt: skip
 _METRICS = {
-    "n": 6, "parse_failures": 0, "accuracy": 0.5, "accuracy_ci": [0.2, 0.8], "accuracy_closed": 0.5, "accuracy_closed_ci": [0.2, 0.8],
+    "n": 6, "parse_failures": 0, "accuracy": 0.5, "accuracy_ci": [0.2, 0.8], "accuracy_closed": 0.5,
+    "accuracy_closed_ci": [0.2, 0.8],
     "macro_f1": 0.4, "macro_f1_ci": [0.1, 0.7], "majority": 0.5, "chance": 0.5, "ceiling": 0.9, "accuracy_worst_decile": 0.25,
 }  # fmt: skip
 _SHARES = {"both": 0.5, "image": 0.25, "text": 0.25, "none": 0.0}
 RESULT: dict[str, Any] = {
     "schema": 1, "name": "made", "kind": "federated", "task": "jsonl", "scenario": "aligned", "partition": "iid",
     "algorithm": "fedavg", "regularization": "none", "compression": "none", "secure": "none", "prompt": "modality-agnostic",
-    "model": "pocket", "adapter": "lora", "seed": 0, "draw": None, "primary_metric": "accuracy", "positive": None, "match": "exact",
-    "judge": "none", "metrics": {"both": _METRICS, "image": _METRICS}, "bootstrap_scores": {"both": [0.4, None, *[0.5, 0.6] * 99]},
-    "test_digest": test_digest(PREDICTIONS), "transfer": {"shapes-qa": {"primary_metric": "accuracy", "metrics": {"both": _METRICS}}},
-    "per_client": [{"client": 0, "samples": 4, "image": 2, "text": 4, "gap": 0.25, "rounds": 2, "score": 0.5, "metrics": {"both": _METRICS}}],
-    "clients": {"n": 2, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4}, "modalities": {"drawn": _SHARES, "expected": _SHARES, "dropped": 0},
+    "model": "pocket", "adapter": "lora", "seed": 0, "draw": None, "primary_metric": "accuracy", "positive": None,
+    "match": "exact", "judge": "none", "metrics": {"both": _METRICS, "image": _METRICS},
+    "test_digest": test_digest(PREDICTIONS),
+    "bootstrap_scores": {"both": [0.4, None, *[0.5, 0.6] * 99]},
+    "transfer": {"shapes-qa": {"primary_metric": "accuracy", "metrics": {"both": _METRICS}}},
+    "per_client": [{"client": 0, "samples": 4, "image": 2, "text": 4, "gap": 0.25, "rounds": 2, "score": 0.5,
+                    "metrics": {"both": _METRICS}}],
+    "clients": {"n": 2, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4},
+    "modalities": {"drawn": _SHARES, "expected": _SHARES, "dropped": 0},
     "rounds": 2, "cohort": 1, "bytes_up": {"adapter": 1000}, "bytes_down": {"adapter": 1000},
     "seconds": {"total": 12.0, "train": 10.0, "eval": 1.0, "setup": 1.0}, "peak_memory_mb": 500, "config_digest": "d" * 64,
     "manifest_digest": "e" * 64, "adapter_sha256": "f" * 64, "skipped_samples": 0, "refused_updates": 0,
@@ -279,8 +331,8 @@ ROUNDS: list[dict[str, Any]] = [
     for number in range(2)
 ]  # fmt: skip
 META = {
-    "kind": "federated", "run_id": "a" * 16, "config_digest": "d" * 64, "manifest_digest": "e" * 64, "versions": {"fedmllm": "0.2.0"},
-    "git_commit": None, "hardware": {"device": "cpu", "threads": 1}, "caches_features": True,
+    "kind": "federated", "run_id": "a" * 16, "config_digest": "d" * 64, "manifest_digest": "e" * 64,
+    "versions": {"fedmllm": "0.2.0"}, "git_commit": None, "hardware": {"device": "cpu", "threads": 1}, "caches_features": True,
 }  # fmt: skip
 CONFIG: dict[str, Any] = {
     "name": "made", "seed": 0, "task": {"name": "jsonl", "train": "train.jsonl", "test": "test.jsonl"},

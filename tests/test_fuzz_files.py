@@ -24,9 +24,10 @@ from PIL import Image
 import made_files as made
 from fedmllm import api, config
 from fedmllm.data import manifest as manifests
-from fedmllm.data.loading import read_split
+from fedmllm.data.loading import read_split, usable_samples
+from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.tasks.jsonl import jsonl
-from fedmllm.errors import UserError
+from fedmllm.errors import UserError, printable
 from fedmllm.experiment.parts import build, options_of
 from fedmllm.experiment.sweep import plan_sweep
 from fedmllm.fleets.memory import ClientMemory
@@ -113,10 +114,8 @@ def _site(path: Path) -> object:
 
 
 def _samples(path: Path) -> object:
-    loaded = read_split(jsonl(train=str(path), test=str(path)), "train")
-    for problem in loaded.problems:
-        check_sentence(str(problem))
-    return loaded
+    task = jsonl(train=str(path), test=str(path))
+    return usable_samples(read_split(task, "train"), task, "train", "error")
 
 
 def _archive(path: Path) -> object:
@@ -145,7 +144,7 @@ def _part(path: Path) -> object:
     part = run.load_part(path.stem)
     assert part is not None or run.notes
     for note in run.notes:
-        check_sentence(note)
+        check_sentence(printable(note))
     return part
 
 
@@ -153,7 +152,7 @@ def _checkpoint(path: Path) -> object:
     run = RunDir(path.parent.parent if path.parent.name == "checkpoint" else path.parent)
     loaded = run.load_checkpoint()
     for note in run.notes:
-        check_sentence(note)
+        check_sentence(printable(note))
     return loaded, run.rounds()
 
 
@@ -181,27 +180,11 @@ REPLY = Reply(1, {"adapter": tensors(w=[1.0, 2.0]), "control": {}}, 4, 2, {"loss
 JOB = Job("train", "ab" * 8, "seed = 1", 1, 2, (0, 1), {0: 2, 1: 4}, 0.01, 0, {"adapter": tensors(w=torch.ones(2, 2))})
 
 
-def _message(valid: Reply | Job, members: str) -> SearchStrategy[bytes]:
-    """A message with one change in its own header, in that of the file, or damaged."""
-    content = to_bytes(valid)
-    head = st.just(made.json.loads(valid.header()))
-
-    def dump(changed: Any) -> bytes:
-        text = made.as_json(changed).decode(errors="replace")
-        header = made.json.dumps({"__metadata__": {"head": text}, **_tensors_of(content)}).encode()
-        return len(header).to_bytes(8, "little") + header + content[8 + int.from_bytes(content[:8], "little") :]
-
-    own = made.mutated(head).map(dump)
-    return st.one_of(own, own, made.of_safetensors(content))
-
-
-def _tensors_of(content: bytes) -> dict[str, Any]:
-    header = made.json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
-MANIFEST = {"sample_id": ["a", "b", "c"], "client": [0, 0, 1], "has_image": [True, False, True], "has_text": [True, True, False]}
+ROWS = {"sample_id": ["a", "b", "c"], "client": [0, 0, 1], "has_image": [True, False, True], "has_text": [True, True, False]}
+HELD = [frozenset(("image", "text")), frozenset(("text",)), frozenset(("image",))]
+DIGEST = Manifest.of(map(Holding, ROWS["sample_id"], ROWS["client"], HELD), 2).digest()
 WHOLE = _bytes("run/manifest.parquet", lambda folder: made_run(folder / "run"))
+MANIFEST = (ROWS, {"clients": "2", "digest": DIGEST}, WHOLE)
 
 
 def state(name: str) -> SearchStrategy[bytes]:
@@ -219,10 +202,11 @@ KINDS: dict[str, Kind] = {
     "a federation's experiment": Kind("experiment.toml", made.cases(made.experiments(), made.as_toml),
                                       lambda path: FederationFile(path.with_name("server.toml"), ["train.rounds=2"])),
     "samples": Kind("train.jsonl", made.cases(st.just(made.SAMPLES), made.as_lines), _samples),
-    "a manifest": Kind("run/manifest.parquet", made.of_parquet(MANIFEST, {"clients": "2", "digest": "0" * 64}, WHOLE), manifests.read),
+    "a manifest": Kind("run/manifest.parquet", made.of_parquet(*MANIFEST),
+                       lambda path: manifests.read(path).counts()),
     "an archive": Kind("x.tar.xz", made.of_compressed(_bytes("x.tar.xz", _packed)), _archive),
-    "a reply": Kind("message", _message(REPLY, "reply"), _reply),
-    "a job": Kind("message", _message(JOB, "job"), lambda path: Job.of(*parts_of(path.read_bytes()))),
+    "a reply": Kind("message", made.messages(REPLY), _reply),
+    "a job": Kind("message", made.messages(JOB), lambda path: Job.of(*parts_of(path.read_bytes()))),
     "a frame": Kind("message", made.damaged(len(to_bytes(REPLY)).to_bytes(8, "little") + to_bytes(REPLY)), _frame),
     "a checkpoint": Kind("run/checkpoint/server.safetensors", state("checkpoint/server.safetensors"), _checkpoint),
     "records": Kind("run/rounds.jsonl", made.cases(st.just(made.ROUNDS), made.as_lines), _checkpoint),

@@ -42,7 +42,7 @@ class Gauge:
 
     def read(self) -> None:
         self.memory.append(resident())
-        self.files.append(len(os.listdir("/proc/self/fd")))
+        self.files.append(sum(1 for _ in Path("/proc/self/fd").iterdir()))
         if len(self.memory) in (self.settled, self.last):
             gc.collect()
             self.objects.append(len(gc.get_objects()))

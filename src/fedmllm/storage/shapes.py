@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedmllm.kinds import RunKind
 from fedmllm.storage.atomic import usable_as_folder
 
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
