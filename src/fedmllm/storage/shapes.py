@@ -34,6 +34,8 @@ class _Index(_Shape):
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+"""So that no sum of them overflows."""
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 _Metrics = dict[str, dict[str, float | _Interval]]
 
@@ -44,10 +46,10 @@ class _Transfer(_Shape):
 
 
 class _Shares(_Shape):
-    both: float
-    image: float
-    text: float
-    none: float
+    both: _Number
+    image: _Number
+    text: _Number
+    none: _Number
 
 
 class _Modalities(_Shape):
@@ -71,12 +73,12 @@ class _Result(_Shape):
     test_digest: str = ""
     transfer: dict[str, _Transfer] = {}
     per_client: list[dict[str, Any]] = []
-    clients: dict[str, float] = {}
+    clients: dict[str, _Number | None] = {}
     modalities: _Modalities | None = None
     rounds: _Count = 0
     bytes_up: dict[str, _Count] = {}
     bytes_down: dict[str, _Count] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, _Number] = {}
 
 
 def check_result(result: Any) -> None:
