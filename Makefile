@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all errors lint format bench tables docs results hashes pocket clean
+.PHONY: demo test test-all errors fuzz lint format bench tables docs results hashes pocket clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,11 +23,15 @@ demo: $(VENV)/installed  ## zero-shot, local and federated on easy-VQA, side by 
 test: $(VENV)/installed
 	$(TEST)
 
-test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds
+test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds, kills at random instants, a long run
 	$(BIN)/python -m pytest -m "not gpu and not browser"
 
 errors: $(VENV)/installed  ## docs/errors.md again, from a run of the test suite
 	$(TEST) --errors-page docs/errors.md
+
+SEED ?= $(shell date +%s)
+fuzz: $(VENV)/installed  ## thirty times as many cases for the readers of files, with a new seed, or with SEED=… again; about half an hour
+	$(BIN)/python -m pytest tests/test_fuzz_files.py tests/test_fuzz_commands.py --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --timeout=0
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

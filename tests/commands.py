@@ -10,14 +10,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner, Result
+import typer
+from click.testing import CliRunner, Result
 
 from fedmllm.cli.app import app
 from fedmllm.experiment import processes
 
+COMMAND = typer.main.get_command(app)
+"""Built once: typer reads the options of all commands again each time."""
+
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(COMMAND, [str(a) for a in arguments])
 
 
 def run(*arguments: object) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Flower asks nobody for news and tells nobody anything.
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +34,11 @@ torch.set_num_threads(1)
 # A shell ignores SIGINT for what it starts in the background, and what a test starts to interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Derandomised, so that a green suite stays green. The deadline, which a busy machine keeps, is for what would never end.
+_PLAIN = hypothesis.settings(deadline=timedelta(seconds=20), database=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("tests", _PLAIN, max_examples=120, derandomize=True)
+hypothesis.settings.register_profile("fuzz", _PLAIN, max_examples=4000, print_blob=True)
+hypothesis.settings.load_profile("tests")
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 
 

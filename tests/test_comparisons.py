@@ -169,8 +169,9 @@ def hash_of(place: str, method: str, r: int) -> int:
     return ["easy", "hard"].index(place) * 100 + ["base", "new"].index(method) * 10 + r
 
 
-def test_two_equal_methods_differ_in_one_of_twenty_grids(tmp_path: Path) -> None:
+def test_two_equal_methods_differ_in_one_of_twenty_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command on 200 grids of two equal methods, with effects of the place and of the replicate."""
+    monkeypatch.setattr("fedmllm.report.units.DRAWS", 2)
     rng, significant = np.random.default_rng(7), 0
     for repetition in range(200):
         units = {(place, r): rng.normal(0, 0.1) for place in ("easy", "hard") for r in range(4)}

@@ -89,11 +89,39 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, file: str) -> N
         assert str(tmp_path / damage.__name__) in str(error.value), damage
 
 
-@pytest.mark.parametrize("content", ['{"metrics": []}', '{"metrics": {}, "per_client": {}}', '{"per_client": ["x"]}'])
+WRONG_RESULTS = {
+    '{"metrics": []}': "metrics: ",
+    '{"metrics": {}, "per_client": {}}': "per_client: ",
+    '{"per_client": ["x"]}': "AttributeError",
+    '{"metrics": {"both": []}}': "metrics.both: ",
+    '{"metrics": {"both": {"accuracy": "0.5"}}}': "'0.5' is in the place of a score",
+    '{"metrics": {"both": {"accuracy": true}}}': "'True' is in the place of a score",
+    '{"metrics": {"both": {"accuracy": 1e300}}}': "'1e+300' is in the place of a score",
+    '{"metrics": {"both": {"accuracy": Infinity}}}': "'inf' is in the place of a score",
+    '{"metrics": {"both": {"accuracy": {}}}}': "metrics.both.accuracy.float: ",
+    '{"metrics": {"both": {"accuracy_ci": [0.1]}}}': "metrics.both.accuracy_ci.",
+    '{"bootstrap_scores": {"both": [{}]}}': "bootstrap_scores.both.0: ",
+    '{"primary_metric": {}}': "primary_metric: ",
+    '{"kind": "best"}': "kind: ",
+    '{"transfer": {"qa": {"metrics": {}}}}': "transfer.qa.primary_metric: ",
+    '{"clients": {"worst_decile": "x"}}': "clients.worst_decile: ",
+    '{"modalities": {"drawn": {}, "expected": null}}': "modalities.drawn.both: ",
+    '{"modalities": 5}': "modalities: ",
+    '{"rounds": "3"}': "rounds: ",
+    '{"rounds": -1}': "rounds: ",
+    '{"bytes_up": {"adapter": 1e400}}': "bytes_up.adapter: ",
+    f'{{"bytes_down": {{"adapter": 1{"0" * 400}}}}}': "bytes_down.adapter: ",
+    '{"seconds": {"total": null}}': "seconds.total: ",
+    '{"seconds": {"total": 1e308}}': "seconds.total: ",
+}
+
+
+@pytest.mark.parametrize("content", WRONG_RESULTS)
 def test_a_result_of_the_wrong_shape_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(RunError, match=r"result\.json cannot be read"):
+    with pytest.raises(RunError, match=r"result\.json cannot be read") as error:
         RunDir(tmp_path).result()
+    assert WRONG_RESULTS[content] in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"x"', "{"])

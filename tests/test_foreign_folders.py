@@ -21,6 +21,7 @@ from fedmllm.storage import archive
 from fedmllm.storage.archive import opened
 from fedmllm.storage.lock import FileLock
 from fedmllm.storage.run_dir import RunDir
+from made_files import RESULT
 from made_runs import index_of, make_run, make_sweep, write_archive
 
 
@@ -124,6 +125,8 @@ BAD_RUNS: dict[str, tuple[str, str]] = {
     "no metrics": ("result.json", '{"schema": 1}'),
     "metrics of another type": ("result.json", '{"primary_metric": "accuracy", "metrics": 5}'),
     "a metric that is no name": ("result.json", '{"primary_metric": {}, "metrics": {}}'),
+    "seconds that are none": ("result.json", json.dumps(RESULT | {"seconds": {}})),
+    "modalities that are none": ("result.json", json.dumps(RESULT | {"modalities": {"drawn": []}})),
     "settings of nothing": ("config.toml", ""),
     "settings that are no TOML": ("config.toml", "[[["),
 }
@@ -140,6 +143,17 @@ def test_a_run_of_another_shape_is_one_sentence(case: str, tmp_path: Path) -> No
         assert done.exit_code == 2
         assert done.stderr.startswith(f"error: {folder}/federated-0")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [0, 4, 201])
+def test_another_number_of_resampled_scores_is_one_sentence(count: int, tmp_path: Path) -> None:
+    axes = {"setting": ["A"], "method": ["FedAvg", "FedProx"]}
+    folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: 0.5, seeds=[0, 1])
+    (folder / "federated-2" / "result.json").write_text(json.dumps(RESULT | {"bootstrap_scores": {"both": [0.5] * count}}))
+    for command in [("compare", folder, "--baseline", "FedAvg"), ("report", folder, "--out", tmp_path / "page.md")]:
+        done = call(*command)
+        assert done.exit_code == 2
+        assert f"federated-2: result.json has {count} resampled scores under the pattern 'both' instead of 200" in done.stderr
 
 
 def test_pack_takes_no_file_from_outside_the_folder(tmp_path: Path) -> None:

@@ -335,6 +335,17 @@ def test_a_table_without_metadata_is_not_a_manifest(tmp_path: Path, metadata: di
         manifests.read(tmp_path / "m.parquet")
 
 
+@pytest.mark.parametrize("clients", [-1, 0, 3, 2**31])
+def test_a_number_of_clients_that_its_rows_contradict_is_refused(tmp_path: Path, clients: int) -> None:
+    path = tmp_path / "m.parquet"
+    manifest = Manifest.of([Holding("a", 0, BOTH), Holding("b", 3, BOTH)], 5)
+    manifest.write(path)
+    metadata = {"clients": str(clients), "digest": manifest.digest()}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+    with pytest.raises(DataError, match="do not match its digest"):
+        manifests.read(path)
+
+
 def test_other_files_are_not_manifests(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import stat
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_a_site_may_give_a_whole_task_with_relative_paths(folder: Path) -> None:
         ('name = "north"\n', "", "name: this key is required"),
         ('key = "../keys/north.key"', 'key = "north.key"', "key = 'north.key': there is no such file"),
         ('ca = "../keys/ca.crt"', 'ca = "ca.crt"', "ca = 'ca.crt': there is no such file"),
+        ('ca = "../keys/ca.crt"', f'ca = "{"x" * 300}"', "xxx': there is no such file"),
         ('modalities = ["image"]', 'modalities = ["sound"]', "modalities.0: input should be 'image' or 'text'"),
         ('modalities = ["image"]', "modalities = []", "modalities"),
         ('jsonl = "train.jsonl"', 'jsonl = "none.jsonl"', "none.jsonl is missing"),
@@ -200,6 +202,28 @@ def test_an_error_in_a_federation_file_gives_one_sentence(folder: Path, old: str
     assert completed.exit_code == 2, completed.output
     assert reason in completed.stderr
     assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [
+        ("", "task: this key is required"),
+        ("task = 5", "task: "),
+        ('task = "shapes-qa"', "task: "),
+        ('task = { name = "shapes-qa" }\nfleet = 5', "fleet: "),
+        ('task = { name = "shapes-qa" }\nfleet = { name = "flower", sites = 3 }', "fleet.sites: must be a list"),
+        ('task = { name = "shapes-qa" }\nfleet = { name = "flower", sites = [1, "a"] }', "fleet.sites.0: "),
+        ('task = { name = "shapes-qa" }\npartition = [1]', "partition: "),
+        ('task = { name = "shapes-qa" }\ntrain = "x"', "train: "),
+        ('task = { name = "shapes-qa" }\ntrain = { clients_per_round = "2" }', "train.clients_per_round: "),
+        ('task = { name = "shapes-qa", companion = "x" }', "task.companion: "),
+    ],
+)
+def test_an_experiment_of_the_wrong_shape_gives_one_sentence(folder: Path, tables: str, reason: str) -> None:
+    (folder / "server" / "shape.toml").write_text(tables)
+    path = changed_copy(folder, "server/federation.toml", 'experiment = "experiment.toml"', 'experiment = "shape.toml"')
+    with pytest.raises(ConfigError, match=re.escape(f"{folder / 'server' / 'shape.toml'}: {reason}")):
+        FederationFile(path, [])
 
 
 def test_the_clients_are_the_sites_in_the_order_of_the_file(folder: Path) -> None:

@@ -22,6 +22,7 @@ from fedmllm.runs import kinds
 from fedmllm.storage import checkpoint
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
+from made_files import RESULT
 
 Write = Callable[..., Path]
 
@@ -41,6 +42,7 @@ def test_a_run_leaves_what_the_design_promises(write_experiment: Write) -> None:
         "skipped_samples refused_updates"
     )
     assert set(keys.split()) <= result.keys()
+    assert RESULT.keys() == result.keys(), "the strategies of the fuzz tests know every key"
     assert result["kind"] == "federated"
     assert set(result["metrics"]) == {"both", "image", "text"}
     both = result["metrics"]["both"]

@@ -90,6 +90,7 @@ def test_cells_that_cannot_be_told_apart_are_refused(plan: Plan, axes: str, sent
     [
         ("seeds = [0, 0, 0]", "seeds: 0 is given 3 times"),
         ("seeds = [4, 2, 3, 2, 3]", "seeds: 2 is given 2 times"),
+        ("replicates = 1000000000", "replicates: must be at most 10000, because each is a run of every cell"),
         ("seeds = [-1]", "seeds.0: input should be greater than or equal to 0"),
         ("set = { seed = 5 }", "`set` sets seed, which `seeds` sets for every cell"),
         ('set = { "train.lr" = 0.5 }', "train.lr is set by `set` and by the cell '1e-4' of the axis 'lr'"),

@@ -9,7 +9,12 @@ from html import escape
 
 
 class UserError(Exception):
-    """Its message is one sentence: what is wrong, where, and what to do about it."""
+    """Its message is one sentence: what is wrong, where, and what to do about it. What it quotes may come from a damaged or
+    hostile file, so it is one printable line, and cut in the middle if it is long."""
+
+    def __init__(self, message: str) -> None:
+        line = printable(message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 350]} … {line[-300:]}")
 
 
 class ConfigError(UserError):
@@ -35,6 +40,7 @@ def brief(message: str, limit: int = 500) -> str:
     return printable(message if len(message) <= limit else f"{message[:limit]}…")
 
 
+_LONGEST = 1200
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import traceback
@@ -14,7 +15,7 @@ import typer
 
 from fedmllm.api import read_experiment
 from fedmllm.cli.output import OutputLost, fill_closed_streams, say
-from fedmllm.errors import UserError
+from fedmllm.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from fedmllm.config import Experiment
@@ -60,6 +61,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except typer.Exit:
             raise
         except Exception as error:  # the boundary: any other error is a failed run, reported in one line
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever the path was opened first
+                say(f"error: {RunError(str(error))}; the name of a file or folder has at most 255 bytes.")
+                raise typer.Exit(2) from None
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split()) or type(error).__name__
             say(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})")

@@ -19,6 +19,8 @@ from fedmllm.registry import explain
 
 Setting = tuple[list[str], Any]
 """(path of a key, value), such as (["train", "rounds"], 5)."""
+_MAX_DEPTH = 50
+_TOO_DEEP = f"tables or lists are more than {_MAX_DEPTH} deep; no setting is."
 _PATHS = "write paths with / or in 'single quotes'"
 
 
@@ -33,17 +35,20 @@ def parse_override(text: str) -> Setting:
         raise ConfigError(f"--set {text}: write it as key=value, for example --set train.rounds=5.")
     try:
         value = tomllib.loads(f"value = {text_of_value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text_of_value.strip()
     _check_text(value, f"--set {'.'.join(path)}")
     return path, value
 
 
 def _check_text(value: Any, where: str) -> None:
-    """Raises ConfigError for a string with a control character: TOML reads the backslashes of "data\\new.jsonl" as escapes.
+    """Raises ConfigError for a string with a control character: TOML reads the backslashes of "data\\new.jsonl" as escapes;
+    and for values deeper than any setting, which later steps could not follow.
 
     A line feed is accepted in text with spaces, such as the wording of a question.
     """
+    if where.count(".") > _MAX_DEPTH:
+        raise ConfigError(f"{where}: {_TOO_DEEP}")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_text(inner, f"{where}.{key}".removeprefix("."))
@@ -142,6 +147,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a text file ({error}); save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error}).") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: {_TOO_DEEP}") from None
     except tomllib.TOMLDecodeError as error:
         escape = any(word in str(error) for word in ("Unescaped", "Invalid hex", "Escaped"))
         raise ConfigError(f"{path}: not valid TOML: {error}{f'; {_PATHS}' if escape else ''}.") from None

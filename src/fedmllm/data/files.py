@@ -57,6 +57,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Like `Path.is_dir`, but False if access is denied or the name is too long."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def find_file(task: str, data_dir: str | Path, name: str) -> Path:
     """The file `name` of the unpacked download. Raises DataError, with a suggestion if `data_dir` is one level off."""
     folder = Path(data_dir)

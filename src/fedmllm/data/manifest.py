@@ -188,6 +188,8 @@ def read(path: Path) -> Manifest:
         # Unsorted rows also mean that the file was changed, and `of_client` would not find the rows of a client.
         intact = not any(column.null_count for column in columns) and not bool((np.diff(owner) < 0).any())
         intact = intact and manifest.digest() == metadata[b"digest"].decode()
+        # The digest does not cover the number of clients.
+        intact = intact and bool(0 <= owner.min(initial=0) <= owner.max(initial=0) < manifest.clients < 2**31)
     except (OSError, ValueError, pa.ArrowException) as error:  # a name that is no UTF-8 is a ValueError
         raise DataError(f"{path}: cannot be read as a manifest ({error}).") from None
     if not intact:

@@ -32,6 +32,7 @@ from fedmllm.config import (
     Table,
     TrainTable,
 )
+from fedmllm.config.schema import at_most
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
@@ -77,7 +78,7 @@ class Sweep(Table):
     name: FolderName
     base: str
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
-    replicates: Positive | None = None
+    replicates: Annotated[Positive, at_most(10_000, "because each is a run of every cell")] | None = None
     margin: Annotated[float, Field(gt=0)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     axes: Annotated[tuple[Axis, ...], Field(strict=False)] = ()

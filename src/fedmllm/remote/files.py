@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from fedmllm import config as files
 from fedmllm.config import Experiment, Table, TaskTable
+from fedmllm.data.files import is_file, is_folder
 from fedmllm.data.manifest import Holding
 from fedmllm.data.samples import MODALITIES, Modality, Sample
 from fedmllm.errors import ConfigError
@@ -108,7 +110,7 @@ def _read(table: type[Table], path: Path) -> Any:
 
 def _existing(path: Path, name: str, where: Path) -> Path:
     file = where.parent / path
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"{where}: {name} = {str(path)!r}: there is no such file.")
     return file.resolve()
 
@@ -156,7 +158,7 @@ class SiteFile:
             device=table.device,
             trust_remote_code=table.trust_remote_code,
             has_test_data=bool(table.task or table.jsonl_test),
-            model=str(model) if table.model and model.is_dir() else table.model,
+            model=str(model) if table.model and is_folder(model) else table.model,
             secure=table.secure,
             min_peers=table.min_peers,
             limits=table.limits.beside(path.parent.resolve()),
@@ -201,13 +203,20 @@ class FederationFile:
     def _experiment(self, file: Path, overrides: list[str]) -> Experiment:
         settings = [files.parse_override(override) for override in overrides]
         raw, _ = files.apply_settings(files.read(file), settings, options_of)
+        with files.blaming(str(file), settings):
+            with suppress(AttributeError, KeyError, TypeError):  # a value of a wrong type, which is named below
+                self._adopt(raw)
+            return with_defaults(files.validate(raw))
+
+    def _adopt(self, raw: dict[str, Any]) -> None:
+        """Set fleet and clients, and make paths absolute, because the process of the run has another working folder."""
         fleet = raw.get("fleet", {})
         options = fleet if fleet.get("name") == "flower" else {}
         names = options.get("sites", list(self.sites))
         if sorted(names) != sorted(self.sites):
             raise ConfigError(
-                f"{file}: fleet.sites is {names}, but {self.path.name} names {list(self.sites)}; remove fleet.sites, or "
-                "name the same sites."
+                f"fleet.sites is {names}, but {self.path.name} names {list(self.sites)}; remove fleet.sites, or name the same "
+                "sites."
             )
         raw["fleet"] = {**options, "name": "flower", "sites": names}
         raw["partition"] = {"name": "iid", **raw.get("partition", {}), "clients": len(names)}
@@ -216,6 +225,4 @@ class FederationFile:
         for table in (raw["task"], raw["task"].get("companion") or {}):
             for key in PATHS:
                 if isinstance(table.get(key), str):
-                    table[key] = str(Path(table[key]).absolute())  # the process of the run has another working folder
-        with files.blaming(str(file), settings):
-            return with_defaults(files.validate(raw))
+                    table[key] = str(Path(table[key]).absolute())

@@ -38,7 +38,10 @@ MAX_SAMPLES = 500_000
 
 
 class ProtocolError(ValueError):
-    """The content is not a message of this protocol, or has another version."""
+    """The content is not a message of this protocol, or has another version. What it quotes is made printable and cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(brief(message))
 
 
 @dataclass(frozen=True)

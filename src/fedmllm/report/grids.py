@@ -127,7 +127,7 @@ def reading(where: object) -> Iterator[None]:
     """Raises RunError in place of the errors that arise from files of another shape than a run writes."""
     try:
         yield
-    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RunError(f"{where}: a file is not as a run writes it ({reason}); get it again, or repeat the run.") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmllm.errors import RunError
-from fedmllm.evaluation.answers import bootstrap_scores, test_digest
+from fedmllm.evaluation.answers import DRAWS, bootstrap_scores, test_digest
 from fedmllm.report.grids import GridRow, reading
 from fedmllm.report.protocol import Resamples, Units, regrouped
 from fedmllm.storage.run_dir import RunDir
@@ -130,7 +131,12 @@ def _read_unit(run: RunDir, result: Mapping[str, Any], pattern: str) -> Unit:
     metric, score = result["primary_metric"], result["metrics"].get(pattern, {}).get(result["primary_metric"])
     score = float("nan") if score is None else float(score)
     if "bootstrap_scores" in result:
-        resampled = np.array(result["bootstrap_scores"].get(pattern, ()), dtype=np.float64)
+        resampled = np.array(result["bootstrap_scores"].get(pattern, [math.nan] * DRAWS), dtype=np.float64)
+        if len(resampled) != DRAWS:
+            raise RunError(
+                f"{run.path}: result.json has {len(resampled)} resampled scores under the pattern {pattern!r} instead of "
+                f"{DRAWS}; run the experiment again."
+            )
         return Unit(metric, score, result["test_digest"], resampled)
     lines = [line for line in run.predictions() if line["pattern"] == pattern]
     if not lines:

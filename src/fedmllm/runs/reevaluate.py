@@ -58,7 +58,7 @@ def reevaluate(
     return summarise(dataset.task, models, config.eval.match, session.test_set.choices)
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
 def _check_model(model: ModelTable, file: Path) -> None:

@@ -82,7 +82,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def _read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
     """(the index, the content of its file)."""
-    from fedmllm.storage.sweep_index import check_index  # the help page must not wait for pydantic
+    from fedmllm.storage.shapes import check_index  # the help page must not wait for pydantic
 
     path = folder / INDEX
     if not path.is_file():

@@ -188,11 +188,10 @@ def _parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
 
 
 def _parse_result(text: str) -> dict[str, Any]:
+    from fedmllm.storage.shapes import check_result  # the help page must not wait for pydantic
+
     result = parse_object(text)
-    for key in ("metrics", "per_client"):
-        kind = dict if key == "metrics" else list
-        if not isinstance(result.get(key, kind()), kind):
-            raise ValueError(f"{key!r} is not of the right type")
+    check_result(result)
     return result
 
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_LARGEST = 1e15
+
 
 def strict(value: Any) -> Any:
     """A copy with null in place of NaN and infinities, which JSON cannot represent."""
@@ -44,8 +46,17 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def _with_nan(value: Any) -> Any:
-    """The inverse of `strict` for a value that contains only numbers: NaN in place of null."""
-    return _mapped(value, lambda leaf: math.nan if leaf is None else leaf)
+    """The inverse of `strict` for a value that contains only numbers: NaN in place of null. Raises ValueError for anything
+    else, and for numbers with which statistics would overflow."""
+
+    def number(leaf: Any) -> Any:
+        if leaf is None:
+            return math.nan
+        if type(leaf) not in (int, float) or abs(leaf) > _LARGEST:
+            raise ValueError(f"{str(leaf)[:40]!r} is in the place of a score")
+        return leaf
+
+    return _mapped(value, number)
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -64,8 +75,8 @@ def restored(record: dict[str, Any]) -> dict[str, Any]:
     for key in ("metrics", "bootstrap_scores"):
         if isinstance(record.get(key), dict):
             record[key] = _with_nan(record[key])
-    if "loss" in record:
-        record["loss"] = _with_nan(record["loss"])
+    if record.get("loss", 0.0) is None:
+        record["loss"] = math.nan
     for key in record.keys() & {"per_client", "rounds"}:
         if isinstance(record[key], list):
             record[key] = [restored(row) for row in record[key]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedmllm.data.files import Entry, EntryError, parse_choices, path_inside, samples_of
+from fedmllm.data.files import Entry, EntryError, is_folder, parse_choices, path_inside, samples_of
 from fedmllm.data.images import Picture, StoredPicture
 from fedmllm.data.samples import LETTERS, Problem, Sample, Split, Task, clean
 from fedmllm.data.tasks import check_positive, tasks
@@ -77,7 +77,7 @@ def _open(library: Any, dataset: str, subset: str | None, revision: str | None, 
 
 def _image_folder(library: Any, dataset: str) -> Path:
     """The folder that images given by path must be in: the data set's own folder, or the library's download cache."""
-    return Path(dataset) if Path(dataset).is_dir() else Path(library.config.HF_CACHE_HOME)
+    return Path(dataset) if is_folder(Path(dataset)) else Path(library.config.HF_CACHE_HOME)
 
 
 def _bytes_or_path(value: Any) -> Any:
@@ -116,7 +116,7 @@ def _choices(entry: Entry, columns: Columns, classes: tuple[str, ...] | None) ->
 
 def _name(dataset: str, subset: str | None) -> str:
     """What the ids of samples begin with: owner and name of a data set of the hub, or the folder's own name, and the subset."""
-    return "/".join(filter(None, (Path(dataset).absolute().name if Path(dataset).is_dir() else dataset, subset)))
+    return "/".join(filter(None, (Path(dataset).absolute().name if is_folder(Path(dataset)) else dataset, subset)))
 
 
 def _reader(rows: Any, columns: Columns, name: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
