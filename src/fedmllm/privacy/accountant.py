@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-_MOST_NOISE = 2.0**14
+_MOST_NOISE = 2.0**10
 
 
 @lru_cache(maxsize=64)
