@@ -310,7 +310,8 @@ _METRICS = {
 _SHARES = {"both": 0.5, "image": 0.25, "text": 0.25, "none": 0.0}
 RESULT: dict[str, Any] = {
     "schema": 1, "name": "made", "kind": "federated", "task": "jsonl", "scenario": "aligned", "partition": "iid",
-    "algorithm": "fedavg", "regularization": "none", "compression": "none", "secure": "none", "prompt": "modality-agnostic",
+    "algorithm": "fedavg", "regularization": "none", "compression": "none", "secure": "none", "robust": "median",
+    "privacy": "user-level", "attack": "alie", "prompt": "modality-agnostic",
     "model": "pocket", "adapter": "lora", "seed": 0, "draw": None, "primary_metric": "accuracy", "positive": None,
     "match": "exact", "judge": "none", "metrics": {"both": _METRICS, "image": _METRICS},
     "test_digest": test_digest(PREDICTIONS),
@@ -319,7 +320,11 @@ RESULT: dict[str, Any] = {
     "per_client": [{"client": 0, "samples": 4, "image": 2, "text": 4, "gap": 0.25, "rounds": 2, "score": 0.5,
                     "metrics": {"both": _METRICS}}],
     "clients": {"n": 2, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4},
-    "modalities": {"drawn": _SHARES, "expected": _SHARES, "dropped": 0},
+    "modalities": {"drawn": _SHARES, "expected": _SHARES, "dropped": 0,
+                   "absence": {"majority": 0.5, "accuracy": 0.6, "information": 0.1}},
+    "kept": [{"group": "paired", "attacker": False, "clients": 2, "updates": 3, "refused": 1, "kept": 0.5, "below_half": 0.25}],
+    "privacy_spent": {"epsilon": 1.5, "delta": 1e-4, "noise": 1.0, "clip": 0.1, "clipping": "fixed", "sampling": "poisson",
+                      "probability": 0.1, "unit": "client", "neighbours": "add or remove one"},
     "rounds": 2, "cohort": 1, "bytes_up": {"adapter": 1000}, "bytes_down": {"adapter": 1000},
     "seconds": {"total": 12.0, "train": 10.0, "eval": 1.0, "setup": 1.0}, "peak_memory_mb": 500, "config_digest": "d" * 64,
     "manifest_digest": "e" * 64, "adapter_sha256": "f" * 64, "skipped_samples": 0, "refused_updates": 0,
@@ -327,7 +332,7 @@ RESULT: dict[str, Any] = {
 ROUNDS: list[dict[str, Any]] = [
     {"round": number, "lr": 0.01, "sampled": [0, 1], "examples": 8, "steps": 2, "loss": 0.5, "bytes_down": {"adapter": 500},
      "bytes_up": {"adapter": 500}, "refused": [{"client": 1, "why": "its norm"}], "seconds": 0.5, "padding": 0.1,
-     "metrics": {"both": _METRICS}}
+     "metrics": {"both": _METRICS}, "kept": {"0": 0.5}, "privacy": {"epsilon": 0.5, "clip": 0.1}}
     for number in range(2)
 ]  # fmt: skip
 META = {

@@ -40,6 +40,6 @@ _MEANS = ("kept", "below_half")
 
 def _mean(groups: Sequence[Mapping[str, Any]], key: str) -> str:
     """The mean over all updates of the runs, in percent."""
-    counted = [group for group in groups if group["updates"]]
+    counted = [group for group in groups if group["updates"] and group[key] is not None]
     updates = sum(group["updates"] for group in counted)
     return f"{100 * sum(group[key] * group['updates'] for group in counted) / updates:.1f}" if updates else UNKNOWN

@@ -57,6 +57,19 @@ class _Modalities(_Shape):
     expected: _Shares | None
 
 
+class _Kept(_Shape):
+    group: str
+    attacker: bool
+    clients: _Count
+    updates: _Count
+    kept: _Number | None
+    below_half: _Number | None
+
+
+class _Spent(_Shape):
+    epsilon: float | None
+
+
 class _Result(_Shape):
     """No key is required, because earlier versions wrote fewer."""
 
@@ -68,6 +81,9 @@ class _Result(_Shape):
     regularization: str = ""
     compression: str = ""
     secure: str = ""
+    robust: str = ""
+    privacy: str = ""
+    attack: str = ""
     metrics: _Metrics = {}
     bootstrap_scores: dict[str, list[float]] = {}
     test_digest: str = ""
@@ -75,6 +91,8 @@ class _Result(_Shape):
     per_client: list[dict[str, Any]] = []
     clients: dict[str, _Number | None] = {}
     modalities: _Modalities | None = None
+    kept: list[_Kept] = []
+    privacy_spent: _Spent | None = None
     rounds: _Count = 0
     bytes_up: dict[str, _Count] = {}
     bytes_down: dict[str, _Count] = {}
