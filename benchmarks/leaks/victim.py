@@ -1,0 +1,95 @@
+"""The pocket model, its clients, and the updates that the attacks see, as vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmllm.algorithms import LocalRule
+from fedmllm.config import ModelTable, TrainTable
+from fedmllm.data.prompts import prompts, render
+from fedmllm.data.samples import Sample
+from fedmllm.data.tasks import tasks
+from fedmllm.models.encoded import Encoded
+from fedmllm.models.mllm import MLLM
+from fedmllm.models.stack import Stack
+from fedmllm.rng import stream
+from fedmllm.tensors import Tensors
+from fedmllm.training.cohort import Work, train_cohort
+
+Floats = NDArray[np.float64]
+
+
+def train_table(optimizer: str = "adamw", epochs: int = 1, batch: int = 4) -> TrainTable:
+    """The quickstart's settings; plain SGD needs a higher learning rate to move as far."""
+    lr = 3e-3 if optimizer == "adamw" else 0.3
+    return TrainTable.model_validate({"optimizer": optimizer, "lr": lr, "batch_size": batch, "epochs": epochs})
+
+
+class Victim:
+    """The pocket model, samples with a picture each, and adapters as vectors (entries)."""
+
+    def __init__(self, settings: ModelTable, seed: int, limit: int | None = None) -> None:
+        self.model = MLLM.load(settings, seed)
+        of_picture: dict[object, list[Sample]] = {}
+        for sample in tasks.build("easy-vqa", {}).load("train"):
+            if isinstance(sample, Sample):
+                of_picture.setdefault(sample.image, []).append(sample)
+        rng = stream(seed, "leakage")
+        chosen = [questions[int(rng.integers(len(questions)))] for questions in of_picture.values()][:limit]
+        strategy = prompts.build("modality-agnostic", {})
+        conversations = [render(sample, sample.modalities, strategy) for sample in chosen]
+        self.samples = self.model.encode(conversations, [sample.image for sample in chosen], 1200)
+        self.model.prepare_features()
+        self.initial = self.vector(self.model.adapter.get())
+
+    def vector(self, tensors: Tensors) -> Tensor:
+        return torch.cat([tensors[name].reshape(-1) for name in self.model.adapter.parameters])
+
+    def tensors(self, vector: Tensor) -> Tensors:
+        parameters = self.model.adapter.parameters
+        parts = torch.split(vector, [parameter.numel() for parameter in parameters.values()])
+        return {name: part.view(p.shape) for part, (name, p) in zip(parts, parameters.items(), strict=True)}
+
+    def updates(self, adapter: Tensor, clients: Sequence[Sequence[Encoded]], train: TrainTable) -> Tensor:
+        """(clients, entries): how far local training of each client moves the adapter."""
+        size, received = train.batch_size, self.tensors(adapter)
+        steps = [
+            [[samples[i : i + size]] for _ in range(train.epochs) for i in range(0, len(samples), size)] for samples in clients
+        ]
+        results = train_cohort(self.model, [Work(of_client, received, LocalRule(), 0) for of_client in steps], train)
+        return torch.stack([self.vector(result.trained) - adapter for result in results])
+
+    def gradients(self, adapter: Tensor, samples: Sequence[Encoded], chunk: int = 32) -> Tensor:
+        """(samples, entries): the gradient of each sample's loss."""
+        parts = []
+        for start in range(0, len(samples), chunk):
+            batch = samples[start : start + chunk]
+            stack = Stack(self.model.adapter, [self.tensors(adapter)] * len(batch), list(self.model.adapter.parameters))
+            with self.model.using(stack, len(batch)):
+                stack.begin([(1, self.model.width([sample])) for sample in batch])
+                self.model.loss(batch).backward()  # type: ignore[no-untyped-call]
+            parts.append(stack.grads)
+        return torch.cat(parts)
+
+    def losses(self, adapter: Tensor, samples: Sequence[Encoded]) -> Floats:
+        with self.model.stacked([self.tensors(adapter)]):
+            return self.model.losses(samples).double().numpy()
+
+    def warmed_up(self, samples: Sequence[Encoded], rounds: int = 4, clients: int = 4) -> Tensor:
+        """The adapter after a few rounds of FedAvg over `samples`, which take part in no attack."""
+        adapter, train = self.initial, train_table()
+        for number in range(rounds):
+            part = samples[number::rounds]
+            adapter = adapter + self.updates(adapter, [part[i::clients] for i in range(clients)], train).mean(0)
+        return adapter
+
+
+def noisy_sum(updates: Tensor, clip: float, noise: float, rng: np.random.Generator) -> Tensor:
+    """The sum of the updates (clients, entries), each clipped to the L2 norm `clip`, plus noise of noise · clip per entry."""
+    clipped = updates * (clip / updates.norm(dim=1, keepdim=True)).clamp(max=1.0)
+    return clipped.sum(0) + noise * clip * torch.from_numpy(rng.standard_normal(updates.shape[1], dtype=np.float32))
