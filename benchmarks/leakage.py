@@ -13,16 +13,15 @@ Markdown. A repetition draws new clients, new samples, and 99 further samples of
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers.utils import logging
 
-from fedmllm.config import ModelTable
-from fedmllm.config.schema import LoraTable
 from leaks.membership import ALONE, ATTACKS, SUMS, Figures, Setting, repetition
 from leaks.statistics import ceiling, epsilon, interval
 from leaks.victim import Victim
+from leaks.words import FIGURES, read_words
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,15 +50,26 @@ def membership_tables(repeats: Sequence[Figures]) -> str:
     )
 
 
+def words_table(results: Mapping[Setting, Mapping[str, Sequence[float]]]) -> str:
+    """The table in Markdown: means over targets with 95 % intervals."""
+    rows = []
+    for s, figures in results.items():
+        seen = [str(s.samples), str(s.clients), f"{s.noise:g}", s.optimizer, "first" if s.first else "fifth"]
+        rows.append([*seen, *(interval(figures[name]) for name in FIGURES)])
+    return table(["samples", "clients K", "noise z", "optimizer", "round", *FIGURES], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what LoRA updates tell about single samples.")
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=12, help="repetitions of the membership attacks; 0: none")
     repeats = parser.parse_args().repeats
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    victim = Victim(ModelTable(lora=LoraTable(rank=8, alpha=16)), seed=0)
+    victim = Victim.on_easy_vqa()
     warm, pool = victim.warmed_up(victim.samples[:512]), victim.samples[512:]
-    print(membership_tables([repetition(victim, warm, pool, number) for number in range(repeats)]), flush=True)
+    if repeats:
+        print(membership_tables([repetition(victim, warm, pool, number) for number in range(repeats)]), end="\n\n", flush=True)
+    print(words_table(read_words(victim, warm)), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmllm.algorithms import LocalRule
-from fedmllm.config import ModelTable, TrainTable
+from fedmllm.config import LoraTable, ModelTable, TrainTable
 from fedmllm.data.prompts import prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
@@ -31,21 +31,26 @@ def train_table(optimizer: str = "adamw", epochs: int = 1, batch: int = 4) -> Tr
 
 
 class Victim:
-    """The pocket model, samples with a picture each, and adapters as vectors (entries)."""
+    """A model, the samples of clients and attackers, and adapters as vectors (entries)."""
 
-    def __init__(self, settings: ModelTable, seed: int, limit: int | None = None) -> None:
-        self.model = MLLM.load(settings, seed)
+    def __init__(self, model: MLLM, samples: Sequence[Encoded]) -> None:
+        self.model, self.samples = model, samples
+        model.prepare_features()
+        self.initial = self.vector(model.adapter.get())
+
+    @classmethod
+    def on_easy_vqa(cls, seed: int = 0) -> Victim:
+        """The pocket model with the quickstart's adapter, and one question about each of the 4,000 training pictures."""
         of_picture: dict[object, list[Sample]] = {}
         for sample in tasks.build("easy-vqa", {}).load("train"):
             if isinstance(sample, Sample):
                 of_picture.setdefault(sample.image, []).append(sample)
         rng = stream(seed, "leakage")
-        chosen = [questions[int(rng.integers(len(questions)))] for questions in of_picture.values()][:limit]
+        chosen = [questions[int(rng.integers(len(questions)))] for questions in of_picture.values()]
         strategy = prompts.build("modality-agnostic", {})
+        model = MLLM.load(ModelTable(lora=LoraTable(rank=8, alpha=16)), seed)
         conversations = [render(sample, sample.modalities, strategy) for sample in chosen]
-        self.samples = self.model.encode(conversations, [sample.image for sample in chosen], 1200)
-        self.model.prepare_features()
-        self.initial = self.vector(self.model.adapter.get())
+        return cls(model, model.encode(conversations, [sample.image for sample in chosen], 1200))
 
     def vector(self, tensors: Tensors) -> Tensor:
         return torch.cat([tensors[name].reshape(-1) for name in self.model.adapter.parameters])
