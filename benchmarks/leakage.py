@@ -8,6 +8,8 @@ Markdown. A repetition draws new clients, new samples, and 99 further samples of
 - Membership, of one update in the clear, by the number of a client's samples and by how it trains.
 - Membership, of the sum of the updates of K clients, without noise (a masked sum) and with the noise of user-level
   differential privacy.
+- Inversion by reading and imitation: tokens, answers and pictures of single samples, with controls in parentheses.
+- Inversion of pictures by matching updates.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 from leaks.membership import ALONE, ATTACKS, SUMS, Figures, Setting, repetition
+from leaks.pictures import FIGURES as MATCHING
+from leaks.pictures import match_pictures
+from leaks.reading import FIGURES as READING
+from leaks.reading import read
 from leaks.statistics import ceiling, epsilon, interval
 from leaks.victim import Victim
-from leaks.words import FIGURES, read_words
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,13 +56,29 @@ def membership_tables(repeats: Sequence[Figures]) -> str:
     )
 
 
-def words_table(results: Mapping[Setting, Mapping[str, Sequence[float]]]) -> str:
-    """The table in Markdown: means over targets with 95 % intervals."""
+def against_control(figures: Mapping[str, Sequence[float]], name: str, high: float = 1.0) -> str:
+    """The figure's mean over targets with its 95 % interval, and the mean of its control in parentheses if it has one."""
+    control = figures.get(f"{name}, control")
+    return interval(figures[name], -high, high) + (f" ({np.mean(control):.2f})" if control is not None else "")
+
+
+def reading_table(results: Mapping[Setting, Mapping[str, Sequence[float]]]) -> str:
+    names = [name for name in READING if "control" not in name]
     rows = []
     for s, figures in results.items():
         seen = [str(s.samples), str(s.clients), f"{s.noise:g}", s.optimizer, "first" if s.first else "fifth"]
-        rows.append([*seen, *(interval(figures[name]) for name in FIGURES)])
-    return table(["samples", "clients K", "noise z", "optimizer", "round", *FIGURES], rows)
+        rows.append([*seen, *(against_control(figures, name) for name in names)])
+    return table(["samples", "clients K", "noise z", "optimizer", "round", *names], rows)
+
+
+def matching_table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    names = [name for name in MATCHING if "control" not in name]
+    highs = [100.0 if "PSNR" in name else 1.0 for name in names]
+    rows = [
+        [optimizer, *(against_control(figures, name, high) for name, high in zip(names, highs, strict=True))]
+        for optimizer, figures in results.items()
+    ]
+    return table(["optimizer", *names], rows)
 
 
 def main() -> None:
@@ -69,7 +91,8 @@ def main() -> None:
     warm, pool = victim.warmed_up(victim.samples[:512]), victim.samples[512:]
     if repeats:
         print(membership_tables([repetition(victim, warm, pool, number) for number in range(repeats)]), end="\n\n", flush=True)
-    print(words_table(read_words(victim, warm)), end="\n\n", flush=True)
+    print(reading_table(read(victim, warm)), end="\n\n", flush=True)
+    print(matching_table(match_pictures(victim, warm)), flush=True)
 
 
 if __name__ == "__main__":

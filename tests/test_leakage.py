@@ -13,9 +13,10 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from leaks.membership import Candidates
+from leaks.pictures import Prior, gradients, mismatch, psnr
+from leaks.reading import Imitation, Reader, recovered
 from leaks.statistics import auc_and_tpr, ceiling, epsilon, interval
 from leaks.victim import Victim, noisy_sum, train_table
-from leaks.words import Reader, recovered
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def victim(model: MLLM, dataset: Path) -> Victim:
     """Eight samples, and an adapter whose B is not 0."""
     names = ["red", "blue", "green", "red"] * 2
     talks = [Conversation(f"question {i}, name the {n} color.", n, image=i % 3 != 2) for i, n in enumerate(names)]
-    victim = Victim(model, model.encode(talks, [dataset / f"{name}.png" for name in names], 200))
+    images = [dataset / f"{name}.png" for name in names]
+    victim = Victim(model, model.encode(talks, images, 200), images)
     victim.initial = 0.1 * torch.from_numpy(stream(0, "adapter").standard_normal(len(victim.initial), dtype=np.float32))
     return victim
 
@@ -109,6 +111,59 @@ def test_first_layer_spans_the_inputs_of_a_short_sample(victim: Victim) -> None:
     without = reader.closeness(torch.zeros_like(update))
     assert bool(without.isnan().all())
     assert reader.by_span(torch.zeros_like(update), 3) == frozenset()
+
+
+WITH_PICTURE = [0, 1, 6]
+"""Samples with different pictures."""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_updates_match_with_the_true_picture_and_with_no_other(victim: Victim, optimizer: str) -> None:
+    samples = [victim.samples[i] for i in WITH_PICTURE]
+    updates = victim.updates(victim.initial, [[sample] for sample in samples], train_table(optimizer))
+    true = victim.features(WITH_PICTURE)
+    distance, wrong = (
+        mismatch(gradients(victim, victim.initial, samples, features).detach(), updates, optimizer)
+        for features in (true, true.roll(1, 0))
+    )
+    # A smooth sign is not the sign, so the true picture's distance is small, but not 0.
+    assert float(distance.max()) < (1e-5 if optimizer == "sgd" else 0.2)
+    assert float(wrong.min()) > 0.5
+
+
+def test_gradients_of_given_features_can_be_differentiated(victim: Victim) -> None:
+    samples = [victim.samples[i] for i in WITH_PICTURE]
+    features = victim.features(WITH_PICTURE).requires_grad_()
+    together = gradients(victim, victim.initial, samples, features)
+    torch.testing.assert_close(together.detach(), victim.gradients(victim.initial, samples), rtol=1e-3, atol=1e-6)
+    direction = torch.from_numpy(stream(0, "direction").standard_normal(tuple(features.shape), dtype=np.float32))
+    (slope,) = torch.autograd.grad((together**2).sum(), features)
+    step = 1e-2 * direction
+    ahead, behind = (
+        float((gradients(victim, victim.initial, samples, features.detach() + s).detach() ** 2).sum()) for s in (step, -step)
+    )
+    assert float((slope * step).sum()) == pytest.approx((ahead - behind) / 2, rel=0.05)
+
+
+def test_a_client_is_imitated_best_by_its_own_sample(victim: Victim) -> None:
+    imitation = Imitation(victim, victim.initial, WITH_PICTURE, train_table())
+    update = victim.updates(victim.initial, [[victim.samples[1]]], train_table())[0]
+    assert imitation.copy(update) is victim.samples[1]
+    true = victim.features(WITH_PICTURE) - imitation.mean
+    predicted = torch.nn.functional.cosine_similarity(imitation.picture(update).unsqueeze(0), true)
+    assert int(predicted.argmax()) == 1
+
+
+def test_prior_knows_its_own_pictures() -> None:
+    rng = stream(0, "prior")
+    features = torch.from_numpy(rng.standard_normal((6, 40), dtype=np.float32))
+    pixels = torch.from_numpy(rng.random((6, 12), dtype=np.float32))
+    prior = Prior(features, pixels, components=5)
+    torch.testing.assert_close((prior.basis**2).sum(0), features.var(0, correction=0))
+    assert bool((psnr(prior.pixels(features), pixels) > 35).all())
+    torch.testing.assert_close(prior.pixels(prior.mean.unsqueeze(0))[0], pixels.mean(0))
+    # A mean squared error of 0.01 is 20 dB.
+    assert float(psnr(torch.zeros(1, 12), torch.full((1, 12), 0.1))) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_share_of_recovered_tokens() -> None:

@@ -46,9 +46,8 @@ def epsilon(noise: float, delta: float = DELTA) -> float:
     return float(brentq(excess, 0.0, mu * (mu + 20)))
 
 
-def interval(values: Sequence[float], digits: int = 2) -> str:
-    """The mean and its 95 % interval over repetitions (Student's t), cut at 0 and 1."""
+def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
+    """The mean and its 95 % interval over repetitions (Student's t), cut at `low` and `high`."""
     mean, n = float(np.mean(values)), len(values)
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.nan
-    low, high = max(0.0, mean - half), min(1.0, mean + half)
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean:.2f} [{max(low, mean - half):.2f}, {min(high, mean + half):.2f}]"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmllm.algorithms import LocalRule
 from fedmllm.config import LoraTable, ModelTable, TrainTable
+from fedmllm.data.images import Picture, decode
 from fedmllm.data.prompts import prompts, render
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
@@ -33,8 +34,8 @@ def train_table(optimizer: str = "adamw", epochs: int = 1, batch: int = 4) -> Tr
 class Victim:
     """A model, the samples of clients and attackers, and adapters as vectors (entries)."""
 
-    def __init__(self, model: MLLM, samples: Sequence[Encoded]) -> None:
-        self.model, self.samples = model, samples
+    def __init__(self, model: MLLM, samples: Sequence[Encoded], images: Sequence[Picture | None]) -> None:
+        self.model, self.samples, self.images = model, samples, images
         model.prepare_features()
         self.initial = self.vector(model.adapter.get())
 
@@ -50,7 +51,20 @@ class Victim:
         strategy = prompts.build("modality-agnostic", {})
         model = MLLM.load(ModelTable(lora=LoraTable(rank=8, alpha=16)), seed)
         conversations = [render(sample, sample.modalities, strategy) for sample in chosen]
-        return cls(model, model.encode(conversations, [sample.image for sample in chosen], 1200))
+        images = [sample.image for sample in chosen]
+        return cls(model, model.encode(conversations, images, 1200), images)
+
+    def features(self, numbers: Sequence[int]) -> Tensor:
+        """(samples, tokens · width): the features of the pictures of the samples with these numbers."""
+        inputs = self.model.collate([self.samples[i] for i in numbers], [()] * len(numbers))
+        pooled = inputs["mm_encoder_outputs"]["image"].pooler_output
+        return torch.cat([part.reshape(1, -1) for part in pooled])
+
+    def pixels(self, numbers: Sequence[int]) -> Tensor:
+        """(samples, height · width · 3): their pictures, with values between 0 and 1."""
+        images = [self.images[i] for i in numbers]
+        arrays = [np.asarray(decode(image).convert("RGB"), np.float32) for image in images if image is not None]
+        return torch.from_numpy(np.stack(arrays)).flatten(1) / 255
 
     def vector(self, tensors: Tensors) -> Tensor:
         return torch.cat([tensors[name].reshape(-1) for name in self.model.adapter.parameters])
@@ -77,7 +91,7 @@ class Victim:
             stack = Stack(self.model.adapter, [self.tensors(adapter)] * len(batch), list(self.model.adapter.parameters))
             with self.model.using(stack, len(batch)):
                 stack.begin([(1, self.model.width([sample])) for sample in batch])
-                self.model.loss(batch).backward()  # type: ignore[no-untyped-call]
+                self.model.loss(batch).backward()
             parts.append(stack.grads)
         return torch.cat(parts)
 

@@ -1,12 +1,14 @@
-"""Inversion of words: which tokens did a sample's question have, and what was its answer?
+"""Inversion by reading and by imitation: which tokens did a sample's question have, which answer, and which picture?
 
-Two attacks, which know the adapter that clients received and need no optimisation:
+Three attacks, which know the adapter that clients received and need no optimisation:
 
 - span: the gradient of a factor A is s Σ_t (Bᵀ δ_t) x_tᵀ, so its rows lie in the span of the layer's inputs x_t. In the first
   layer these are the normed embeddings of the sample's tokens. A token whose input lies almost in the span of the rows of the
   changes of A in q, k and v was probably in the sample. (DAGER does this with full gradients: Petrov et al. 2024, 2405.15586.)
 - copy: the attacker imitates a client with each of `PUBLIC` samples of its own and takes the one with the most similar update
   (cosine) for the client's.
+- picture: it predicts the picture's features by a kernel ridge regression from those updates to its samples' features, with
+  the cosine as kernel. The figure is the correlation of prediction and truth, as deviations from the mean picture.
 
 Tokens that all prompts share are not counted. A share that says something is above that of the control: the same guess,
 judged by a sample that was in no update.
@@ -19,11 +21,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
+from fedmllm.config import TrainTable
 from fedmllm.models.encoded import Encoded
 from fedmllm.rng import stream
-from leaks.membership import Setting
+from leaks.membership import RIDGE, Setting
 from leaks.victim import Victim, noisy_sum
 
 SEEN = (
@@ -36,9 +39,39 @@ SEEN = (
 )
 """What the attacker sees. Up to 4 samples are one step of the optimizer, 16 are four."""
 PUBLIC, TARGETS = 600, 30
-FIGURES = ("span", "span, control", "copy", "copy, control", "answer", "answer, control", "question")
+FIGURES = (
+    "span",
+    "span, control",
+    "copy",
+    "copy, control",
+    "answer",
+    "answer, control",
+    "question",
+    "picture",
+    "picture, control",
+)
 _LEAST = 1e-4
 """Singular values below this share of the largest are taken for rounding."""
+
+
+class Imitation:
+    """The updates of the attacker's own samples with these numbers, each alone at a client, under one adapter and optimizer."""
+
+    def __init__(self, victim: Victim, adapter: Tensor, numbers: Sequence[int], train: TrainTable) -> None:
+        self.samples = [victim.samples[i] for i in numbers]
+        self.updates = normalize(victim.updates(adapter, [[sample] for sample in self.samples], train), dim=1)
+        features = victim.features(numbers)
+        self.mean = features.mean(0)
+        kernel = self.updates @ self.updates.T + RIDGE * torch.eye(len(numbers))
+        self._regression = torch.linalg.solve(kernel, features - self.mean)
+
+    def copy(self, update: Tensor) -> Encoded:
+        """The sample with the most similar update."""
+        return self.samples[int((self.updates @ update).argmax())]
+
+    def picture(self, update: Tensor) -> Tensor:
+        """The predicted deviation of the picture's features from their mean."""
+        return self.updates @ normalize(update, dim=0) @ self._regression
 
 
 class Reader:
@@ -85,27 +118,25 @@ def recovered(guess: frozenset[int], secret: frozenset[int]) -> float:
     return len(guess & secret) / len(secret)
 
 
-def read_words(victim: Victim, warm: Tensor) -> dict[Setting, dict[str, list[float]]]:
-    """setting -> figure -> its value for each target, a share of 1. The first sample of the first client is the target."""
+def read(victim: Victim, warm: Tensor) -> dict[Setting, dict[str, list[float]]]:
+    """setting -> figure -> its value for each target, the first sample of the first client."""
     reader, rng = Reader(victim), stream(0, "leakage", "words")
-    numbers = rng.permutation(len(victim.samples) - 512) + 512
+    numbers = (rng.permutation(len(victim.samples) - 512) + 512).tolist()
     public, private = numbers[:PUBLIC], numbers[PUBLIC:]
     results: dict[Setting, dict[str, list[float]]] = {}
-    imitated: dict[tuple[str, bool], Tensor] = {}
+    imitations: dict[tuple[str, bool], Imitation] = {}
     for setting in SEEN:
         adapter, key = victim.initial if setting.first else warm, (setting.optimizer, setting.first)
-        if key not in imitated:
-            alone = [[victim.samples[i]] for i in public]
-            imitated[key] = normalize(victim.updates(adapter, alone, setting.train), dim=1)
+        if key not in imitations:
+            imitations[key] = Imitation(victim, adapter, public, setting.train)
         figures = results[setting] = {name: [] for name in FIGURES}
-        for target in range(TARGETS):
-            size = setting.samples * setting.clients
-            chosen = private[target * (size + 1) : (target + 1) * (size + 1)]
-            *samples, outsider = [victim.samples[i] for i in chosen]
-            seen = _seen(victim, adapter, samples, setting, rng)
-            copied = victim.samples[public[int((imitated[key] @ seen).argmax())]]
-            for values, value in zip(figures.values(), _judge(reader, seen, samples[0], copied, outsider), strict=True):
-                values.append(value)
+        size = setting.samples * setting.clients
+        for start in range(0, TARGETS * (size + 1), size + 1):
+            *inside, outsider = private[start : start + size + 1]
+            update = _seen(victim, adapter, [victim.samples[i] for i in inside], setting, rng)
+            values = _judge(reader, imitations[key], update, inside[0], outsider)
+            for name, value in zip(FIGURES, values, strict=True):
+                figures[name].append(value)
     return results
 
 
@@ -116,15 +147,19 @@ def _seen(victim: Victim, adapter: Tensor, samples: Sequence[Encoded], setting: 
     return noisy_sum(updates, clip, setting.noise, rng) if setting.noise else updates.sum(0)
 
 
-def _judge(reader: Reader, seen: Tensor, target: Encoded, copied: Encoded, outsider: Encoded) -> tuple[float, ...]:
-    of_target, of_outsider, of_copied = (reader.secret(sample) for sample in (target, outsider, copied))
-    span = reader.by_span(seen, len(of_target))
+def _judge(reader: Reader, imitation: Imitation, update: Tensor, target: int, outsider: int) -> tuple[float, ...]:
+    samples = reader.victim.samples
+    inside, outside, copied = samples[target], samples[outsider], imitation.copy(update)
+    secret, other, of_copied = (reader.secret(sample) for sample in (inside, outside, copied))
+    span, picture = reader.by_span(update, len(secret)), imitation.picture(update)
+    pictures = reader.victim.features([target, outsider]) - imitation.mean
     return (
-        recovered(span, of_target),
-        recovered(span, of_outsider),
-        recovered(of_copied, of_target),
-        recovered(of_copied, of_outsider),
-        float(copied.answer == target.answer),
-        float(copied.answer == outsider.answer),
-        float(copied.prompt == target.prompt),
+        recovered(span, secret),
+        recovered(span, other),
+        recovered(of_copied, secret),
+        recovered(of_copied, other),
+        float(copied.answer == inside.answer),
+        float(copied.answer == outside.answer),
+        float(copied.prompt == inside.prompt),
+        *cosine_similarity(picture.unsqueeze(0), pictures).tolist(),
     )
