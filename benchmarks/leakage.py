@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from fedmllm.evaluation.intervals import mean_interval
 from leaks.membership import ALONE, ATTACKS, SUMS, Figures, Setting, repetition
 from leaks.pictures import FIGURES as MATCHING
 from leaks.pictures import match_pictures
@@ -28,6 +29,9 @@ from leaks.reading import FIGURES as READING
 from leaks.reading import read
 from leaks.statistics import ceiling, epsilon, interval
 from leaks.victim import Victim
+
+SHARES = ("span", "copy", "answer", "question")
+"""Figures between 0 and 1, which have score intervals: those of Student's t have no width where all values are equal."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -56,10 +60,15 @@ def membership_tables(repeats: Sequence[Figures]) -> str:
     )
 
 
-def against_control(figures: Mapping[str, Sequence[float]], name: str, high: float = 1.0) -> str:
+def against_control(figures: Mapping[str, Sequence[float]], name: str) -> str:
     """The figure's mean over targets with its 95 % interval, and the mean of its control in parentheses if it has one."""
-    control = figures.get(f"{name}, control")
-    return interval(figures[name], -high, high) + (f" ({np.mean(control):.2f})" if control is not None else "")
+    control, values = figures.get(f"{name}, control"), figures[name]
+    if name in SHARES:
+        low, high = mean_interval(np.array(values))
+        cell = f"{np.mean(values):.2f} [{low:.2f}, {high:.2f}]"
+    else:
+        cell = interval(values, *((-np.inf, np.inf) if "PSNR" in name else (-1.0, 1.0)))
+    return cell + (f" ({np.mean(control):.2f})" if control is not None else "")
 
 
 def reading_table(results: Mapping[Setting, Mapping[str, Sequence[float]]]) -> str:
@@ -73,11 +82,7 @@ def reading_table(results: Mapping[Setting, Mapping[str, Sequence[float]]]) -> s
 
 def matching_table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     names = [name for name in MATCHING if "control" not in name]
-    highs = [100.0 if "PSNR" in name else 1.0 for name in names]
-    rows = [
-        [optimizer, *(against_control(figures, name, high) for name, high in zip(names, highs, strict=True))]
-        for optimizer, figures in results.items()
-    ]
+    rows = [[optimizer, *(against_control(figures, name) for name in names)] for optimizer, figures in results.items()]
     return table(["optimizer", *names], rows)
 
 

@@ -21,7 +21,7 @@ from fedmllm.rng import stream
 from leaks.victim import Victim, train_table
 
 PUBLIC, TARGETS = 600, 4
-COMPONENTS, STEPS, LR = 64, 100, 0.1
+COMPONENTS, STEPS, LR = 64, 300, 0.1
 FIGURES = (
     "match at the start", "match at the end", "correlation", "correlation, control",
     "PSNR", "PSNR, control", "PSNR of the mean picture", "PSNR of the true features",
