@@ -1,0 +1,1 @@
+"""Attacks on LoRA updates; benchmarks/leakage.py runs them and prints their figures."""
