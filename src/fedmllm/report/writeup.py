@@ -9,6 +9,7 @@ from pathlib import Path
 from fedmllm.errors import RunError
 from fedmllm.report.comparisons import against, comparable
 from fedmllm.report.grids import Grid, read_grid
+from fedmllm.report.kept import add_kept
 from fedmllm.report.modalities import add_modalities
 from fedmllm.report.page import Markdown, Page
 from fedmllm.report.sections import (
@@ -74,6 +75,7 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None
     add_baselines(document, chapter)
     if baseline is not None:
         add_comparisons(document, chapter, against(chapter.folder, grid, baseline, chapter.reader))
+    add_kept(document, chapter)
     add_patterns(document, chapter)
     add_transfer(document, chapter)
     add_cost(document, chapter)
