@@ -106,6 +106,35 @@ def test_replicates_of_all_places_are_units(tmp_path: Path) -> None:
     assert "no effect larger than ±5.0 points" in shown, "the margin that the sweep declared"
 
 
+def test_settings_with_the_same_draws_are_averaged_within_a_replicate(tmp_path: Path) -> None:
+    """As those of an attack, which leave the data as they are: their differences are no independent units."""
+    shift = {"easy": [1, 2, 3, 6], "hard": [3, 4, 5, 8]}
+
+    def scores(place: str, method: str, r: int) -> float:
+        return 0.5 + 0.1 * r + (shift[place][r] / 100 if method == "new" else 0)
+
+    folder = replicated(tmp_path / "grid", scores, draws=lambda place, method, r: r, digests=lambda place, r: f"test {r}")
+    (new,) = run("compare", folder, "--baseline", "base")["significance"]["overall"]
+    expected = stats.ttest_1samp([0.02, 0.03, 0.04, 0.07], 0)
+    assert new["difference"] == pytest.approx(0.04)
+    assert new["p"] == pytest.approx(expected.pvalue)
+    assert new["ci"] == pytest.approx(list(expected.confidence_interval()))
+    assert (new["units"], new["places"], new["common"]) == (4, 2, 0)
+    done = call("report", folder, "--baseline", "base", "--out", tmp_path / "page.md")
+    assert done.exit_code == 0, done.output
+    assert "These settings have the same draws, so a unit is a replicate averaged over" in (tmp_path / "page.md").read_text()
+
+
+def test_one_run_may_serve_settings_with_the_same_draws(tmp_path: Path) -> None:
+    """As that of zero-shot, which no attack changes."""
+    folder = replicated(tmp_path / "grid", lambda place, method, r: 0.5 + 0.1 * r * (method == "new"),
+                        draws=lambda place, method, r: r, digests=lambda place, r: f"test {r}")  # fmt: skip
+    index = folder / "sweep.json"
+    index.write_text(re.sub(r"base-1-(\d)", r"base-0-\1", index.read_text()))
+    (new,) = run("compare", folder, "--baseline", "base")["significance"]["overall"]
+    assert (new["units"], new["difference"]) == (4, pytest.approx(0.15))
+
+
 def test_places_and_replicates_that_one_side_lacks_are_named_and_counted(tmp_path: Path) -> None:
     folder = replicated(tmp_path / "grid", lambda place, method, r: 0.5 + 0.01 * r * (method == "new"))
     for run_id in ("new-0-3", *(f"new-1-{r}" for r in range(4))):  # the first place is easy, the second hard

@@ -14,9 +14,7 @@ from commands import run
 from fedmllm.config import Experiment, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
-from fedmllm.report.writeup import page
 from fedmllm.runs.kept import kept_by_group
-from made_runs import make_sweep
 from robust_rounds import METHODS
 
 Write = Callable[..., Path]
@@ -138,28 +136,3 @@ def test_a_run_records_what_it_kept(write_experiment: Write, tmp_path: Path) -> 
     assert sum(row["updates"] for row in result["kept"]) == len(shares)
     mean = sum(row["kept"] * row["updates"] for row in result["kept"]) / len(shares)
     assert math.isclose(mean, sum(shares) / len(shares), abs_tol=1e-5)
-
-
-def test_the_report_says_who_is_trimmed(tmp_path: Path) -> None:
-    axes = {"attack": ["none", "alie"], "defence": ["median", "none"]}
-    folder = make_sweep(tmp_path / "grid", axes, lambda cell, seed, pattern: 0.5)
-    assert "### Who is trimmed" not in page([folder]).lines  # made by a version that did not record it
-    for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
-        file, seed = folder / cell["id"] / "result.json", cell["seed"]
-        row = {"group": "paired", "attacker": False, "clients": 3 + seed, "updates": 1 + 2 * seed, "refused": 0,
-               "kept": 0.9 - 0.4 * seed, "below_half": 1.0 * seed}  # fmt: skip
-        kept = [row] if cell["axes"]["defence"] == "median" else []
-        if kept and cell["axes"]["attack"] == "alie":
-            kept.append({**row, "group": "image only", "updates": 0, "refused": 4, "kept": None, "below_half": None})
-            kept.append({**row, "attacker": True, "kept": 0.0, "below_half": 1.0})
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"kept": kept}))
-    lines = page([folder]).lines
-    start = lines.index("### Who is trimmed")
-    assert lines[start + 4 : start + 10] == [
-        "| cell | clients that hold | clients | kept, % | less than half kept, % |",
-        "|---|---|---:|---:|---:|",
-        "| none · median | paired | 7 | 60.0 | 75.0 |",
-        "| alie · median | paired | 7 | 60.0 | 75.0 |",
-        "| alie · median | image only | 7 | – | – |",
-        "| alie · median | paired, attackers | 7 | 0.0 | 100.0 |",
-    ]

@@ -1,45 +1,79 @@
-"""Whose updates robust aggregation leaves out: whether it takes honest clients with unusual modalities for attackers."""
+"""What robust aggregation kept of the clients' updates: does it mistake honest clients with one modality for attackers?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
+from fedmllm.report.comparisons import interval
+from fedmllm.report.grids import GridRow, reading
 from fedmllm.report.page import Page
+from fedmllm.report.protocol import compare
 from fedmllm.report.scores import UNKNOWN
 from fedmllm.report.sections import Chapter
 from fedmllm.storage.run_dir import RunDir
 
+GROUPS = ("attackers", "both", "image only", "text only")
+"""The attackers, and the honest clients by the modalities that they hold."""
+TRIMMED = 0.5
+"""An update of which less is kept counts as trimmed."""
+Shares = Mapping[str, list[float]]
+"""group -> the share kept of each update of its clients."""
+
 
 def add_kept(page: Page, chapter: Chapter) -> None:
-    """A row for each cell and group of clients. Runs without robust aggregation are left out."""
-    table = []
-    for row in chapter.grid.rows:
-        groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
-        for run in row.ids:
-            for group in RunDir(chapter.folder / run).result().get("kept", ()):
-                groups.setdefault((group["group"], group["attacker"]), []).append(group)
-        for (name, attacker), of_runs in groups.items():
-            label = f"{name}, attackers" if attacker else name
-            clients = sum(group["clients"] for group in of_runs)
-            table.append([" · ".join(row.axes.values()), label, str(clients), *(_mean(of_runs, key) for key in _MEANS)])
+    """The share of the updates that each cell kept, by group of clients; nothing if no run chose among updates."""
+    rows = [(row, _kept(chapter, row)) for row in chapter.grid.rows if row.kind == "federated"]
+    table = [[*row.axes.values(), *_cells(by_unit)] for row, by_unit in rows if by_unit]
     if not table:
         return
     page.heading(
         3,
-        "Who is trimmed",
-        "How much of its updates robust aggregation keeps, by what a client's samples show. 100 % is the weight that an update "
-        "has in the plain mean; the mean is over the updates of all runs, and so is the share of updates of which less than "
-        "half is kept. Clients are counted once a run.",
+        "Whose updates are kept",
+        "How much of an update robust aggregation kept, in percent of its weight in the plain mean: averaged over the rounds "
+        "and clients of a run, then over replicates. In brackets, how many updates were trimmed, of which less than half was "
+        "kept. Honest clients are grouped by the modalities that they hold. The last columns compare them with the honest "
+        "clients that hold both, in points with a 95 % interval over the replicates that have both groups.",
     )
-    page.table(["cell", "clients that hold", "clients", "kept, %", "less than half kept, %"], table, 2)
+    differences = [f"{group} − both" for group in GROUPS[2:]]
+    page.table([*chapter.grid.axes, *GROUPS, *differences], table, len(chapter.grid.axes))
 
 
-_MEANS = ("kept", "below_half")
+def _kept(chapter: Chapter, row: GridRow) -> dict[str, Shares]:
+    """unit -> the shares that its run kept, for the runs that recorded any."""
+    by_unit = {}
+    for unit, name in row.units.items():
+        run = RunDir(chapter.folder / name)
+        with reading(run.path):
+            by_unit[unit] = _kept_of(run)
+    return {unit: shares for unit, shares in by_unit.items() if shares}
 
 
-def _mean(groups: Sequence[Mapping[str, Any]], key: str) -> str:
-    """The mean over all updates of the runs, in percent."""
-    counted = [group for group in groups if group["updates"] and group[key] is not None]
-    updates = sum(group["updates"] for group in counted)
-    return f"{100 * sum(group[key] * group['updates'] for group in counted) / updates:.1f}" if updates else UNKNOWN
+def _kept_of(run: RunDir) -> Shares:
+    kept = [item for record in run.rounds() for item in record.get("kept", {}).items()]
+    groups = {str(row["client"]): _group(row) for row in run.result()["per_client"]} if kept else {}
+    shares: dict[str, list[float]] = {}
+    for client, share in kept:
+        shares.setdefault(groups[client], []).append(float(share))
+    return shares
+
+
+def _group(row: Mapping[str, Any]) -> str:
+    if row.get("attacker"):
+        return "attackers"
+    return "both" if row["image"] and row["text"] else "image only" if row["image"] else "text only"
+
+
+def _cells(by_unit: Mapping[str, Shares]) -> list[str]:
+    means = {group: {unit: fmean(shares[group]) for unit, shares in by_unit.items() if group in shares} for group in GROUPS}
+    cells = []
+    for group in GROUPS:
+        every = [share for shares in by_unit.values() for share in shares.get(group, ())]
+        trimmed = sum(share < TRIMMED for share in every)
+        cells.append(f"{100 * fmean(means[group].values()):.0f} ({trimmed} of {len(every)})" if every else UNKNOWN)
+    for group in GROUPS[2:]:
+        difference = compare({"": means[group]}, {"": means["both"]})
+        cells.append(UNKNOWN if math.isnan(difference.estimate) else interval(difference))
+    return cells

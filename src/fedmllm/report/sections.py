@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedmllm.report.best import Best
-from fedmllm.report.comparisons import HEAD, Comparisons, conclusions, figures, interval
+from fedmllm.report.comparisons import HEAD, Comparisons, comparable, conclusions, figures, interval
 from fedmllm.report.convergence import speeds
 from fedmllm.report.gap_closed import BASELINES, COMPARED, GapClosed, gaps_by_place, gaps_by_scenario
 from fedmllm.report.grids import Cells, Grid, GridRow, row_score
@@ -126,6 +126,12 @@ def add_comparisons(page: Page, chapter: Chapter, comparisons: Comparisons) -> N
         f"Against {comparisons.baseline}",
         Markdown(f"{HOW} {SHARED}" if comparisons.shared else HOW),
     )
+    if (
+        not comparisons.shared
+        and len(comparisons.places) > 1
+        and all(comparable(chapter.grid, axis) for axis in chapter.grid.axes if axis != comparisons.axis)
+    ):
+        page.paragraph("These settings have the same draws, so a unit is a replicate averaged over them.")
     page.table([comparisons.axis, *HEAD], [[method.name, *figures(method)] for method in comparisons.methods])
     page.items(conclusions(comparisons))
     if len(comparisons.places) > 1:

@@ -36,8 +36,8 @@ Rows = Mapping[str, GridRow]
 @dataclass(frozen=True)
 class Matched:
     """The scores of several methods on the same units, and their resamples if units share a test set. `places` are the places
-    that all methods have; `shared` says that these are runs of earlier versions, whose seeds serve all places, so that a unit
-    is the mean over the places."""
+    that all methods have. A unit is the mean over the places if they have the same draws of the data, as settings of an attack
+    have; `shared` says that so have the seeds of runs of earlier versions."""
 
     scores: Mapping[str, Units]
     resamples: Mapping[str, Resamples] | None
@@ -77,22 +77,22 @@ class UnitReader:
             tests = {n: {u: (x.metric, x.digest) for u, x in by_place[place].items()} for n, by_place in units.items()}
             _check_same(place, tests, "test samples")
         shared = not any(rows[place].draws for rows in methods.values() for place in places)
+        draws = [rows[place].draws for place in places for rows in methods.values()]
+        averaged = shared or (len(places) > 1 and all(drawn == draws[0] for drawn in draws))
         for name, rows in methods.items():
-            runs = [run for place in places for run in rows[place].units.values()]
+            runs = [run for place in places[: 1 if averaged else None] for run in rows[place].units.values()]
             if not shared and len(set(runs)) < len(runs):
                 raise RunError(
                     f"one run of {name} serves several replicates, which are then not independent; sweep them again."
                 )
         scores = {n: {p: {u: x.score for u, x in at.items()} for p, at in by_place.items()} for n, by_place in units.items()}
         resamples = {n: {p: {u: x.resampled for u, x in at.items()} for p, at in by.items()} for n, by in units.items()}
-        if shared:
-            return Matched(
-                {name: regrouped(of_method, places) for name, of_method in scores.items()},
-                {name: regrouped(of_method, places) for name, of_method in resamples.items()},
-                places,
-                shared,
-            )
-        return Matched(scores, resamples if _one_test_set(units.values()) else None, places, shared)
+        tested = [{p: by_place[p] for p in places[: 1 if averaged else None]} for by_place in units.values()]
+        fixed = shared or _one_test_set(tested)
+        if averaged:
+            scores = {name: regrouped(of_method, places) for name, of_method in scores.items()}
+            resamples = {name: regrouped(of_method, places) for name, of_method in resamples.items()}
+        return Matched(scores, resamples if fixed else None, places, shared)
 
 
 def _check_same(place: str, by_method: Mapping[str, Mapping[str, Any]], what: str) -> None:

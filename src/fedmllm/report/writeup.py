@@ -72,10 +72,10 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None
     document.heading(2, grid.name, Markdown(f"{_extent(grid)}."))
     add_scores(document, chapter)
     add_modalities(document, chapter)
-    add_kept(document, chapter)
     add_baselines(document, chapter)
     if baseline is not None:
         add_comparisons(document, chapter, against(chapter.folder, grid, baseline, chapter.reader))
+    add_kept(document, chapter)
     add_patterns(document, chapter)
     add_transfer(document, chapter)
     add_cost(document, chapter)
