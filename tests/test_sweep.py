@@ -161,7 +161,8 @@ def test_a_cell_that_was_cut_short_goes_on(write_sweep: Write) -> None:
     assert RunDir(folder / cell.id).result()["adapter_sha256"] == expected["adapter_sha256"]
 
 
-def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write, number: signal.Signals) -> None:
     file = write_sweep(METHOD, rounds=500)
     process = subprocess.Popen(
         [sys.executable, "-m", "fedmllm", "sweep", str(file)], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -169,7 +170,7 @@ def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write) -> None:
     deadline = time.monotonic() + 120
     while not list(Path("runs/grid").glob("federated-*/checkpoint/server.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)  # to the parent alone
+    process.send_signal(number)  # to the parent alone
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -161,6 +162,8 @@ def sweep(
     from fedmllm.report.grid_tables import cells_table
 
     silence_libraries()
+    # So that SIGTERM to this process alone ends the runs as well, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan, runs = plan_sweep(file, overrides or [])
     folder = out or Path("runs") / plan.name
     check_folder(folder)
