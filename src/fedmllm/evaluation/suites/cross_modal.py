@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from fedmllm.data.images import Picture, image_key
+from fedmllm.data.images import image_key
 from fedmllm.data.samples import Sample
 from fedmllm.evaluation.matching import normal_form
 from fedmllm.evaluation.predictions import Prediction
@@ -19,8 +19,6 @@ from fedmllm.kinds import Match
 from fedmllm.rng import stream
 
 Key = Callable[[Sample], Hashable]
-_NOISE_SIDE = 64
-"""Edge length in pixels of the picture of noise."""
 
 
 @suites.register("cross-modal")
@@ -183,9 +181,9 @@ def _irrelevant(exam: Exam, samples: Sequence[Sample], plain: Sequence[Replies],
     findings.tables["irrelevant"] = rows
 
 
-def noise_picture(seed: int) -> Picture:
-    """A picture of nothing, for tasks without pictures."""
-    pixels = stream(seed, "noise picture").integers(0, 256, (_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.uint8)
+def noise_picture(seed: int, side: int = 64) -> bytes:
+    """A picture of nothing, for tasks without pictures, with edges of `side` pixels; a PNG."""
+    pixels = stream(seed, "noise picture").integers(0, 256, (side, side, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
