@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from fedmllm.evaluation.predictions import PATTERNS
 from fedmllm.evaluation.suites import suites
 from fedmllm.evaluation.suites.cross_modal import contrast_pairs
 from fedmllm.kinds import Pattern
-from fedmllm.testing.suites import ToyModel, toy_exam
+from fedmllm.testing.suites import ToyModel, check_suite, toy_exam
 from helpers import png
 
 CHOICES = ("no", "yes")
@@ -296,3 +298,16 @@ def test_what_the_embedded_tasks_offer() -> None:
     found = examine("cross-modal", shapes, model, patterns=patterns)
     assert list(found["tables"]["irrelevant"]) == ["picture_beside_text"]
     assert examine("attribution", shapes, model, patterns=patterns)["tables"]["gains"]["text"]["n"] == 8
+
+
+def test_the_suite_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "suites.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(suites, "_discovered", dict(suites._discovered))
+    monkeypatch.setattr(suites, "_factories", suites._discovered)
+    exec(code, {"__name__": "shouting"})
+    check_suite("shouting")
+    loud = examine(
+        "shouting", [closed("a", "yes")], lambda sample: [0.1, 0.9] if sample.text == "A RED THING IN THE SUN" else [0.9, 0.1]
+    )
+    assert loud["tables"]["capitals"] == {"both": {"score": 1.0}, "image": {"score": 0.0}, "text": {"score": 1.0}}

@@ -40,7 +40,8 @@ def attribution() -> Suite:
 def examine(exam: Exam) -> Findings:
     """Ask every sample with all that it has, with each modality alone, and with its question alone."""
     findings, nothing = Findings(), [sample.showing(frozenset()) for sample in exam.samples]
-    views = {**exam.ask(exam.samples, ("both", "image", "text")), "none": exam.ask(nothing, ("both",))["both"]}
+    views = {str(pattern): models for pattern, models in exam.ask(exam.samples, ("both", "image", "text")).items()}
+    views["none"] = exam.ask(nothing, ("both",))["both"]
     samples = [sample for sample in exam.samples if sample.id in views["both"][0]]
     values = {view: _values(samples, models) for view, models in views.items()}
     gains = {
@@ -108,7 +109,9 @@ def _by_class(samples: Sequence[Sample], gains: Mapping[Modality, Values], findi
         classes.setdefault(sample.label or sample.answer, []).append(sample)
     rows: dict[str, dict[str, float | int]] = {}
     for name, members in sorted(classes.items(), key=lambda item: (-len(item[1]), item[0])):
-        of_class = {m: float(_mean([gains[m][s.id] for s in members if s.id in gains[m]]).mean()) for m in MODALITIES}
+        of_class: dict[str, float] = {
+            m: float(_mean([gains[m][s.id] for s in members if s.id in gains[m]]).mean()) for m in MODALITIES
+        }
         rows[name] = {"n": len(members), **of_class}
     findings.tables["classes"] = dict(list(rows.items())[:_SHOWN])
     findings.details["classes"] = rows
