@@ -89,7 +89,9 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, file: str) -> N
         assert str(tmp_path / damage.__name__) in str(error.value), damage
 
 
-@pytest.mark.parametrize("content", ['{"metrics": []}', '{"metrics": {}, "per_client": {}}', '{"per_client": ["x"]}'])
+@pytest.mark.parametrize(
+    "content", ['{"metrics": []}', '{"metrics": {}, "per_client": {}}', '{"suites": []}', '{"per_client": ["x"]}']
+)
 def test_a_result_of_the_wrong_shape_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(RunError, match=r"result\.json cannot be read"):

@@ -11,6 +11,7 @@ import pytest
 
 from commands import call, run
 from fedmllm.data.prompts import Conversation
+from fedmllm.errors import RunError
 from fedmllm.models.mllm import MLLM
 from fedmllm.report.writeup import page
 from helpers import png
@@ -112,3 +113,12 @@ def test_the_report_has_the_means_over_runs(tmp_path: Path) -> None:
     assert f"| α · fedavg | both | 50.5 ± {100 * math.sqrt(0.5) / 100:.1f} | 12 |" in text
     assert "| β · fedavg | both | 52.5 ± 0.7 | 12 |" in text
     assert "| α · fedavg | a&#124;b | – | – |" in text
+
+
+@pytest.mark.parametrize("findings", [{"tables": []}, {"tables": {"t": 5}}, {"tables": {"t": {"row": 0.5}}}, [], {}, "text"])
+def test_findings_of_another_shape_are_refused(tmp_path: Path, findings: object) -> None:
+    folder = make_sweep(tmp_path / "made", {"scenario": ["α", "β"], "method": ["fedavg"]}, lambda *_: 0.5)
+    path = sorted(folder.glob("federated-*/result.json"))[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"suites": {"corruption": findings}}))
+    with pytest.raises(RunError, match="a file is not as a run writes it"):
+        page([folder])

@@ -189,8 +189,7 @@ def _parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
 
 def _parse_result(text: str) -> dict[str, Any]:
     result = parse_object(text)
-    for key in ("metrics", "per_client"):
-        kind = dict if key == "metrics" else list
+    for key, kind in {"metrics": dict, "suites": dict, "per_client": list}.items():
         if not isinstance(result.get(key, kind()), kind):
             raise ValueError(f"{key!r} is not of the right type")
     return result
