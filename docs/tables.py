@@ -30,6 +30,7 @@ PAGES = {
     "attacks": "experiments.md",
     "judges": "experiments.md",
     "fleets": "experiments.md",
+    "suites": "suites.md",
 }
 """table of parts -> the page that describes these parts."""
 _BLOCK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -55,12 +56,13 @@ class Sources(NamedTuple):
 def load_sources() -> Sources:
     """The only place that imports fedmllm."""
     from fedmllm.algorithms.traffic import traffic_of
+    from fedmllm.evaluation.suites import suites
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
 
     unchanged = ("secure", "robust", "privacy")
     registries = {kind if kind in unchanged else f"{kind}s": registry for kind, registry in REGISTRIES.items()}
-    return Sources(registries, families, traffic_of)
+    return Sources(registries | {"suites": suites}, families, traffic_of)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

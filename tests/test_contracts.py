@@ -18,11 +18,12 @@ from fedmllm.data.samples import Sample, Task
 from fedmllm.data.scenarios import BOTH, Scenario, scenarios
 from fedmllm.data.tasks import tasks
 from fedmllm.evaluation.judges import judges
+from fedmllm.evaluation.suites import suites
 from fedmllm.fleets.options import fleets
 from fedmllm.models.families import Family, families
 from fedmllm.registry import Registry
 from fedmllm.secure.settings import secures
-from fedmllm.testing import check_family, check_partition, check_prompt, check_scenario, check_task
+from fedmllm.testing import check_family, check_partition, check_prompt, check_scenario, check_suite, check_task
 from fedmllm.testing.registered import check_registered
 
 
@@ -45,6 +46,11 @@ def test_every_partition_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("name", prompts.names())
 def test_every_prompt_keeps_the_contract(name: str) -> None:
     check_prompt(name)
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_every_suite_keeps_the_contract(name: str) -> None:
+    check_suite(name)
 
 
 @pytest.mark.parametrize("name", families.names())

@@ -103,6 +103,7 @@ WRONG_RESULTS = {
     '{"bootstrap_scores": {"both": [{}]}}': "bootstrap_scores.both.0: ",
     '{"primary_metric": {}}': "primary_metric: ",
     '{"kind": "best"}': "kind: ",
+    '{"suites": []}': "suites: ",
     '{"transfer": {"qa": {"metrics": {}}}}': "transfer.qa.primary_metric: ",
     '{"clients": {"worst_decile": "x"}}': "clients.worst_decile: ",
     '{"modalities": {"drawn": {}, "expected": null}}': "modalities.drawn.both: ",

@@ -110,7 +110,8 @@ def hostile_sweep(folder: Path, text: str) -> Path:
             for pattern, values in result["metrics"].items()
         }  # fmt: skip
         transfer = {text: {"primary_metric": text, "metrics": {"both": {text: 0.5}}}}
-        result |= {"name": text, "algorithm": text, "metrics": metrics, "transfer": transfer}
+        suites = {text: {"tables": {text: {text: {text: 0.5}}}, "unavailable": [text], "details": {text: text}}}
+        result |= {"name": text, "algorithm": text, "metrics": metrics, "transfer": transfer, "suites": suites}
         file.write_text(json.dumps(result))
     return folder
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
-from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_table, say, show, standing
+from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, say, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
 
@@ -159,6 +159,9 @@ def partition(
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
     patterns: Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")] = None,
+    suites: Annotated[
+        list[str] | None, typer.Option("--suite", metavar="NAME", help="Examine the model as well; `fedmllm list suites`.")
+    ] = None,
     overrides: Set = None,
     trust_config: Annotated[
         bool,
@@ -166,7 +169,8 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Test a finished run's adapter again: under other modality patterns, or on another task with --set task.name=…"""
+    """Test a finished run's adapter again: under other modality patterns, by suites, or on another task with --set
+    task.name=…; what suites find is added to the run's result if nothing else is changed."""
     from fedmllm import config
     from fedmllm.experiment.parts import with_defaults
     from fedmllm.report.tables import metrics_table
@@ -176,19 +180,26 @@ def evaluate(
 
     silence_libraries()
     run = RunDir(directory)
-    run.result()
+    result = run.result()
     settings = [config.parse_override(override) for override in overrides or []]
     if patterns:
         settings.append((["eval", "patterns"], [pattern.strip() for pattern in patterns.split(",")]))
+    unchanged = not settings
+    if suites:
+        settings.append((["eval", "suites"], list(suites)))
     raw = _evaluation_settings(config.read(run.config), settings)
     with config.blaming(str(run.config), settings):
         experiment = with_defaults(config.validate(raw))
     with ProgressBars() as progress:
-        metrics = reevaluate(run, experiment, progress, trusted=trust_config)
+        metrics, findings = reevaluate(run, experiment, progress, trusted=trust_config)
+    if findings and unchanged:
+        run.finish(result | {"suites": (result.get("suites") or {}) | findings})
     if as_json:
-        print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics})
+        suites_found = {"suites": findings} if findings else {}
+        print_json({"run": str(directory), "task": raw["task"]["name"], "metrics": metrics, **suites_found})
     else:
         print_table(metrics_table(metrics, str(directory)))
+        print_suites(findings)
 
 
 def _evaluation_settings(raw: dict[str, Any], settings: list[Setting]) -> dict[str, Any]:
@@ -196,6 +207,7 @@ def _evaluation_settings(raw: dict[str, Any], settings: list[Setting]) -> dict[s
     from fedmllm import config
     from fedmllm.experiment.parts import options_of
 
+    raw.get("eval", {}).pop("suites", None)  # which were answered by the run itself
     for path, value in config.flattened(settings):
         if path[0] not in ("task", "eval", "prompt"):
             raise RunError(f"--set {'.'.join(path)}: the run is trained; only [task], [eval] and [prompt] can be set.")

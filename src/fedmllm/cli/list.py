@@ -23,6 +23,7 @@ class PartKinds(StrEnum):
     robust = "robust"
     privacy = "privacy"
     attacks = "attacks"
+    suites = "suites"
 
 
 def list_parts(kind: PartKinds, as_json: Json = False) -> None:
@@ -51,6 +52,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
     """One row per part: its name, the first line of its docstring, its options and their defaults; for algorithms also the
     groups of tensors that travel."""
     from fedmllm.algorithms.traffic import traffic_of
+    from fedmllm.evaluation.suites import suites
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
 
@@ -60,7 +62,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
         for name in families.names():
             rows.append({"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []})
         return rows
-    registry = next(r for r in REGISTRIES.values() if kind.value in (r.kind, f"{r.kind}s"))
+    registry = next(r for r in (*REGISTRIES.values(), suites) if kind.value in (r.kind, f"{r.kind}s"))
     rows = [
         {
             "name": name,

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +92,17 @@ def print_table(table: Any) -> None:
     _write(printed.get().removesuffix("\n"))
 
 
+def print_suites(findings: Mapping[str, Any]) -> None:
+    """What suites found about a model."""
+    from fedmllm.report.suites import suite_tables
+
+    for name, found in findings.items():
+        for table in suite_tables(name, found):
+            print_table(table)
+        for sentence in found["unavailable"]:
+            show(f"{name}: {sentence}")
+
+
 def print_result(result: dict[str, Any], path: Path, as_json: bool) -> None:
     """The result of one run."""
     from fedmllm.report.tables import comparison, metrics_table
@@ -102,4 +113,5 @@ def print_result(result: dict[str, Any], path: Path, as_json: bool) -> None:
             return
         print_table(comparison([result]))
         print_table(metrics_table(result["metrics"], "by modality pattern"))
+        print_suites(result.get("suites") or {})
         show(f"run directory: {path}")

@@ -11,7 +11,7 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from fedmllm.kinds import Match, Pattern
 from fedmllm.storage.atomic import usable_as_folder
@@ -158,13 +158,15 @@ class EvalTable(Table):
     """If every client has its own model, evaluate only this many clients, drawn from the seed; by default all."""
     transfer: Annotated[tuple[TaskTable, ...], Field(strict=False, min_length=1)] | None = None
     """Other tasks on whose test sets the final model is also evaluated, without training on them."""
+    suites: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """The suites that examine the final model, by name."""
 
-    @field_validator("patterns")
+    @field_validator("patterns", "suites")
     @classmethod
-    def _each_pattern_once(cls, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
-        if len(set(patterns)) < len(patterns):
-            raise ValueError("must name each pattern once")
-        return patterns
+    def _each_name_once(cls, names: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if names and len(set(names)) < len(names):
+            raise ValueError(f"must name each {str(info.field_name).removesuffix('s')} once")
+        return names
 
     @field_validator("transfer")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedmllm.data.samples import Modality
@@ -23,7 +23,7 @@ class Prediction:
     `option` is the index of the chosen option, None for a free answer; an option is `correct` if it is the reference's own, not
     if it reads like it. `score` is the probability of the task's positive answer, None if the sample's choices do not include
     it. `failed` means that the model gave no readable answer. `judged` is a judge's verdict on an open answer, None without a
-    readable one.
+    readable one. `probabilities` are those of the options; they are for suites and not stored.
     """
 
     pattern: str
@@ -36,6 +36,7 @@ class Prediction:
     score: float | None = None
     judged: bool | None = None
     option: int | None = None
+    probabilities: tuple[float, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "probabilities"}

@@ -33,11 +33,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`option` is the index of a chosen option, `score` the probability of the positive one; None if there is none."""
+    """`option` is the index of a chosen option, `score` the probability of the positive one, None if there is none;
+    `probabilities` are those of all options."""
 
     text: str
     option: int | None = None
     score: float | None = None
+    probabilities: tuple[float, ...] = ()
 
 
 AnsweredQuestions = dict[int, Answer]
@@ -157,10 +159,11 @@ class TestSet:
         return answers
 
     def _choose(self, index: int, scores: Sequence[float]) -> Answer:
-        """The most probable choice of a closed question and the probability of the positive one; `scores` are in logs."""
+        """The most probable choice of a closed question and the probabilities; `scores` are in logs."""
         choices, chosen = self._questions[index].sample.choices or (), int(np.argmax(scores))
         positive = choices.index(self._task.positive) if self._task.positive in choices else None
-        return Answer(choices[chosen], chosen, float(np.exp(scores[positive])) if positive is not None else None)
+        probabilities = tuple(np.exp(scores).tolist())
+        return Answer(choices[chosen], chosen, probabilities[positive] if positive is not None else None, probabilities)
 
 
 def _prediction(pattern: str, sample: Sample, answer: Answer, match: Match) -> Prediction:
@@ -170,8 +173,9 @@ def _prediction(pattern: str, sample: Sample, answer: Answer, match: Match) -> P
         correct = normal_form(answer.text, match) == normal_form(sample.answer, match)
     failed = not answer.text.strip()
     return Prediction(
-        pattern, sample.id, sample.answer, answer.text, correct, sample.is_closed, failed, answer.score, option=answer.option
-    )
+        pattern, sample.id, sample.answer, answer.text, correct, sample.is_closed, failed, answer.score, None, answer.option,
+        answer.probabilities,
+    )  # fmt: skip
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

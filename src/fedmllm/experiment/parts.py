@@ -16,8 +16,9 @@ from fedmllm.data.partitions import Deal, partitions
 from fedmllm.data.prompts import Strategy, prompts
 from fedmllm.data.scenarios import Scenario, composed, scenarios
 from fedmllm.data.tasks import tasks
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, suggest
 from fedmllm.evaluation.judges import Judge, judges
+from fedmllm.evaluation.suites import suites
 from fedmllm.experiment.compatibility import (
     check_adapter_kind,
     check_attack,
@@ -120,6 +121,8 @@ def with_defaults(config: Experiment) -> Experiment:
     """The experiment with the defaults of all its parts filled in, so that `alpha = 1`, `alpha = 1.0` and no `alpha`, if 1 is
     the default, are one experiment with one digest. Raises ConfigError for the first invalid option."""
     filled: dict[str, Any] = {key: _filled(getattr(config, key), registry, key) for key, registry in REGISTRIES.items()}
+    if unknown := [name for name in config.eval.suites or () if name not in suites.names()]:
+        raise ConfigError(f"eval.suites: there is no suite {unknown[0]!r}; {suggest(unknown[0], suites.names())}")
     if config.eval.transfer:
         transfer = tuple(_filled(table, tasks, f"eval.transfer.{i}") for i, table in enumerate(config.eval.transfer))
         filled["eval"] = config.eval.model_copy(update={"transfer": transfer})

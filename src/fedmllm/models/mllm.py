@@ -127,6 +127,12 @@ class MLLM:
         for image in images:
             self._pictures.number(image)
 
+    @contextmanager
+    def forgetting_pictures(self) -> Iterator[None]:
+        """Forget afterwards the pictures that are first encoded inside, so that any number can be asked about once."""
+        with self._pictures.forgotten():
+            yield
+
     def check_cache(self) -> None:
         """Raises ConfigError if vision features are to be kept and the cache's folder cannot be written to."""
         if self.caches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -47,6 +48,19 @@ class Pictures:
             self._number_of[image] = number
         return self._number_of[image]
 
+    @contextmanager
+    def forgotten(self) -> Iterator[None]:
+        """Forget afterwards what is first numbered inside, which no file of features then includes."""
+        known = len(self._images)
+        try:
+            yield
+        finally:
+            del self._images[known:]
+            self._numbers = {key: number for key, number in self._numbers.items() if number < known}
+            self._number_of = {image: number for image, number in self._number_of.items() if number < known}
+            self._sizes = {number: size for number, size in self._sizes.items() if number < known}
+            self._uncached = {number: record for number, record in self._uncached.items() if number < known}
+
     def size(self, picture: int) -> tuple[int, int]:
         """Width and height of the picture with this number, in its displayed orientation."""
         if picture not in self._sizes:
@@ -71,7 +85,7 @@ class Pictures:
         """Model inputs for the pictures of one batch, in the order of its rows."""
         device = self._backbone.device
         if self._caches:
-            records = [self._record(picture).to(device, self._backbone.dtype) for picture in pictures]
+            records = [record.to(device, self._backbone.dtype) for record in self._records(pictures)]
             return {"mm_encoder_outputs": {"image": features.join_output(records, self._pooled_is_tensor)}}
         raw = [self._pixel_inputs(decode(self._images[picture])) for picture in pictures]
         joined = self._join([{k: v for k, v in inputs.items() if k in PIXELS and k in self._parameters} for inputs in raw])
@@ -79,7 +93,7 @@ class Pictures:
 
     def tokens(self, pictures: Sequence[int]) -> Tensor:
         """The features that replace the image tokens of a batch: (tokens of all pictures, width)."""
-        return torch.cat([self._record(picture)[0].flatten(0, -2) for picture in pictures]).to(self._backbone.dtype)
+        return torch.cat([record[0].flatten(0, -2) for record in self._records(pictures)]).to(self._backbone.dtype)
 
     def _pixel_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", True)), image)
@@ -122,12 +136,11 @@ class Pictures:
         inputs = self._pixel_inputs(Image.new("RGB", (64, 64), (200, 120, 40)))
         return isinstance(self._image_features(inputs).pooler_output, Tensor)
 
-    def _record(self, picture: int) -> Tensor:
-        if self._features is not None and picture in self._index:
-            return self._features.record(self._index[picture])
-        if picture not in self._uncached:  # its number is newer than the file
-            self._uncached[picture] = next(iter(self._encode([picture])))
-        return self._uncached[picture]
+    def _records(self, pictures: Sequence[int]) -> list[Tensor]:
+        newer = [p for p in dict.fromkeys(pictures) if p not in self._index and p not in self._uncached]
+        self._uncached |= zip(newer, self._encode(newer), strict=True)  # their numbers are newer than the file
+        file = self._features
+        return [file.record(self._index[p]) if file and p in self._index else self._uncached[p] for p in pictures]
 
 
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -42,11 +42,13 @@ from fedmllm.storage.run_dir import RunDir
 
 
 def experiment_for_sites(config: Experiment) -> str:
-    """The experiment as TOML. If the sites have data of their own, without what only the server opens: its data and judge."""
+    """The experiment as TOML. If the sites have data of their own, without what only the server opens: its data, judge and
+    suites."""
     raw = config.resolved()
     if config.fleet.options.get("sites"):
         del raw["task"], raw["judge"]
-        raw["eval"].pop("transfer", None)
+        for key in ("transfer", "suites"):
+            raw["eval"].pop(key, None)
     return tomli_w.dumps(raw)
 
 

@@ -71,7 +71,7 @@ def parts_at(text: str, site: SiteData | None) -> Parts:
         )
     own = {
         "model": config.model.model_copy(update={"device": site.device, "name": site.model or config.model.name}),
-        "eval": config.eval.model_copy(update={"transfer": None}),
+        "eval": config.eval.model_copy(update={"transfer": None, "suites": None}),
         "judge": Named(name="none"),
     }
     parts = build(config.model_copy(update=own))

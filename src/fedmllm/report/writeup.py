@@ -22,6 +22,7 @@ from fedmllm.report.sections import (
     add_speed,
     add_transfer,
 )
+from fedmllm.report.suites import add_suites
 from fedmllm.storage.archive import INDEX
 
 HEAD = """# Results
@@ -78,6 +79,7 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None
     add_kept(document, chapter)
     add_patterns(document, chapter)
     add_transfer(document, chapter)
+    add_suites(document, chapter)
     add_cost(document, chapter)
     add_speed(document, chapter)
     if incomplete := [" · ".join(row.axes.values()) for row in grid.rows if row.missing]:

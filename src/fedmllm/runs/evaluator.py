@@ -15,6 +15,7 @@ from fedmllm.evaluation.summary import primary_metric, summarise
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.rng import stream
 from fedmllm.runs.session import Session
+from fedmllm.runs.suites import examine, without_models
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, Tensors
 
@@ -55,6 +56,17 @@ class Evaluator:
         """The predictions of several models on the test sets of `eval.transfer`."""
         with self._prepared(states) as adapters:
             return self._session.transfer.predict_each(adapters)
+
+    def examine(self, states: Sequence[State], owners: Sequence[int] = ()) -> dict[str, Any]:
+        """What the suites of `eval.suites` find about several models; `owners` has their clients if every client has its own
+        (`runs.suites.examine`)."""
+        settings = self._config.eval
+        if not states:
+            why = "Clients that train alone keep no model, so that there is none to examine."
+            return {name: without_models(why) for name in settings.suites or ()}
+        with self._prepared(states) as adapters:
+            predict = lambda tests: list(tests.predict_each(settings, adapters))  # noqa: E731 (as short as it is)
+            return examine(self._session, settings.suites or (), predict, owners)
 
     def transfer_summary(self, models: Sequence[TransferPredictions]) -> dict[str, Any]:
         return dict(self._session.transfer.summary(models))

@@ -57,8 +57,9 @@ def zero_shot(run: Run) -> Outcome:
     states: list[State] = [{"adapter": run.session.initial}]
     with run.session.model.without_adapter():
         models, transferred = run.evaluator.predict(states), run.evaluator.transfer(states)
+        suites = run.evaluator.examine(states)
     run.directory.save_predictions(prediction.to_json() for prediction in models[0])
-    return Outcome(models, transferred, [], None, client_rows(run.session.dataset.manifest))
+    return Outcome(models, transferred, [], None, client_rows(run.session.dataset.manifest), suites)
 
 
 def federated(run: Run) -> Outcome:
@@ -115,7 +116,7 @@ def local(run: Run) -> Outcome:
     _save_client_predictions(run, tested, models)
     # Nothing is sent if clients train alone.
     unsent = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
-    return Outcome(models, transferred, unsent, None, rows)
+    return Outcome(models, transferred, unsent, None, rows, evaluator.examine([]))
 
 
 def train_alone(run: Run, clients: Sequence[int]) -> None:
@@ -145,11 +146,11 @@ def _conclude(run: Run, state: State, records: list[dict[str, Any]], rows: list[
     """Test and export one model for all."""
     models = run.evaluator.predict([state])
     run.directory.save_predictions(prediction.to_json() for prediction in models[0])
-    transferred = run.evaluator.transfer([state])
+    transferred, suites = run.evaluator.transfer([state]), run.evaluator.examine([state])
     run.session.model.adapter.export(run.directory.adapter, run.session.config.model.name)
     fold = fold_of(state)
     adapter = flatten({"adapter": state["adapter"], "fold": fold}) if fold else state["adapter"]
-    return Outcome(models, transferred, records, adapter, rows)
+    return Outcome(models, transferred, records, adapter, rows, suites)
 
 
 def _conclude_personal(
@@ -167,6 +168,7 @@ def _conclude_personal(
     tested = [rows[client] for client in sorted(states)]
     ordered = [states[row["client"]] for row in tested]
     models, transferred = evaluator.predict(ordered), evaluator.transfer(ordered)
+    suites = evaluator.examine(ordered, sorted(states))
     for number, (row, predictions) in enumerate(zip(tested, models, strict=True), start=1):
         client = row["client"]
         row["metrics"] = evaluator.summarise([predictions])
@@ -175,7 +177,7 @@ def _conclude_personal(
         session.progress("clients' own models", number, len(tested), f"client {client}")
     _save_client_predictions(run, tested, models)
     adapter = flatten({f"client-{client}": personal["adapter"] for client, personal in states.items()})
-    return Outcome(models, transferred, records, adapter, rows)
+    return Outcome(models, transferred, records, adapter, rows, suites)
 
 
 def _save_client_predictions(run: Run, rows: Sequence[Mapping[str, Any]], models: Sequence[Sequence[Prediction]]) -> None:

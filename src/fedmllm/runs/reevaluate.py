@@ -10,17 +10,21 @@ from fedmllm.config import Experiment, ModelTable, PartitionTable, ScenarioTable
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import RunError
+from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.summary import summarise
+from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.runs.session import Session
+from fedmllm.runs.suites import examine
 from fedmllm.storage.run_dir import RunDir
 
 
 def reevaluate(
     run: RunDir, config: Experiment, progress: ProgressCallback = no_progress, *, trusted: bool = False
-) -> dict[str, Any]:
-    """Test a finished run's adapter again, under `config.eval` and on `config.task`; {pattern: metrics}.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Test a finished run's adapter again, under `config.eval` and on `config.task`: {pattern: metrics}, and what the suites of
+    `eval.suites` find.
 
     Raises RunError if the task is the run's own and its data changed since, or if the run has no adapter; and, unless the
     folder is `trusted`, if its model is a path or brings code.
@@ -47,15 +51,21 @@ def reevaluate(
     folders = personal or [run.adapter]
     if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
         raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
-    models = []
-    for folder in folders:
-        if folder.is_dir():
-            session.model.adapter.load(folder)
-            models.append(session.test_set.predict(parts.config.eval))
-    if not models:
-        with session.model.without_adapter():
-            models.append(session.test_set.predict(parts.config.eval))
-    return summarise(dataset.task, models, config.eval.match, session.test_set.choices)
+
+    def predict(tests: TestSet) -> list[list[Prediction]]:
+        models = []
+        for folder in folders:
+            if folder.is_dir():
+                session.model.adapter.load(folder)
+                models.append(tests.predict(config.eval))
+        if not models:
+            with session.model.without_adapter():
+                models.append(tests.predict(config.eval))
+        return models
+
+    metrics = summarise(dataset.task, predict(session.test_set), config.eval.match, session.test_set.choices)
+    owners = [int(path.name[len("client-") :]) for path in personal]
+    return metrics, examine(session, config.eval.suites or (), predict, owners, same_data)
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)

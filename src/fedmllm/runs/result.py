@@ -24,13 +24,14 @@ from fedmllm.tensors import Tensors, digest
 @dataclass(frozen=True)
 class Outcome:
     """What a run of any kind produced: the predictions of its models on the test set and on other tasks' test sets, the records
-    of its rounds, the trained adapter (None if there is not one for all), and one row per client."""
+    of its rounds, the trained adapter (None if there is not one for all), one row per client, and what the suites found."""
 
     models: Sequence[Sequence[Prediction]]
     transferred: Sequence[TransferPredictions]
     records: Sequence[Mapping[str, Any]]
     adapter: Tensors | None
     rows: list[dict[str, Any]]
+    suites: Mapping[str, Any]
 
 
 def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "bootstrap_scores": evaluator.bootstrap_scores(models),
         "test_digest": test_digest(models[0]),
         "transfer": evaluator.transfer_summary(outcome.transferred),
+        "suites": outcome.suites,
         "per_client": outcome.rows,
         "clients": fairness(scores),
         "modalities": modality_shares(seen[0], session.dataset.train, seen[1]),

@@ -92,6 +92,7 @@ class _Result(_Shape):
     clients: dict[str, _Number | None] = {}
     modalities: _Modalities | None = None
     kept: list[_Kept] = []
+    suites: dict[str, Any] = {}
     privacy_spent: _Spent | None = None
     rounds: _Count = 0
     bytes_up: dict[str, _Count] = {}

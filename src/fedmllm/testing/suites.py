@@ -1,0 +1,108 @@
+"""The contract of suites, checked with models that are functions of what they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedmllm.data.samples import Sample, Task
+from fedmllm.evaluation.predictions import PATTERNS, Prediction
+from fedmllm.evaluation.suites import Exam, Replies, suites
+from fedmllm.evaluation.suites.cross_modal import noise_picture
+from fedmllm.kinds import Pattern
+from fedmllm.rng import stream
+from fedmllm.storage.strict_json import dump
+from fedmllm.testing.registered import check_registered
+
+ToyModel = Callable[[Sample], Sequence[float] | str]
+"""A sample as it is shown -> the probabilities of its choices, or the answer to an open question."""
+
+
+def toy_exam(
+    samples: Sequence[Sample],
+    models: Sequence[ToyModel],
+    *,
+    patterns: Sequence[Pattern] = ("both", "image", "text"),
+    counts: Sequence[Sequence[int]] = ((1, 0, 0, 0),),
+    owners: Sequence[int] = (),
+    positive: str | None = None,
+) -> Exam:
+    """An exam of toy models, measured by AUC if an answer is `positive` and else by accuracy."""
+
+    def ask(asked: Sequence[Sample], patterns: Sequence[Pattern]) -> dict[Pattern, list[Replies]]:
+        assert len({sample.id for sample in asked}) == len(asked), "an id is asked about twice"
+        shown = {p: [s.showing(PATTERNS[p]) for s in asked if p == "both" or p in s.modalities] for p in patterns}
+        return {
+            pattern: [{s.id: _reply(pattern, s, model(s), positive) for s in of_pattern} for model in models]
+            for pattern, of_pattern in shown.items()
+        }
+
+    task = Task("toy", "auc" if positive else "accuracy", lambda split: samples, positive)
+    return Exam(task, samples, patterns, "exact", 0, np.array(counts, dtype=np.int64).reshape(-1, 4), owners, ask)
+
+
+def _reply(pattern: Pattern, sample: Sample, answer: Sequence[float] | str, positive: str | None) -> Prediction:
+    if isinstance(answer, str):
+        return Prediction(pattern, sample.id, sample.answer, answer, answer == sample.answer, False, not answer)
+    assert sample.choices is not None
+    option = int(np.argmax(answer))
+    score = answer[sample.choices.index(positive)] if positive in sample.choices else None
+    text = sample.choices[option]
+    return Prediction(
+        pattern, sample.id, sample.answer, text, text == sample.answer, True, False, score, None, option, tuple(answer)
+    )
+
+
+def _samples() -> dict[str, list[Sample]]:
+    """Samples of each kind: with both modalities, with one, with none, and with an open question."""
+    choices, pictures = ("no", "yes"), [noise_picture(seed, 8) for seed in range(2)]
+    kinds: dict[str, list[Sample]] = {}
+    for kind, (image, text) in {
+        "both": (True, True),
+        "image": (True, False),
+        "text": (False, True),
+        "none": (False, False),
+    }.items():
+        kinds[kind] = [
+            Sample(f"{kind}{i}", "is it?", choices[i % 2], pictures[i // 2] if image else None,
+                   f"some words {i // 3}" if text else None, choices)
+            for i in range(4)
+        ]  # fmt: skip
+    kinds["open"] = [Sample(f"open{i}", "what?", f"answer {i % 2}", pictures[i % 2], "a b c") for i in range(3)]
+    return kinds
+
+
+def _drawn(sample: Sample) -> Sequence[float] | str:
+    """An answer that depends on all that is shown, and on nothing else."""
+    rng = stream(len(sample.image) if isinstance(sample.image, bytes) else 0, "toy answer", sample.text or "", sample.question)
+    if sample.choices is None:
+        return f"answer {int(rng.integers(2))}"
+    share = float(rng.random())
+    return [share, 1 - share]
+
+
+def check_suite(name: str) -> None:
+    """The suite copes with a task of any kinds of samples, with several models, and without client data; what it finds follows
+    from the answers alone and can be written as JSON; every table has rows of figures, and a sentence says what is missing."""
+    check_registered(suites, name)
+    part, kinds = f"suite {name!r}", _samples()
+    suite = suites.build(name, {})
+    everything = [sample for samples in kinds.values() for sample in samples]
+    federations: Sequence[tuple[list[ToyModel], list[tuple[int, ...]], tuple[int, ...]]]
+    federations = [([_drawn], [(1, 1, 0, 0)], ()), ([_drawn] * 2, [], (0, 3))]
+    for samples in (*kinds.values(), everything):
+        for models, counts, owners in federations if samples is everything else federations[:1]:
+            exam = toy_exam(samples, models, counts=counts, owners=owners)
+            findings = suite(exam).to_json()
+            assert list(findings) == ["tables", "unavailable", "details"], f"{part}: the keys are {list(findings)}"
+            for title, table in findings["tables"].items():
+                figures = [figure for row in table.values() for figure in row.values()]
+                numbers = all(isinstance(figure, int | float) for figure in figures)
+                assert numbers, f"{part}: a figure of the table {title!r} is no number"
+            sentences = all(text.endswith(".") for text in findings["unavailable"])
+            assert sentences, f"{part}: `unavailable` holds more than sentences"
+            found = any(findings["tables"].values()) or findings["unavailable"]
+            assert found, f"{part}: finds nothing and does not say why"
+    again = dump(suite(exam).to_json())
+    assert again == dump(findings), f"{part}: what it finds depends on more than the answers"
