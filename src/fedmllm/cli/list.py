@@ -23,6 +23,7 @@ class PartKinds(StrEnum):
     robust = "robust"
     privacy = "privacy"
     attacks = "attacks"
+    devices = "devices"
 
 
 def list_parts(kind: PartKinds, as_json: Json = False) -> None:
@@ -53,6 +54,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
     from fedmllm.algorithms.traffic import traffic_of
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
+    from fedmllm.simulation.devices import devices
 
     rows: list[dict[str, Any]]
     if kind is PartKinds.models:
@@ -60,7 +62,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
         for name in families.names():
             rows.append({"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []})
         return rows
-    registry = next(r for r in REGISTRIES.values() if kind.value in (r.kind, f"{r.kind}s"))
+    registry = next(r for r in (*REGISTRIES.values(), devices) if kind.value in (r.kind, f"{r.kind}s"))
     rows = [
         {
             "name": name,

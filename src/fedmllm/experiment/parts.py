@@ -27,6 +27,7 @@ from fedmllm.experiment.compatibility import (
     check_secure,
     check_sites,
 )
+from fedmllm.experiment.simulated import check_devices
 from fedmllm.fleets.options import FleetOptions, fleets
 from fedmllm.privacy.settings import UserLevel, privacies
 from fedmllm.privacy.user_level import Mechanism
@@ -134,6 +135,7 @@ def build(config: Experiment) -> Parts:
     scenario = build_scenario(config.scenario)
     strategy = prompts.build(config.prompt.name, config.prompt.options)
     algorithm = build_algorithm(config)
+    check_devices(config)
     fleet = fleets.build(config.fleet.name, config.fleet.options)
     secure = secures.build(config.secure.name, config.secure.options)
     if secure is not None:

@@ -115,6 +115,7 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     defaults: dict[str, Any] = dict.fromkeys(
         ("regularization", "compression", "secure", "robust", "privacy", "attack"), Named(name="none")
     )
+    defaults["clients"] = ClientsTable(rank=experiment.clients.rank)
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

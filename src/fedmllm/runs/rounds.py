@@ -19,6 +19,7 @@ from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import ClientData, Session
+from fedmllm.simulation.clock import Simulation
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, problem_with
 from fedmllm.training.capacity import cohort_size
@@ -43,7 +44,7 @@ def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients, config = range(session.dataset.manifest.clients), session.config
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
-    plan = replace(plan, remedy=smaller_steps(config))
+    plan = replace(plan, remedy=smaller_steps(config), simulation=Simulation.of(config, session.dataset.manifest.sizes()))
     if (mechanism := session.parts.mechanism) is not None:
         # Whether an update counts must not depend on the others, nor a round's end on how many clients take part.
         private = replace(plan, rounds=mechanism.rounds, poisson=True, min_updates=0, max_norm_ratio=0.0)

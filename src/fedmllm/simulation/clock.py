@@ -1,0 +1,78 @@
+"""The virtual clock of synchronous rounds: how long each client takes, which ones answer in time, and when the round ends.
+
+A client takes (bytes down / downlink) + (samples / speed) + (bytes up / uplink); the server's own work takes no time. A round
+lasts until the last client has answered, or as many as it needs, or until the deadline. A client that drops out is waited for
+until the deadline, or if there is none for as long as it would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmllm.algorithms import Algorithm, RoundInfo
+from fedmllm.config import Experiment
+from fedmllm.rng import stream
+from fedmllm.simulation.devices import Device, devices_of
+from fedmllm.tensors import State, nbytes
+
+GROUP = "clock"
+"""The group of the server's state that holds the simulated time."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A round on the clock, in seconds: `used` has the clients whose updates count, `lost` why the others' do not, `seconds`
+    the length of the round, `clients` the time that each takes to "compute" and for "transfer"."""
+
+    used: tuple[int, ...]
+    lost: Mapping[int, str]
+    began: float
+    seconds: float
+    clients: Mapping[int, Mapping[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"began": self.began, "seconds": self.seconds, "clients": dict(self.clients)}
+
+    @property
+    def state(self) -> State:
+        """What the server remembers."""
+        return {GROUP: {"seconds": torch.tensor([self.began + self.seconds], dtype=torch.float64)}}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """`devices` and `examples` have, by client, its device and the samples that it trains on in a round."""
+
+    seed: int
+    devices: Sequence[Device]
+    examples: Sequence[int]
+
+    @classmethod
+    def of(cls, config: Experiment, sizes: Sequence[int]) -> Simulation | None:
+        """The simulation that the experiment describes, with `sizes` samples by client; None if it describes no devices."""
+        devices = devices_of(config.clients, len(sizes), config.seed)
+        return cls(config.seed, devices, [config.train.epochs * int(size) for size in sizes]) if devices else None
+
+    def time(self, algorithm: Algorithm, state: State, messages: Mapping[int, State], info: RoundInfo, needed: int) -> Timed:
+        """A round in which these messages are sent, and which ends as soon as `needed` clients have answered."""
+        began = float(state[GROUP]["seconds"]) if GROUP in state else 0.0
+        clients = {client: self._costs(client, algorithm, state, message, info) for client, message in messages.items()}
+        times = {client: costs["compute"] + costs["transfer"] for client, costs in clients.items()}
+        lost = {client: "dropped out" for client in times if self._drops_out(client, info.round)}
+        answers = sorted((client for client in times if client not in lost), key=lambda client: (times[client], client))
+        used = answers[:needed]
+        waited = used if len(used) == needed else times
+        seconds = max((times[client] for client in waited), default=0.0)
+        return Timed(tuple(sorted(used)), lost, began, seconds, clients)
+
+    def _costs(self, client: int, algorithm: Algorithm, state: State, message: State, info: RoundInfo) -> dict[str, float]:
+        down, up = (sum(map(nbytes, groups.values())) for groups in (message, algorithm.uploads(state, client, info)))
+        compute, transfer = self.devices[client].seconds(self.examples[client], down, up)
+        return {"compute": compute, "transfer": transfer}
+
+    def _drops_out(self, client: int, round: int) -> bool:
+        return float(stream(self.seed, "drop-out", client, round).random()) < self.devices[client].dropout
