@@ -75,6 +75,14 @@ class TrainTable(Table):
     clients_per_round: Positive = 2
     min_updates: Positive = 1
     """A round fails if fewer usable updates than this are returned."""
+    selection: Literal["uniform", "available", "power-of-choice"] = "uniform"
+    """Which clients are sampled: any, those that can be reached at the simulated time, or those with the largest loss."""
+    candidates: Positive | None = None
+    """The clients that "power-of-choice" draws and compares, by default twice `clients_per_round`."""
+    over_select: Annotated[float, Field(ge=0), at_most(10, "because every client of it takes time")] = 0.0
+    """The share of clients that are sampled on top; the first `clients_per_round` to answer are used."""
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    """Simulated seconds after which a round ends without the clients that have not answered."""
     max_norm_ratio: Annotated[float, Field(ge=0), at_most(1_000_000, "which would refuse nothing; 0 disables it")] = 100.0
     """An update whose change of the adapter is more than this many times as long as the round's median is refused; 0: none."""
     epochs: Annotated[Positive, at_most(1000, "because a client repeats its data this often in every round")] = 1

@@ -116,6 +116,9 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
         ("regularization", "compression", "secure", "robust", "privacy", "attack"), Named(name="none")
     )
     defaults["clients"] = ClientsTable(rank=experiment.clients.rank)
+    # Baselines sample no clients.
+    uniform = {key: TrainTable.model_fields[key].default for key in ("selection", "candidates", "over_select", "deadline")}
+    defaults["train"] = experiment.train.model_copy(update=uniform)
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

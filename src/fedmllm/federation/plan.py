@@ -15,6 +15,7 @@ from fedmllm.algorithms.combining import Combiner
 from fedmllm.config import TrainTable
 from fedmllm.rng import stream
 from fedmllm.simulation.clock import Simulation
+from fedmllm.simulation.selection import Policy
 from fedmllm.tensors import State, Tensors
 
 
@@ -48,7 +49,9 @@ class FederationPlan:
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
     message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`); then `combine`,
-    if set, replaces the valid ones. With a `simulation`, rounds take simulated time, and clients may fail.
+    if set, replaces the valid ones. With a `simulation`, rounds take simulated time, and clients may fail;
+    `over_select` is the share of clients that are sampled on top, of whom the first `per_round` to answer are used. A `policy`
+    chooses the clients in place of the uniform draw.
     """
 
     clients: Sequence[int]
@@ -67,6 +70,13 @@ class FederationPlan:
     combine: Combiner | None = None
     poisson: bool = False
     simulation: Simulation | None = None
+    over_select: float = 0.0
+    policy: Policy | None = None
+
+    @property
+    def draws(self) -> int:
+        """The number of clients that are sampled in a round, unless `poisson`."""
+        return min(len(self.clients), math.ceil(round(self.per_round * (1 + self.over_select), 9)))
 
     def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
         """The info of a round in which `sampled` take part."""
@@ -125,20 +135,25 @@ def learning_rate(plan: FederationPlan, round: int) -> float:
     return plan.lr if plan.schedule == "constant" else plan.lr * 0.5 * (1 + math.cos(math.pi * round / plan.rounds))
 
 
-def sample_clients(plan: FederationPlan, round: int) -> tuple[int, ...]:
-    """The clients of a round, sorted; there may be none if `plan.poisson`. The draw depends on the experiment's seed and the
-    round only, so a resumed run draws the same clients."""
+def sample_clients(plan: FederationPlan, round: int, state: State | None = None) -> tuple[int, ...]:
+    """The clients of a round, sorted; there may be none if `plan.poisson`. The draw depends on the experiment's seed, the round
+    and, with a policy, the server's state, so a resumed run draws the same clients."""
     rng, count = stream(plan.seed, "sampling", round), len(plan.clients)
     if plan.poisson:
-        indices = np.flatnonzero(rng.random(count) < plan.per_round / count)
+        indices = np.flatnonzero(rng.random(count) < plan.per_round / count).tolist()
+    elif plan.policy is not None:
+        indices = plan.policy.choose(rng, plan.draws, state or {})
     else:
-        indices = rng.choice(count, size=plan.per_round, replace=False)
-    return tuple(sorted(plan.clients[int(i)] for i in indices))
+        indices = rng.choice(count, size=plan.draws, replace=False).tolist()
+    return tuple(sorted(plan.clients[i] for i in indices))
 
 
-def participants(plan: FederationPlan) -> list[int]:
-    """All clients that take part in any round; known in advance, because a draw depends on the seed and the round only."""
-    return sorted({client for number in range(plan.rounds) for client in sample_clients(plan, number)})
+def participants(plan: FederationPlan, start: int = 0) -> list[int]:
+    """All clients that may take part from the round `start` on; known in advance, because a draw depends on the seed and the
+    round only. A policy may choose any client."""
+    if plan.policy is not None:
+        return list(plan.clients) if start < plan.rounds else []
+    return sorted({client for number in range(start, plan.rounds) for client in sample_clients(plan, number)})
 
 
 def sum_groups(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

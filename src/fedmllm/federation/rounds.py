@@ -16,7 +16,6 @@ from fedmllm.algorithms.combining import Combined
 from fedmllm.algorithms.screening import screen
 from fedmllm.errors import RunError
 from fedmllm.federation.plan import FederationPlan, Fleet, RoundRecord, TooFewUpdates, sample_clients, sum_groups
-from fedmllm.simulation.clock import Simulation
 from fedmllm.tensors import State, Tensors, bytes_by_group, not_finite
 
 
@@ -81,6 +80,29 @@ def _record(
     )
 
 
+def _round(algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, round: int) -> tuple[RoundRecord, State]:
+    """A round's record and the state after it. On a virtual clock, only clients that answer in time are trained; if nobody
+    does, the state stays as it is, unless `min_updates` asks for more than one."""
+    began = time.monotonic()
+    info = plan.info(round, sample_clients(plan, round, state))
+    messages = {client: algorithm.message(state, client, info) for client in info.sampled}
+    needed = len(messages) if plan.poisson else plan.per_round
+    timed = plan.simulation.time(algorithm, state, messages, info, needed) if plan.simulation else None
+    used = plan.info(round, timed.used) if timed else info
+    updates: Sequence[Update] = ()
+    outcome: tuple[State, list[Update], list[dict[str, str | int]], Combined] = state, [], [], Combined([])
+    if used.sampled or plan.poisson or plan.min_updates > 1:
+        updates = fleet.train(used, {client: messages[client] for client in used.sampled})
+        outcome = _aggregate(updates, algorithm, fleet, plan, state, used)
+    after, valid, refused, combined = outcome
+    refused = refused + [{"client": client, "why": why} for client, why in (timed.lost if timed else {}).items()]
+    refused.sort(key=lambda row: int(row["client"]))
+    record = _record(info, messages, updates, valid, refused, combined, time.monotonic() - began)
+    if plan.policy:
+        after = {**after, **plan.policy.learned(state, valid)}
+    return (replace(record, clock=timed.to_json()), {**after, **timed.state}) if timed else (record, after)
+
+
 def federate(
     algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, adapter: Tensors, resume: tuple[int, State] | None = None
 ) -> Iterator[tuple[RoundRecord, State]]:
@@ -92,46 +114,11 @@ def federate(
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
     for round in range(done, plan.rounds):  # noqa: A001 (the standard term)
-        began = time.monotonic()
-        info = plan.info(round, sample_clients(plan, round))
-        messages = {client: algorithm.message(state, client, info) for client in info.sampled}
-        if plan.simulation is None:
-            updates = fleet.train(info, messages)
-            state, valid, refused, combined = _aggregate(updates, algorithm, fleet, plan, state, info)
-            record = _record(info, messages, updates, valid, refused, combined, time.monotonic() - began)
-        else:
-            record, state = _simulated(algorithm, fleet, plan, plan.simulation, state, info, messages)
+        record, state = _round(algorithm, fleet, plan, state, round)
         yield record, state
         # Not round − 1: a damaged checkpoint is replaced by the one before, which needs the memory of an earlier round.
         if round > done + 1:
             fleet.commit(round - 2)
-
-
-def _simulated(
-    algorithm: Algorithm,
-    fleet: Fleet,
-    plan: FederationPlan,
-    simulation: Simulation,
-    state: State,
-    info: RoundInfo,
-    messages: Mapping[int, State],
-) -> tuple[RoundRecord, State]:
-    """A round on the clock: only the clients that answer in time are trained. If nobody does, the state stays as it is, unless
-    `min_updates` asks for more than one."""
-    began = time.monotonic()
-    needed = len(messages) if plan.poisson else plan.per_round
-    timed = simulation.time(algorithm, state, messages, info, needed)
-    in_time = plan.info(info.round, timed.used)
-    updates: Sequence[Update] = ()
-    outcome: tuple[State, list[Update], list[dict[str, str | int]], Combined] = state, [], [], Combined([])
-    if timed.used or plan.poisson or plan.min_updates > 1:
-        updates = fleet.train(in_time, {client: messages[client] for client in timed.used})
-        outcome = _aggregate(updates, algorithm, fleet, plan, state, in_time)
-    after, valid, refused, combined = outcome
-    lost: list[dict[str, str | int]] = [{"client": client, "why": why} for client, why in timed.lost.items()]
-    refused = sorted(refused + lost, key=lambda row: int(row["client"]))
-    record = _record(info, messages, updates, valid, refused, combined, time.monotonic() - began)
-    return replace(record, clock=timed.to_json()), {**after, **timed.state}
 
 
 def each_alone(

@@ -7,10 +7,13 @@ until the deadline, or if there is none for as long as it would have taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedmllm.algorithms import Algorithm, RoundInfo
@@ -21,6 +24,7 @@ from fedmllm.tensors import State, nbytes
 
 GROUP = "clock"
 """The group of the server's state that holds the simulated time."""
+DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,57 @@ class Timed:
 
 @dataclass(frozen=True)
 class Simulation:
-    """`devices` and `examples` have, by client, its device and the samples that it trains on in a round."""
+    """`devices` and `examples` have, by client, its device and the samples that it trains on in a round. A client that needs
+    more than `deadline` seconds is not waited for. If the server `waits`, a round begins when a client can be reached."""
 
     seed: int
     devices: Sequence[Device]
     examples: Sequence[int]
+    deadline: float = math.inf
+    waits: bool = False
 
     @classmethod
     def of(cls, config: Experiment, sizes: Sequence[int]) -> Simulation | None:
         """The simulation that the experiment describes, with `sizes` samples by client; None if it describes no devices."""
         devices = devices_of(config.clients, len(sizes), config.seed)
-        return cls(config.seed, devices, [config.train.epochs * int(size) for size in sizes]) if devices else None
+        if not devices:
+            return None
+        examples, train = [config.train.epochs * int(size) for size in sizes], config.train
+        return cls(config.seed, devices, examples, train.deadline or math.inf, train.selection == "available")
+
+    @cached_property
+    def _mornings(self) -> np.ndarray:
+        """The time of the day, from 0 to 1, from which each client can be reached: (clients,)."""
+        return stream(self.seed, "mornings").random(len(self.devices))
+
+    def reachable(self, now: float) -> np.ndarray:
+        """Whether each client can be reached: every day for a share of it, from a time of its own on."""
+        return (now / DAY - self._mornings) % 1.0 < np.array([device.availability for device in self.devices])
+
+    def begins(self, state: State) -> float:
+        """When the next round begins, in simulated seconds."""
+        now = float(state[GROUP]["seconds"]) if GROUP in state else 0.0
+        if not self.waits or self.reachable(now).any():
+            return now
+        mornings = (np.floor(now / DAY) + np.array([[0.0], [1.0]]) + self._mornings) * DAY
+        return float(mornings[mornings > now].min()) + 1e-3  # because rounding may place a morning just before itself
 
     def time(self, algorithm: Algorithm, state: State, messages: Mapping[int, State], info: RoundInfo, needed: int) -> Timed:
         """A round in which these messages are sent, and which ends as soon as `needed` clients have answered."""
-        began = float(state[GROUP]["seconds"]) if GROUP in state else 0.0
+        began = self.begins(state)
         clients = {client: self._costs(client, algorithm, state, message, info) for client, message in messages.items()}
         times = {client: costs["compute"] + costs["transfer"] for client, costs in clients.items()}
         lost = {client: "dropped out" for client in times if self._drops_out(client, info.round)}
+        lost |= {
+            client: f"did not finish in time: it takes {seconds:.4g} s, and train.deadline = {self.deadline:g}"
+            for client, seconds in times.items()
+            if seconds > self.deadline and client not in lost
+        }
         answers = sorted((client for client in times if client not in lost), key=lambda client: (times[client], client))
         used = answers[:needed]
+        lost |= dict.fromkeys(answers[needed:], f"answered after {needed} others had")
         waited = used if len(used) == needed else times
-        seconds = max((times[client] for client in waited), default=0.0)
+        seconds = min(max((times[client] for client in waited), default=0.0), self.deadline)
         return Timed(tuple(sorted(used)), lost, began, seconds, clients)
 
     def _costs(self, client: int, algorithm: Algorithm, state: State, message: State, info: RoundInfo) -> dict[str, float]:
