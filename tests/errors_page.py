@@ -109,7 +109,7 @@ class ErrorsPage:
         from fedmllm.algorithms import screening
         from fedmllm.cli import common
         from fedmllm.data.samples import Problem
-        from fedmllm.federation import rounds
+        from fedmllm.federation import step
         from fedmllm.remote.worker import Worker
         from fedmllm.secure.client import Refusal
 
@@ -128,7 +128,7 @@ class ErrorsPage:
         _after(Refusal, "__init__", lambda _, refusal, *__: self._note("secure.client", str(refusal)))
         _after(Worker, "answer", lambda replies, *_: [self._note("remote.worker", reply.problem) for reply in replies])
         _after(screening, "screen", lambda both, *_: [self._note("update", str(row["why"])) for row in both[1]])
-        rounds.screen = screening.screen
+        step.screen = screening.screen
 
 
 def _after(owner: Any, name: str, record: Callable[..., object]) -> None:

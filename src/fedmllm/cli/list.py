@@ -23,6 +23,7 @@ class PartKinds(StrEnum):
     robust = "robust"
     privacy = "privacy"
     attacks = "attacks"
+    asynchronous = "asynchronous"
     devices = "devices"
 
 

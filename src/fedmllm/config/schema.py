@@ -161,6 +161,7 @@ class Experiment(Table):
     robust: Named = Named(name="none")
     privacy: Named = Named(name="none")
     attack: Named = Named(name="none")
+    asynchronous: Named = Named(name="none")
     train: TrainTable = TrainTable()
     eval: EvalTable = EvalTable()
     judge: Named = Named(name="none")

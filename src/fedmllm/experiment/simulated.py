@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms.asynchronous import Asynchronous
+from fedmllm.algorithms.toy_federation import run_rounds
+from fedmllm.algorithms.traffic import keeps_memory
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.simulation.devices import devices_of
@@ -60,4 +64,65 @@ def _unselectable(config: Experiment, clock: bool) -> str:
             f"{hidden[0]} needs the losses of single clients or may leave a single one, which secure.name = "
             f"{config.secure.name!r} must not show; leave it out"
         )
+    return ""
+
+
+def check_asynchronous(config: Experiment, algorithm: Algorithm, asynchronous: Asynchronous) -> None:
+    """Asynchronous rounds need a clock, and an algorithm that averages adapters which all started from the server's."""
+    reason = _needs_rounds(config) or _needs_cohort(config, algorithm)
+    if not reason and asynchronous.buffer > config.partition.clients:
+        reason = (
+            f"uses each client once in a step, and buffer = {asynchronous.buffer} is more than partition.clients = "
+            f"{config.partition.clients}; lower it"
+        )
+    if not reason and config.train.min_updates > asynchronous.buffer:
+        reason = (
+            f"makes steps of {asynchronous.buffer} updates, fewer than train.min_updates = {config.train.min_updates}; lower it"
+        )
+    if reason:
+        raise ConfigError(f"asynchronous.name: {config.asynchronous.name!r} {reason}.")
+
+
+def _needs_rounds(config: Experiment) -> str:
+    """Which setting belongs to synchronous rounds, and what to do; empty if none."""
+    train = config.train
+    if config.fleet.name != "in-process":
+        return (
+            f"is simulated in this process, and fleet.name = {config.fleet.name!r} waits for all clients of a round; set "
+            'fleet.name = "in-process"'
+        )
+    if not devices_of(config.clients, 1, config.seed):
+        return 'needs a virtual clock, and [clients] describes no devices; set clients.profile = "phone" or others'
+    if config.secure.name != "none":
+        return f'adds up what arrives, and secure.name = {config.secure.name!r} masks the updates of a round; set one to "none"'
+    if config.privacy.name != "none":
+        return (
+            f'uses whoever arrives, and privacy.name = {config.privacy.name!r} needs a draw for each round; set one to "none"'
+        )
+    if config.robust.name != "none":
+        return (
+            f"weighs updates from different models, whose distances say how late they are, and robust.name = "
+            f'{config.robust.name!r} would take late clients for bad ones; set one of them to "none"'
+        )
+    if train.selection != "uniform" or train.over_select or train.deadline is not None:
+        return "waits for no round, so leave out train.selection, train.over_select and train.deadline"
+    return ""
+
+
+def _needs_cohort(config: Experiment, algorithm: Algorithm) -> str:
+    """Why the algorithm needs updates that started from the same model, and what to do; empty if it does not."""
+    name, instead = config.algorithm.name, 'choose an algorithm that averages adapters, such as "fedavg" or "fedadam"'
+    if config.compression.name != "none":
+        return f'weighs adapters, and compression.name = {config.compression.name!r} packs their changes; set it to "none"'
+    if algorithm.personal:
+        return f"has one model for all, and algorithm.name = {name!r} leaves part of it with each client; {instead}"
+    if algorithm.averages is None or algorithm.summed != ("adapter",):
+        return f"weighs single adapters, and algorithm.name = {name!r} does more than average them; {instead}"
+    if algorithm.refactors:
+        return f"compares adapters of several steps, and algorithm.name = {name!r} makes new factors in each; {instead}"
+    if keeps_memory(algorithm):
+        return f"has no rounds that clients could remember, as algorithm.name = {name!r} lets them; {instead}"
+    uploads = {frozenset(u.groups["adapter"]) for _, updates, _, _ in run_rounds(algorithm, rounds=2) for u in updates}
+    if len(uploads) > 1:
+        return f"adds up updates of several rounds, and in algorithm.name = {name!r} they have different tensors; {instead}"
     return ""

@@ -113,7 +113,7 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     if kind == "federated":
         return experiment
     defaults: dict[str, Any] = dict.fromkeys(
-        ("regularization", "compression", "secure", "robust", "privacy", "attack"), Named(name="none")
+        ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous"), Named(name="none")
     )
     defaults["clients"] = ClientsTable(rank=experiment.clients.rank)
     # Baselines sample no clients.

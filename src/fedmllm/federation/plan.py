@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedmllm.algorithms import AdapterInfo, RoundInfo, Update
+from fedmllm.algorithms.asynchronous import Asynchronous
 from fedmllm.algorithms.combining import Combiner
 from fedmllm.config import TrainTable
 from fedmllm.rng import stream
@@ -51,7 +52,8 @@ class FederationPlan:
     message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`); then `combine`,
     if set, replaces the valid ones. With a `simulation`, rounds take simulated time, and clients may fail;
     `over_select` is the share of clients that are sampled on top, of whom the first `per_round` to answer are used. A `policy`
-    chooses the clients in place of the uniform draw.
+    chooses the clients in place of the uniform draw. If `asynchronous`, a round is a step of the server after enough updates
+    have arrived, and `per_round` clients train at the same time.
     """
 
     clients: Sequence[int]
@@ -72,6 +74,7 @@ class FederationPlan:
     simulation: Simulation | None = None
     over_select: float = 0.0
     policy: Policy | None = None
+    asynchronous: Asynchronous | None = None
 
     @property
     def draws(self) -> int:
@@ -150,8 +153,8 @@ def sample_clients(plan: FederationPlan, round: int, state: State | None = None)
 
 def participants(plan: FederationPlan, start: int = 0) -> list[int]:
     """All clients that may take part from the round `start` on; known in advance, because a draw depends on the seed and the
-    round only. A policy may choose any client."""
-    if plan.policy is not None:
+    round only. A policy, or chance in an asynchronous federation, may choose any client."""
+    if plan.policy is not None or plan.asynchronous is not None:
         return list(plan.clients) if start < plan.rounds else []
     return sorted({client for number in range(start, plan.rounds) for client in sample_clients(plan, number)})
 

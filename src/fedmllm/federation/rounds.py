@@ -6,78 +6,16 @@ generator: its caller evaluates, writes to disk, and may stop after any round.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from fedmllm.algorithms import Algorithm, RoundInfo, Update
+from fedmllm.algorithms import Algorithm, Update
 from fedmllm.algorithms.combining import Combined
-from fedmllm.algorithms.screening import screen
-from fedmllm.errors import RunError
-from fedmllm.federation.plan import FederationPlan, Fleet, RoundRecord, TooFewUpdates, sample_clients, sum_groups
-from fedmllm.tensors import State, Tensors, bytes_by_group, not_finite
-
-
-def _aggregate(
-    updates: Sequence[Update], algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, info: RoundInfo
-) -> tuple[State, list[Update], list[dict[str, str | int]], Combined]:
-    """The state after a round with these updates, the valid ones, why the others were refused, and what was aggregated. Raises
-    TooFewUpdates, or RunError if the server's step overflows."""
-    valid, refused = screen(updates, algorithm, state, info, plan.max_norm_ratio, plan.declared)
-    for refusal in refused:
-        if "NaN or infinity" in str(refusal["why"]):
-            refusal["why"] = f"{refusal['why']}; its training diverged: lower train.lr, which was {plan.lr:g}"
-    # Before the round is recorded: a client must not remember a control variate whose update was not used, nor a NaN.
-    fleet.forget(info.round, sorted(set(info.sampled) - {u.client for u in valid}))
-    if len(valid) < plan.min_updates:
-        reasons = "; ".join(f"client {r['client']}: {r['why']}" for r in refused) or "no client answered"
-        raise TooFewUpdates(
-            f"round {info.round}: {len(valid)} usable updates, train.min_updates = {plan.min_updates} ({reasons})"
-        )
-    combined = plan.combine(valid, algorithm, state, info) if plan.combine else Combined(valid)
-    after = {**algorithm.aggregate(state, combined.updates, info), **combined.state}
-    if name := not_finite(after):
-        kept = f"the state after round {info.round - 1} is kept" if info.round else "nothing was trained before"
-        raise RunError(
-            f"round {info.round}: the server's step overflowed (NaN or infinity in {name!r}, from finite updates); "
-            f"{plan.remedy or f'lower train.lr = {plan.lr}'}, and start a new run ({kept})."
-        )
-    return after, valid, refused, combined
-
-
-def _record(
-    info: RoundInfo,
-    messages: Mapping[int, State],
-    updates: Sequence[Update],
-    valid: Sequence[Update],
-    refused: list[dict[str, str | int]],
-    combined: Combined,
-    seconds: float,
-) -> RoundRecord:
-    examples = sum(u.examples for u in valid)
-
-    def mean(metric: str) -> float:
-        return sum(u.metrics.get(metric, 0.0) * u.examples for u in valid) / examples if examples else math.nan
-
-    reported = {update.client: update.travelled for update in updates if update.travelled}
-    down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
-    up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
-    return RoundRecord(
-        round=info.round,
-        lr=info.lr,
-        sampled=list(info.sampled),
-        examples=examples,
-        steps=sum(u.steps for u in valid),
-        loss=mean("loss"),
-        bytes_down=sum_groups(down),
-        bytes_up=sum_groups(up),
-        refused=refused,
-        seconds=seconds,
-        padding=mean("padding") if examples else 0.0,
-        kept=dict(combined.kept),
-        privacy=dict(combined.privacy),
-    )
+from fedmllm.federation.asynchronous import asynchronous_step
+from fedmllm.federation.plan import FederationPlan, Fleet, RoundRecord, sample_clients
+from fedmllm.federation.step import aggregate_valid, record_of
+from fedmllm.tensors import State, Tensors
 
 
 def _round(algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: State, round: int) -> tuple[RoundRecord, State]:
@@ -89,15 +27,14 @@ def _round(algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: Stat
     needed = len(messages) if plan.poisson else plan.per_round
     timed = plan.simulation.time(algorithm, state, messages, info, needed) if plan.simulation else None
     used = plan.info(round, timed.used) if timed else info
-    updates: Sequence[Update] = ()
+    updates = fleet.train(used, {client: messages[client] for client in used.sampled})
     outcome: tuple[State, list[Update], list[dict[str, str | int]], Combined] = state, [], [], Combined([])
     if used.sampled or plan.poisson or plan.min_updates > 1:
-        updates = fleet.train(used, {client: messages[client] for client in used.sampled})
-        outcome = _aggregate(updates, algorithm, fleet, plan, state, used)
+        outcome = aggregate_valid(updates, algorithm, fleet, plan, state, used)
     after, valid, refused, combined = outcome
     refused = refused + [{"client": client, "why": why} for client, why in (timed.lost if timed else {}).items()]
     refused.sort(key=lambda row: int(row["client"]))
-    record = _record(info, messages, updates, valid, refused, combined, time.monotonic() - began)
+    record = record_of(info, messages, updates, valid, refused, combined, time.monotonic() - began)
     if plan.policy:
         after = {**after, **plan.policy.learned(state, valid)}
     return (replace(record, clock=timed.to_json()), {**after, **timed.state}) if timed else (record, after)
@@ -114,7 +51,8 @@ def federate(
     """
     done, state = resume if resume else (0, algorithm.init(adapter))
     for round in range(done, plan.rounds):  # noqa: A001 (the standard term)
-        record, state = _round(algorithm, fleet, plan, state, round)
+        step = _round if plan.asynchronous is None else asynchronous_step
+        record, state = step(algorithm, fleet, plan, state, round)
         yield record, state
         # Not round − 1: a damaged checkpoint is replaced by the one before, which needs the memory of an earlier round.
         if round > done + 1:
@@ -140,9 +78,9 @@ def each_alone(
         results = {}
         for client, info in infos.items():
             own_updates = [update for update in updates if update.client == client]
-            outcome = _aggregate(own_updates, algorithm, fleet, plans[client], states[client], info)
+            outcome = aggregate_valid(own_updates, algorithm, fleet, plans[client], states[client], info)
             seconds = (time.monotonic() - began) / len(adapters)
             own_message = {client: messages[client]}
             states[client] = outcome[0]
-            results[client] = _record(info, own_message, own_updates, *outcome[1:], seconds), states[client]
+            results[client] = record_of(info, own_message, own_updates, *outcome[1:], seconds), states[client]
         yield results

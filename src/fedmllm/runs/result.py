@@ -57,6 +57,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "robust": config.robust.name,
         "privacy": config.privacy.name,
         "attack": config.attack.name,
+        "asynchronous": config.asynchronous.name,
         "privacy_spent": mechanism.to_json(len(records)) if mechanism else None,
         "prompt": config.prompt.name,
         "model": config.model.name,

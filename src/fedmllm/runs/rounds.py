@@ -49,7 +49,7 @@ def federation_plan(session: Session) -> FederationPlan:
     simulation = Simulation.of(config, sizes)
     policy = policy_of(config.train, simulation, sizes)
     plan = replace(plan, remedy=smaller_steps(config), simulation=simulation, policy=policy)
-    plan = replace(plan, over_select=config.train.over_select)
+    plan = replace(plan, over_select=config.train.over_select, asynchronous=session.parts.asynchronous)
     if (mechanism := session.parts.mechanism) is not None:
         # Whether an update counts must not depend on the others, nor a round's end on how many clients take part.
         private = replace(plan, rounds=mechanism.rounds, poisson=True, min_updates=0, max_norm_ratio=0.0)

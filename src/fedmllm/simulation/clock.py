@@ -87,9 +87,10 @@ class Simulation:
     def time(self, algorithm: Algorithm, state: State, messages: Mapping[int, State], info: RoundInfo, needed: int) -> Timed:
         """A round in which these messages are sent, and which ends as soon as `needed` clients have answered."""
         began = self.begins(state)
-        clients = {client: self._costs(client, algorithm, state, message, info) for client, message in messages.items()}
-        times = {client: costs["compute"] + costs["transfer"] for client, costs in clients.items()}
-        lost = {client: "dropped out" for client in times if self._drops_out(client, info.round)}
+        costs = {client: self.costs(client, algorithm, state, message, info) for client, message in messages.items()}
+        clients = {client: {"compute": compute, "transfer": transfer} for client, (compute, transfer) in costs.items()}
+        times = {client: compute + transfer for client, (compute, transfer) in costs.items()}
+        lost = {client: "dropped out" for client in times if self.drops_out(client, info.round)}
         lost |= {
             client: f"did not finish in time: it takes {seconds:.4g} s, and train.deadline = {self.deadline:g}"
             for client, seconds in times.items()
@@ -102,10 +103,11 @@ class Simulation:
         seconds = min(max((times[client] for client in waited), default=0.0), self.deadline)
         return Timed(tuple(sorted(used)), lost, began, seconds, clients)
 
-    def _costs(self, client: int, algorithm: Algorithm, state: State, message: State, info: RoundInfo) -> dict[str, float]:
+    def costs(self, client: int, algorithm: Algorithm, state: State, message: State, info: RoundInfo) -> tuple[float, float]:
+        """(compute, transfer) in seconds of a client that is sent this message."""
         down, up = (sum(map(nbytes, groups.values())) for groups in (message, algorithm.uploads(state, client, info)))
-        compute, transfer = self.devices[client].seconds(self.examples[client], down, up)
-        return {"compute": compute, "transfer": transfer}
+        return self.devices[client].seconds(self.examples[client], down, up)
 
-    def _drops_out(self, client: int, round: int) -> bool:
+    def drops_out(self, client: int, round: int) -> bool:
+        """Whether the client never answers in this round."""
         return float(stream(self.seed, "drop-out", client, round).random()) < self.devices[client].dropout
