@@ -15,6 +15,7 @@ from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.experiment.sweep import essential
 from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, federate
+from fedmllm.runs.kept import kept_by_group
 from fedmllm.runs.result import simulated_seconds
 from fedmllm.simulation.clock import GROUP, Simulation
 from fedmllm.simulation.devices import Device, devices, devices_of
@@ -148,6 +149,7 @@ def test_a_client_that_drops_out_is_recorded_and_waited_for() -> None:
         lost = {refusal["client"] for refusal in record.refused}
         assert {refusal["why"] for refusal in record.refused} <= {"dropped out"}
         assert trained.get(record.round, set()) == set(record.sampled) - lost, "who drops out is not trained"
+        assert record.clock["lost"] == sorted(lost)
         assert record.bytes_down["adapter"] == 3 * BYTES
         assert record.bytes_up.get("adapter", 0) == (3 - len(lost)) * BYTES
         assert record.clock["seconds"] == pytest.approx(examples_of(max(record.sampled)) / 2 + 3.0)
@@ -177,6 +179,15 @@ def test_a_resumed_run_ends_with_the_same_state_and_time() -> None:
     assert same(after[-1], states[-1])
     assert [without_clock(r) for r in resumed] == [without_clock(r) for r in records[3:]]
     assert [r.clock for r in resumed] == [r.clock for r in records[3:]]
+
+
+def test_clients_that_sent_nothing_had_nothing_refused() -> None:
+    rows = [{"samples": 2, "image": 2, "text": 2}] * 3
+    record = {"sampled": [0, 1, 2], "kept": {"0": 0.25}, "refused": [{"client": 1, "why": "x"}, {"client": 2, "why": "y"}]}
+    (row,) = kept_by_group([record | {"clock": {"lost": [2]}}], rows)
+    assert (row["clients"], row["updates"], row["refused"]) == (2, 1, 1)
+    (row,) = kept_by_group([record | {"clock": {}}], rows)
+    assert (row["clients"], row["updates"], row["refused"]) == (3, 1, 2)
 
 
 # The experiment file

@@ -51,7 +51,8 @@ def asynchronous_step(
         arrived.append(flight)
     after, record = _step(algorithm, fleet, plan, method, own, version, arrived, messages, traffic)
     clients_on_clock = {flight.client: _figures(flight, version) for flight in sorted(arrived, key=lambda f: f.client)}
-    clock = {"began": began, "seconds": traffic.now - began, "clients": clients_on_clock}
+    lost = sorted(flight.client for flight in arrived if flight.update is None)
+    clock = {"began": began, "seconds": traffic.now - began, "clients": clients_on_clock, "lost": lost}
     traffic.forget()
     record = replace(record, clock=clock, seconds=time.monotonic() - real)
     return record, {**after, **traffic.to_state()}

@@ -127,7 +127,8 @@ class RoundRecord:
     """client -> the share of its update that robust aggregation used, from 0 to 1."""
     privacy: dict[str, float] = field(default_factory=dict)
     clock: dict[str, Any] = field(default_factory=dict)
-    """Simulated seconds: when the round "began", how many it took, and what each sampled client needs (`Timed`)."""
+    """Simulated seconds: when the round "began", how many it took, and what each of its "clients" needs; and those of them that
+    were "lost", whom `refused` has as well."""
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:
@@ -141,6 +142,7 @@ def learning_rate(plan: FederationPlan, round: int) -> float:
 def sample_clients(plan: FederationPlan, round: int, state: State | None = None) -> tuple[int, ...]:
     """The clients of a round, sorted; there may be none if `plan.poisson`. The draw depends on the experiment's seed, the round
     and, with a policy, the server's state, so a resumed run draws the same clients."""
+    indices: Sequence[int]
     rng, count = stream(plan.seed, "sampling", round), len(plan.clients)
     if plan.poisson:
         indices = np.flatnonzero(rng.random(count) < plan.per_round / count).tolist()

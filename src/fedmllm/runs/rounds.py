@@ -212,8 +212,10 @@ def train_rounds(
             record = replace(record, metrics=metrics)
             note += f"  {evaluator.metric} {100 * evaluator.score(metrics):.1f} %"
         directory.save_round(asdict(record), state, session.config.digest())
-        if record.refused:
-            note += f"  {len(record.refused)} updates refused"
+        lost = len(record.clock.get("lost", ()))
+        note += f"  {lost} clients lost" if lost else ""
+        if refused := len(record.refused) - lost:
+            note += f"  {refused} updates refused"
         session.progress(stage, done, plan.rounds, note)
     return state, directory.rounds()
 

@@ -39,7 +39,7 @@ class Timed:
     clients: Mapping[int, Mapping[str, float]]
 
     def to_json(self) -> dict[str, Any]:
-        return {"began": self.began, "seconds": self.seconds, "clients": dict(self.clients)}
+        return {"began": self.began, "seconds": self.seconds, "clients": dict(self.clients), "lost": sorted(self.lost)}
 
     @property
     def state(self) -> State:
