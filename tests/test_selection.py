@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedmllm.algorithms import Update
 from fedmllm.config import TrainTable, validate
@@ -21,7 +24,7 @@ from fedmllm.simulation.clock import DAY, GROUP, Simulation
 from fedmllm.simulation.devices import Device
 from fedmllm.simulation.selection import Available, PowerOfChoice, policy_of
 from fedmllm.tensors import State
-from helpers import ADAPTER_INFO, FakeFleet, built, lora_adapter, same
+from helpers import ADAPTER_INFO, FakeFleet, built, lora_adapter, quick, same
 
 PLAN = FederationPlan(tuple(range(8)), 3, 12, 0.1, "cosine", 1, seed=0, adapter=ADAPTER_INFO)
 SAMPLES = [10 * (client + 1) for client in range(8)]
@@ -123,6 +126,30 @@ def test_clients_on_top_replace_those_that_drop_out() -> None:
     for record in records:
         if list(reasons(record).values()).count("dropped out") > 3:
             assert record.clock["seconds"] == SAMPLES[max(record.sampled)], "too few answered, so all were waited for"
+
+
+@quick
+@given(
+    speeds=st.lists(st.floats(0.01, 100), min_size=8, max_size=8),
+    dropout=st.floats(0, 0.99),
+    deadline=st.one_of(st.just(math.inf), st.floats(0.1, 10_000)),
+    needed=st.integers(1, 8),
+    number=st.integers(0, 50),
+)
+def test_every_client_is_used_or_lost(speeds: list[float], dropout: float, deadline: float, needed: int, number: int) -> None:
+    clock = simulation(*(Device(speed=speed, dropout=dropout) for speed in speeds), deadline=deadline)
+    algorithm, info = built("fedavg"), PLAN.info(number, range(8))
+    state = algorithm.init(lora_adapter())
+    timed = clock.time(algorithm, state, dict.fromkeys(range(8), state), info, needed)
+    assert sorted([*timed.used, *timed.lost]) == list(range(8))
+    assert len(timed.used) <= needed
+    times = {client: SAMPLES[client] / speeds[client] for client in range(8)}
+    assert all(times[client] <= timed.seconds * (1 + 1e-12) for client in timed.used)
+    assert timed.seconds <= min(deadline, max(times.values()) * (1 + 1e-12))
+    late = [client for client, why in timed.lost.items() if why.startswith("answered after")]
+    assert all(times[client] >= max(times[u] for u in timed.used) for client in late)
+    patient = replace(clock, deadline=math.inf).time(algorithm, state, dict.fromkeys(range(8), state), info, 8)
+    assert set(timed.used) <= set(patient.used), "waiting longer loses nobody"
 
 
 # Available clients
