@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmllm.algorithms import Algorithm
+from fedmllm.algorithms import Algorithm, Update
 from fedmllm.algorithms.asynchronous import Asynchronous
 from fedmllm.algorithms.combining import Combined
 from fedmllm.federation.plan import FederationPlan, Fleet, RoundRecord
@@ -33,8 +33,8 @@ def asynchronous_step(
     method, simulation = plan.asynchronous, plan.simulation
     assert method is not None
     assert simulation is not None, "asynchronous federations have a clock"
-    real, began = time.monotonic(), float(Traffic.of(state).now)
-    traffic, own = Traffic.of(state), without_traffic(state)
+    wall, traffic, own = time.monotonic(), Traffic.of(state), without_traffic(state)
+    began = traffic.now
     rng, started, messages = stream(plan.seed, "sampling", version), set[int](), dict[int, State]()
     arrived: list[Flight] = []
     while sum(flight.update is not None for flight in arrived) < method.buffer:
@@ -54,7 +54,7 @@ def asynchronous_step(
     lost = sorted(flight.client for flight in arrived if flight.update is None)
     clock = {"began": began, "seconds": traffic.now - began, "clients": clients_on_clock, "lost": lost}
     traffic.forget()
-    record = replace(record, clock=clock, seconds=time.monotonic() - real)
+    record = replace(record, clock=clock, seconds=time.monotonic() - wall)
     return record, {**after, **traffic.to_state()}
 
 
@@ -112,10 +112,11 @@ def _step(
         for flight in arrived
         if flight.update is not None
     ]
-    valid, refused, combined, after = list(updates[:0]), list[dict[str, str | int]](), Combined([]), state
+    outcome: tuple[State, list[Update], list[dict[str, str | int]], Combined] = state, [], [], Combined([])
     if updates or plan.min_updates > 1:
         info = plan.info(version, sorted(update.client for update in updates))
-        after, valid, refused, combined = aggregate_valid(updates, algorithm, fleet, plan, state, info)
+        outcome = aggregate_valid(updates, algorithm, fleet, plan, state, info)
+    after, valid, refused, combined = outcome
     refused = refused + [{"client": f.client, "why": "dropped out"} for f in arrived if f.update is None]
     refused.sort(key=lambda row: int(row["client"]))
     everybody = plan.info(version, sorted(flight.client for flight in arrived))
