@@ -1,8 +1,8 @@
 """Devices of simulated clients: how fast they train and transfer, when they can be reached, and how often they fail.
 
 Speeds are relative to the phone, which is assumed to train on one sample per second; the ratios are those of peak 16-bit
-floating point operations (the NVIDIA cards' are dense, on tensor cores, accumulated in 32 bits). Which model is trained, and how
-well it uses a device, is not modelled: give `clients.speed` where it is known. Mobile and fixed connections have the global
+floating point operations (the NVIDIA cards' are dense, on tensor cores, accumulated in 32 bits). Which model is trained, and
+how well it uses a device, is not modelled: give `clients.speed` where it is known. Mobile and fixed connections have the global
 means of Ookla's Speedtest Global Index, September 2020. Phones fail as often as in Bonawitz et al. 2019, "Towards Federated
 Learning at Scale" (1902.01046), who report 6 to 10 %. Everything else is an assumption: when devices can be reached, how often
 the others fail, and the connection of the hospital.
