@@ -28,6 +28,7 @@ PAGES = {
     "robust": "experiments.md",
     "privacy": "experiments.md",
     "attacks": "experiments.md",
+    "asynchronous": "experiments.md",
     "judges": "experiments.md",
     "fleets": "experiments.md",
     "suites": "suites.md",
@@ -60,7 +61,7 @@ def load_sources() -> Sources:
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
 
-    unchanged = ("secure", "robust", "privacy")
+    unchanged = ("secure", "robust", "privacy", "asynchronous")
     registries = {kind if kind in unchanged else f"{kind}s": registry for kind, registry in REGISTRIES.items()}
     return Sources(registries | {"suites": suites}, families, traffic_of)
 

@@ -39,6 +39,7 @@ SUBJECTS = {
     "Updates that are refused": ("algorithms.screening", "federation", "update"),
     "Differential privacy": ("privacy",),
     "Secure aggregation": ("secure",),
+    "Simulated devices and asynchronous rounds": ("simulation", "experiment.simulated", "algorithms.asynchronous"),
     "Sites and federations": ("remote",),
     "Ray": ("remote.actors", "remote.cluster", "remote.ray_sweep"),
     "Fleets": ("fleets",),
@@ -106,10 +107,10 @@ class ErrorsPage:
             self._note(_site(error), str(error))
 
     def _install(self) -> None:
-        from fedmllm import federation
         from fedmllm.algorithms import screening
         from fedmllm.cli import common
         from fedmllm.data.samples import Problem
+        from fedmllm.federation import step
         from fedmllm.remote.worker import Worker
         from fedmllm.secure.client import Refusal
 
@@ -128,7 +129,7 @@ class ErrorsPage:
         _after(Refusal, "__init__", lambda _, refusal, *__: self._note("secure.client", str(refusal)))
         _after(Worker, "answer", lambda replies, *_: [self._note("remote.worker", reply.problem) for reply in replies])
         _after(screening, "screen", lambda both, *_: [self._note("update", str(row["why"])) for row in both[1]])
-        federation.screen = screening.screen
+        step.screen = screening.screen
 
 
 def _after(owner: Any, name: str, record: Callable[..., object]) -> None:

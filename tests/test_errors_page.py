@@ -14,11 +14,11 @@ import pytest
 
 from commands import call
 from errors_page import PACKAGE, ROOT, ErrorsPage, Message, neutral, render, subject_of
-from fedmllm import federation
 from fedmllm.algorithms import algorithms, screening
 from fedmllm.cli import common
 from fedmllm.data.samples import Problem
 from fedmllm.errors import ConfigError
+from fedmllm.federation import step
 from fedmllm.remote.protocol import Job
 from fedmllm.remote.worker import Worker
 from fedmllm.secure.client import Refusal
@@ -131,7 +131,7 @@ def test_many_cases_are_counted() -> None:
 def test_messages_are_recorded_here_and_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in [
         (pytest, "raises"), (common, "say"), (Problem, "__init__"), (Refusal, "__init__"), (Worker, "answer"),
-        (screening, "screen"), (federation, "screen"),
+        (screening, "screen"), (step, "screen"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is restored
     recorded = ErrorsPage(tmp_path / "errors.md")
@@ -143,7 +143,7 @@ def test_messages_are_recorded_here_and_in_workers(tmp_path: Path, monkeypatch: 
     assert call("pack", "nowhere", "--to", tmp_path / "x.tar.xz").exit_code == 2
     Problem("x.jsonl, line 2", "'k' is empty")
     updates = [update(0, tensors(w=[float("nan")]))]
-    federation.screen(updates, algorithms.build("fedavg", {}), {"adapter": tensors(w=[0.0])}, round_info(sampled=(0,)))
+    step.screen(updates, algorithms.build("fedavg", {}), {"adapter": tensors(w=[0.0])}, round_info(sampled=(0,)))
     Worker(tmp_path).answer([Job("describe", "../elsewhere", "")])
     recorded.pytest_runtest_setup(SimpleNamespace(obj=SimpleNamespace(is_hypothesis_test=True)))
     Problem("x.jsonl, line 3", "drawn at random")

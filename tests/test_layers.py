@@ -20,7 +20,7 @@ FLOORS = [
     {"config"},
     {"data", "algorithms"},
     {"models"},
-    {"training", "evaluation", "privacy"},
+    {"training", "evaluation", "privacy", "simulation"},
     {"federation", "report"},
     {"secure", "attacks"},
     {"fleets"},

@@ -305,8 +305,8 @@ def test_rounds_and_bytes_to_a_score(tmp_path: Path) -> None:
     make_run(tmp_path / "run", {"both": 0.8})
     write_rounds(tmp_path / "run", {1: 0.2, 2: 0.75})
     points = curve(RunDir(tmp_path / "run"))
-    assert points == [(1, 200, 0.2), (2, 400, 0.75), (4, 800, 0.8)], "the end of the run is a point"
-    assert reached(points, 0.75) == (2, 400, 0.75)
+    assert points == [(1, 200, 0.2, None), (2, 400, 0.75, None), (4, 800, 0.8, None)], "the end of the run is a point"
+    assert reached(points, 0.75) == (2, 400, 0.75, None)
     assert reached(points, 0.9) is None
 
 
@@ -334,3 +334,19 @@ def test_the_target_is_a_score_that_a_run_reached(tmp_path: Path) -> None:
 
 def test_runs_that_were_evaluated_only_at_the_end_have_no_speed(folder: Path) -> None:
     assert speeds(folder, read_grid(folder).rows) is None
+
+
+def test_simulated_time_to_a_score(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "grid", {"setting": ["s"], "method": ["fast", "slow"]}, lambda c, s, p: 0.8, seeds=[0])
+    for name, seconds in (("federated-0", 5.0), ("federated-1", None)):
+        write_rounds(folder / name, {1: 0.2, 2: 0.8})
+        lines = [json.loads(line) for line in (folder / name / "rounds.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["clock"] = {"began": line["round"] * seconds, "seconds": seconds} if seconds else {}
+        (folder / name / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curve(RunDir(folder / "federated-0"))[1] == (2, 400, 0.8, 10.0)
+    found = speeds(folder, read_grid(folder).rows)
+    assert found is not None
+    assert [row.seconds for row in found.rows] == [10.0, None]
+    text = "\n".join(page([folder]).lines)
+    assert [row[-1] for row in rows_of(text, "### Rounds and bytes to 74.0")] == ["simulated seconds", "10.0", "–"]

@@ -24,6 +24,8 @@ class PartKinds(StrEnum):
     privacy = "privacy"
     attacks = "attacks"
     suites = "suites"
+    asynchronous = "asynchronous"
+    devices = "devices"
 
 
 def list_parts(kind: PartKinds, as_json: Json = False) -> None:
@@ -55,6 +57,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
     from fedmllm.evaluation.suites import suites
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
+    from fedmllm.simulation.devices import devices
 
     rows: list[dict[str, Any]]
     if kind is PartKinds.models:
@@ -62,7 +65,7 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
         for name in families.names():
             rows.append({"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []})
         return rows
-    registry = next(r for r in (*REGISTRIES.values(), suites) if kind.value in (r.kind, f"{r.kind}s"))
+    registry = next(r for r in (*REGISTRIES.values(), suites, devices) if kind.value in (r.kind, f"{r.kind}s"))
     rows = [
         {
             "name": name,

@@ -1,5 +1,7 @@
 """The experiment file: its tables, reading and validating it, and the digest that identifies an experiment."""
 
+from fedmllm.config.base import FolderName, Named, Positive, Seed, Table
+from fedmllm.config.clients import ClientsTable
 from fedmllm.config.file import (
     Setting,
     apply_settings,
@@ -12,18 +14,12 @@ from fedmllm.config.file import (
 )
 from fedmllm.config.schema import (
     AdapterTable,
-    ClientsTable,
     EvalTable,
     Experiment,
-    FolderName,
     LoraTable,
     ModelTable,
-    Named,
     PartitionTable,
-    Positive,
     ScenarioTable,
-    Seed,
-    Table,
     TaskTable,
     TrainTable,
 )

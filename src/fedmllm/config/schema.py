@@ -8,51 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from fedmllm.config.base import BatchSize, FolderName, Named, Positive, Rounds, Seed, Table, at_most
+from fedmllm.config.clients import ClientsTable
 from fedmllm.kinds import Match, Pattern
-from fedmllm.storage.atomic import usable_as_folder
 
-_Number = TypeVar("_Number", int, float)
-
-
-def at_most(limit: int, why: str) -> AfterValidator:
-    """Refuse numbers above `limit`: after a slip of the pen such as `epochs = 1000000000`, a run would only seem to hang."""
-
-    def check(value: _Number) -> _Number:
-        if value > limit:
-            raise ValueError(f"must be at most {limit}, {why}")
-        return value
-
-    return AfterValidator(check)
-
-
-Positive = Annotated[int, Field(ge=1)]
-Rounds = Annotated[int, Field(ge=0), at_most(1_000_000, "which take more than a week at a second each")]
-Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1, "the largest integer of TOML")]
-BatchSize = Annotated[int, Field(ge=1), at_most(65_536, "because a batch is in memory at once")]
-FolderName = Annotated[str, AfterValidator(usable_as_folder)]
 _LOWER_OR_RAISE = "lower the first or raise the second."
-
-
-class Table(BaseModel):
-    """A table with a fixed set of keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Named(BaseModel):
-    """A table {name, …} that names a part: keys that are not fields of the table are options of that part."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class TaskTable(Named):
@@ -74,11 +39,6 @@ class PartitionTable(Named):
 class ScenarioTable(Named):
     then: Annotated[tuple[Named, ...], Field(strict=False)] = ()
     """Further scenarios that are laid over this one, each on what the one before it left of a sample."""
-
-
-class ClientsTable(Table):
-    rank: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
-    """LoRA ranks: client k has entry k modulo their number. By default, and at most, `model.lora.rank`."""
 
 
 class LoraTable(Table):
@@ -115,6 +75,14 @@ class TrainTable(Table):
     clients_per_round: Positive = 2
     min_updates: Positive = 1
     """A round fails if fewer usable updates than this are returned."""
+    selection: Literal["uniform", "available", "power-of-choice"] = "uniform"
+    """Which clients are sampled: any, those that can be reached at the simulated time, or those with the largest loss."""
+    candidates: Positive | None = None
+    """The clients that "power-of-choice" draws and compares, by default twice `clients_per_round`."""
+    over_select: Annotated[float, Field(ge=0), at_most(10, "because every client of it takes time")] = 0.0
+    """The share of clients that are sampled on top; the first `clients_per_round` to answer are used."""
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    """Simulated seconds after which a round ends without the clients that have not answered."""
     max_norm_ratio: Annotated[float, Field(ge=0), at_most(1_000_000, "which would refuse nothing; 0 disables it")] = 100.0
     """An update whose change of the adapter is more than this many times as long as the round's median is refused; 0: none."""
     epochs: Annotated[Positive, at_most(1000, "because a client repeats its data this often in every round")] = 1
@@ -195,6 +163,7 @@ class Experiment(Table):
     robust: Named = Named(name="none")
     privacy: Named = Named(name="none")
     attack: Named = Named(name="none")
+    asynchronous: Named = Named(name="none")
     train: TrainTable = TrainTable()
     eval: EvalTable = EvalTable()
     judge: Named = Named(name="none")
@@ -226,6 +195,11 @@ class Experiment(Table):
             raise ValueError(
                 f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it; "
                 "leave one of them out."
+            )
+        if self.clients.shares and len(self.clients.shares) != len(self.clients.profile):
+            raise ValueError(
+                f"clients.shares has {len(self.clients.shares)} entries and clients.profile {len(self.clients.profile)}; "
+                "give one share for each profile."
             )
         highest = max(self.clients.rank, default=0)
         if highest > self.model.lora.rank:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from fedmllm.algorithms import Algorithm, algorithms, compressions, regularizations
+from fedmllm.algorithms.asynchronous import Asynchronous, asynchronies
 from fedmllm.algorithms.combining import Robust, robusts
 from fedmllm.attacks.settings import Attack, attacks
 from fedmllm.config import Experiment, Named, ScenarioTable, TaskTable
@@ -28,6 +29,7 @@ from fedmllm.experiment.compatibility import (
     check_secure,
     check_sites,
 )
+from fedmllm.experiment.simulated import check_asynchronous, check_devices
 from fedmllm.fleets.options import FleetOptions, fleets
 from fedmllm.privacy.settings import UserLevel, privacies
 from fedmllm.privacy.user_level import Mechanism
@@ -46,6 +48,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "robust": robusts,
     "privacy": privacies,
     "attack": attacks,
+    "asynchronous": asynchronies,
     "judge": judges,
     "fleet": fleets,
 }
@@ -57,7 +60,7 @@ class Parts:
     """Everything that an experiment names, built. `config` has all defaults filled in; `transfer` has the tasks of
     `eval.transfer` by name; `algorithm` is wrapped in its regularisation and compression; `secure` is None if updates travel
     in the clear, `robust` None if the algorithm's own mean is taken, `privacy` None if no noise is added, `attack` None if
-    every client is honest, `judge` None if there is none."""
+    every client is honest, `asynchronous` None if rounds are synchronous, `judge` None if there is none."""
 
     config: Experiment
     source: Source
@@ -70,6 +73,7 @@ class Parts:
     robust: Robust | None
     privacy: UserLevel | None
     attack: Attack | None
+    asynchronous: Asynchronous | None
     judge: Judge | None
     fleet: FleetOptions
 
@@ -137,6 +141,7 @@ def build(config: Experiment) -> Parts:
     scenario = build_scenario(config.scenario)
     strategy = prompts.build(config.prompt.name, config.prompt.options)
     algorithm = build_algorithm(config)
+    check_devices(config)
     fleet = fleets.build(config.fleet.name, config.fleet.options)
     secure = secures.build(config.secure.name, config.secure.options)
     if secure is not None:
@@ -150,11 +155,14 @@ def build(config: Experiment) -> Parts:
     attack = attacks.build(config.attack.name, config.attack.options)
     if attack is not None:
         check_attack(config, attack)
+    asynchronous = asynchronies.build(config.asynchronous.name, config.asynchronous.options)
+    if asynchronous is not None:
+        check_asynchronous(config, algorithm, asynchronous)
     judge = judges.build(config.judge.name, config.judge.options)
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
-    wrappers = (secure, robust, privacy, attack)
+    wrappers = (secure, robust, privacy, attack, asynchronous)
     return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
 
 

@@ -32,7 +32,7 @@ from fedmllm.config import (
     Table,
     TrainTable,
 )
-from fedmllm.config.schema import at_most
+from fedmllm.config.base import at_most
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
@@ -114,8 +114,12 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     if kind == "federated":
         return experiment
     defaults: dict[str, Any] = dict.fromkeys(
-        ("regularization", "compression", "secure", "robust", "privacy", "attack"), Named(name="none")
+        ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous"), Named(name="none")
     )
+    defaults["clients"] = ClientsTable(rank=experiment.clients.rank)
+    # Baselines sample no clients.
+    uniform = {key: TrainTable.model_fields[key].default for key in ("selection", "candidates", "over_select", "deadline")}
+    defaults["train"] = experiment.train.model_copy(update=uniform)
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

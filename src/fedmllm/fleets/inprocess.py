@@ -47,7 +47,7 @@ class InProcessFleet:
         self._memory.forget(round, clients)
 
     def commit(self, round: int) -> None:
-        self._memory.commit(round, self._took_part.pop(round))
+        self._memory.commit(round, self._took_part.pop(round, []))
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
         return complete(message, self._memory.load(client, done), self._context.initial)["adapter"]

@@ -1,4 +1,4 @@
-"""Convergence: rounds and bytes until a score is reached, from runs that were evaluated during training."""
+"""Convergence: rounds, bytes and simulated time until a score is reached, from runs that were evaluated during training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Point(NamedTuple):
-    """One evaluation of a run: rounds completed, bytes transferred so far, score."""
+    """One evaluation of a run: rounds completed, bytes transferred so far, score, and seconds on the virtual clock."""
 
     rounds: int
     bytes: int
     score: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one federated cell reached the target: `reached` of its `runs` did, after `rounds` and `bytes` on average.
+    """How fast one federated cell reached the target: `reached` of its `runs` did, after `rounds`, `bytes` and, if all of them
+    have a virtual clock, simulated `seconds` on average.
 
     `after` has the score at those of `STOPS` at which every run was evaluated.
     """
@@ -36,6 +38,7 @@ class Speed:
     rounds: float | None
     bytes: float | None
     after: Mapping[int, Spread]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ def _curve(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> l
     metric, pattern = result["primary_metric"], next(iter(result["metrics"]), None)
     if pattern is None:  # no test sample had what the experiment wanted to show
         return []
-    transferred, points = 0, []
+    transferred, points, seconds = 0, list[Point](), None
     for record in records:
+        clock = record.get("clock")
+        seconds = float(clock["began"] + clock["seconds"]) if clock else None
         transferred += sum(record["bytes_up"].values()) + sum(record["bytes_down"].values())
         if record.get("metrics"):
-            points.append(Point(record["round"] + 1, transferred, float(record["metrics"][pattern][metric])))
+            points.append(Point(record["round"] + 1, transferred, float(record["metrics"][pattern][metric]), seconds))
     if records and (not points or points[-1].rounds < len(records)):
-        points.append(Point(len(records), transferred, float(result["metrics"][pattern][metric])))
+        points.append(Point(len(records), transferred, float(result["metrics"][pattern][metric]), seconds))
     return points
 
 
@@ -87,4 +92,5 @@ def _speed(row: GridRow, curves: Sequence[Sequence[Point]], target: float) -> Sp
     common = [stop for stop in STOPS if all(stop in scores for scores in by_round)]
     after = {stop: Spread.of([scores[stop] for scores in by_round]) for stop in common}
     rounds, transferred = mean([point.rounds for point in hits]), mean([point.bytes for point in hits])
-    return Speed(row.axes, len(curves), len(hits), rounds, transferred, after)
+    seconds = mean([point.seconds for point in hits])
+    return Speed(row.axes, len(curves), len(hits), rounds, transferred, after, seconds)

@@ -211,12 +211,14 @@ def add_speed(page: Page, chapter: Chapter) -> None:
         f"Rounds and bytes to {100 * convergence.target:.1f}",
         "The target is 90 % of the way from the lowest to the best score of all these runs.",
     )
-    table = []
+    table, timed = [], any(speed.seconds is not None for speed in convergence.rows)
     for speed in convergence.rows:
         rounds = UNKNOWN if speed.rounds is None else f"{speed.rounds:.1f}"
         transferred = UNKNOWN if speed.bytes is None else f"{speed.bytes / 1e6:.2f}"
-        table.append([*speed.axes.values(), f"{speed.reached} of {speed.runs}", rounds, transferred])
-    page.table([*axes, "runs that reach it", "rounds", "MB"], table, len(axes))
+        seconds = [] if not timed else [UNKNOWN if speed.seconds is None else f"{speed.seconds:.1f}"]
+        table.append([*speed.axes.values(), f"{speed.reached} of {speed.runs}", rounds, transferred, *seconds])
+    columns = ["runs that reach it", "rounds", "MB", *(["simulated seconds"] if timed else [])]
+    page.table([*axes, *columns], table, len(axes))
     if stops := sorted({stop for speed in convergence.rows for stop in speed.after}):
         page.paragraph("A score that was reached need not last. After so many rounds:")
         table = [[*speed.axes.values(), *(score(speed.after.get(stop)) for stop in stops)] for speed in convergence.rows]

@@ -47,7 +47,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-_WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "attack")
+_WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous")
 
 
 def _method(result: Mapping[str, Any]) -> str:

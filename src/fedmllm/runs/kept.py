@@ -19,7 +19,8 @@ def kept_by_group(records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     shares: dict[tuple[str, bool], list[tuple[int, float | None]]] = {}
     for record in records if any(record.get("kept") for record in records) else ():
         kept = {int(client): float(share) for client, share in record["kept"].items()}
-        for client in record["sampled"]:
+        lost = record.get("clock", {}).get("lost", ())  # no update of theirs was refused, because none came
+        for client in (client for client in record["sampled"] if client not in lost):
             key = _group(rows[client]), bool(rows[client].get("attacker"))
             shares.setdefault(key, []).append((client, kept.get(client)))
     summary = []

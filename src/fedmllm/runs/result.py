@@ -58,6 +58,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "robust": config.robust.name,
         "privacy": config.privacy.name,
         "attack": config.attack.name,
+        "asynchronous": config.asynchronous.name,
         "privacy_spent": mechanism.to_json(len(records)) if mechanism else None,
         "prompt": config.prompt.name,
         "model": config.model.name,
@@ -87,6 +88,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
             "eval": round(evaluator.seconds, 2),
             "setup": round(session.seconds + run.prepare_seconds, 2),
         },
+        "simulated_seconds": simulated_seconds(records),
         "peak_memory_mb": peak_memory_mb(),
         "config_digest": config.digest(),
         "manifest_digest": manifest.digest(),
@@ -94,6 +96,12 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "skipped_samples": session.skipped,
         "refused_updates": sum(len(record["refused"]) for record in records),
     }
+
+
+def simulated_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """When the last round ended on the virtual clock; None without one."""
+    clock = records[-1].get("clock") if records else None
+    return float(clock["began"] + clock["seconds"]) if clock else None
 
 
 def _total(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from fedmllm.algorithms import Algorithm
 from fedmllm.attacks.fleet import AttackedFleet
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError, brief
-from fedmllm.federation import FederationPlan, Fleet, federate, participants, sample_clients
+from fedmllm.federation import FederationPlan, Fleet, federate, participants
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
@@ -19,6 +19,8 @@ from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import ClientData, Session
+from fedmllm.simulation.clock import Simulation
+from fedmllm.simulation.selection import policy_of
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, problem_with
 from fedmllm.training.capacity import cohort_size
@@ -43,7 +45,11 @@ def federation_plan(session: Session) -> FederationPlan:
     """The rounds of the federation over all its clients."""
     clients, config = range(session.dataset.manifest.clients), session.config
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
-    plan = replace(plan, remedy=smaller_steps(config))
+    sizes = session.dataset.manifest.sizes()
+    simulation = Simulation.of(config, sizes)
+    policy = policy_of(config.train, simulation, sizes)
+    plan = replace(plan, remedy=smaller_steps(config), simulation=simulation, policy=policy)
+    plan = replace(plan, over_select=config.train.over_select, asynchronous=session.parts.asynchronous)
     if (mechanism := session.parts.mechanism) is not None:
         # Whether an update counts must not depend on the others, nor a round's end on how many clients take part.
         private = replace(plan, rounds=mechanism.rounds, poisson=True, min_updates=0, max_norm_ratio=0.0)
@@ -52,7 +58,7 @@ def federation_plan(session: Session) -> FederationPlan:
         plan = replace(plan, combine=robust.combine)
     if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
         return replace(plan, max_norm_ratio=0.0)
-    return replace(plan, declared=[config.train.epochs * size for size in session.dataset.manifest.sizes()])
+    return replace(plan, declared=[config.train.epochs * size for size in sizes])
 
 
 def smaller_steps(config: Experiment) -> str:
@@ -84,12 +90,12 @@ def check_secure_backend(session: Session, backend: FleetBackend) -> None:
 def check_attackers(session: Session) -> list[int]:
     """The attackers that take part while they attack. Raises ConfigError if there is none."""
     plan, attack = federation_plan(session), session.parts.attack
-    rounds = range(attack.start if attack else 0, plan.rounds)
-    active = session.attackers & {client for number in rounds for client in sample_clients(plan, number)}
+    start = attack.start if attack else 0
+    active = session.attackers.intersection(participants(plan, start))
     if not active:
         raise ConfigError(
             f"attack.share: {len(session.attackers)} of {len(plan.clients)} clients would attack, and none of them is sampled "
-            f"in a round from attack.start = {rounds.start} on; raise attack.share, train.clients_per_round or train.rounds, "
+            f"in a round from attack.start = {start} on; raise attack.share, train.clients_per_round or train.rounds, "
             "or choose another seed."
         )
     return sorted(active)
@@ -206,8 +212,10 @@ def train_rounds(
             record = replace(record, metrics=metrics)
             note += f"  {evaluator.metric} {100 * evaluator.score(metrics):.1f} %"
         directory.save_round(asdict(record), state, session.config.digest())
-        if record.refused:
-            note += f"  {len(record.refused)} updates refused"
+        lost = len(record.clock.get("lost", ()))
+        note += f"  {lost} clients lost" if lost else ""
+        if refused := len(record.refused) - lost:
+            note += f"  {refused} updates refused"
         session.progress(stage, done, plan.rounds, note)
     return state, directory.rounds()
 
