@@ -105,18 +105,23 @@ def test_sample_counts_do_not_weigh_and_the_divisor_is_the_expected_number() -> 
 # The noise
 
 
-def test_the_noise_has_the_stated_deviation() -> None:
-    """Σ x² / σ² has a χ² distribution, for each clip, and no draw repeats another."""
-    numbers, seen = sum(t.numel() for t in ADAPTER.values()), set()
-    for clip, noise, expected in ((0.1, 1.0, 3), (2.0, 0.7, 5)):
-        total = 0.0
-        for number in range(60):
-            noisy = combined([], seed=number, clip=clip, noise=noise, expected=expected)
-            numbers_drawn = change_of(noisy)
-            total += norm(numbers_drawn) ** 2 / (noise * clip / expected) ** 2
-            seen.add(round_key(numbers_drawn))
-        assert 0.005 < chi2.cdf(total, 60 * numbers) < 0.995
-    assert len(seen) == 120
+@pytest.mark.parametrize(
+    ("clip", "noise", "expected", "options", "deviation"),
+    [
+        (0.1, 1.0, 3, {}, 0.1 / 3),
+        (2.0, 0.7, 5, {}, 1.4 / 5),
+        # z_Δ = (1 − 1 / 1.44)^(−½): the count takes its share of z.
+        (0.5, 1.0, 4, {"clipping": "adaptive", "count_noise": 0.6}, 0.5 * 1.8090681 / 4),
+    ],
+)
+def test_the_noise_has_the_stated_deviation(
+    clip: float, noise: float, expected: int, options: dict[str, Any], deviation: float
+) -> None:
+    """Σ x² / σ² has a χ² distribution, and no draw repeats another."""
+    drawn = [change_of(combined([], seed=number, clip=clip, noise=noise, expected=expected, **options)) for number in range(60)]
+    total = sum(norm(change) ** 2 for change in drawn) / deviation**2
+    assert 0.005 < chi2.cdf(total, 60 * sum(t.numel() for t in ADAPTER.values())) < 0.995
+    assert len({round_key(change) for change in drawn}) == 60
 
 
 def round_key(change: Tensors) -> tuple[float, ...]:
