@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmllm.attacks.settings import attacks
 from fedmllm.config import read, validate
 from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.experiment.sweep import PlannedRun, plan_sweep
@@ -100,3 +101,19 @@ def test_a_task_of_the_transfer_study_is_tested_on_the_set_that_the_others_are_a
         assert mine == asked, config.task.name
         seen.add(config.task.name)
     assert seen == {"pocket-memes", "easy-vqa", "shapes-qa", "openmoji"}
+
+
+def test_attacks_and_defences_meet_the_same_data_and_attackers() -> None:
+    planned = [p for p in plan_sweep(OFFLINE.parent / "studies" / "attacks.sweep.toml")[1] if p.kind == "federated"]
+    assert len({p.id for p in planned}) == len(planned)
+    for replicate in range(5):
+        cells = [p.experiment for p in planned if p.replicate == replicate]
+        assert len({(config.seed, config.task.draw) for config in cells}) == 1
+        attackers = {
+            (config.attack.options["share"], attack.attackers(config.partition.clients, config.seed))
+            for config in cells
+            if (attack := attacks.build(config.attack.name, config.attack.options))
+        }
+        (few, some), (more, many) = sorted(attackers, key=lambda pair: pair[0])
+        assert (few, len(some), more, len(many)) == (0.2, 3, 0.4, 6)
+        assert some < many
