@@ -27,7 +27,7 @@ test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three
 	$(BIN)/python -m pytest -m "not gpu and not browser"
 
 errors: $(VENV)/installed  ## docs/errors.md again, from a run of the test suite
-	$(TEST) --errors-page docs/errors.md
+	$(TEST) --errors-page=docs/errors.md
 
 SEED ?= $(shell date +%s)
 fuzz: $(VENV)/installed  ## thirty times as many cases for the readers of files, with a new seed, or with SEED=… again; about half an hour

@@ -1,6 +1,6 @@
 """docs/errors.md: every bad input that the tests replay, with the message that a user gets.
 
-    make errors        # runs the suite with --errors-page docs/errors.md
+    make errors        # runs the suite with --errors-page=docs/errors.md
 
 A message is recorded where a test expects an error of the project, where a command ends with status 2, where a sample cannot be
 used, and where an update is refused. Property tests are left out, because their inputs are drawn at random.
