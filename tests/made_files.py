@@ -311,7 +311,7 @@ _SHARES = {"both": 0.5, "image": 0.25, "text": 0.25, "none": 0.0}
 RESULT: dict[str, Any] = {
     "schema": 1, "name": "made", "kind": "federated", "task": "jsonl", "scenario": "aligned", "partition": "iid",
     "algorithm": "fedavg", "regularization": "none", "compression": "none", "secure": "none", "robust": "median",
-    "privacy": "user-level", "attack": "alie", "prompt": "modality-agnostic",
+    "privacy": "user-level", "attack": "alie", "asynchronous": "none", "prompt": "modality-agnostic",
     "model": "pocket", "adapter": "lora", "seed": 0, "draw": None, "primary_metric": "accuracy", "positive": None,
     "match": "exact", "judge": "none", "metrics": {"both": _METRICS, "image": _METRICS},
     "test_digest": test_digest(PREDICTIONS),
@@ -322,6 +322,8 @@ RESULT: dict[str, Any] = {
     "clients": {"n": 2, "mean": 0.5, "sd": 0.1, "worst_decile": 0.4},
     "modalities": {"drawn": _SHARES, "expected": _SHARES, "dropped": 0,
                    "absence": {"majority": 0.5, "accuracy": 0.6, "information": 0.1}},
+    "suites": {"corruption": {"tables": {"robustness": {"blur": {"both": 0.9}}}, "unavailable": [], "details": {}}},
+    "simulated_seconds": 120.5,
     "kept": [{"group": "paired", "attacker": False, "clients": 2, "updates": 3, "refused": 1, "kept": 0.5, "below_half": 0.25}],
     "privacy_spent": {"epsilon": 1.5, "delta": 1e-4, "noise": 1.0, "clip": 0.1, "clipping": "fixed", "sampling": "poisson",
                       "probability": 0.1, "unit": "client", "neighbours": "add or remove one"},

@@ -103,7 +103,7 @@ def other_data(folder: Path) -> None:
 
 def another_adapter(folder: Path) -> None:
     evaluator = SimpleNamespace(sample_clients=lambda clients: [0])
-    run = SimpleNamespace(evaluator=evaluator, session=SimpleNamespace(initial=tensors(w=[1.0])))
+    run = SimpleNamespace(evaluator=evaluator, session=SimpleNamespace(initial=tensors(w=[1.0]), attackers=()))
     plan = SimpleNamespace(clients=range(1), info=lambda done, clients: None)
     fleet = SimpleNamespace(personal=lambda *_: tensors(w=[1.0, 2.0]))
     personal_models(run, SimpleNamespace(message=lambda *_: {}), {}, plan, fleet, 1)  # type: ignore[arg-type]

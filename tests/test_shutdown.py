@@ -34,6 +34,7 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
     pid = os.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
             work()
         finally:
             os._exit(70)

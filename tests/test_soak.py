@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +59,7 @@ class Gauge:
 
 
 class DiskFleet:
-    """Toy clients that remember on disk, as those of a run do. If `leaks`, it keeps every message."""
+    """Toy clients that remember on disk, as those of a run do. If `leaks`, it keeps a copy of every message."""
 
     def __init__(self, algorithm: Algorithm, folder: Path, leaks: bool) -> None:
         self._algorithm, self._memory, self._leaks = algorithm, ClientMemory(folder), leaks
@@ -69,7 +70,7 @@ class DiskFleet:
         updates = train_clients(self._algorithm, messages, memories, info, ADAPTER)
         for client, state in memories.items():
             self._memory.save(client, info.round, state)
-        self._kept += [messages] if self._leaks else []
+        self._kept += [deepcopy(dict(messages))] if self._leaks else []
         return updates
 
     def commit(self, round: int) -> None:
