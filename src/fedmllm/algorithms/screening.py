@@ -114,9 +114,15 @@ def change_norms(update: Update, algorithm: Algorithm, state: State, info: Round
 def changes_of(update: Update, algorithm: Algorithm, state: State, info: RoundInfo) -> State:
     """What the update would change, for each group of `algorithm.summed`: of the adapter, the difference from what the client
     was sent."""
-    sent = algorithm.message(state, update.client, info).get("adapter", {})
-    groups = algorithm.restored(update, state, info).groups
-    changes = {group: groups[group] for group in algorithm.summed if group in groups}
+    sent = algorithm.message(state, update.client, info)
+    return changes_since(sent, algorithm.restored(update, state, info).groups, algorithm.summed)
+
+
+def changes_since(message: State, groups: State, summed: Sequence[str]) -> State:
+    """What an uncompressed upload changes, for each of the groups `summed`: of the adapter, the difference from the one in the
+    message; the others are changes already."""
+    sent = message.get("adapter", {})
+    changes = {group: groups[group] for group in summed if group in groups}
     if "adapter" in changes:
         # In float64, where the difference of two float32 numbers does not overflow.
         changes["adapter"] = {n: t.double() - sent[n] if n in sent else t for n, t in changes["adapter"].items()}

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.algorithms.combining import as_upload
+from fedmllm.algorithms.screening import changes_since
 from fedmllm.attacks.settings import Attack
 from fedmllm.federation import Fleet
 from fedmllm.tensors import State, Tensors, flatten, unflatten
@@ -30,20 +31,13 @@ class AttackedFleet:
             return updates
         # Clients that could not train have nothing to distort, and are refused as honest ones are.
         own = {u.client: u for u in updates if u.client in self._attackers and not u.problem and u.examples}
-        changes = {client: self._change(update, messages[client]) for client, update in sorted(own.items())}
+        summed = self._algorithm.summed
+        changes = {c: flatten(changes_since(messages[c], update.groups, summed)) for c, update in sorted(own.items())}
         sent = self._attack.distort(changes, info) if changes else {}
         uploads = {
             client: as_upload(unflatten(change), messages[client], own[client].groups) for client, change in sent.items()
         }
         return [replace(u, groups={**u.groups, **uploads[u.client]}) if u.client in uploads else u for u in updates]
-
-    def _change(self, update: Update, message: State) -> Tensors:
-        """The change of the adapter since it was sent, in float64, and the other groups that are averaged, which are changes
-        already."""
-        groups = {group: update.groups[group] for group in self._algorithm.summed if group in update.groups}
-        start = message.get("adapter", {})
-        adapter = {n: t.double() - start[n] if n in start else t for n, t in groups["adapter"].items()}
-        return flatten({**groups, "adapter": adapter})
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         self._fleet(round).forget(round, clients)

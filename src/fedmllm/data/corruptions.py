@@ -145,6 +145,7 @@ def corrupted(sample: Sample, modality: Modality, kind: str, severity: int, seed
     words = (sample.text or "").split()
     if severity and modality == "text" and words:
         number = max(1, round(_WORDS[severity - 1] * len(words)))
-        different = [text for text in others if text != sample.text]
+        # Only where they are used: there may be as many texts as samples.
+        different = [text for text in others if text != sample.text] if kind == "other-text" else ()
         return replace(sample, text=" ".join(TEXTS[kind](words, number, rng, different)))
     return sample
