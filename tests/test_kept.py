@@ -13,15 +13,16 @@ from fedmllm.report.writeup import page
 from made_runs import make_run
 
 CLIENTS = [
-    {"client": 0, "image": 5, "text": 5},
-    {"client": 1, "image": 5, "text": 0},
-    {"client": 2, "image": 0, "text": 5},
-    {"client": 3, "image": 5, "text": 5, "attacker": True},
-    {"client": 4, "image": 2, "text": 3},
+    {"client": 0, "samples": 5, "image": 5, "text": 5},
+    {"client": 1, "samples": 5, "image": 5, "text": 0},
+    {"client": 2, "samples": 5, "image": 0, "text": 5},
+    {"client": 3, "samples": 5, "image": 5, "text": 5, "attacker": True},
+    {"client": 4, "samples": 5, "image": 5, "text": 3},
+    {"client": 5, "samples": 5, "image": 0, "text": 0},
 ]
 KEPT = [
     # (replicate, round) -> client -> the share kept; a client that was not sampled, or was refused, is not there
-    [{"0": 1.0, "1": 0.4, "2": 0.5, "3": 0.0}, {"0": 0.8, "1": 0.2, "4": 1.0}],
+    [{"0": 1.0, "1": 0.4, "2": 0.5, "3": 0.0}, {"0": 0.8, "1": 0.2, "4": 1.0, "5": 0.6}],
     [{"0": 1.0, "1": 0.9, "2": 0.0, "3": 1.0, "4": 0.4}, {"1": 1.0}],
     [{"0": 1.0, "1": 0.5, "4": 1.0}],
 ]
@@ -58,13 +59,15 @@ def test_kept_shares_by_group(folder: Path) -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
     ]
     assert head == [
-        "attack", "defence", "attackers", "both", "image only", "text only", "image only − both", "text only − both",
+        "attack", "defence", "attackers", "paired", "image only", "text only", "mixed", "neither",
+        "image only − paired", "text only − paired", "mixed − paired", "neither − paired",
     ]  # fmt: skip
     ((attack, defence, *cells),) = rows
     assert (attack, defence) == ("sign-flip", "robust"), "the plain mean keeps everything and is no row"
-    # Replicate means: attackers 0 and 1; both 14/15, 0.7 and 1; image only 0.3, 0.95 and 0.5; text only 0.5 and 0.
-    assert cells[:4] == ["50 (1 of 2)", "88 (1 of 7)", "58 (2 of 5)", "25 (1 of 2)"]
-    for cell, differences in ((cells[4], [0.3 - 14 / 15, 0.25, -0.5]), (cells[5], [0.5 - 14 / 15, -0.7])):
+    assert cells[:5] == ["50 (1 of 2)", "97 (0 of 4)", "58 (2 of 5)", "25 (1 of 2)", "80 (1 of 3)"]
+    assert (cells[5], cells[9]) == ("60 (0 of 1)", "-30.0"), "one replicate has no interval"
+    # Replicate means: paired 0.9, 1 and 1; image only 0.3, 0.95 and 0.5; text only 0.5 and 0; mixed 1, 0.4 and 1.
+    for cell, differences in zip(cells[6:9], ([-0.6, -0.05, -0.5], [-0.4, -1.0], [0.1, -0.6, 0.0]), strict=True):
         expected = stats.ttest_1samp(differences, 0)
         low, high = expected.confidence_interval()
         assert cell == f"{100 * sum(differences) / len(differences):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

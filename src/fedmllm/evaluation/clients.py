@@ -13,6 +13,16 @@ from fedmllm.data.manifest import Manifest
 COLUMNS = ("both", "image", "text")
 """The test patterns in the order of `Manifest.patterns`, whose last column, samples that show neither, has no test pattern."""
 
+MODALITY_GROUPS = ("paired", "image only", "text only", "mixed", "neither")
+"""What a client's samples show: all of them both modalities, the image, the text, one or the other or both, or nothing."""
+
+
+def modality_group(row: Mapping[str, Any]) -> str:
+    """Which of the MODALITY_GROUPS a client belongs to, from its row in `per_client`."""
+    shown = {name: row[name] / row["samples"] if row["samples"] else 0.0 for name in ("image", "text")}
+    pure = {(1.0, 1.0): "paired", (1.0, 0.0): "image only", (0.0, 1.0): "text only", (0.0, 0.0): "neither"}
+    return pure.get((shown["image"], shown["text"]), "mixed")
+
 
 def client_scores(
     manifest: Manifest, metrics: Mapping[str, Mapping[str, Any]], rows: Sequence[dict[str, Any]], metric: str

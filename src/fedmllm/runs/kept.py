@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-GROUPS = ("paired", "image only", "text only", "mixed", "neither")
-"""What a client's samples show: all of them both modalities, the image, the text, one or the other or both, or nothing."""
+from fedmllm.evaluation.clients import MODALITY_GROUPS, modality_group
 
 
 def kept_by_group(records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -21,10 +20,10 @@ def kept_by_group(records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
         kept = {int(client): float(share) for client, share in record["kept"].items()}
         lost = record.get("clock", {}).get("lost", ())  # no update of theirs was refused, because none came
         for client in (client for client in record["sampled"] if client not in lost):
-            key = _group(rows[client]), bool(rows[client].get("attacker"))
+            key = modality_group(rows[client]), bool(rows[client].get("attacker"))
             shares.setdefault(key, []).append((client, kept.get(client)))
     summary = []
-    for (group, attacker), sent in sorted(shares.items(), key=lambda item: (GROUPS.index(item[0][0]), item[0][1])):
+    for (group, attacker), sent in sorted(shares.items(), key=lambda item: (MODALITY_GROUPS.index(item[0][0]), item[0][1])):
         valid = [share for _, share in sent if share is not None]
         counts = {"clients": len({client for client, _ in sent}), "updates": len(valid), "refused": len(sent) - len(valid)}
         means = {name: round(sum(values) / len(valid), 6) if valid else None for name, values in (
@@ -32,10 +31,3 @@ def kept_by_group(records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
         )}  # fmt: skip
         summary.append({"group": group, "attacker": attacker, **counts, **means})
     return summary
-
-
-def _group(row: Mapping[str, Any]) -> str:
-    """What the samples of a client show, from its row in `per_client`."""
-    shown = {name: row[name] / row["samples"] if row["samples"] else 0.0 for name in ("image", "text")}
-    pure = {(1.0, 1.0): "paired", (1.0, 0.0): "image only", (0.0, 1.0): "text only", (0.0, 0.0): "neither"}
-    return pure.get((shown["image"], shown["text"]), "mixed")
