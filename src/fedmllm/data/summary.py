@@ -137,8 +137,8 @@ def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] |
         return None
     column_of = {sample.id: classes[sample.label] for sample in samples}
     columns = np.array([column_of[sample_id] for sample_id in manifest.ids.to_pylist()], dtype=np.int64)
-    joint = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in rounds_shown(manifest).T])
-    joint /= joint.sum()
+    counts = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in rounds_shown(manifest).T])
+    joint = counts / counts.sum()
     by_pattern, by_class = (float(entropy(joint.sum(axis=axis))) for axis in (1, 0))
     information = (by_pattern + by_class - float(entropy(joint.ravel()))) / by_class if by_class else 0.0
     figures = {"majority": joint.sum(axis=0).max(), "accuracy": joint.max(axis=1).sum(), "information": max(information, 0.0)}
