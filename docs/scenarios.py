@@ -42,8 +42,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 COLORS = {"image": "#dd8452", "text": "#55a868"}
 """As on the page that `fedmllm partition --plot` writes."""
 WORDS = "#7a7a7a"
-LEFT, TOP, CELL, HALF, STEP, ROW = 62, 22, 10, 6, 13, 18
-"""In pixels: the first cell's place, the size of half a cell, and the distances of cells and of rows."""
+LEFT, TOP, CELL, HALF, STEP, ROW = 68, 24, 16, 7, 20, 20
+"""In pixels: the first cell's place, a cell's width, the height of half of it, and the distances of cells and of rows."""
+LETTER = 8
+"""At most the mean width of a letter, in pixels."""
 LOOKS = {
     **{m: f'fill="{color}"' for m, color in COLORS.items()},
     **{f"bad {m}": f'fill="url(#bad-{m})" stroke="{color}" stroke-width=".8"' for m, color in COLORS.items()},
@@ -105,19 +107,19 @@ def picture(name: str, samples: Sequence[Sample]) -> str:
     else:
         panels = {"what a client sees of its samples": [sample_cells(manifest, client, by_id, None) for client in clients]}
     paths: dict[str, list[str]] = {look: [] for look in LOOKS}
-    left, words = LEFT, [(LEFT - 8, TOP + ROW * c + 11, "end", f"client {c}") for c in clients]
+    left, words = LEFT, [(LEFT - 8, TOP + ROW * c + 12, "end", f"client {c}") for c in clients]
     for title, cells in panels.items():
         words.append((left, TOP - 9, "start", title))
         for look, path in grid(cells, left):
             paths[look].append(path)
-        left += max(max(map(len, cells)) * STEP, 7 * len(title)) + 12
+        left += max(max(map(len, cells)) * STEP, LETTER * len(title)) + 12
     x, bottom = LEFT, TOP + ROW * CLIENTS
     for look in [look for look in LEGEND if paths[look]]:
         paths[look].append(f"M{x} {bottom + 8}h{CELL}v{HALF}h-{CELL}z")
-        words.append((x + CELL + 5, bottom + 15, "start", look))
-        x += CELL + 7 * len(look) + 18
+        words.append((x + CELL + 5, bottom + 16, "start", look))
+        x += CELL + LETTER * len(look) + 14
     title = " + ".join(part["name"] for part in (SCENARIOS[name], *SCENARIOS[name].get("then", ())))
-    return svg(max(left, x), bottom + 24, f"{title}: {' and '.join(panels)}", paths, words)
+    return svg(max(left, x), bottom + 26, f"{title}: {' and '.join(panels)}", paths, words)
 
 
 def svg(
@@ -131,7 +133,7 @@ def svg(
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        f'font-family="sans-serif" font-size="12" fill="{WORDS}">',
+        f'font-family="sans-serif" font-size="13" fill="{WORDS}">',
         f"<title>{xml_text(title)}</title>",
         *([f"<defs>{stripes}</defs>"] if stripes else []),
         *(f'<path {LOOKS[look]} d="{"".join(path)}"/>' for look, path in paths.items() if path),

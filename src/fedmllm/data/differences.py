@@ -108,8 +108,8 @@ def difference_lines(shares: Mapping[str, Any]) -> Iterator[str]:
         yield f"a client sees {' and '.join(parts)} of its samples"
     if changes:
         yield (
-            f"changes over {changes['rounds']} rounds: {changes['changes']} in what {changes['clients']} clients see, "
-            f"the first in round {changes['first']}"
+            f"what clients see changes over {changes['rounds']} rounds: {changes['changes']} changes, "
+            f"clients affected: {changes['clients']}, first change in round {changes['first']}"
         )
     for modality, corruptions in shares["noise"].items():
         if corruptions:
