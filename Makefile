@@ -59,8 +59,9 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"
 	touch $@
 
-tables: $(VENV)/installed  ## the tables of parts in docs/ again, from the registries
+tables: $(VENV)/installed  ## the tables of parts and the pictures of scenarios in docs/ again, from the registries
 	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/scenarios.py
 
 docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet

@@ -63,7 +63,9 @@ def test_a_schedule_is_followed() -> None:
     assert [seen(manifest, number) for number in range(5)] == [
         [BOTH, BOTH], [TEXT, BOTH], [TEXT, BOTH], [NONE, BOTH], [NONE, IMAGE]
     ]  # fmt: skip
-    assert list(manifest.schedule.phases()) == [(0, 1), (1, 2), (3, 1), (4, 1)]
+    assert list(manifest.schedule.stretches(0)) == [(0, 1, BOTH), (1, 2, TEXT), (3, 2, NONE)]
+    assert list(manifest.schedule.stretches(1)) == [(0, 4, BOTH), (4, 1, IMAGE)]
+    assert list(Schedule().stretches(0)) == [(0, 1, BOTH)]
 
 
 def test_what_changes_nothing_is_left_out_and_a_shorter_run_passes_through_faster() -> None:

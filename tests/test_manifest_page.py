@@ -12,11 +12,13 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.manifest_page import draw_manifest
 from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
-from fedmllm.data.scenarios import BOTH, TEXT, Change, scenarios
+from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Change, Noise, scenarios
 from fedmllm.data.schedule import Schedule
 from helpers import mixed, sample
 
 BAR = re.compile(r'width="([\d.]+)%" height="17" fill="(#\w+)"><title>client (\d+), (.+?): (\d+) samples</title>')
+MISSED = re.compile(r'width="([\d.]+)%" height="8" fill="#\w+"><title>client (\d+) misses (.+?) of its (\w+)</title>')
+SECTIONS = re.compile(r"<h2>(.+?)</h2>.*?<table>(.+?)</table>", re.DOTALL)
 
 
 class Checker(HTMLParser):
@@ -39,6 +41,15 @@ class Checker(HTMLParser):
 def page(samples: list[Sample], clients: int = 3) -> tuple[Manifest, str]:
     manifest = draw(samples, partitions.build("dirichlet", {}), scenarios.build("missing", {}), clients, 1, 0)
     return manifest, draw_manifest(manifest, samples, "a title")
+
+
+def tables(html: str) -> dict[str, dict[str, list[str]]]:
+    """heading -> row -> its cells; the first row is that of the columns' names."""
+    found = {}
+    for heading, table in SECTIONS.findall(html):
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+        found[heading] = {name: cells for name, *cells in rows}
+    return found
 
 
 def bars(html: str) -> dict[tuple[int, str], int]:
@@ -68,7 +79,7 @@ def test_the_page_has_no_scripts_and_no_external_files() -> None:
     html = page(mixed(30))[1]
     checker.feed(html)
     assert checker.open == []
-    assert checker.seen["svg"] == 2
+    assert checker.seen["svg"] == checker.seen["table"] == 4
     assert not checker.seen.keys() & {"script", "link", "img", "iframe"}
     assert not re.search(r"https?:|url\(|@import", html)
 
@@ -128,3 +139,61 @@ def test_drift_is_drawn_over_the_rounds() -> None:
     ):
         assert f"<title>{bar}</title>" in page
     assert "round by round" not in draw_manifest(still, samples, "still")
+
+
+def test_every_chart_has_its_numbers_as_a_table() -> None:
+    manifest, html = page(mixed(60))
+    found = tables(html)
+    assert found.keys() == {
+        "What each client sees: samples by modality", "How much each client misses: the share of images and of texts",
+        "What is seen of each class: samples by modality", "What each client holds: samples by label",
+    }  # fmt: skip
+    seen = found["What each client sees: samples by modality"]
+    assert seen.pop("") == ["both", "image", "text", "neither", "samples"]
+    assert [[int(cell) for cell in row[:4]] for row in seen.values()] == manifest.patterns().tolist()
+    classes = found["What is seen of each class: samples by modality"]
+    assert [row[-1] for row in classes.values()] == ["samples", "20", "20", "20"]
+    assert re.findall(r"<g transform=.translate\((\d+) \d+\).>", html).count("84") == 3 * 3 + 3
+
+
+def test_what_a_client_misses_is_a_share_of_what_its_samples_have() -> None:
+    samples = [sample("a"), sample("b"), sample("c", "image"), sample("d", "text"), sample("e", "text")]
+    held = [Holding("a", 0, IMAGE), Holding("b", 0, BOTH), Holding("c", 1, NONE), Holding("d", 1, TEXT), Holding("e", 2, TEXT)]
+    html = draw_manifest(Manifest.of(held, 3), samples, "t")
+    assert tables(html)["How much each client misses: the share of images and of texts"] == {
+        "": ["images", "texts"], "client 0": ["0.0 %", "50.0 %"], "client 1": ["100.0 %", "0.0 %"], "client 2": ["–", "0.0 %"],
+    }  # fmt: skip
+    assert [(float(width), text) for width, client, text, of in MISSED.findall(html) if client == "0"] == [
+        (0.0, "0.0 %"), (37.0, "50.0 %")
+    ]  # fmt: skip
+    assert "misses" not in draw_manifest(Manifest.of([Holding("a", 0, BOTH)], 1), samples[:1], "t")
+
+
+def test_noise_is_drawn_by_kind_and_severity() -> None:
+    noises: list[Noise] = [(("image", "blur", 3),), (("image", "blur", 5), ("text", "typos", 1)), (), (("image", "jpeg", 3),)]
+    samples = [sample(name) for name in "abcd"]
+    manifest = Manifest.of([Holding(s.id, i // 3, BOTH, noises[i]) for i, s in enumerate(samples)], 2)
+    html = draw_manifest(manifest, samples, "t")
+    found = tables(html)
+    assert found["How bad the images are that each client sees: by kind and severity"] == {
+        "": ["good", "blur 3", "blur 5", "jpeg 3", "samples"], "client 0": ["1", "1", "1", "0", "3"],
+        "client 1": ["0", "0", "0", "1", "1"],
+    }  # fmt: skip
+    texts = found["How bad the texts are that each client sees: by kind and severity"]
+    assert texts["client 0"] == ["2", "1", "3"]
+    colors = {name: color for _, color, _, name, _ in BAR.findall(html)}
+    assert colors["blur 3"].startswith(colors["blur 5"])
+    assert colors["jpeg 3"][:7] != colors["blur 3"][:7]
+    assert "How bad" not in draw_manifest(Manifest.of([Holding("a", 0, BOTH)], 1), samples[:1], "t")
+
+
+def test_names_of_noise_and_notes_cannot_break_out_of_the_page() -> None:
+    hostile = "<b>&\"'</title><script>"
+    manifest = Manifest.of([Holding("a", 0, BOTH, (("image", hostile, 3),))], 1)
+    html = draw_manifest(manifest, [sample("a")], "t", [hostile, "75.0 % < 80.0 %"])
+    assert hostile not in html
+    assert "<p>75.0 % &lt; 80.0 %</p>" in html
+    checker = Checker()
+    checker.feed(html)
+    assert checker.open == []
+    assert not checker.seen.keys() & {"b", "script"}

@@ -248,6 +248,7 @@ def test_partition_writes_manifest_and_picture(write_experiment: Write) -> None:
     page = Path("m.html").read_text()
     assert page.count("client 3") >= 2
     assert "<svg" in page
+    assert " samples, as drawn: " in page  # what the command prints
 
 
 def test_check_trains_nothing(write_experiment: Write) -> None:

@@ -137,9 +137,9 @@ def partition(
     dataset = parts.prepare()
     manifest = dataset.manifest
     manifest.write(path)
-    if plot:
-        write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name).encode())
     rows, shares = client_rows(manifest), modality_shares(manifest, dataset.train, parts.scenario)
+    if plot:
+        write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name, shares_lines(shares)).encode())
     with standing(f"the manifest is in {path}"):
         if as_json:
             print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows, "modalities": shares})

@@ -48,11 +48,11 @@ class Schedule:
         position = bisect_right(rounds, done * self.rounds // (of or self.rounds)) - 1
         return seen[position] if position >= 0 else BOTH
 
-    def phases(self) -> Iterator[tuple[int, int]]:
-        """(first round, number of rounds) of every stretch in which no client changes."""
-        starts = sorted({0, *(change.round for change in self.changes)})
+    def stretches(self, client: int) -> Iterator[tuple[int, int, Modalities]]:
+        """(first round, number of rounds, what the client may see) of every stretch in which it does not change."""
+        starts = sorted({0, *self._by_client.get(client, ([], []))[0]})
         for start, end in zip(starts, [*starts[1:], self.rounds], strict=True):
-            yield start, end - start
+            yield start, end - start, self.visible(client, start)
 
     def to_json(self) -> str:
         """{"rounds": …, "changes": [[client, round, [modalities]], …]}; empty if nothing changes."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import entropy
 
+from fedmllm.data.differences import difference_lines, noise_shares, presence, rounds_shown, schedule_counts
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Loaded, Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario
@@ -100,12 +101,12 @@ def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Sce
 
     {"drawn": {both, image, text, none: share of the manifest's samples}, "expected": the same over all draws of the scenario
     for these samples, None if it is not known, "dropped": the number of `samples` that no client holds, "absence": what these
-    four patterns say about the class (`absence`)}. `samples` is empty if they are elsewhere.
+    four patterns say about the class (`absence`), "presence": how much the clients differ (`presence`), "changes": what the
+    schedule does, or None (`schedule_counts`), "noise": what is corrupted (`noise_shares`)}. `samples` is empty if they are
+    elsewhere.
     """
-    phases = [
-        (manifest.at(start) if manifest.schedule.changes else manifest, length) for start, length in manifest.schedule.phases()
-    ]
-    drawn = dict(zip(PATTERNS, sum(m.patterns().sum(axis=0) * length for m, length in phases).tolist(), strict=True))
+    shown = rounds_shown(manifest)
+    drawn = dict(zip(PATTERNS, shown.sum(axis=0).tolist(), strict=True))
     dropped = len(samples) - len(manifest) if samples else 0
     expected = None
     if samples and scenario.expected is not None and not manifest.schedule.changes:
@@ -114,13 +115,21 @@ def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Sce
             for visible, probability in scenario.expected(kind, manifest.clients).items():
                 totals[visible] += count * probability
         expected = _shares(dict(zip(PATTERNS, totals.values(), strict=True)))
-    return {"drawn": _shares(drawn), "expected": expected, "dropped": dropped, "absence": absence(manifest, samples)}
+    return {
+        "drawn": _shares(drawn),
+        "expected": expected,
+        "dropped": dropped,
+        "absence": absence(manifest, samples),
+        "presence": presence(manifest, shown),
+        "changes": schedule_counts(manifest),
+        "noise": noise_shares(manifest, shown),
+    }
 
 
 def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] | None:
-    """How well the visible modalities of a sample alone predict its class: {"majority": share of the largest class,
-    "accuracy": share of the samples in the largest class of their pattern, "information": mutual information of pattern and
-    class as a share of the entropy of the class}. All are of the samples at hand, so the last two are slightly optimistic.
+    """How well the visible modalities of a sample alone predict its class, over the rounds: {"majority": share of the largest
+    class, "accuracy": share of the samples in the largest class of their pattern, "information": mutual information of pattern
+    and class as a share of the entropy of the class}. All are of the samples at hand, so the last two are slightly optimistic.
     None for fewer than two classes.
     """
     classes = {label: column for column, label in enumerate(sorted({sample.label for sample in samples}))}
@@ -128,8 +137,8 @@ def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] |
         return None
     column_of = {sample.id: classes[sample.label] for sample in samples}
     columns = np.array([column_of[sample_id] for sample_id in manifest.ids.to_pylist()], dtype=np.int64)
-    cells = (2 * manifest.image + manifest.text) * len(classes) + columns
-    joint = np.bincount(cells, minlength=4 * len(classes)).reshape(4, -1) / len(manifest)
+    counts = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in rounds_shown(manifest).T])
+    joint = counts / counts.sum()
     by_pattern, by_class = (float(entropy(joint.sum(axis=axis))) for axis in (1, 0))
     information = (by_pattern + by_class - float(entropy(joint.ravel()))) / by_class if by_class else 0.0
     figures = {"majority": joint.sum(axis=0).max(), "accuracy": joint.max(axis=1).sum(), "information": max(information, 0.0)}
@@ -149,6 +158,7 @@ def shares_lines(shares: Mapping[str, Any]) -> Iterator[str]:
             yield f"clients' samples, {what}: {', '.join(parts)}"
     if shares["dropped"]:
         yield f"{shares['dropped']} samples that lost all they had are dropped"
+    yield from difference_lines(shares)
     if (told := shares["absence"]) and told["information"] >= 0.01:
         yield (
             f"which modalities are there predicts the class of {100 * told['accuracy']:.1f} % of the clients' samples "
