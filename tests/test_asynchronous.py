@@ -216,7 +216,7 @@ def test_a_client_that_cannot_be_trained_is_replaced_and_refused_when_it_would_a
 
 def test_a_step_ends_the_run_if_nobody_can_be_trained() -> None:
     plan = replace(PLAN, simulation=simulation(Device(speed=1.0)), asynchronous=method("fedasync"))
-    with pytest.raises(TooFewUpdates, match="round 0: 0 usable updates, .*client 7: its äctor died"):
+    with pytest.raises(TooFewUpdates, match=r"round 0: 0 usable updates, .*client 7: its äctor died"):
         run(plan, alter=out_of_reach(*range(8)))
 
 

@@ -203,13 +203,12 @@ def test_a_run_in_actors_equals_the_run_in_one_process(
 DEVICES = {"clients": {"profile": ["phone", "laptop", "workstation"], "dropout": [0.0, 0.2]}}
 SERVERS: dict[str, dict[str, Any]] = {
     "fedbuff": DEVICES | {"asynchronous": {"name": "fedbuff", "buffer": 2}, "algorithm": {"name": "fedadam"}},
-    "fedasync": DEVICES | {"asynchronous": {"name": "fedasync"}, "attack": {"name": "gaussian", "share": 0.25}},
+    "fedasync, sign-flip": DEVICES | {"asynchronous": {"name": "fedasync"}, "attack": {"name": "sign-flip", "share": 0.25}},
     "drift under privacy, whose budget ends early": {
         "privacy": {"name": "user-level", "epsilon": 4.0, "noise": 1.0, "delta": 0.01},
         "scenario": {"name": "drift", "at": 0.6},
     },
-    "sign-flip": {"attack": {"name": "sign-flip", "share": 0.25}, "robust": {"name": "median"}},
-    "alie": {"attack": {"name": "alie", "share": 0.5, "start": 1}, "robust": {"name": "trimmed-mean"}},
+    "alie": {"attack": {"name": "alie", "share": 0.5, "start": 1}, "robust": {"name": "geometric-median"}},
     "label-flip": {"attack": {"name": "label-flip", "share": 0.5, "start": 1}, "algorithm": {"name": "scaffold"}},
     "modality-swap": {"attack": {"name": "modality-swap", "share": 0.5}, "scenario": {"name": "aligned"}},
 }
