@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedmllm.algorithms import Update
+from fedmllm.algorithms import Update, failed
 from fedmllm.algorithms.asynchronous import Asynchronous, asynchronies, staleness_weight
 from fedmllm.config import validate
 from fedmllm.errors import ConfigError
@@ -32,9 +33,9 @@ def simulation(*kinds: Device, clients: int = 8) -> Simulation:
 
 
 def run(
-    plan: FederationPlan, algorithm: str = "fedavg", resume: tuple[int, State] | None = None, **options: Any
+    plan: FederationPlan, algorithm: str = "fedavg", resume: tuple[int, State] | None = None, alter: Any = None, **options: Any
 ) -> tuple[list[RoundRecord], list[State], FakeFleet]:
-    fleet = FakeFleet(built(algorithm, **options))
+    fleet = FakeFleet(built(algorithm, **options), alter)
     outcome = list(federate(fleet.algorithm, fleet, plan, ADAPTER, resume))
     return [record for record, _ in outcome], [state for _, state in outcome], fleet
 
@@ -192,6 +193,33 @@ def test_a_resumed_run_ends_the_same_bit_for_bit(done: int, tmp_path: Path) -> N
 # Clients that never answer
 
 
+def out_of_reach(*clients: int) -> Callable[[int, list[Update]], list[Update]]:
+    """What a fleet answers if it cannot train these clients, such as one in other processes."""
+    return lambda _, updates: [failed(u.client, "its äctor died") if u.client in clients else u for u in updates]
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_client_that_cannot_be_trained_is_replaced_and_refused_when_it_would_arrive(done: int, tmp_path: Path) -> None:
+    asynchronous = method("fedbuff", buffer=2)
+    plan = replace(PLAN, per_round=4, simulation=simulation(Device(speed=1.0), Device(speed=3.0)), asynchronous=asynchronous)
+    records, states, _ = run(plan, alter=out_of_reach(1, 4))
+    refusals = [refusal for record in records for refusal in record.refused]
+    assert {(row["client"], row["why"]) for row in refusals} == {(1, "its äctor died"), (4, "its äctor died")}
+    assert all(len(record.sampled) == 2 + len(record.refused) and not record.clock["lost"] for record in records)
+    assert all(same(Traffic.of(state).to_state() | without_traffic(state), state) for state in states)
+    save_state(tmp_path / "state.safetensors", states[done - 1])
+    resume = done, load_state(tmp_path / "state.safetensors")[0]
+    resumed, after, _ = run(plan, alter=out_of_reach(1, 4), resume=resume)
+    assert same(after[-1], states[-1])
+    assert [record.refused for record in resumed] == [record.refused for record in records[done:]]
+
+
+def test_a_step_ends_the_run_if_nobody_can_be_trained() -> None:
+    plan = replace(PLAN, simulation=simulation(Device(speed=1.0)), asynchronous=method("fedasync"))
+    with pytest.raises(TooFewUpdates, match=r"round 0: 0 usable updates, .*client 7: its äctor died"):
+        run(plan, alter=out_of_reach(*range(8)))
+
+
 def test_a_client_that_drops_out_is_replaced_after_its_time() -> None:
     plan = replace(PLAN, rounds=30, asynchronous=method("fedbuff", buffer=2))
     records, _, fleet = run(replace(plan, simulation=simulation(Device(speed=1.0, dropout=0.3))))
@@ -235,7 +263,8 @@ FILE: dict[str, Any] = {
         ({"train": {"deadline": 3.0}}, "waits for no round, so leave out train.selection, train.over_select and train.dead"),
         ({"train": {"over_select": 1.0}}, "waits for no round"),
         ({"train": {"selection": "power-of-choice"}}, "waits for no round"),
-        ({"fleet": {"name": "ray"}}, "is simulated in this process, and fleet.name = 'ray' waits for all clients of a round"),
+        ({"fleet": {"name": "flower"}, "clients": {}}, 'goes by a virtual clock, and fleet.name = "flower" trains on real'),
+        ({"fleet": {"name": "flower"}}, 'simulate devices, and fleet.name = "flower" trains on real ones'),
         ({"secure": {"name": "pairwise"}}, "adds up what arrives, and secure.name = 'pairwise' masks the updates of a round"),
         ({"privacy": {"name": "user-level", "noise": 1.0, "delta": 0.01}}, "uses whoever arrives, and privacy.name = "),
         ({"robust": {"name": "norm-clip"}}, "would take late clients for bad ones"),
@@ -259,9 +288,10 @@ def test_what_excludes_asynchronous_rounds(tables: dict[str, Any], message: str)
 def test_what_it_goes_with(algorithm: str) -> None:
     for name in ("fedbuff", "fedasync"):
         tables = {"algorithm": {"name": algorithm}, "asynchronous": {"name": name}, "partition": {"clients": 10}}
-        parts = build(validate({**FILE, **tables}))
-        assert parts.asynchronous is not None
-        assert parts.asynchronous.buffer == (10 if name == "fedbuff" else 1)
+        for fleet in ("in-process", "ray"):
+            parts = build(validate({**FILE, **tables, "fleet": {"name": fleet}}))
+            assert parts.asynchronous is not None
+            assert parts.asynchronous.buffer == (10 if name == "fedbuff" else 1)
 
 
 def test_baselines_are_not_asynchronous() -> None:

@@ -97,7 +97,6 @@ def test_masked_updates_are_distorted_before_they_are_masked(write_experiment: W
 REFUSED = [
     ("sign-flip", ["fleet.name=flower"], "fleet.name = 'flower' trains on real clients"),
     ("label-flip", ["fleet.name=flower", 'fleet.sites=["a", "b", "c", "d"]'], "'label-flip' is for simulations only"),
-    ("modality-swap", ["fleet.name=ray"], "changes samples, which only this process does"),
     ("alie", ["compression.name=int8"], "compression.name = 'int8' has packed before"),
     ("alie", ["algorithm.name=flexlora", "clients.rank=[1, 2]"], "gives them different shapes"),
     ("scaled", ["attack.share=0.1"], "attack.share = 0.1 of 4 clients is 0; raise it"),

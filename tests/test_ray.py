@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.fleets.options import RayOptions
-from fedmllm.remote.actors import ATTEMPTS, ActorTransport, Packed, split
+from fedmllm.remote.actors import ATTEMPTS, ActorTransport, Packed, on_ray, split
 from fedmllm.remote.cluster import LARGEST, actor_resources
 from fedmllm.remote.cluster import cluster as connected
 from fedmllm.remote.protocol import Job, Reply, to_bytes
@@ -197,6 +198,44 @@ def test_a_run_in_actors_equals_the_run_in_one_process(
     assert ray_files
     assert ray_files.items() <= single_files.items(), "the clients' memory is in the run's directory"
     assert not cluster or is_open(int(cluster.rpartition(":")[2])), "a running cluster is left alone"
+
+
+DEVICES = {"clients": {"profile": ["phone", "laptop", "workstation"], "dropout": [0.0, 0.2]}}
+SERVERS: dict[str, dict[str, Any]] = {
+    "fedbuff": DEVICES | {"asynchronous": {"name": "fedbuff", "buffer": 2}, "algorithm": {"name": "fedadam"}},
+    "fedasync, sign-flip": DEVICES | {"asynchronous": {"name": "fedasync"}, "attack": {"name": "sign-flip", "share": 0.25}},
+    "drift under privacy, whose budget ends early": {
+        "privacy": {"name": "user-level", "epsilon": 4.0, "noise": 1.0, "delta": 0.01},
+        "scenario": {"name": "drift", "at": 0.6},
+    },
+    "alie": {"attack": {"name": "alie", "share": 0.5, "start": 1}, "robust": {"name": "geometric-median"}},
+    "label-flip": {"attack": {"name": "label-flip", "share": 0.5, "start": 1}, "algorithm": {"name": "scaffold"}},
+    "modality-swap": {"attack": {"name": "modality-swap", "share": 0.5}, "scenario": {"name": "aligned"}},
+}
+
+
+def test_servers_that_do_not_wait_or_trust_do_the_same_with_actors(write_experiment: Write, cluster: str) -> None:
+    """Asynchronous, private and attacked runs, each interrupted and resumed. One pair of actors serves all of them."""
+
+    def interrupt(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "rounds" and done == 2:
+            raise KeyboardInterrupt
+
+    base, memory = read(write_experiment(FLEET, rounds=5)), Path("memory")
+    base["train"] |= {"cohort": 1, "clients_per_round": 3}
+    with on_ray(RayOptions(actors=2, cpus=0.5, address=cluster)) as started:
+        backend = replace(started, open=lambda context: started.open(replace(context, memory=memory)))
+        for name, tables in SERVERS.items():
+            parts, single, ray = build(validate(base | tables)), RunDir(Path(name, "single")), RunDir(Path(name, "ray"))
+            expected = execute("federated", Session(parts, parts.prepare()), single)
+            with pytest.raises(KeyboardInterrupt):
+                execute("federated", Session(parts, parts.prepare(), interrupt), ray, backend)
+            result = execute("federated", Session(parts, parts.prepare()), ray, backend)
+            for key in ("metrics", "per_client", "bytes_up", "bytes_down", "adapter_sha256", "privacy_spent"):
+                assert result[key] == expected[key], (name, key)
+            records = [[{**record, "seconds": 0.0} for record in run.rounds()] for run in (single, ray)]
+            assert repr(records[0]) == repr(records[1]), name  # in which NaN equals itself
+            shutil.rmtree(memory, ignore_errors=True)
 
 
 class ActorKiller(RunDir):

@@ -216,6 +216,22 @@ def test_the_order_of_updates_does_not_matter(name: str, rows: list[list[float]]
     assert one.kept == other.kept
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_tensors_does_not_matter(name: str) -> None:
+    """Bit for bit: what comes from a file or over a network has the tensors in another order."""
+    adapter, info, algorithm = lora_adapter(), round_info(sampled=range(7)), fedavg()
+    noise = np.random.default_rng(0).normal(size=(7, sum(t.numel() for t in adapter.values()))).astype(np.float32)
+    pieces = [torch.from_numpy(row).split([t.numel() for t in adapter.values()]) for row in noise]
+    changed = [{n: t + piece.view_as(t) for (n, t), piece in zip(adapter.items(), p, strict=True)} for p in pieces]
+    reverse = [dict(reversed(tensors.items())) for tensors in changed]
+    there, back = (
+        robust(name).combine([update(c, tensors) for c, tensors in enumerate(uploads)], algorithm, {"adapter": adapter}, info)
+        for uploads in (changed, reverse)
+    )
+    assert all(same(a.groups, b.groups) for a, b in zip(there.updates, back.updates, strict=True))
+    assert there.kept == back.kept
+
+
 # Breakdown
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -75,6 +76,12 @@ def test_weighted_mean_sums_in_float64_and_keeps_the_dtype() -> None:
 def test_weighted_mean_needs_items_and_positive_weights(values: list[float], by: list[float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         t.weighted_mean([tensors(x=v) for v in values], by)
+
+
+@given(st.dictionaries(st.text(max_size=3), numbers.map(torch.tensor), max_size=9), st.randoms())
+@quick
+def test_the_norm_does_not_depend_on_the_order(a: Tensors, random: Random) -> None:
+    assert t.norm(a) == t.norm(dict(random.sample(list(a.items()), len(a))))
 
 
 def test_norm_distance_and_bytes() -> None:

@@ -72,8 +72,9 @@ def weighted_mean(items: Sequence[Tensors], weights: Sequence[float]) -> Tensors
 
 
 def norm(a: Tensors) -> float:
-    """The Euclidean norm over all entries, computed in float64."""
-    return math.sqrt(sum(float(t.to(torch.float64).square().sum()) for t in a.values()))
+    """The Euclidean norm over all entries, computed in float64. It does not depend on the order of the names, which files and
+    messages change."""
+    return math.sqrt(sum(sorted(float(t.to(torch.float64).square().sum()) for t in a.values())))
 
 
 def distance(a: Tensors, b: Tensors) -> float:

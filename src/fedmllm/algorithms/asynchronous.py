@@ -36,7 +36,10 @@ class Asynchronous:
     mixes: bool = False
 
     def rebased(self, update: Update, staleness: int, now: Tensors, sent: Tensors) -> Update:
-        """The update as if its client had started from the server's adapter `now` instead of from `sent`."""
+        """The update as if its client had started from the server's adapter `now` instead of from `sent`. One with a problem
+        stays as it is."""
+        if update.problem:
+            return update
         weight, trained = self.weight(staleness), update.groups["adapter"]
         if weight == 1.0 and (self.mixes or staleness == 0):
             return update  # exactly, where w + (w_k − w) would round

@@ -154,7 +154,7 @@ class ToyFleet:
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         for client in clients:
-            self.memory[client] = self.before[client]
+            self.memory[client] = self.before.get(client, {})
 
     def commit(self, round: int) -> None:
         self.committed.append(round)

@@ -96,10 +96,6 @@ def check_attack(config: Experiment, attack: Attack) -> None:
             f"attack.name: {name!r} is for simulations only, and fleet.name = {fleet!r} trains on real clients; set "
             'attack.name = "none" or fleet.name = "in-process".'
         )
-    if attack.falsify and fleet != "in-process":
-        raise ConfigError(
-            f'attack.name: {name!r} changes samples, which only this process does; set fleet.name = "in-process".'
-        )
     if attack.distort and config.compression.name != "none":
         raise ConfigError(
             f"attack.name: {name!r} changes updates, which compression.name = {config.compression.name!r} has packed before; "

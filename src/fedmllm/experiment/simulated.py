@@ -86,10 +86,10 @@ def check_asynchronous(config: Experiment, algorithm: Algorithm, asynchronous: A
 def _needs_rounds(config: Experiment) -> str:
     """Which setting belongs to synchronous rounds, and what to do; empty if none."""
     train = config.train
-    if config.fleet.name != "in-process":
+    if config.fleet.name == "flower":
         return (
-            f"is simulated in this process, and fleet.name = {config.fleet.name!r} waits for all clients of a round; set "
-            'fleet.name = "in-process"'
+            'goes by a virtual clock, and fleet.name = "flower" trains on real clients and waits for all of a round; set it to '
+            '"in-process" or "ray"'
         )
     if not devices_of(config.clients, 1, config.seed):
         return 'needs a virtual clock, and [clients] describes no devices; set clients.profile = "phone" or others'

@@ -37,7 +37,7 @@ def asynchronous_step(
     began = traffic.now
     rng, started, messages = stream(plan.seed, "sampling", version), set[int](), dict[int, State]()
     arrived: list[Flight] = []
-    while sum(flight.update is not None for flight in arrived) < method.buffer:
+    while sum(flight.trained for flight in arrived) < method.buffer:
         if all(flight.arrives > traffic.now for flight in traffic.flights):
             answered = {flight.client for flight in arrived}
             clients = _next_clients(plan, rng, traffic, started | answered)

@@ -136,18 +136,19 @@ class SiteExperiment:
 
     def info(self, job: Job) -> RoundInfo:
         """The round of a job. What the job leaves out, a site knows from the experiment and from its own model."""
-        config, adapter = self.config, self.session.model.info
-        rounds, clients = config.train.rounds, config.partition.clients
+        config, adapter, mechanism = self.config, self.session.model.info, self.session.parts.mechanism
+        rounds = mechanism.rounds if mechanism else config.train.rounds  # a privacy budget may end a run early
+        clients = config.partition.clients
         return RoundInfo(job.round, rounds, clients, job.sampled, config.seed, adapter, job.ranks, lr=job.lr)
 
-    def fleet(self, memory: Path, clients: Sequence[int]) -> InProcessFleet:
-        """A fleet that trains these clients in this process, with as many in one pass as fit in memory."""
-        session, train = self.session, self.config.train
-        session.prepare(session.clients, clients)
+    def fleet(self, memory: Path, clients: Sequence[int], round: int) -> InProcessFleet:
+        """A fleet that trains these clients in this process in that round, with as many in one pass as fit in memory."""
+        session, train, attack = self.session, self.config.train, self.session.parts.attack
+        falsified = attack is not None and attack.falsify is not None and round >= attack.start
+        data = session.attacked if falsified else session.clients
+        session.prepare(data, clients)
         if len(clients) > self._cohort:
-            samples = (sample for client in clients for sample in session.clients[client])
+            samples = (sample for client in clients for sample in data[client])
             self._cohort = cohort_size(session.model, samples, train, len(clients))
-        context = FleetContext(
-            session.model, self.algorithm, session.clients, train, session.initial, session.gaps, memory, self._cohort
-        )
-        return InProcessFleet(replace(context, in_round=session.clients.changing))
+        context = FleetContext(session.model, self.algorithm, data, train, session.initial, session.gaps, memory, self._cohort)
+        return InProcessFleet(replace(context, in_round=data.changing))

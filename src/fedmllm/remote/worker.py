@@ -147,11 +147,12 @@ class Worker:
         return [_reply(answer) for answer in answers]
 
     def _train(self, experiment: SiteExperiment, jobs: Sequence[Job], messages: Mapping[int, State]) -> dict[int, Update]:
-        fleet = experiment.fleet(self._folder / jobs[0].run, list(messages))
+        fleet = experiment.fleet(self._folder / jobs[0].run, list(messages), jobs[0].round)
         return {update.client: update for update in fleet.train(experiment.info(jobs[0]), messages)}
 
     def _own_adapter(self, experiment: SiteExperiment, job: Job) -> Tensors:
-        return experiment.fleet(self._folder / job.run, [job.client]).personal(job.client, job.state, job.round)
+        fleet = experiment.fleet(self._folder / job.run, [job.client], job.round)
+        return fleet.personal(job.client, job.state, job.round)
 
     def _evaluate(self, experiment: SiteExperiment, job: Job) -> Reply:
         task, test_set = experiment.test_set(self._site)

@@ -106,8 +106,11 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
 
     `backend` is where the clients of a federation train; baselines always train in this process.
     """
+    attackers: list[int] = []
     if kind == "federated":
         check_secure_backend(session, backend)
+        if session.parts.attack is not None:
+            attackers = check_attackers(session)
         if (mechanism := session.parts.mechanism) is not None:
             session.progress("privacy", 0, 0, mechanism.summary())
             if mechanism.rounds < session.config.train.rounds:
@@ -125,8 +128,8 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
         everyone = range(session.dataset.manifest.clients)
         clients = participants(federation_plan(session)) if federated else run.evaluator.sample_clients(everyone)
         session.prepare(session.clients, clients)
-        if federated and session.parts.attack is not None:
-            session.prepare(session.attacked, check_attackers(session))
+        if attackers:
+            session.prepare(session.attacked, attackers)
         most = session.config.train.clients_per_round if federated else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
         run.cohort = cohort_size(session.model, samples, session.config.train, most)
@@ -170,7 +173,8 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: ClientData) -> Fleet:
         return fleet
     if attack is not None:
         falsified = replace(context, data=session.attacked, in_round=session.attacked.changing)
-        attacked = backend.open(falsified) if attack.falsify else fleet
+        # In other processes, a client's worker knows from the experiment when to falsify its samples.
+        attacked = backend.open(falsified) if attack.falsify and backend.local else fleet
         fleet = AttackedFleet(attack, session.attackers, algorithm, fleet, attacked)
     if secure is None:
         return fleet

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedmllm.algorithms import Update
+from fedmllm.algorithms import Update, failed
 from fedmllm.simulation.clock import GROUP
 from fedmllm.tensors import State, Tensors
 
-_FLIGHTS, _UPDATE, _SENT = "flights", "flight-", "sent-"
+_FLIGHTS, _PROBLEM, _UPDATE, _SENT = "flights", "problem-", "flight-", "sent-"
 _COUNTS = ("client", "version", "examples", "steps")
 _FIGURES = ("arrives", "compute", "transfer", "loss", "padding")
 
@@ -19,7 +19,7 @@ _FIGURES = ("arrives", "compute", "transfer", "loss", "padding")
 @dataclass(frozen=True)
 class Flight:
     """A client that was sent the model after `version` steps and answers when the clock shows `arrives` seconds; `update` is
-    None if it drops out."""
+    None if it drops out, and has a `problem` if it could not be trained."""
 
     client: int
     version: int
@@ -27,6 +27,10 @@ class Flight:
     compute: float
     transfer: float
     update: Update | None
+
+    @property
+    def trained(self) -> bool:
+        return self.update is not None and not self.update.problem
 
     def row(self) -> dict[str, float]:
         update = self.update or Update(self.client, {}, 0, 0)
@@ -56,7 +60,12 @@ class Traffic:
         state: State = {GROUP: {"seconds": torch.tensor([self.now], dtype=torch.float64)}, _FLIGHTS: numbers}
         state |= {f"{_SENT}{version}": tensors for version, tensors in self.sent.items()}
         for flight in self.flights:
-            if flight.update is not None:
+            if flight.update is None:
+                continue
+            if flight.update.problem:
+                text = torch.tensor(list(flight.update.problem.encode()), dtype=torch.uint8)
+                numbers[f"{_PROBLEM}{flight.client}"] = text
+            else:
                 state[f"{_UPDATE}{flight.client}"] = flight.update.groups["adapter"]
         return state
 
@@ -73,6 +82,8 @@ class Traffic:
 
 def _flight(row: dict[str, float], state: State) -> Flight:
     client, update = int(row["client"]), None
+    if (text := state[_FLIGHTS].get(f"{_PROBLEM}{client}")) is not None:
+        update = failed(client, bytes(text.tolist()).decode())
     if f"{_UPDATE}{client}" in state:
         metrics = {"loss": row["loss"], "padding": row["padding"]}
         groups = {"adapter": state[f"{_UPDATE}{client}"]}

@@ -84,8 +84,8 @@ def centered_clip(*, bound: float = 0.0, factor: float = 1.0, iterations: int = 
 def _lengths(changes: Changes, centre: Tensors) -> torch.Tensor:
     """‖x_k − centre‖: (n,)."""
     squares = torch.zeros(len(changes.uploads), dtype=torch.float64)
-    for name, tensor in centre.items():
-        squares += (changes.rows(name) - tensor.double().flatten()).square().sum(1)
+    for name in sorted(centre):
+        squares += (changes.rows(name) - centre[name].double().flatten()).square().sum(1)
     return squares.sqrt()
 
 

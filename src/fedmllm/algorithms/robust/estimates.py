@@ -47,8 +47,9 @@ class Changes:
         return (rows - self.sent[name].double() if name in self.sent else rows).flatten(1)
 
     def each(self, reduce: Callable[[str, Tensor], Tensor]) -> Tensors:
-        """name -> `reduce(name, rows)`, in the shape of the tensor."""
-        return {name: reduce(name, self.rows(name)).view(tensor.shape) for name, tensor in self.uploads[0].items()}
+        """name -> `reduce(name, rows)`, in the shape of the tensor, and in the order of the names, which `reduce` may sum over:
+        files and messages change that of the tensors."""
+        return {name: reduce(name, self.rows(name)).view(tensor.shape) for name, tensor in sorted(self.uploads[0].items())}
 
     def mean(self, weights: Tensor) -> Tensors:
         """Σ_k weights_k x_k."""
@@ -59,7 +60,7 @@ class Changes:
         zeros = torch.zeros(len(self.uploads), len(self.uploads), dtype=torch.float64)
         if on == "product" and self.whole:
             return sum(self._products(), zeros)
-        return sum((rows @ rows.T for rows in map(self.rows, self.uploads[0])), zeros)
+        return sum((rows @ rows.T for rows in map(self.rows, sorted(self.uploads[0]))), zeros)
 
     def _products(self) -> Iterator[Tensor]:
         """Of each module ⟨B_i A_i − B A, B_j A_j − B A⟩, with ⟨B_i A_i, B_j A_j⟩ = Σ_ab (B_iᵀ B_j)_ab (A_i A_jᵀ)_ab.
