@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from fedmllm.errors import RunError
 from fedmllm.report.convergence import Speeds, curve, reached, speeds
 from fedmllm.report.curves import curves, mean_line, ticks
 from fedmllm.report.grids import read_grid
@@ -46,6 +47,23 @@ def test_rounds_and_bytes_to_a_score(tmp_path: Path) -> None:
     assert points == [(1, 200, 0.2, None), (2, 400, 0.75, None), (4, 800, 0.8, None)], "the end of the run is a point"
     assert reached(points, 0.75) == (2, 400, 0.75, None)
     assert reached(points, 0.9) is None
+
+
+@pytest.mark.parametrize("wrong", [{"score": 1.5}, {"score": -0.1}, {"end": 1e300}, {"end": -5.0}, {"end": math.nan}])
+def test_points_that_no_run_writes_are_refused(wrong: dict[str, float], tmp_path: Path) -> None:
+    make_run(tmp_path / "run", {"both": 0.8})
+    write_rounds(tmp_path / "run", {1: wrong.get("score", 0.2)}, 2, (wrong.get("end", 1.0), 2.0))
+    with pytest.raises(RunError, match="a file is not as a run writes it"):
+        curve(RunDir(tmp_path / "run"))
+
+
+def test_an_evaluation_without_a_score_is_no_point(tmp_path: Path) -> None:
+    """Null is the AUC of test samples of one class."""
+    make_run(tmp_path / "run", {"both": 0.8})
+    write_rounds(tmp_path / "run", {1: math.nan, 2: 0.5}, 3)
+    file = tmp_path / "run" / "rounds.jsonl"
+    file.write_text(file.read_text().replace("NaN", "null"))
+    assert [point.rounds for point in curve(RunDir(tmp_path / "run"))] == [2, 3]
 
 
 def test_the_target_is_a_score_that_a_run_reached(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +76,13 @@ class Speeds:
 
 
 def curve(run: RunDir) -> list[Point]:
-    """One point per round that was evaluated, and one for the end of the run."""
+    """One point per round that was evaluated, and one for the end of the run; without those whose score is not defined, such
+    as the AUC of a single class."""
     with reading(run.path):
-        return _curve(run.result(), run.rounds())
+        points = [point for point in _curve(run.result(), run.rounds()) if not math.isnan(point.score)]
+        if not all(0 <= p.score <= 1 and p.bytes < 2**63 and 0 <= (p.seconds or 0.0) <= 1e15 for p in points):
+            raise ValueError("a score is not between 0 and 1, or bytes or a time are out of range")
+        return points
 
 
 def _curve(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -212,12 +216,16 @@ def _multiple(log: float) -> str:
 def _picture(chapter: Chapter, rows: Sequence[Speed]) -> str:
     """Rows of panels by the first axis, lines by the others."""
     places: dict[str, dict[str, dict[str, Line]]] = {}
-    costs = {"rounds": lambda p: p.rounds, "MB": lambda p: p.bytes / 1e6, "simulated seconds": lambda p: p.seconds}
+    costs: dict[str, Callable[[Point], float]] = {
+        "rounds": lambda point: point.rounds,
+        "MB": lambda point: point.bytes / 1e6,
+        "simulated seconds": lambda point: point.seconds or 0.0,
+    }
     for speed in rows:
         name = " · ".join(speed.axes[axis] for axis in chapter.downs)
         runs = [points for points in speed.units.values() if points]
         for label, cost in costs.items():
             lines = places.setdefault(speed.axes.get(chapter.across, ""), {}).setdefault(label, {})
             if runs:
-                lines[name] = mean_line([[(float(cost(point)), 100 * point.score) for point in run] for run in runs])
+                lines[name] = mean_line([[(cost(point), 100 * point.score) for point in run] for run in runs])
     return curves(f"{chapter.grid.name}: score, %", places)

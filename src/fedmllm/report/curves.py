@@ -21,10 +21,10 @@ def mean_line(runs: Sequence[Line]) -> Line:
 
     A run is interpolated between its evaluations, and keeps its last score after its end.
     """
-    runs = [list(dict(run).items()) for run in runs]  # of several evaluations at the same cost, the last one
-    start = max(run[0][0] for run in runs)
-    costs = sorted({cost for run in runs for cost, _ in run if cost >= start})
-    scores = np.mean([np.interp(costs, *zip(*run, strict=True)) for run in runs], axis=0)
+    by_cost = [dict(run) for run in runs]  # of several evaluations at the same cost, the last one
+    start = max(min(run) for run in by_cost)
+    costs = sorted({cost for run in by_cost for cost in run if cost >= start})
+    scores = np.mean([np.interp(costs, list(run), list(run.values())) for run in by_cost], axis=0)
     return list(zip(costs, scores.tolist(), strict=True))
 
 

@@ -103,10 +103,10 @@ def _add_key_figures(
 ) -> None:
     """The suite's `KEY_FIGURES` of each cell, and how far they are above those of the baseline at the same place."""
     columns: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
-    for heading, (table, row_name, column) in KEY_FIGURES.get(suite, {}).items():
+    for heading, (name, key, column) in KEY_FIGURES.get(suite, {}).items():
         values = {
             tuple(row.axes.values()): {
-                unit: _number(runs[run].get(table, {}).get(row_name, {}).get(column))
+                unit: _number(runs[run].get(name, {}).get(key, {}).get(column))
                 for unit, run in row.units.items()
                 if run in runs
             }
@@ -118,21 +118,22 @@ def _add_key_figures(
         return
     axes, rows = chapter.grid.axes, [row for row, _ in cells]
     page.paragraph(f"{suite}: key figures")
-    table = []
+    table: list[list[str]] = []
     for row in rows:
         # Replicates that share a run, as those of zero-shot do if they share their data, are one observation.
-        first = {run: unit for unit, run in reversed(row.units.items())}
-        units = [values[tuple(row.axes.values())] for values in columns.values()]
-        own = [{unit: of_cell[unit] for unit in first.values() if unit in of_cell} for of_cell in units]
-        table.append([*row.axes.values(), *(replicated(summary({"": values}), _percent) for values in own)])
+        distinct = {run: unit for unit, run in row.units.items()}
+        of_cell = [by_cell[tuple(row.axes.values())] for by_cell in columns.values()]
+        own = [{unit: units[unit] for unit in distinct.values() if unit in units} for units in of_cell]
+        table.append([*row.axes.values(), *(replicated(summary({"": units}), _percent) for units in own)])
     page.table([*axes, *columns], table, len(axes))
     if baseline is None:
         return
-    axis, body = axis_of(chapter.grid, baseline, chapter.folder), []
+    axis = axis_of(chapter.grid, baseline, chapter.folder)
+    body: list[list[str]] = []
     for row in rows:
         ours, theirs = tuple(row.axes.values()), tuple({**row.axes, axis: baseline}.values())
         if ours != theirs and theirs in next(iter(columns.values())):
-            differences = [compare({"": values[ours]}, {"": values[theirs]}) for values in columns.values()]
+            differences = [compare({"": by_cell[ours]}, {"": by_cell[theirs]}) for by_cell in columns.values()]
             body.append([*ours, *map(replicated, differences)])
     if body:
         page.paragraph(f"{suite}: points above {baseline}, paired by replicate")
