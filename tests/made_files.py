@@ -334,7 +334,8 @@ RESULT: dict[str, Any] = {
 ROUNDS: list[dict[str, Any]] = [
     {"round": number, "lr": 0.01, "sampled": [0, 1], "examples": 8, "steps": 2, "loss": 0.5, "bytes_down": {"adapter": 500},
      "bytes_up": {"adapter": 500}, "refused": [{"client": 1, "why": "its norm"}], "seconds": 0.5, "padding": 0.1,
-     "metrics": {"both": _METRICS}, "kept": {"0": 0.5}, "privacy": {"epsilon": 0.5, "clip": 0.1}}
+     "metrics": {"both": _METRICS}, "kept": {"0": 0.5}, "privacy": {"epsilon": 0.5, "clip": 0.1},
+     "clock": {"began": 60.25 * number, "seconds": 60.25, "clients": {"0": {"compute": 60.25, "transfer": 0.0}}, "lost": [1]}}
     for number in range(2)
 ]  # fmt: skip
 META = {

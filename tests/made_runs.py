@@ -90,3 +90,15 @@ def index_of(*ids: str, name: str = "made") -> bytes:
     """The content of a `sweep.json` with a cell for each of these runs."""
     cells = [{"axes": {"m": i}, "seed": 0, "kind": "local", "id": i, "state": "complete"} for i in ids]
     return json.dumps({"schema": 1, "name": name, "axes": ["m"], "cells": cells}).encode()
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading."""
+    following = text.partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(following) if line.startswith("|"))
+    lines = []
+    for line in following[start:]:
+        if not line.startswith("|"):
+            break
+        lines.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [lines[0], *lines[2:]]

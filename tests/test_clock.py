@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import call
 from fedmllm.algorithms import algorithms
 from fedmllm.config import ClientsTable, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.experiment.sweep import essential
 from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, federate
+from fedmllm.report.convergence import curve
 from fedmllm.runs.kept import kept_by_group
 from fedmllm.runs.result import simulated_seconds
 from fedmllm.simulation.clock import GROUP, Simulation
 from fedmllm.simulation.devices import Device, devices, devices_of
+from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State, nbytes
 from helpers import ADAPTER_INFO, FakeFleet, examples_of, lora_adapter, same
 
@@ -247,3 +252,18 @@ def test_the_simulation_of_an_experiment_counts_every_epoch() -> None:
     assert made is not None
     assert made.examples == [15, 18, 21, 24]
     assert Simulation.of(validate(FILE), [5, 6, 7, 8]) is None
+
+
+@pytest.mark.parametrize("server", ['[asynchronous]\nname = "fedbuff"\nbuffer = 1\n', ""], ids=["fedbuff", "synchronous"])
+def test_a_run_shows_its_simulated_time(server: str, write_experiment: Callable[..., Path], tmp_path: Path) -> None:
+    file = write_experiment("every = 1\n[clients]\nspeed = [0.01, 0.02]\n" + server, rounds=2)
+    done = call("run", file, "--set", "eval.bootstrap=20", "--set", 'eval.patterns=["text"]', "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    run = RunDir(tmp_path / "run")
+    ends = [record["clock"]["began"] + record["clock"]["seconds"] for record in run.rounds()]
+    assert 0 < ends[0] < ends[1] == run.result()["simulated_seconds"]
+    assert [point.seconds for point in curve(run)] == ends
+    for end in ends:
+        assert f"  {end:.0f} simulated s" in done.stderr
+    assert "simulated s" in done.stdout
+    assert f" {ends[1]:.0f} " in done.stdout

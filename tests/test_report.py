@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 
 from commands import call
-from fedmllm.report.convergence import Speeds, curve, reached, speeds
 from fedmllm.report.grids import read_grid
 from fedmllm.report.radar import radar, scale
-from fedmllm.report.scores import Spread
 from fedmllm.report.writeup import choose_baseline, page
-from fedmllm.storage.run_dir import RunDir
-from made_runs import make_run, make_sweep
+from made_runs import make_run, make_sweep, rows_of
 
 AXES = {"setting": ["α = 5", "β = 0.3", "I:T = 3:7", "p < 1"], "method": ["zero-shot", "local", "FedAvg", "Broken"]}
 SHARES = {"zero-shot": 0.5, "local": 0.6, "FedAvg": 0.9, "Broken": 0.3}
@@ -33,18 +30,6 @@ def hits(cell: Mapping[str, str], seed: int, pattern: str) -> float:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_sweep(tmp_path / "grid", AXES, hits, kinds=KINDS)
-
-
-def rows_of(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table after a heading."""
-    following = text.partition(heading)[2].splitlines()
-    start = next(i for i, line in enumerate(following) if line.startswith("|"))
-    lines = []
-    for line in following[start:]:
-        if not line.startswith("|"):
-            break
-        lines.append([cell.strip() for cell in line.strip("|").split("|")])
-    return [lines[0], *lines[2:]]
 
 
 def test_the_page_shows_the_results_of_the_runs(folder: Path, tmp_path: Path) -> None:
@@ -287,66 +272,3 @@ def test_long_names_and_many_lines_fit_in_the_picture() -> None:
 def test_a_radar_chart_needs_three_axes_and_a_score(axes: list[str], line: list[float | None]) -> None:
     with pytest.raises(ValueError, match="three axes and a score"):
         radar("", axes, {"x": line})
-
-
-# Convergence
-
-
-def write_rounds(run: Path, scores: Mapping[int, float], rounds: int = 4) -> None:
-    """`scores`: rounds completed -> the score of an evaluation at that point; 100 bytes each way per round."""
-    lines = []
-    for number in range(rounds):
-        metrics = {"both": {"accuracy": scores[number + 1]}} if number + 1 in scores else None
-        lines.append(json.dumps({"round": number, "bytes_up": {"a": 100}, "bytes_down": {"a": 100}, "metrics": metrics}))
-    (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def test_rounds_and_bytes_to_a_score(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", {"both": 0.8})
-    write_rounds(tmp_path / "run", {1: 0.2, 2: 0.75})
-    points = curve(RunDir(tmp_path / "run"))
-    assert points == [(1, 200, 0.2, None), (2, 400, 0.75, None), (4, 800, 0.8, None)], "the end of the run is a point"
-    assert reached(points, 0.75) == (2, 400, 0.75, None)
-    assert reached(points, 0.9) is None
-
-
-def test_the_target_is_a_score_that_a_run_reached(tmp_path: Path) -> None:
-    folder = make_sweep(tmp_path / "grid", {"setting": ["s"], "method": ["fast", "slow"]}, lambda c, s, p: 0.8, seeds=[0])
-    for name, scores in (("federated-0", {1: 0.7, 2: 0.8}), ("federated-1", {1: 0.3, 2: 0.4, 4: 0.5})):
-        write_rounds(folder / name, scores)
-    result = folder / "federated-1" / "result.json"
-    result.write_text(re.sub(r'("both": \{"accuracy": )0.8', r"\g<1>0.5", result.read_text()))
-    found = speeds(folder, read_grid(folder).rows)
-    assert isinstance(found, Speeds)
-    assert found.target == pytest.approx(0.3 + 0.9 * 0.5)
-    fast, slow = found.rows
-    assert (fast.reached, fast.rounds, fast.bytes) == (1, 2, 400)
-    assert (slow.reached, slow.rounds) == (0, None)
-    assert slow.after == {1: Spread(0.3), 2: Spread(0.4)}, "4 is not one of the stops"
-    text = "\n".join(page([folder]).lines)
-    assert "### Rounds and bytes to 75.0" in text
-    assert rows_of(text, "After so many rounds:") == [
-        ["setting", "method", "1", "2"], ["s", "fast", "70.0", "80.0"], ["s", "slow", "30.0", "40.0"],
-    ]  # fmt: skip
-    assert rows_of(text, "## made")[0] == ["method", "s"], "a single place has no mean column"
-    assert [len(row) for row in rows_of(text, "### Against fast")] == [8, 8]
-
-
-def test_runs_that_were_evaluated_only_at_the_end_have_no_speed(folder: Path) -> None:
-    assert speeds(folder, read_grid(folder).rows) is None
-
-
-def test_simulated_time_to_a_score(tmp_path: Path) -> None:
-    folder = make_sweep(tmp_path / "grid", {"setting": ["s"], "method": ["fast", "slow"]}, lambda c, s, p: 0.8, seeds=[0])
-    for name, seconds in (("federated-0", 5.0), ("federated-1", None)):
-        write_rounds(folder / name, {1: 0.2, 2: 0.8})
-        lines = [json.loads(line) for line in (folder / name / "rounds.jsonl").read_text().splitlines()]
-        for line in lines:
-            line["clock"] = {"began": line["round"] * seconds, "seconds": seconds} if seconds else {}
-        (folder / name / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curve(RunDir(folder / "federated-0"))[1] == (2, 400, 0.8, 10.0)
-    found = speeds(folder, read_grid(folder).rows)
-    assert found is not None
-    assert [row.seconds for row in found.rows] == [10.0, None]
-    text = "\n".join(page([folder]).lines)
-    assert [row[-1] for row in rows_of(text, "### Rounds and bytes to 74.0")] == ["simulated seconds", "10.0", "–"]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
+import fedmllm.evaluation.suites as suites_folder
 from commands import call, run
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import RunError
 from fedmllm.models.mllm import MLLM
+from fedmllm.report.suites import KEY_FIGURES
 from fedmllm.report.writeup import page
 from helpers import png
-from made_runs import make_sweep
+from made_runs import make_sweep, rows_of
 
 Write = Callable[..., Path]
 ALL = ["attribution", "corruption", "cross-modal"]
@@ -113,6 +116,80 @@ def test_the_report_has_the_means_over_runs(tmp_path: Path) -> None:
     assert f"| α · fedavg | both | 50.5 ± {100 * math.sqrt(0.5) / 100:.1f} | 12 |" in text
     assert "| β · fedavg | both | 52.5 ± 0.7 | 12 |" in text
     assert "| α · fedavg | a&#124;b | – | – |" in text
+
+
+def examined(folder: Path, figures: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+    """Give the runs of each cell, in the order of their seeds, these findings: "robustness" and both "gains"."""
+    for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
+        of_run = dict(figures[cell["axes"]["method"]][cell["seed"]])
+        path = folder / cell["id"] / "result.json"
+        result = json.loads(path.read_text())
+        robust = {"both": {"clean": 0.9, "robustness": of_run.pop("robustness")}}
+        gains = {modality: {"n": 10, "gain": gain} for modality, gain in of_run.items()}
+        tables = {"corruption": {"robustness": robust}, "attribution": {"gains": gains}, "own": {"x": {"all": {"y": 0.5}}}}
+        found = {suite: {"tables": t, "unavailable": [], "details": {}} for suite, t in tables.items()}
+        path.write_text(json.dumps(result | {"suites": found}))
+
+
+def test_key_figures_have_intervals_and_are_compared_with_the_baseline(tmp_path: Path) -> None:
+    axes, seeds = {"scenario": ["cross"], "method": ["zero-shot", "fedavg", "fedyogi"]}, [0, 1, 2]
+    folder = make_sweep(tmp_path / "made", axes, lambda *_: 0.5, seeds=seeds, kinds={"zero-shot": "zero-shot"})
+    trained = [{"robustness": r, "image": i, "text": -0.025} for r, i in ((0.7, 0.1), (0.8, 0.2), (0.9, 0.4))]
+    partly = [{"robustness": r, "image": i} for r, i in ((0.6, 0.1), (0.5, None), (0.7, 0.3))]
+    examined(folder, {"zero-shot": [{"robustness": 0.6, "image": 0.0, "text": 0.0}] * 3, "fedavg": trained, "fedyogi": partly})
+    text = "\n".join(page([folder]).lines)
+    half = stats.t.ppf(0.975, 2) * 10 / math.sqrt(3)
+    head, *rows = rows_of(text, "corruption: key figures")
+    assert head == ["scenario", "method", "robustness, both"]
+    assert [row[2] for row in rows] == [
+        "60.0", f"80.0 [{80 - half:.1f}, {80 + half:.1f}]", f"60.0 [{60 - half:.1f}, {60 + half:.1f}]",
+    ]  # fmt: skip
+    assert [row[1:] for row in rows_of(text, "corruption: points above zero-shot, paired by replicate")[1:]] == [
+        ["fedavg", f"+20.0 [{20 - half:+.1f}, {20 + half:+.1f}]"],
+        ["fedyogi", f"+0.0 [{-half:+.1f}, {half:+.1f}]"],
+    ]
+    low, high = stats.ttest_1samp([10, 20, 40], 0).confidence_interval()
+    wide = stats.t.ppf(0.975, 1) * 10
+    head, *rows = rows_of(text, "attribution: key figures")
+    assert head == ["scenario", "method", "image gain", "text gain"], "without columns that no run has"
+    assert [row[2:] for row in rows] == [
+        ["0.0", "0.0"],
+        [f"23.3 [{low:.1f}, {high:.1f}]", "-2.5"],
+        [f"20.0 [{20 - wide:.1f}, {20 + wide:.1f}] (2 of 3)", "–"],
+    ]
+    assert rows_of(text, "attribution: gains")[1][:2] == ["cross · zero-shot", "image"], "the whole table follows"
+    assert "own: x" in text, "suites of plugins have their tables"
+    assert "own: key figures" not in text
+
+
+def test_a_difference_between_cells_is_paired(tmp_path: Path) -> None:
+    """Both vary by ten points between replicates, and their difference by one."""
+    folder = make_sweep(tmp_path / "made", {"s": ["a", "b"], "method": ["one", "two"]}, lambda *_: 0.5, seeds=[0, 1, 2])
+    one = [{"robustness": r} for r in (0.5, 0.6, 0.7)]
+    two = [{"robustness": r} for r in (0.54, 0.65, 0.76)]
+    examined(folder, {"one": one, "two": two})
+    half = stats.t.ppf(0.975, 2) / math.sqrt(3)
+    assert rows_of("\n".join(page([folder]).lines), "corruption: points above one, paired by replicate")[1:] == [
+        [place, "two", f"+5.0 [{5 - half:+.1f}, {5 + half:+.1f}]"] for place in ("a", "b")
+    ]
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", {"s": ["a"], "method": ["one", "two"]}, lambda *_: 0.5, seeds=[0])
+    examined(folder, {"one": [{"robustness": 0.5}], "two": [{"robustness": 0.75}]})
+    text = "\n".join(page([folder]).lines)
+    assert [row[2] for row in rows_of(text, "corruption: key figures")[1:]] == ["50.0", "75.0"]
+    assert [row[2] for row in rows_of(text, "corruption: points above one")[1:]] == ["+25.0"]
+
+
+@pytest.mark.parametrize("suite", KEY_FIGURES)
+def test_key_figures_are_figures_of_the_suites(suite: str) -> None:
+    """Every table, row and column that is looked up is written by the suite's own file."""
+    source = (Path(suites_folder.__file__).parent / f"{suite.replace('-', '_')}.py").read_text()
+    for table, row, column in KEY_FIGURES[suite].values():
+        assert f'"{table}"' in source
+        assert row in ("both", "image", "text") or f'"{row}"' in source
+        assert f'"{column}"' in source
 
 
 @pytest.mark.parametrize("findings", [{"tables": []}, {"tables": {"t": 5}}, {"tables": {"t": {"row": 0.5}}}, [], {}, "text"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,17 @@ def conclusions(comparisons: Comparisons) -> list[str]:
     return sentences + ([best_set(comparisons.not_beaten)] if comparisons.not_beaten else [])
 
 
-def interval(comparison: Comparison) -> str:
-    """ "+3.2 [+1.0, +5.4]", in points, or the number alone if it has no interval."""
-    bounds = "" if math.isnan(comparison.low) else f" [{points(comparison.low)}, {points(comparison.high)}]"
-    return points(comparison.estimate) + bounds
+def interval(comparison: Comparison, write: Callable[[float], str] = points) -> str:
+    """ "+3.2 [+1.0, +5.4]", in points or as `write` has it, or the number alone if it has no interval."""
+    bounds = "" if math.isnan(comparison.low) else f" [{write(comparison.low)}, {write(comparison.high)}]"
+    return write(comparison.estimate) + bounds
+
+
+def replicated(comparison: Comparison, write: Callable[[float], str] = points) -> str:
+    """The interval, with " (3 of 5)" if only so many units have what it is about; a dash without any."""
+    units = comparison.units + comparison.dropped
+    some = f" ({comparison.units} of {units})" if comparison.dropped else ""
+    return interval(comparison, write) + some if comparison.units else UNKNOWN
 
 
 HEAD = ("mean", "points above", "p (Holm)", "MDE", "not larger than ±", "worst", "units")

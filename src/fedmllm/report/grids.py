@@ -32,7 +32,8 @@ class GridRow:
 
     `units` maps every replicate or seed to its run, which several seeds may share, and `draws` every replicate to its draw of
     the data. `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under
-    each pattern and `ceiling` its best possible score, if known. `seconds` and `bytes` are means per run. `metric`, `pattern`,
+    each pattern and `ceiling` its best possible score, if known. `seconds`, `bytes` and `simulated_seconds`, if all runs
+    have a virtual clock, are means per run. `metric`, `pattern`,
     `algorithm` and `scenario` are empty without a complete run. Complete runs whose test set had no sample to show have no
     scores.
     """
@@ -46,6 +47,7 @@ class GridRow:
     missing: int = 0
     seconds: float | None = None
     bytes: float | None = None
+    simulated_seconds: float | None = None
     metric: str = ""
     pattern: str = ""
     algorithm: str = ""
@@ -61,7 +63,7 @@ class GridRow:
     def to_json(self) -> dict[str, Any]:
         names = ["axes", "kind", "ids", "scores", "missing", "seconds", "bytes"]
         names += ["metric", "pattern", "algorithm", "scenario"] if self.ids else []
-        names += [name for name in ("ceiling", "epsilon") if getattr(self, name)]
+        names += [name for name in ("ceiling", "epsilon", "simulated_seconds") if getattr(self, name)]
         return {
             **{name: getattr(self, name) for name in names},
             **self.spread.to_json(),
@@ -191,6 +193,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "scores": scores,
         "seconds": mean([result["seconds"]["total"] for result in results]),
         "bytes": mean([sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()) for result in results]),
+        "simulated_seconds": mean([result.get("simulated_seconds") for result in results]),
         "metric": metric,
         "pattern": pattern,
         "algorithm": results[-1]["algorithm"],

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fedmllm.report.best import Best
 from fedmllm.report.comparisons import HEAD, Comparisons, comparable, conclusions, figures, interval
-from fedmllm.report.convergence import speeds
 from fedmllm.report.gap_closed import BASELINES, COMPARED, GapClosed, gaps_by_place, gaps_by_scenario
 from fedmllm.report.grids import Cells, Grid, GridRow, row_score
 from fedmllm.report.page import Markdown, Page, escaped
@@ -181,45 +180,31 @@ def add_transfer(page: Page, chapter: Chapter) -> None:
 
 def add_cost(page: Page, chapter: Chapter) -> None:
     """Bytes and seconds per method, or per cell if they depend on the column, as with a rank."""
-    page.heading(3, "Cost", "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it.")
     methods, downs = chapter.methods, chapter.downs
+    timed = any(row.simulated_seconds is not None for row in chapter.grid.rows)
+    clock = " Simulated seconds are those of the virtual clock when the last round ended." if timed else ""
+    what = "A run's mean: what travels up and down, and the wall-clock seconds of the machine that made it."
+    page.heading(3, "Cost", what + clock)
     transferred = [[row.bytes for row in rows.values() if row.bytes is not None] for rows in methods.values()]
     if any(known and max(known) > 1.01 * min(known) for known in transferred):
         table = [
-            [*name, *(" MB, ".join(_cost([rows[c]])) + " s" if c in rows else UNKNOWN for c in chapter.columns)]
+            [*name, *(_cost_of_cell(rows[c], timed) if c in rows else UNKNOWN for c in chapter.columns)]
             for name, rows in methods.items()
         ]
         page.table([*downs, *chapter.columns], table, len(downs))
     else:
-        page.table([*downs, "MB", "seconds"], [[*name, *_cost(list(r.values()))] for name, r in methods.items()], len(downs))
+        head = [*downs, "MB", "seconds", *(["simulated seconds"] if timed else [])]
+        page.table(head, [[*name, *_cost(list(r.values()), timed)] for name, r in methods.items()], len(downs))
 
 
-def _cost(rows: Sequence[GridRow]) -> tuple[str, str]:
-    """Megabytes and seconds, the mean over cells."""
+def _cost(rows: Sequence[GridRow], timed: bool) -> list[str]:
+    """Megabytes, seconds and, if `timed`, simulated seconds, the mean over cells."""
     transferred, seconds = mean([row.bytes for row in rows]), mean([row.seconds for row in rows])
-    return UNKNOWN if transferred is None else f"{transferred / 1e6:.2f}", UNKNOWN if seconds is None else f"{seconds:.2f}"
+    simulated = mean([row.simulated_seconds for row in rows])
+    figures = [UNKNOWN if transferred is None else f"{transferred / 1e6:.2f}", UNKNOWN if seconds is None else f"{seconds:.2f}"]
+    return figures + ([UNKNOWN if simulated is None else f"{simulated:.1f}"] if timed else [])
 
 
-def add_speed(page: Page, chapter: Chapter) -> None:
-    """Rounds and bytes until the target, and the scores on the way there."""
-    convergence = speeds(chapter.folder, chapter.grid.rows)
-    if convergence is None:
-        return
-    axes = chapter.grid.axes
-    page.heading(
-        3,
-        f"Rounds and bytes to {100 * convergence.target:.1f}",
-        "The target is 90 % of the way from the lowest to the best score of all these runs.",
-    )
-    table, timed = [], any(speed.seconds is not None for speed in convergence.rows)
-    for speed in convergence.rows:
-        rounds = UNKNOWN if speed.rounds is None else f"{speed.rounds:.1f}"
-        transferred = UNKNOWN if speed.bytes is None else f"{speed.bytes / 1e6:.2f}"
-        seconds = [] if not timed else [UNKNOWN if speed.seconds is None else f"{speed.seconds:.1f}"]
-        table.append([*speed.axes.values(), f"{speed.reached} of {speed.runs}", rounds, transferred, *seconds])
-    columns = ["runs that reach it", "rounds", "MB", *(["simulated seconds"] if timed else [])]
-    page.table([*axes, *columns], table, len(axes))
-    if stops := sorted({stop for speed in convergence.rows for stop in speed.after}):
-        page.paragraph("A score that was reached need not last. After so many rounds:")
-        table = [[*speed.axes.values(), *(score(speed.after.get(stop)) for stop in stops)] for speed in convergence.rows]
-        page.table([*axes, *map(str, stops)], table, len(axes))
+def _cost_of_cell(row: GridRow, timed: bool) -> str:
+    """ "0.05 MB, 12.00 s", and ", 1234.5 simulated s" if `timed`."""
+    return ", ".join(f"{figure} {unit}" for figure, unit in zip(_cost([row], timed), ("MB", "s", "simulated s"), strict=False))

@@ -26,6 +26,11 @@ def _megabytes(groups: Mapping[str, int]) -> str:
     return f"{sum(groups.values()) / 1e6:.1f}"
 
 
+def _simulated(result: Mapping[str, Any]) -> float | None:
+    """Seconds on the virtual clock; None without one, as in runs of versions that had none."""
+    return result.get("simulated_seconds")
+
+
 def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     """One row per run: the task's metric under each pattern with its 95 % interval, and the cost of the run."""
     patterns = list(dict.fromkeys(pattern for result in results for pattern in result["metrics"]))
@@ -34,7 +39,8 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("run")
     for pattern in patterns:
         table.add_column(pattern, justify="right")
-    for heading in ("rounds", "MB up", "MB down", "seconds"):
+    timed = any(_simulated(result) is not None for result in results)
+    for heading in ("rounds", *(["simulated s"] if timed else []), "MB up", "MB down", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
         method = result["kind"] if result["kind"] != "federated" else _method(result)
@@ -42,7 +48,9 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
             percent(result["metrics"][pattern], result["primary_metric"]) if pattern in result["metrics"] else NO_SAMPLES
             for pattern in patterns
         ]
-        cost = [str(result["rounds"]), _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
+        seconds = _simulated(result)
+        clock = [] if not timed else [UNKNOWN if seconds is None else f"{seconds:.0f}"]
+        cost = [str(result["rounds"]), *clock, _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
         table.add_row(f"{result['name']} · {method}", *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
 

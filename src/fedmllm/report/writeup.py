@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedmllm.errors import RunError
 from fedmllm.report.comparisons import against, comparable
+from fedmllm.report.convergence import add_speed
 from fedmllm.report.grids import Grid, read_grid
 from fedmllm.report.kept import add_kept
 from fedmllm.report.modalities import add_modalities
@@ -19,7 +20,6 @@ from fedmllm.report.sections import (
     add_cost,
     add_patterns,
     add_scores,
-    add_speed,
     add_transfer,
 )
 from fedmllm.report.suites import add_suites
@@ -79,9 +79,9 @@ def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None
     add_kept(document, chapter)
     add_patterns(document, chapter)
     add_transfer(document, chapter)
-    add_suites(document, chapter)
+    add_suites(document, chapter, baseline)
     add_cost(document, chapter)
-    add_speed(document, chapter)
+    add_speed(document, chapter, baseline)
     if incomplete := [" · ".join(row.axes.values()) for row in grid.rows if row.missing]:
         names = "; ".join(incomplete[:5]) + ("; …" if len(incomplete) > 5 else "")
         document.paragraph(f"{len(incomplete)} cells lack runs: {names}.")

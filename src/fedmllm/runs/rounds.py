@@ -216,6 +216,7 @@ def train_rounds(
             record = replace(record, metrics=metrics)
             note += f"  {evaluator.metric} {100 * evaluator.score(metrics):.1f} %"
         directory.save_round(asdict(record), state, session.config.digest())
+        note += f"  {record.clock['began'] + record.clock['seconds']:.0f} simulated s" if record.clock else ""
         lost = len(record.clock.get("lost", ()))
         note += f"  {lost} clients lost" if lost else ""
         if refused := len(record.refused) - lost:

@@ -98,6 +98,7 @@ class _Result(_Shape):
     bytes_up: dict[str, _Count] = {}
     bytes_down: dict[str, _Count] = {}
     seconds: dict[str, _Number] = {}
+    simulated_seconds: _Number | None = None
 
 
 def check_result(result: Any) -> None:
