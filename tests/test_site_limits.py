@@ -178,7 +178,7 @@ def test_epochs_and_samples_are_limited_together(tmp_path: Path) -> None:
     write_samples(tmp_path, "train", 6)
     parts = parts_at(experiment(train={"epochs": 10}), site_in(tmp_path))
     assert len(site_dataset(parts, site_in(tmp_path, limits={"samples": 60})).train) == 6
-    with pytest.raises(ConfigError, match=r"samples in train.epochs = 10 epochs are more than limits.samples in its file"):
+    with pytest.raises(ConfigError, match=r"samples in 10 epochs are more than limits.samples in its file"):
         site_dataset(parts, site_in(tmp_path, limits={"samples": 59}))
 
 
