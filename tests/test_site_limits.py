@@ -284,6 +284,17 @@ def test_jobs_of_a_server_that_does_not_follow_its_experiment(
         check_job(job, config, site)
 
 
+@pytest.mark.parametrize("kind", ["train", "keys"])
+def test_a_server_that_wants_an_update_of_a_few_samples(kind: Any) -> None:
+    """The change of a single step tells more of its samples than that of all steps."""
+    text, site = experiment(**MASKED), site_in(Path())
+    job = Job(kind, RUN, text, 1, 0, drawn(text), steps={1: 1})
+    with pytest.raises(
+        ConfigError, match=r"the server limits the optimizer steps of a round, which it may only in simulations"
+    ):
+        check_job(job, parts_at(text, site).config, site)
+
+
 @pytest.mark.parametrize("sampled", [(1,), (1, 2), (0, 1, 2, 3), None])
 def test_a_site_that_is_asked_alone_sends_no_key(tmp_path: Path, sampled: tuple[int, ...] | None) -> None:
     """The first request of the attack. Without an answer to it, the site answers no later one."""

@@ -88,13 +88,8 @@ class Job:
             job = cls(**{**fields, **collections, "steps": dict(fields.get("steps", ()))}, state=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a job: {error}") from None
-        integers = (
-            job.client,
-            job.round,
-            job.last,
-            *job.sampled,
-            *(n for pairs in (job.ranks, job.steps) for pair in pairs.items() for n in pair),
-        )
+        pairs = (*job.ranks.items(), *job.steps.items())
+        integers = (job.client, job.round, job.last, *job.sampled, *(number for pair in pairs for number in pair))
         if not all(type(number) is int and abs(number) <= MAX_COUNT for number in integers):
             raise ProtocolError("not a job: its clients and rounds are not integers of 63 bits")
         if any(count < 1 for count in job.steps.values()):

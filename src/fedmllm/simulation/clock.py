@@ -118,8 +118,9 @@ class Simulation:
         clients = {client: {"compute": compute, "transfer": transfer} for client, (compute, transfer) in costs.items()}
         times = {client: compute + transfer for client, (compute, transfer) in costs.items()}
         lost = {client: "dropped out" for client in times if self.drops_out(client, info.round)}
+        what = "a step in time" if self.per_step else "in time"
         lost |= {
-            client: f"did not finish{' a step' if self.per_step else ''} in time: it takes {seconds:.4g} s, and train.deadline = {self.deadline:g}"
+            client: f"did not finish {what}: it takes {seconds:.4g} s, and train.deadline = {self.deadline:g}"
             for client, seconds in times.items()
             if seconds > self.deadline and client not in lost
         }
