@@ -177,7 +177,7 @@ def _packed(folder: Path) -> None:
 
 REPLY = Reply(1, {"adapter": tensors(w=[1.0, 2.0]), "control": {}}, 4, 2, {"loss": 1.0, "padding": 0.0}, "",
               {"samples": 4, "image": 3, "text": 2, "skipped": 0, "versions": {"torch": "2"}})  # fmt: skip
-JOB = Job("train", "ab" * 8, "seed = 1", 1, 2, (0, 1), {0: 2, 1: 4}, 0.01, 0, {"adapter": tensors(w=torch.ones(2, 2))})
+JOB = Job("train", "ab" * 8, "seed = 1", 1, 2, (0, 1), {0: 2, 1: 4}, 0.01, 0, {"adapter": tensors(w=torch.ones(2, 2))}, {1: 3})
 
 
 ROWS = {"sample_id": ["a", "b", "c"], "client": [0, 0, 1], "has_image": [True, False, True], "has_text": [True, True, False]}

@@ -178,7 +178,7 @@ def test_epochs_and_samples_are_limited_together(tmp_path: Path) -> None:
     write_samples(tmp_path, "train", 6)
     parts = parts_at(experiment(train={"epochs": 10}), site_in(tmp_path))
     assert len(site_dataset(parts, site_in(tmp_path, limits={"samples": 60})).train) == 6
-    with pytest.raises(ConfigError, match=r"samples in train.epochs = 10 epochs are more than limits.samples in its file"):
+    with pytest.raises(ConfigError, match=r"samples in 10 epochs are more than limits.samples in its file"):
         site_dataset(parts, site_in(tmp_path, limits={"samples": 59}))
 
 
@@ -282,6 +282,17 @@ def test_jobs_of_a_server_that_does_not_follow_its_experiment(
         assert len(str(refusal.value)) < 300
     else:
         check_job(job, config, site)
+
+
+@pytest.mark.parametrize("kind", ["train", "keys"])
+def test_a_server_that_wants_an_update_of_a_few_samples(kind: Any) -> None:
+    """The change of a single step tells more of its samples than that of all steps."""
+    text, site = experiment(**MASKED), site_in(Path())
+    job = Job(kind, RUN, text, 1, 0, drawn(text), steps={1: 1})
+    with pytest.raises(
+        ConfigError, match=r"the server limits the optimizer steps of a round, which it may only in simulations"
+    ):
+        check_job(job, parts_at(text, site).config, site)
 
 
 @pytest.mark.parametrize("sampled", [(1,), (1, 2), (0, 1, 2, 3), None])

@@ -48,7 +48,8 @@ class RoundInfo:
 
     `round` counts from 0 to `rounds` − 1. `clients` is the number of clients in the federation, `sampled` has the ids of those
     that take part in this round. `ranks` has the LoRA rank of each sampled client if ranks differ, else it is empty. `client`
-    is set on the client's side only. `lr` is the local learning rate of the round.
+    is set on the client's side only. `lr` is the local learning rate of the round. `steps` has the most optimizer steps that a
+    client may make, for those that may not make all of theirs.
     """
 
     round: int
@@ -60,6 +61,7 @@ class RoundInfo:
     ranks: Mapping[int, int] = field(default_factory=dict)
     client: ClientInfo | None = None
     lr: float = 0.0
+    steps: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def me(self) -> ClientInfo:
@@ -94,7 +96,7 @@ class LocalResult:
     training, and "padding", the share of token slots that were padding.
 
     `mean_gradient` is the average of the raw gradients, before clipping and before the rule changed them. `loss_before` is the
-    mean loss of the received adapter over the client's samples, each counted once. Both are None unless the rule asked for
+    mean loss of the received adapter over the samples of its steps, each counted once. Both are None unless the rule asked for
     them.
     """
 

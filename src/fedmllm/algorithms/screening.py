@@ -26,16 +26,18 @@ def screen(
     info: RoundInfo,
     max_norm_ratio: float = 0.0,
     declared: Sequence[int] = (),
+    per_step: Sequence[int] = (),
 ) -> tuple[list[Update], list[Refused]]:
     """The valid updates, and for each other update its client and why it was refused, both sorted by client.
 
     An update whose change of the adapter is more than `max_norm_ratio` times as long as the median one is refused; 0 compares
-    nothing. `declared[client]` is the largest number of samples that a client may weigh; if it is empty, none is known.
+    nothing. `declared[client]` is the largest number of samples that a client may weigh, and `per_step[client]` that of one
+    optimizer step; if they are empty, none is known.
     """
     valid: list[Update] = []
     refused: list[Refused] = []
     for update in sorted(updates, key=lambda u: u.client):
-        why = _reason_to_refuse(update, algorithm, state, info, declared)
+        why = _reason_to_refuse(update, algorithm, state, info, declared, per_step)
         if why is None and any(update.client == other.client for other in valid):
             why = "a second update in the same round"
         if why is None:
@@ -50,13 +52,13 @@ def screen(
 
 
 def _reason_to_refuse(
-    update: Update, algorithm: Algorithm, state: State, info: RoundInfo, declared: Sequence[int]
+    update: Update, algorithm: Algorithm, state: State, info: RoundInfo, declared: Sequence[int], per_step: Sequence[int]
 ) -> str | None:
     if update.client not in info.sampled:
         return "not sampled in this round"
     if update.problem:
         return update.problem
-    if why := _problem_with_numbers(update, declared):
+    if why := _problem_with_numbers(update, info, declared, per_step):
         return why
     reference = algorithm.uploads(state, update.client, info)
     if update.groups.keys() != reference.keys():
@@ -67,7 +69,7 @@ def _reason_to_refuse(
     return algorithm.refuse(update, state, info)
 
 
-def _problem_with_numbers(update: Update, declared: Sequence[int]) -> str | None:
+def _problem_with_numbers(update: Update, info: RoundInfo, declared: Sequence[int], per_step: Sequence[int]) -> str | None:
     """Why the counts or the metrics of an update cannot be right; None if they can."""
     if update.examples < 1 or update.steps < 1:
         return "no examples"
@@ -77,6 +79,10 @@ def _problem_with_numbers(update: Update, declared: Sequence[int]) -> str | None
         return f"trained on {update.examples} samples, and has {declared[update.client]} in a round"
     if update.steps > update.examples:
         return f"{update.steps} steps on {update.examples} samples"
+    if per_step and update.examples > update.steps * per_step[update.client]:
+        return f"{update.examples} samples in {update.steps} steps of {per_step[update.client]}"
+    if update.steps > (allowed := info.steps.get(update.client, MAX_COUNT)):
+        return f"{update.steps} steps, and was asked for {allowed}"
     loss, padding = update.metrics.get("loss", 0.0), update.metrics.get("padding", 0.0)
     if not abs(loss) <= MAX_METRIC:
         return "NaN or infinity in the training loss"

@@ -67,14 +67,21 @@ def examples_of(client: int) -> int:
     return 10 * (client + 1)
 
 
-def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -> LocalResult:
-    """Train with plain gradient descent under a rule, and report what local training on a model reports."""
+def per_step_of(client: int) -> int:
+    """The examples of one step."""
+    return -(-examples_of(client) // steps_of(client))
+
+
+def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, most: int | None = None) -> LocalResult:
+    """Train with plain gradient descent under a rule, in `most` steps at most, and report what local training on a model
+    reports. All steps but the last have equally many examples."""
     w, gradients, losses = clone(received), zeros_like(received), []
-    for _ in range(steps_of(client)):
+    steps = steps_of(client) if most is None else min(most, steps_of(client))
+    for _ in range(steps):
         losses.append(sum(0.5 * float((t - target(client, name, t.shape)).square().sum()) for name, t in w.items()))
         for name in filter(rule.trainable, w):
             g = w[name] - target(client, name, w[name].shape)
-            gradients[name] += g / steps_of(client)
+            gradients[name] += g / steps
             g = g + rule.proximal.get(name, 0.0) * (w[name] - received[name])
             if rule.offset is not None and name in rule.offset:
                 g = g + rule.offset[name]
@@ -83,8 +90,8 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -
         received=received,
         trained=w,
         mean_gradient=gradients if rule.observe_gradient else None,
-        examples=examples_of(client),
-        steps=steps_of(client),
+        examples=min(examples_of(client), steps * per_step_of(client)),
+        steps=steps,
         lr=lr,
         metrics={"loss": sum(losses) / len(losses), "padding": 0.0},
         loss_before=losses[0] if rule.observe_loss else None,
@@ -101,7 +108,8 @@ def train_clients(
         own_info = replace(info, client=ClientInfo(client, 0.25 * (client % 4), _SEES[client % 4]))
         memory = memories.get(client, {})
         received = complete(message, memory, initial)
-        result = local_sgd(client, received["adapter"], algorithm.rule(received, memory, own_info), info.lr)
+        rule = algorithm.rule(received, memory, own_info)
+        result = local_sgd(client, received["adapter"], rule, info.lr, info.steps.get(client))
         upload, memories[client] = algorithm.finish(result, received, memory, own_info)
         updates.append(Update(client, upload, result.examples, result.steps, result.metrics))
     return updates

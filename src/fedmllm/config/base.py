@@ -25,6 +25,7 @@ def at_most(limit: int, why: str) -> AfterValidator:
 Positive = Annotated[int, Field(ge=1)]
 Rounds = Annotated[int, Field(ge=0), at_most(1_000_000, "which take more than a week at a second each")]
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1, "the largest integer of TOML")]
+Epochs = Annotated[int, Field(ge=1), at_most(1000, "because a client repeats its data this often in every round")]
 BatchSize = Annotated[int, Field(ge=1), at_most(65_536, "because a batch is in memory at once")]
 PositiveNumbers = Annotated[
     tuple[Annotated[float, Field(gt=0), at_most(10**12, "which no device reaches")], ...], Field(strict=False)

@@ -6,12 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from fedmllm.config.base import Positive, PositiveNumbers, Table
+from fedmllm.config.base import BatchSize, Epochs, Positive, PositiveNumbers, Table
 
 
 class ClientsTable(Table):
     rank: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     """LoRA ranks: client k has entry k modulo their number. By default, and at most, `model.lora.rank`."""
+    epochs: Annotated[tuple[Epochs, ...], Field(strict=False)] = ()
+    """Passes over the data in a round: client k has entry k modulo their number. By default `train.epochs`."""
+    batch_size: Annotated[tuple[BatchSize, ...], Field(strict=False)] = ()
+    """In the same way; by default `train.batch_size`."""
     profile: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Devices: client k has entry k modulo their number, or, with `shares`, one that is drawn from the seed."""
     shares: PositiveNumbers = ()

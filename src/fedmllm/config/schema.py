@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedmllm.config.base import BatchSize, FolderName, Named, Positive, Rounds, Seed, Table, at_most
+from fedmllm.config.base import BatchSize, Epochs, FolderName, Named, Positive, Rounds, Seed, Table, at_most
 from fedmllm.config.clients import ClientsTable
 from fedmllm.kinds import Match, Pattern
 
@@ -83,9 +84,11 @@ class TrainTable(Table):
     """The share of clients that are sampled on top; the first `clients_per_round` to answer are used."""
     deadline: Annotated[float, Field(gt=0)] | None = None
     """Simulated seconds after which a round ends without the clients that have not answered."""
+    late: Literal["drop", "partial"] = "drop"
+    """A client that cannot finish before the deadline is not used, or makes as many optimizer steps as fit."""
     max_norm_ratio: Annotated[float, Field(ge=0), at_most(1_000_000, "which would refuse nothing; 0 disables it")] = 100.0
     """An update whose change of the adapter is more than this many times as long as the round's median is refused; 0: none."""
-    epochs: Annotated[Positive, at_most(1000, "because a client repeats its data this often in every round")] = 1
+    epochs: Epochs = 1
     batch_size: BatchSize = 4
     accumulate: BatchSize = 1
     """The number of batches whose gradients are accumulated for one optimizer step."""
@@ -213,6 +216,16 @@ class Experiment(Table):
         """The client's LoRA rank."""
         ranks = self.clients.rank
         return ranks[client % len(ranks)] if ranks else self.model.lora.rank
+
+    def train_of(self, client: int) -> TrainTable:
+        """[train] with the client's own epochs and batch size."""
+        lists = {"epochs": self.clients.epochs, "batch_size": self.clients.batch_size}
+        own = {key: values[client % len(values)] for key, values in lists.items() if values}
+        return self.train.model_copy(update=own) if own else self.train
+
+    def largest_batches(self, clients: Iterable[int]) -> TrainTable:
+        """[train] of that client among `clients` whose batches are the largest."""
+        return max(map(self.train_of, clients), key=lambda table: table.batch_size, default=self.train)
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, including defaults; keys that are None are left out."""

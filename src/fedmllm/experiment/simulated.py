@@ -47,6 +47,8 @@ def _unselectable(config: Experiment, clock: bool) -> str:
             f"candidates = {train.candidates} must be at least train.clients_per_round = {train.clients_per_round} and at most "
             f"partition.clients = {config.partition.clients}"
         )
+    if train.late == "partial" and train.deadline is None:
+        return 'late = "partial" is for clients that train.deadline is too early for; set a deadline, or leave it out'
     if on_clock and not clock:
         return (
             f'{on_clock[0]} needs a virtual clock, and [clients] describes no devices; set clients.profile = "phone" or others'

@@ -116,9 +116,11 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
     defaults: dict[str, Any] = dict.fromkeys(
         ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous"), Named(name="none")
     )
-    defaults["clients"] = ClientsTable(rank=experiment.clients.rank)
+    defaults["clients"] = ClientsTable(**{key: getattr(experiment.clients, key) for key in ("rank", "epochs", "batch_size")})
     # Baselines sample no clients.
-    uniform = {key: TrainTable.model_fields[key].default for key in ("selection", "candidates", "over_select", "deadline")}
+    uniform = {
+        key: TrainTable.model_fields[key].default for key in ("selection", "candidates", "over_select", "deadline", "late")
+    }
     defaults["train"] = experiment.train.model_copy(update=uniform)
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")

@@ -49,8 +49,8 @@ class FederationPlan:
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
-    message of a step that overflows. Updates are screened with `max_norm_ratio` and `declared` (see `screen`); then `combine`,
-    if set, replaces the valid ones. With a `simulation`, rounds take simulated time, and clients may fail;
+    message of a step that overflows. Updates are screened with `max_norm_ratio`, `declared` and `per_step` (see `screen`); then
+    `combine`, if set, replaces the valid ones. With a `simulation`, rounds take simulated time, and clients may fail;
     `over_select` is the share of clients that are sampled on top, of whom the first `per_round` to answer are used. A `policy`
     chooses the clients in place of the uniform draw. If `asynchronous`, a round is a step of the server after enough updates
     have arrived, and `per_round` clients train at the same time.
@@ -69,6 +69,7 @@ class FederationPlan:
     remedy: str = ""
     max_norm_ratio: float = 100.0
     declared: Sequence[int] = ()
+    per_step: Sequence[int] = ()
     combine: Combiner | None = None
     poisson: bool = False
     simulation: Simulation | None = None
@@ -81,11 +82,12 @@ class FederationPlan:
         """The number of clients that are sampled in a round, unless `poisson`."""
         return min(len(self.clients), math.ceil(round(self.per_round * (1 + self.over_select), 9)))
 
-    def info(self, round: int, sampled: Sequence[int]) -> RoundInfo:
-        """The info of a round in which `sampled` take part."""
+    def info(self, round: int, sampled: Sequence[int], steps: Mapping[int, int] | None = None) -> RoundInfo:
+        """The info of a round in which `sampled` take part, some of them with so many `steps` at most."""
         ranks = {client: self.ranks[client] for client in sampled if client in self.ranks}
         lr = learning_rate(self, round)
-        return RoundInfo(round, self.rounds, len(self.clients), tuple(sampled), self.seed, self.adapter, ranks, lr=lr)
+        ids, adapter = tuple(sampled), self.adapter
+        return RoundInfo(round, self.rounds, len(self.clients), ids, self.seed, adapter, ranks, lr=lr, steps=steps or {})
 
     @classmethod
     def of(
@@ -127,8 +129,8 @@ class RoundRecord:
     """client -> the share of its update that robust aggregation used, from 0 to 1."""
     privacy: dict[str, float] = field(default_factory=dict)
     clock: dict[str, Any] = field(default_factory=dict)
-    """Simulated seconds: when the round "began", how many it took, and what each of its "clients" needs; and those of them that
-    were "lost", whom `refused` has as well."""
+    """Simulated seconds: when the round "began", how many it took, and what each of its "clients" needs; those of them that
+    were "lost", whom `refused` has as well; and the share of its steps that each client made which did "partial" work."""
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:

@@ -26,7 +26,7 @@ def _round(algorithm: Algorithm, fleet: Fleet, plan: FederationPlan, state: Stat
     messages = {client: algorithm.message(state, client, info) for client in info.sampled}
     needed = len(messages) if plan.poisson else plan.per_round
     timed = plan.simulation.time(algorithm, state, messages, info, needed) if plan.simulation else None
-    used = plan.info(round, timed.used) if timed else info
+    used = plan.info(round, timed.used, timed.steps) if timed else info
     updates = fleet.train(used, {client: messages[client] for client in used.sampled})
     outcome: tuple[State, list[Update], list[dict[str, str | int]], Combined] = state, [], [], Combined([])
     if used.sampled or plan.poisson or plan.min_updates > 1:

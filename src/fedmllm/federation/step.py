@@ -18,7 +18,7 @@ def aggregate_valid(
 ) -> tuple[State, list[Update], list[dict[str, str | int]], Combined]:
     """The state after a round with these updates, the valid ones, why the others were refused, and what was aggregated. Raises
     TooFewUpdates, or RunError if the server's step overflows."""
-    valid, refused = screen(updates, algorithm, state, info, plan.max_norm_ratio, plan.declared)
+    valid, refused = screen(updates, algorithm, state, info, plan.max_norm_ratio, plan.declared, plan.per_step)
     for refusal in refused:
         if "NaN or infinity" in str(refusal["why"]):
             refusal["why"] = f"{refusal['why']}; its training diverged: lower train.lr, which was {plan.lr:g}"

@@ -23,10 +23,11 @@ class FleetContext:
     """What a fleet needs to train the clients of one run.
 
     `data[client]` holds a client's encoded samples, `gaps[client]` the share of its (sample, modality) slots that are empty.
-    If what clients see changes over the rounds, `in_round(client, info)` has both as they are in a round. `initial` is the
-    adapter from which all clients start, `memory` the folder for the clients' state between rounds, `cohort` the number of
-    clients that train in one pass. The other fields are for clients in other processes: `run` is the permanent
-    name of the run, `config` its experiment as TOML, and `last` maps each client to the last round that used its update.
+    If what clients see changes over the rounds, `in_round(client, info)` has both as they are in a round. `train_of(client)` is
+    [train] as it is for a client, if clients differ in it. `initial` is the adapter from which all clients start, `memory` the
+    folder for the clients' state between rounds, `cohort` the number of clients that train in one pass. The other fields are
+    for clients in other processes: `run` is the permanent name of the run, `config` its experiment as TOML, and `last` maps
+    each client to the last round that used its update.
     """
 
     model: MLLM
@@ -41,6 +42,11 @@ class FleetContext:
     config: str = ""
     last: Mapping[int, int] = field(default_factory=dict)
     in_round: InRound | None = None
+    train_of: Callable[[int], TrainTable] | None = None
+
+    def table(self, client: int) -> TrainTable:
+        """The client's own [train]."""
+        return self.train_of(client) if self.train_of else self.train
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,19 @@ class InProcessFleet:
     def train(self, info: RoundInfo, messages: Mapping[int, State]) -> Sequence[Update]:
         self._took_part[info.round] = sorted(messages)
         # Clients with similar numbers of steps train together, so that few of them idle while others finish.
-        ordered = sorted(messages, key=lambda client: (-len(self._context.data[client]), client))
+        ordered = sorted(messages, key=lambda client: (-self._amount(client, info), client))
         size = self._context.cohort
         return [
             update
             for start in range(0, len(ordered), size)
             for update in self._train_cohort(ordered[start : start + size], info, messages)
         ]
+
+    def _amount(self, client: int, info: RoundInfo) -> int:
+        """How many samples the client trains on."""
+        table, size = self._context.table(client), len(self._context.data[client])
+        steps = info.steps.get(client, size * table.epochs)
+        return min(size * table.epochs, steps * table.batch_size * table.accumulate)
 
     def forget(self, round: int, clients: Sequence[int]) -> None:
         self._memory.forget(round, clients)
@@ -69,14 +75,14 @@ class InProcessFleet:
 
     def _prepare(self, client: int, info: RoundInfo, message: State) -> tuple[Tensors, Work, Finish]:
         """The client's fold, its training, and what turns the result into its update and its new memory."""
-        context = self._context
+        context, table = self._context, self._context.table(client)
         data, gap = context.in_round(client, info) if context.in_round else (context.data[client], context.gaps[client])
         info = replace(info, client=ClientInfo(client, gap, _seen(data)))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
-        epochs = [stream(info.seed, "batches", client, info.round, epoch) for epoch in range(context.train.epochs)]
-        steps = client_steps(data, context.train, epochs)
+        epochs = [stream(info.seed, "batches", client, info.round, epoch) for epoch in range(table.epochs)]
+        steps = client_steps(data, table, epochs)
 
         def finish(result: LocalResult) -> Update:
             upload, remembered = context.algorithm.finish(result, received, memory, info)
@@ -84,7 +90,8 @@ class InProcessFleet:
             return Update(client, upload, result.examples, result.steps, result.metrics)
 
         seed = seed_for(info.seed, "dropout", client, info.round)
-        work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)
+        per_pass = len(steps) // table.epochs
+        work = Work(steps[: info.steps.get(client)], received["adapter"], rule, seed, steps_per_pass=per_pass)
         return fold_of(message), work, finish
 
 

@@ -52,8 +52,11 @@ class RemoteFleet:
     ) -> dict[int, Reply]:
         """Send one job per client; its reply, or one that says that there was none in time."""
         sampled, ranks, lr = (info.sampled, info.ranks, info.lr) if info else ((), {}, 0.0)
+        steps = info.steps if info else {}
         jobs = {
-            client: Job(kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state)
+            client: Job(
+                kind, self._run, self._config, client, round, sampled, ranks, lr, self._last.get(client, -1), state, steps
+            )
             for client, state in messages.items()
         }
         replies = self._transport.exchange(jobs, self._timeout)

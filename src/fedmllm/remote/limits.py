@@ -72,7 +72,7 @@ class Limits(Table):
     def check_samples(self, count: int, epochs: int = 1) -> None:
         """Raises ConfigError for too much work."""
         if count * epochs > self.samples:
-            times = f" in train.epochs = {epochs} epochs" if epochs > 1 else ""
+            times = f" in {epochs} epochs" if epochs > 1 else ""
             raise ConfigError(f"this site's samples{times} are more than limits.samples in its file allows.")
 
     def check_reply(self, size: int) -> None:

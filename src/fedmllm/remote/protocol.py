@@ -55,7 +55,8 @@ class Job:
     - the phases of a secure round (`fedmllm.secure`), which replace `train` and whose replies contain only groups.
 
     `run` is the permanent name of a run, resumed or not, and `config` its experiment as TOML. `last` is the last round that
-    used an update of this client, or −1: state that the client saved in later rounds is discarded.
+    used an update of this client, or −1: state that the client saved in later rounds is discarded. `steps` has the most
+    optimizer steps that a simulated client may make, for those of the round that may not make all of theirs.
     """
 
     kind: JobKind
@@ -68,23 +69,31 @@ class Job:
     lr: float = 0.0
     last: int = -1
     state: State = field(default_factory=dict)
+    steps: Mapping[int, int] = field(default_factory=dict)
 
     def header(self) -> str:
         """Everything except the tensors."""
         fields = {key: getattr(self, key) for key in ("kind", "run", "config", "client", "round", "sampled", "lr", "last")}
-        return json.dumps({**fields, "ranks": sorted(self.ranks.items()), "groups": sorted(self.state), "version": VERSION})
+        fields |= {"ranks": sorted(self.ranks.items()), "groups": sorted(self.state), "version": VERSION}
+        if self.steps:  # only in simulations, so that sites of an earlier release understand all their jobs
+            fields["steps"] = sorted(self.steps.items())
+        return json.dumps(fields)
 
     @classmethod
     def of(cls, header: str, state: State) -> Job:
         """Raises ProtocolError."""
         fields, complete = _parse(header, state)
         try:
-            job = cls(**{**fields, "sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}, state=complete)
+            collections = {"sampled": tuple(fields["sampled"]), "ranks": dict(fields["ranks"])}
+            job = cls(**{**fields, **collections, "steps": dict(fields.get("steps", ()))}, state=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a job: {error}") from None
-        integers = (job.client, job.round, job.last, *job.sampled, *job.ranks, *job.ranks.values())
+        pairs = (*job.ranks.items(), *job.steps.items())
+        integers = (job.client, job.round, job.last, *job.sampled, *(number for pair in pairs for number in pair))
         if not all(type(number) is int and abs(number) <= MAX_COUNT for number in integers):
             raise ProtocolError("not a job: its clients and rounds are not integers of 63 bits")
+        if any(count < 1 for count in job.steps.values()):
+            raise ProtocolError("not a job: it asks for no optimizer steps")
         texts = isinstance(job.run, str) and isinstance(job.config, str) and job.kind in get_args(JobKind)
         if not texts or type(job.lr) not in (int, float) or not math.isfinite(job.lr):
             raise ProtocolError("not a job: its kind, run, experiment or learning rate is none")

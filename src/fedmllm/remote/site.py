@@ -46,7 +46,7 @@ def site_dataset(parts: Parts, site: SiteData) -> Dataset:
     if site.name not in sites:
         raise ConfigError(f"the federation has no site {site.name!r}; its sites are {', '.join(sites) or 'not named'}.")
     task, samples, skipped = load_split(parts.source, "train")
-    site.limits.check_samples(len(samples), config.train.epochs)
+    site.limits.check_samples(len(samples), config.train_of(sites.index(site.name)).epochs)
     holdings = site.holdings(samples, sites.index(site.name))
     return Dataset(task, samples, [], skipped, Manifest.of(holdings, config.partition.clients))
 
@@ -94,6 +94,8 @@ def check_job(job: Job, config: Experiment, site: SiteData) -> None:
         return
     if not 0 <= job.round < train.rounds:
         raise ConfigError(f"the server begins round {job.round}, and the experiment has {train.rounds}.")
+    if job.steps:
+        raise ConfigError("the server limits the optimizer steps of a round, which it may only in simulations.")
     plan = FederationPlan.of(train, range(config.partition.clients), config.seed)
     if job.kind in PHASES and job.sampled != (drawn := sample_clients(plan, job.round)):
         raise ConfigError(
@@ -139,7 +141,7 @@ class SiteExperiment:
         config, adapter, mechanism = self.config, self.session.model.info, self.session.parts.mechanism
         rounds = mechanism.rounds if mechanism else config.train.rounds  # a privacy budget may end a run early
         clients = config.partition.clients
-        return RoundInfo(job.round, rounds, clients, job.sampled, config.seed, adapter, job.ranks, lr=job.lr)
+        return RoundInfo(job.round, rounds, clients, job.sampled, config.seed, adapter, job.ranks, lr=job.lr, steps=job.steps)
 
     def fleet(self, memory: Path, clients: Sequence[int], round: int) -> InProcessFleet:
         """A fleet that trains these clients in this process in that round, with as many in one pass as fit in memory."""
@@ -149,6 +151,6 @@ class SiteExperiment:
         session.prepare(data, clients)
         if len(clients) > self._cohort:
             samples = (sample for client in clients for sample in data[client])
-            self._cohort = cohort_size(session.model, samples, train, len(clients))
+            self._cohort = cohort_size(session.model, samples, self.config.largest_batches(clients), len(clients))
         context = FleetContext(session.model, self.algorithm, data, train, session.initial, session.gaps, memory, self._cohort)
-        return InProcessFleet(replace(context, in_round=data.changing))
+        return InProcessFleet(replace(context, in_round=data.changing, train_of=self.config.train_of))

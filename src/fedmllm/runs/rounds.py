@@ -58,7 +58,9 @@ def federation_plan(session: Session) -> FederationPlan:
         plan = replace(plan, combine=robust.combine)
     if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
         return replace(plan, max_norm_ratio=0.0)
-    return replace(plan, declared=[config.train.epochs * size for size in sizes])
+    tables = [config.train_of(client) for client in clients]
+    declared = [table.epochs * size for table, size in zip(tables, sizes, strict=True)]
+    return replace(plan, declared=declared, per_step=[table.batch_size * table.accumulate for table in tables])
 
 
 def smaller_steps(config: Experiment) -> str:
@@ -132,7 +134,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
             session.prepare(session.attacked, attackers)
         most = session.config.train.clients_per_round if federated else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
-        run.cohort = cohort_size(session.model, samples, session.config.train, most)
+        run.cohort = cohort_size(session.model, samples, session.config.largest_batches(clients), most)
     run.prepare_seconds = time.monotonic() - began
     return run
 
@@ -164,7 +166,9 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: ClientData) -> Fleet:
     session, backend = run.session, run.backend
     memory, train = run.directory.checkpoint / "clients", session.config.train
     context = FleetContext(session.model, algorithm, clients, train, session.initial, session.gaps, memory, run.cohort)
-    context = replace(context, in_round=clients.changing)
+    # Pooled data belong to no client.
+    train_of = session.config.train_of if run.kind != "centralised" else None
+    context = replace(context, in_round=clients.changing, train_of=train_of)
     run_id = run.directory.meta().get("run_id", session.config.digest())
     if not backend.local:
         context = replace(context, run=run_id, config=session.config.toml(), last=_last_rounds(run.directory))
