@@ -39,14 +39,13 @@ class LivePicture:
         )
         self._span = white - self._black
         steady = self._span == 0
-        pixels = ((self._inputs["pixel_values"].float() - self._black) / self._span.masked_fill(steady, 1)).masked_fill(
-            steady, 0
-        )
-        if bool((self._span < 0).any()) or float((pixels - 0.5).abs().max()) > 0.5 + _ROUNDING:
+        own = (self._inputs["pixel_values"].float() - self._black) / self._span.masked_fill(steady, 1)
+        beyond = torch.where(steady, own.abs(), (own - 0.5).abs() - 0.5)
+        if bool((self._span < 0).any()) or float(beyond.max()) > _ROUNDING:
             raise DataError(
                 "The model's processor does more to pixels than scale them, so that no budget holds and no picture is attacked."
             )
-        self.pixels: NDArray[np.float32] = pixels.clamp(0, 1).numpy()
+        self.pixels: NDArray[np.float32] = own.clamp(0, 1).masked_fill(steady, 0).numpy()
 
     @torch.no_grad()
     def scores(self, pixels: NDArray[np.float32]) -> NDArray[np.float64]:

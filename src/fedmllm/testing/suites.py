@@ -21,6 +21,9 @@ from fedmllm.testing.registered import check_registered
 ToyModel = Callable[[Sample], Sequence[float] | str]
 """A sample as it is shown -> the probabilities of its choices, or the answer to an open question."""
 
+ToyPictures = Callable[[Sample, Sequence[float]], LivePicture]
+"""A sample as it is shown and the probabilities of its choices -> its question about any pixels."""
+
 
 class LinearPicture:
     """A closed question whose options' logits are linear in the pixels: log p(option) of the picture itself + W (x − picture).
@@ -52,7 +55,7 @@ def toy_exam(
     counts: Sequence[Sequence[int]] = ((1, 0, 0, 0),),
     owners: Sequence[int] = (),
     positive: str | None = None,
-    live: Callable[[Sample, Sequence[float]], LivePicture] = LinearPicture,
+    live: ToyPictures = LinearPicture,
 ) -> Exam:
     """An exam of toy models, measured by AUC if an answer is `positive` and else by accuracy. `live` takes a sample as it is
     shown and the probabilities of its options."""

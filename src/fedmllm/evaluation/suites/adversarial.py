@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,8 @@ _WORDS = 24
 """A long text has this many words, by a draw, among which the most important are looked for."""
 
 Figures = dict[str, dict[str, float | int]]
+Attack = Callable[[Exam, Sequence[Sample], Pattern], Figures]
+Pixels = NDArray[np.float32]
 Pieces = list[str]
 """A text cut into what is between words (even indices) and words (odd ones)."""
 
@@ -59,10 +61,11 @@ def examine(exam: Exam) -> Findings:
         "image": [sample for sample in exam.samples if sample.choices and sample.image is not None],
         "text": [sample for sample in exam.samples if sample.choices and sample.text and sample.text.strip()],
     }
-    for modality, title, name, attack in (
+    attacks: Sequence[tuple[Modality, str, str, Attack]] = (
         ("image", "pictures", "picture", _attack_pictures),
         ("text", "texts", "text", _attack_texts),
-    ):
+    )
+    for modality, title, name, attack in attacks:
         samples = can_be[modality]
         patterns = [pattern for pattern in exam.patterns if modality in PATTERNS[pattern]]
         if without := len(exam.samples) - len(samples):
@@ -105,7 +108,7 @@ def _option(sample: Sample) -> int:
 
 
 def _attack_pictures(exam: Exam, samples: Sequence[Sample], pattern: Pattern) -> Figures:
-    epsilons, wrong = np.array(EPSILONS, dtype=np.float32) / 255, []
+    epsilons, wrong = np.array(EPSILONS) / 255, list[NDArray[np.bool_]]()
     for model in exam.models:
         right = list(_right(model, samples, pattern).values())
         for sample, picture in zip(right, model.live(right, pattern), strict=True):
@@ -119,20 +122,21 @@ def _attack_pictures(exam: Exam, samples: Sequence[Sample], pattern: Pattern) ->
 
 
 def step(
-    picture: LivePicture, epsilons: NDArray[np.float32], start: NDArray[np.float32], moves: NDArray[np.floating]
-) -> NDArray[np.float32]:
+    picture: LivePicture, epsilons: NDArray[np.float64], start: Pixels, moves: NDArray[np.float32] | NDArray[np.float64]
+) -> Pixels:
     """(budgets, …): `start` moved by `moves` times each budget, then projected on ±ε around the picture and on 0 to 1."""
     each = epsilons.reshape(-1, *[1] * picture.pixels.ndim)
     within = np.clip(start + each * moves, picture.pixels - each, picture.pixels + each)
-    return np.clip(within, 0, 1).astype(np.float32)
+    projected: Pixels = np.clip(within, 0, 1).astype(np.float32)
+    return projected
 
 
-def fgsm(picture: LivePicture, option: int, epsilons: NDArray[np.float32]) -> NDArray[np.float32]:
+def fgsm(picture: LivePicture, option: int, epsilons: NDArray[np.float64]) -> Pixels:
     """(budgets, …): one step along the sign of the gradient."""
     return step(picture, epsilons, picture.pixels, np.sign(picture.gradients(picture.pixels[None], option)))
 
 
-def pgd(picture: LivePicture, option: int, epsilons: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def pgd(picture: LivePicture, option: int, epsilons: NDArray[np.float64], rng: np.random.Generator) -> Pixels:
     """(budgets, …): `STEPS` steps of ε/4 from a random start, for all budgets at once."""
     pixels = step(picture, epsilons, picture.pixels, rng.uniform(-1, 1, picture.pixels.shape))
     for _ in range(STEPS):
