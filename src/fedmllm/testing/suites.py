@@ -33,7 +33,7 @@ class LinearPicture:
 
     def __init__(self, sample: Sample, answer: Sequence[float], weights: NDArray[np.float64] | None = None) -> None:
         assert sample.image is not None
-        self.pixels = np.asarray(decode(sample.image), dtype=np.float32) / 255
+        self.pixels: NDArray[np.float32] = np.asarray(decode(sample.image), dtype=np.float32) / np.float32(255)
         self._logits, shape = np.log(answer), (len(answer), *self.pixels.shape)
         self._weights = stream(0, "toy weights").normal(size=shape) if weights is None else weights
 
