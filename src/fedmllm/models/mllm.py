@@ -52,7 +52,7 @@ class MLLM:
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = layers.keys() <= self.info.layer.keys() | {VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
-        self._pictures = Pictures(backbone, self.caches)
+        self.pictures = Pictures(backbone, self.caches)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
         self.fused = self.caches and merges and fused_llama.supports(backbone.model.get_decoder(), self.adapter)
         """Whether `FusedLlama` computes with stacked adapters: the same numbers, faster on a CPU."""
@@ -109,8 +109,8 @@ class MLLM:
         `max_length` tokens: cutting could cut the picture or the question.
         """
         shown = image if conversation.image else None
-        picture = self._pictures.number(shown) if shown is not None else None
-        prompt = self._tokens.prompt(conversation, shown, self._pictures.size(picture) if picture is not None else None)
+        picture = self.pictures.number(shown) if shown is not None else None
+        prompt = self._tokens.prompt(conversation, shown, self.pictures.size(picture) if picture is not None else None)
         options = tuple(self._tokens.answer(option) for option in conversation.options)
         answer = () if asks else self._tokens.answer(conversation.answer)
         encoded = Encoded(prompt.ids, answer, options, picture, prompt.tokenwise, prompt.imagewise, conversation.text)
@@ -125,12 +125,12 @@ class MLLM:
     def register_pictures(self, images: Iterable[Picture]) -> None:
         """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
         for image in images:
-            self._pictures.number(image)
+            self.pictures.number(image)
 
     @contextmanager
     def forgetting_pictures(self) -> Iterator[None]:
         """Forget afterwards the pictures that are first encoded inside, so that any number can be asked about once."""
-        with self._pictures.forgotten():
+        with self.pictures.forgotten():
             yield
 
     def check_cache(self) -> None:
@@ -140,7 +140,7 @@ class MLLM:
 
     def prepare_features(self) -> int:
         """Compute the vision features of every picture known so far, unless a cache file has them; how many were computed."""
-        return self._pictures.prepare()
+        return self.pictures.prepare()
 
     # Batches
 
@@ -172,7 +172,7 @@ class MLLM:
             inputs[key] = torch.cat([sample.imagewise[key] for sample in with_picture])
         inputs = {key: value.to(self.backbone.device) for key, value in inputs.items()}
         if with_picture:
-            inputs |= self._pictures.inputs([sample.picture for sample in with_picture if sample.picture is not None])
+            inputs |= self.pictures.inputs([sample.picture for sample in with_picture if sample.picture is not None])
         return inputs
 
     def keep_last_logits(self, last: int) -> dict[str, int]:
@@ -203,7 +203,7 @@ class MLLM:
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids)
             if pictures := [sample.picture for sample in batch if sample.picture is not None]:
-                embedded[ids == model.config.image_token_id] = self._pictures.tokens(pictures)
+                embedded[ids == model.config.image_token_id] = self.pictures.tokens(pictures)
         positions = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
         hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions)
         logits: Tensor = model.get_output_embeddings()(hidden)

@@ -36,6 +36,7 @@ class Pictures:
         self._features: features.FeatureFile | None = None
         self._index: dict[int, int] = {}
         self._uncached: dict[int, Tensor] = {}
+        self._altered: dict[int, dict[str, Tensor]] = {}
         # Whether `get_image_features` pools into one tensor or into a list; its annotation does not say, so try it once.
         self._pooled_is_tensor = caches and self._pools_into_tensor()
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
@@ -84,12 +85,29 @@ class Pictures:
     def inputs(self, pictures: Sequence[int]) -> dict[str, Any]:
         """Model inputs for the pictures of one batch, in the order of its rows."""
         device = self._backbone.device
-        if self._caches:
+        if self._caches and not self._altered:
             records = [record.to(device, self._backbone.dtype) for record in self._records(pictures)]
             return {"mm_encoder_outputs": {"image": features.join_output(records, self._pooled_is_tensor)}}
-        raw = [self._pixel_inputs(decode(self._images[picture])) for picture in pictures]
-        joined = self._join([{k: v for k, v in inputs.items() if k in PIXELS and k in self._parameters} for inputs in raw])
+        joined = self._join([self._altered.get(p) or self.pixels(self.image(p)) for p in pictures])
         return {k: v.to(device) for k, v in joined.items()}
+
+    def image(self, picture: int) -> Image.Image:
+        """The picture with this number."""
+        return decode(self._images[picture])
+
+    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
+        """The processor's output for a picture, as far as it goes through the vision tower."""
+        return {k: v for k, v in self._pixel_inputs(image).items() if k in PIXELS and k in self._parameters}
+
+    @contextmanager
+    def altered(self, pictures: Sequence[dict[str, Tensor]]) -> Iterator[list[int]]:
+        """Numbers, valid inside, for pictures that are given as what `pixels` returns. They pass through the vision tower, with
+        gradients, and never through the cache; no other picture can be shown inside."""
+        self._altered = {-1 - index: inputs for index, inputs in enumerate(pictures)}
+        try:
+            yield list(self._altered)
+        finally:
+            self._altered = {}
 
     def tokens(self, pictures: Sequence[int]) -> Tensor:
         """The features that replace the image tokens of a batch: (tokens of all pictures, width)."""

@@ -17,19 +17,30 @@ from fedmllm.models.mllm import MLLM
 def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[list[float]]:
     """The log-probability of each option of each closed question, normalised over the question's options.
 
+    Under a stack of adapters the batch holds the same questions once per client, client by client. Raises FloatingPointError
+    if a score is NaN.
+    """
+    scores = [of_question.tolist() for of_question in option_log_probabilities(model, batch, clients)]
+    if any(math.isnan(score) for of_question in scores for score in of_question):
+        raise FloatingPointError("the scores of the options are NaN")
+    return scores
+
+
+def option_log_probabilities(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> list[Tensor]:
+    """As `option_scores`, with (options,) and a gradient for each question, and without its check.
+
     This takes one forward pass if the first token after the options' common beginning distinguishes them all. Otherwise,
-    for instance if one option is the beginning of another, whole options are scored. Under a stack of adapters the batch
-    holds the same questions once per client, client by client. Raises FloatingPointError if a score is NaN.
+    for instance if one option is the beginning of another, whole options are scored.
     """
     positions = [_distinguishing_position(question.options) for question in batch]
-    scores: list[list[float]] = [[] for _ in batch]
+    scores: dict[int, Tensor] = {}
     by_token = [(i, n) for i, n in enumerate(positions) if n is not None]
     if by_token:
         questions = [batch[i] for i, _ in by_token]
         logits = model.last_logits(questions, [batch[i].options[0][:n] for i, n in by_token], 1)[:, 0]
         for row, (i, n) in enumerate(by_token):
             option_logits = logits[row, [option[n] for option in batch[i].options]]
-            scores[i] = functional.log_softmax(option_logits, dim=-1).tolist()
+            scores[i] = functional.log_softmax(option_logits, dim=-1)
     family = model.backbone.family
     score_whole = _score_from_cache if family.continues and family.first_position is not None else _score_repeated
     per_client = len(batch) // clients
@@ -39,10 +50,8 @@ def option_scores(model: MLLM, batch: Sequence[Encoded], clients: int = 1) -> li
         questions = [batch[i] for i in indices]
         totals = torch.split(score_whole(model, questions), [len(question.options) for question in questions])
         for i, total in zip(indices, totals, strict=True):
-            scores[i] = functional.log_softmax(total, dim=-1).tolist()
-    if any(math.isnan(score) for of_question in scores for score in of_question):
-        raise FloatingPointError("the scores of the options are NaN")
-    return scores
+            scores[i] = functional.log_softmax(total, dim=-1)
+    return [scores[i] for i in range(len(batch))]
 
 
 def _distinguishing_position(options: Sequence[Sequence[int]]) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fedmllm.algorithms.factors import fold_of
@@ -66,7 +67,13 @@ class Evaluator:
             return {name: without_models(why) for name in settings.suites or ()}
         with self._prepared(states) as adapters:
             predict = lambda tests: list(tests.predict_each(settings, adapters))  # noqa: E731 (as short as it is)
-            return examine(self._session, settings.suites or (), predict, owners)
+            models = [partial(self._using, adapter) for adapter in adapters]
+            return examine(self._session, settings.suites or (), predict, models, owners)
+
+    @contextmanager
+    def _using(self, adapter: Tensors) -> Iterator[None]:
+        self._session.model.adapter.set(adapter)
+        yield
 
     def transfer_summary(self, models: Sequence[TransferPredictions]) -> dict[str, Any]:
         return dict(self._session.transfer.summary(models))

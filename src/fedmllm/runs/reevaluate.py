@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.runs.session import Session
-from fedmllm.runs.suites import examine
+from fedmllm.runs.suites import Use, examine
 from fedmllm.storage.run_dir import RunDir
 
 
@@ -52,20 +55,24 @@ def reevaluate(
     if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
         raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
 
+    @contextmanager
+    def using(folder: Path) -> Iterator[None]:
+        session.model.adapter.load(folder)
+        yield
+
+    present = [partial(using, folder) for folder in folders if folder.is_dir()]
+    models: Sequence[Use] = present or [session.model.without_adapter]
+
     def predict(tests: TestSet) -> list[list[Prediction]]:
-        models = []
-        for folder in folders:
-            if folder.is_dir():
-                session.model.adapter.load(folder)
-                models.append(tests.predict(config.eval))
-        if not models:
-            with session.model.without_adapter():
-                models.append(tests.predict(config.eval))
-        return models
+        predictions = []
+        for use in models:
+            with use():
+                predictions.append(tests.predict(config.eval))
+        return predictions
 
     metrics = summarise(dataset.task, predict(session.test_set), config.eval.match, session.test_set.choices)
     owners = [int(path.name[len("client-") :]) for path in personal]
-    return metrics, examine(session, config.eval.suites or (), predict, owners, same_data)
+    return metrics, examine(session, config.eval.suites or (), predict, models, owners, same_data)
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedmllm.data.images import decode
 from fedmllm.data.samples import Sample, Task
 from fedmllm.evaluation.predictions import PATTERNS, Prediction
-from fedmllm.evaluation.suites import Exam, Replies, suites
+from fedmllm.evaluation.suites import Exam, LivePicture, OneModel, Replies, suites
 from fedmllm.evaluation.suites.cross_modal import noise_picture
 from fedmllm.kinds import Pattern
 from fedmllm.rng import stream
@@ -17,6 +20,31 @@ from fedmllm.testing.registered import check_registered
 
 ToyModel = Callable[[Sample], Sequence[float] | str]
 """A sample as it is shown -> the probabilities of its choices, or the answer to an open question."""
+
+ToyPictures = Callable[[Sample, Sequence[float]], LivePicture]
+"""A sample as it is shown and the probabilities of its choices -> its question about any pixels."""
+
+
+class LinearPicture:
+    """A closed question whose options' logits are linear in the pixels: log p(option) of the picture itself + W (x − picture).
+
+    `weights` is W: (options, height, width, 3); without it, W is drawn from the picture's size.
+    """
+
+    def __init__(self, sample: Sample, answer: Sequence[float], weights: NDArray[np.float64] | None = None) -> None:
+        assert sample.image is not None
+        self.pixels: NDArray[np.float32] = np.asarray(decode(sample.image), dtype=np.float32) / np.float32(255)
+        self._logits, shape = np.log(answer), (len(answer), *self.pixels.shape)
+        self._weights = stream(0, "toy weights").normal(size=shape) if weights is None else weights
+
+    def scores(self, pixels: NDArray[np.float32]) -> NDArray[np.float64]:
+        logits = self._logits + np.tensordot(pixels - self.pixels, self._weights, ([1, 2, 3], [1, 2, 3]))
+        scores: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return scores
+
+    def gradients(self, pixels: NDArray[np.float32], option: int) -> NDArray[np.float32]:
+        excess = np.exp(self.scores(pixels)) - np.eye(len(self._logits))[option]
+        return np.tensordot(excess, self._weights, 1).astype(np.float32)
 
 
 def toy_exam(
@@ -27,19 +55,40 @@ def toy_exam(
     counts: Sequence[Sequence[int]] = ((1, 0, 0, 0),),
     owners: Sequence[int] = (),
     positive: str | None = None,
+    live: ToyPictures = LinearPicture,
 ) -> Exam:
-    """An exam of toy models, measured by AUC if an answer is `positive` and else by accuracy."""
+    """An exam of toy models, measured by AUC if an answer is `positive` and else by accuracy. `live` takes a sample as it is
+    shown and the probabilities of its options."""
+
+    def replies(model: ToyModel, asked: Sequence[Sample], pattern: Pattern) -> Replies:
+        assert len({sample.id for sample in asked}) == len(asked), "an id is asked about twice"
+        shown = [s.showing(PATTERNS[pattern]) for s in asked if pattern == "both" or pattern in s.modalities]
+        return {s.id: _reply(pattern, s, model(s), positive) for s in shown}
 
     def ask(asked: Sequence[Sample], patterns: Sequence[Pattern]) -> dict[Pattern, list[Replies]]:
-        assert len({sample.id for sample in asked}) == len(asked), "an id is asked about twice"
-        shown = {p: [s.showing(PATTERNS[p]) for s in asked if p == "both" or p in s.modalities] for p in patterns}
-        return {
-            pattern: [{s.id: _reply(pattern, s, model(s), positive) for s in of_pattern} for model in models]
-            for pattern, of_pattern in shown.items()
-        }
+        return {pattern: [replies(model, asked, pattern) for model in models] for pattern in patterns}
+
+    def one(model: ToyModel) -> OneModel:
+        def pictures(asked: Sequence[Sample], pattern: Pattern) -> Iterator[LivePicture]:
+            for sample in asked:
+                answered = model(shown := sample.showing(PATTERNS[pattern]))
+                assert not isinstance(answered, str), "an open question has no options to attack"
+                yield live(shown, answered)
+
+        return OneModel(partial(replies, model), pictures)
 
     task = Task("toy", "auc" if positive else "accuracy", lambda split: samples, positive)
-    return Exam(task, samples, patterns, "exact", 0, np.array(counts, dtype=np.int64).reshape(-1, 4), owners, ask)
+    return Exam(
+        task,
+        samples,
+        patterns,
+        "exact",
+        0,
+        np.array(counts, dtype=np.int64).reshape(-1, 4),
+        owners,
+        ask,
+        [one(model) for model in models],
+    )
 
 
 def _reply(pattern: Pattern, sample: Sample, answer: Sequence[float] | str, positive: str | None) -> Prediction:

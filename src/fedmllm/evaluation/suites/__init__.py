@@ -6,9 +6,9 @@ offer, such as pictures to corrupt, is a sentence in the findings and not an err
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,41 @@ Figures = Mapping[str, Mapping[str, float | int]]
 """{row: {column: figure}}. A float is a share of 1 or a difference of shares, an int is a count."""
 
 
+class LivePicture(Protocol):
+    """A closed question about a picture, put to one model with any pixels in the picture's place.
+
+    `pixels`: the picture as it enters the vision tower, from 0 (black) to 1 (white), in any shape.
+    """
+
+    pixels: NDArray[np.float32]
+
+    def scores(self, pixels: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(n, options): the log-probabilities of the options for n pictures, (n, *shape of `pixels`)."""
+
+    def gradients(self, pixels: NDArray[np.float32], option: int) -> NDArray[np.float32]:
+        """(n, …): the gradients of minus the log-probability of an option. Raises DataError if the model gives none."""
+
+
+@dataclass(frozen=True)
+class OneModel:
+    """One of the models alone.
+
+    `ask` is as that of the exam under one pattern. `live` yields the question about each sample with its picture, which must be
+    closed, as the pattern shows it; a question can be used until the next one is taken. It raises DataError if the model's
+    pictures cannot be altered.
+    """
+
+    ask: Callable[[Sequence[Sample], Pattern], Replies]
+    live: Callable[[Sequence[Sample], Pattern], Iterator[LivePicture]]
+
+
 @dataclass(frozen=True)
 class Exam:
     """What a suite examines: the test `samples` of a task, and the models of a run, which answer what `ask` puts to them.
 
     `patterns` are those of the plain test. `counts` (clients, 4) is the number of training samples of which each client sees
     both modalities, the image only, the text only, and neither; it has no rows if the clients hold other data. `owners` has
-    the client of each model if every client has its own.
+    the client of each model if every client has its own. `models` are the same models one by one.
     """
 
     task: Task
@@ -47,6 +75,7 @@ class Exam:
     counts: NDArray[np.int64]
     owners: Sequence[int]
     ask: Ask
+    models: Sequence[OneModel]
 
     def score(self, models: Sequence[Replies]) -> float:
         """The task's metric, averaged over the models; NaN without answers or without a class that AUC needs."""
