@@ -25,6 +25,7 @@ from fedmllm.evaluation.suites.adversarial import EDITS, EPSILONS, LIMIT, cut, e
 from fedmllm.models.live import LivePicture
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
+from fedmllm.report.suites import KEY_FIGURES
 from fedmllm.rng import stream
 from fedmllm.testing.suites import LinearPicture, ToyModel, toy_exam
 from helpers import png
@@ -285,6 +286,8 @@ def test_runs_are_attacked(write_experiment: Callable[..., Path], tmp_path: Path
         *(f"both, {epsilon}/255" for epsilon in EPSILONS),
         *(f"both, {n} edit{'s' * (n > 1)}" for n in EDITS),
     }
+    key_figures = KEY_FIGURES["adversarial"].values()
+    assert all(column in found["tables"][table][row] for table, row, column in key_figures)
     again = run("eval", "a", "--trust-config", "--suite", "adversarial")["suites"]["adversarial"]
     assert again == found
     personal = run("run", file, *settings, "--set", "algorithm.name=fedsa-lora", "--set", "eval.clients=2", "--out", "b")

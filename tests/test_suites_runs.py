@@ -182,7 +182,7 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
     assert [row[2] for row in rows_of(text, "corruption: points above one")[1:]] == ["+25.0"]
 
 
-@pytest.mark.parametrize("suite", KEY_FIGURES)
+@pytest.mark.parametrize("suite", ALL)
 def test_key_figures_are_figures_of_the_suites(suite: str) -> None:
     """Every table, row and column that is looked up is written by the suite's own file."""
     source = (Path(suites_folder.__file__).parent / f"{suite.replace('-', '_')}.py").read_text()

@@ -18,6 +18,12 @@ from fedmllm.report.sentences import points
 from fedmllm.storage.run_dir import RunDir
 
 KEY_FIGURES = {
+    "adversarial": {
+        "PGD, 4/255": ("pictures", "both, 4/255", "pgd"),
+        "random, 4/255": ("pictures", "both, 4/255", "random"),
+        "greedy, 2 edits": ("texts", "both, 2 edits", "greedy"),
+        "random, 2 edits": ("texts", "both, 2 edits", "random"),
+    },
     "attribution": {
         "image gain": ("gains", "image", "gain"),
         "text gain": ("gains", "text", "gain"),
