@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm.attacks.settings import attacks
-from fedmllm.config import read, validate
+from fedmllm.config import Experiment, read, validate
 from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.experiment.sweep import PlannedRun, plan_sweep
 from fedmllm.report.published import published, setting_of
@@ -117,3 +117,46 @@ def test_attacks_and_defences_meet_the_same_data_and_attackers() -> None:
         (few, some), (more, many) = sorted(attackers, key=lambda pair: pair[0])
         assert (few, len(some), more, len(many)) == (0.2, 3, 0.4, 6)
         assert some < many
+
+
+def trained_cells(study: str) -> dict[str, Experiment]:
+    """The first replicate's experiment of each trained cell, by its place on the last axis."""
+    planned = plan_sweep(OFFLINE.parent / "studies" / f"{study}.sweep.toml")[1]
+    return {
+        str(list(p.axes.values())[-1]): with_defaults(p.experiment)
+        for p in planned
+        if p.kind == "federated" and not p.replicate
+    }
+
+
+def test_studies_compare_equal_rates() -> None:
+    graded, drift = trained_cells("graded"), trained_cells("drift")
+    rates = {name: config.scenario.options for name, config in graded.items()}
+    means = [options.get("rate") or (options["image"] + options["text"]) / 2 for options in rates.values()]
+    assert len(means) == 3
+    assert set(means) == {0.5}
+    chains = [config.scenario.options for config in drift.values()]
+    assert len(chains) == 4
+    assert all(options["lose"] == options["regain"] for options in chains)
+
+
+def test_servers_of_the_stragglers_study_use_the_same_number_of_updates() -> None:
+    cells = trained_cells("stragglers")
+    per_step = dict.fromkeys(cells, 4) | {"FedBuff": cells["FedBuff"].asynchronous.options["buffer"], "FedAsync": 1}
+    assert {config.train.rounds * per_step[name] for name, config in cells.items()} == {48}
+    assert len({(config.seed, config.task.draw, config.train.lr) for config in cells.values()}) == 1
+    assert {config.train.rounds % config.eval.every for config in cells.values()} == {0}
+
+
+def test_algorithms_of_the_uses_study_have_the_rates_that_were_found() -> None:
+    cells = {
+        name: (c.algorithm.name, c.algorithm.options.get("server_lr"), c.train.lr) for name, c in trained_cells("uses").items()
+    }
+    found = {}
+    for grid in ("pocket-memes", "pocket-memes.others"):
+        for planned in plan_sweep(OFFLINE / f"{grid}.sweep.toml")[1]:
+            config = with_defaults(planned.experiment)
+            found[config.algorithm.name] = (config.algorithm.options.get("server_lr"), config.train.lr)
+    assert {name: rates for name, *rates in cells.values() if name in found} == {
+        name: list(found[name]) for name in ("fedavg", "scaffold", "fedadam")
+    }
