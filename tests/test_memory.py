@@ -243,10 +243,18 @@ def test_a_run_leaves_out_who_lacks_memory(write_experiment: Callable[..., Path]
     assert [row["rounds"] for row in rows] == [2, 0, 2, 0]
 
 
-def test_a_run_in_which_nobody_lacks_memory_is_as_without(write_experiment: Callable[..., Path]) -> None:
+def test_a_run_in_which_nobody_lacks_memory_is_as_without(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
     options = ["--set", 'eval.patterns=["text"]', "--set", "clients.speed=[1.0]"]
     free, limited = (
-        run("run", write_experiment(rounds=1), *options, "--set", f"clients.memory={memory}", "--out", f"run-{len(memory)}")
+        run(
+            "run",
+            write_experiment(rounds=1),
+            *options,
+            "--set",
+            f"clients.memory={memory}",
+            "--out",
+            tmp_path / str(len(memory)),
+        )
         for memory in ("[]", "[1.0]")
     )
     for key in ("adapter_sha256", "metrics", "per_client", "bytes_down", "cohort", "simulated_seconds", "skipped_samples"):
