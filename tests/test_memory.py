@@ -36,7 +36,7 @@ FILE: dict[str, Any] = {
     "task": {"name": "shapes-qa"},
     "partition": {"clients": 8},
     "clients": {"speed": [2.0, 5.0, 3.0]},
-    "train": {"clients_per_round": 3, "rounds": 12},
+    "train": {"clients_per_round": 3, "rounds": 40},
 }
 EXCLUDED = frozenset({0, 3, 7})
 
@@ -112,7 +112,7 @@ POLICIES: dict[str, dict[str, dict[str, Any]]] = {
     "all candidates": {"train": {"selection": "power-of-choice", "candidates": 8}},
     "fedasync": {"asynchronous": {"name": "fedasync"}},
     "fedbuff": {"asynchronous": {"name": "fedbuff", "buffer": 4}},
-    "poisson": {"privacy": {"name": "user-level", "noise": 1.0, "delta": 0.01}, "train": {"rounds": 30}},
+    "poisson": {"privacy": {"name": "user-level", "noise": 1.0, "delta": 0.01}},
     "robust": {"robust": {"name": "median"}},
 }
 
