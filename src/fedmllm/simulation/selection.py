@@ -60,7 +60,7 @@ class PowerOfChoice:
     def choose(self, rng: np.random.Generator, count: int, state: State) -> Sequence[int]:
         weights = np.maximum(np.asarray(self.sizes, dtype=float), 1.0)
         weights[list(self.excluded)] = 0.0
-        candidates = min(max(self.candidates, count), np.count_nonzero(weights))
+        candidates = min(max(self.candidates, count), len(weights) - len(self.excluded))
         drawn: list[int] = rng.choice(len(weights), size=candidates, replace=False, p=weights / weights.sum()).tolist()
         losses = self._losses(state).tolist()
         return sorted(drawn, key=lambda client: -losses[client] if losses[client] >= 0 else -np.inf)[:count]
