@@ -61,7 +61,8 @@ def client_bytes(model: MLLM, kept: int, batch_size: int) -> int:
 
 def training_bytes(model: MLLM, kept: int, batch_size: int) -> int:
     """Bytes that training takes on a client's own device: as `client_bytes`, with the frozen weights."""
-    return sum(p.nbytes for p in model.model.parameters() if not p.requires_grad) + client_bytes(model, kept, batch_size)
+    frozen = sum(int(p.nbytes) for p in model.model.parameters() if not p.requires_grad)
+    return frozen + client_bytes(model, kept, batch_size)
 
 
 def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most: int) -> int:
