@@ -39,7 +39,12 @@ SUBJECTS = {
     "Updates that are refused": ("algorithms.screening", "federation", "update"),
     "Differential privacy": ("privacy",),
     "Secure aggregation": ("secure",),
-    "Simulated devices and asynchronous rounds": ("simulation", "experiment.simulated", "algorithms.asynchronous"),
+    "Simulated devices and asynchronous rounds": (
+        "simulation",
+        "runs.memory",
+        "experiment.simulated",
+        "algorithms.asynchronous",
+    ),
     "Sites and federations": ("remote",),
     "Ray": ("remote.actors", "remote.cluster", "remote.ray_sweep"),
     "Fleets": ("fleets",),

@@ -80,6 +80,7 @@ def test_every_preset_is_finite_and_faster_than_the_one_before() -> None:
         assert 0 < device.uplink <= device.downlink <= 1000
         assert 0 < device.availability <= 1
         assert 0 <= device.dropout < 0.1
+    assert [device.memory for device in presets] == [6.0, 16.0, 24.0, 80.0]
 
 
 def test_profiles_are_dealt_in_turn_and_own_numbers_replace_theirs() -> None:
@@ -89,6 +90,10 @@ def test_profiles_are_dealt_in_turn_and_own_numbers_replace_theirs() -> None:
     assert [device.speed for device in dealt] == [7.0, 8.0, 9.0, 7.0, 8.0, 9.0]
     assert [device.uplink for device in dealt] == [phone.uplink, laptop.uplink] * 3
     assert {device.dropout for device in dealt} == {0.5}
+    assert [device.memory for device in dealt] == [6.0, 16.0] * 3
+    assert devices_of(ClientsTable(profile=("phone",), memory=(4.0, 8.0)), 2, 0) == [
+        replace(phone, memory=m) for m in (4.0, 8.0)
+    ]
     assert devices_of(ClientsTable(), 6, 0) == []
     assert devices_of(ClientsTable(rank=(2,)), 6, 0) == []
     assert devices_of(ClientsTable(uplink=(3.0,)), 2, 0) == [Device(uplink=3.0)] * 2
@@ -211,6 +216,7 @@ FILE: dict[str, Any] = {"task": {"name": "shapes-qa"}, "partition": {"clients": 
         ({"clients": {"speed": [0.0]}}, "clients.speed.0: input should be greater than 0"),
         ({"clients": {"speed": [1e13]}}, "which no device reaches"),
         ({"clients": {"uplink": [-1.0]}}, "clients.uplink.0: input should be greater than 0"),
+        ({"clients": {"memory": [6.0, 0.0]}}, "clients.memory.1: input should be greater than 0"),
         ({"clients": {"dropout": [1.0]}}, "clients.dropout.0: input should be less than 1"),
         ({"clients": {"availability": [0.0]}}, "clients.availability.0: input should be greater than 0"),
         ({"clients": {"availability": [1.5]}}, "clients.availability.0: input should be less than or equal to 1"),

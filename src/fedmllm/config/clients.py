@@ -29,6 +29,8 @@ class ClientsTable(Table):
     """The share of the day in which a client can be reached."""
     dropout: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(strict=False)] = ()
     """The probability that a client never answers in a round."""
+    memory: PositiveNumbers = ()
+    """GB (10⁹ bytes). A client whose device has less than training takes does not take part."""
 
     @field_validator("profile", mode="before")
     @classmethod

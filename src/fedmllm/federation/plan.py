@@ -44,8 +44,8 @@ class TooFewUpdates(RuntimeError):  # noqa: N818 (named after the event, as Stop
 
 @dataclass(frozen=True)
 class FederationPlan:
-    """`clients` has the ids of all clients; `per_round` of them are sampled each round without replacement. If `poisson`, each
-    takes part with the probability that makes `per_round` the expected number, independently of the others.
+    """`clients` has the ids of all clients that may take part; `per_round` of them are sampled each round without replacement.
+    If `poisson`, each takes part with the probability that makes `per_round` the expected number, independently of the others.
 
     `ranks` has the LoRA rank of each client if ranks differ, else it is empty. The learning rate of the first round is
     multiplied by `first_round_factor`. `remedy` says which settings make the server's step smaller, with their values, for the
@@ -149,7 +149,7 @@ def sample_clients(plan: FederationPlan, round: int, state: State | None = None)
     if plan.poisson:
         indices = np.flatnonzero(rng.random(count) < plan.per_round / count).tolist()
     elif plan.policy is not None:
-        indices = plan.policy.choose(rng, plan.draws, state or {})
+        return tuple(sorted(plan.policy.choose(rng, plan.draws, state or {})))
     else:
         indices = rng.choice(count, size=plan.draws, replace=False).tolist()
     return tuple(sorted(plan.clients[i] for i in indices))

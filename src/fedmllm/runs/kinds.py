@@ -74,6 +74,7 @@ def federated(run: Run) -> Outcome:
         row |= {"rank": plan.ranks[row["client"]]} if plan.ranks else {}
         row |= {"site": sites[row["client"]]} if sites else {}
         row |= {"attacker": True} if row["client"] in session.attackers else {}
+        row |= {"eligible": False} if row["client"] in session.excluded else {}
     if run.backend.evaluate is not None:
         session.progress("asking the sites", 0, 0, "each tests on data of its own")
         info = plan.info(plan.rounds, plan.clients)

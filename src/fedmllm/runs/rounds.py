@@ -42,12 +42,13 @@ class Run:
 
 
 def federation_plan(session: Session) -> FederationPlan:
-    """The rounds of the federation over all its clients."""
-    clients, config = range(session.dataset.manifest.clients), session.config
+    """The rounds of the federation over all clients that have the memory for it."""
+    everyone, config, excluded = range(session.dataset.manifest.clients), session.config, session.excluded
+    clients = [client for client in everyone if client not in excluded] if excluded else everyone
     plan = FederationPlan.of(config.train, clients, config.seed, session.model.info, session.parts.ranks)
     sizes = session.dataset.manifest.sizes()
-    simulation = Simulation.of(config, sizes)
-    policy = policy_of(config.train, simulation, sizes)
+    simulation = Simulation.of(config, sizes, sorted(excluded))
+    policy = policy_of(config.train, simulation, sizes, sorted(excluded))
     plan = replace(plan, remedy=smaller_steps(config), simulation=simulation, policy=policy)
     plan = replace(plan, over_select=config.train.over_select, asynchronous=session.parts.asynchronous)
     if (mechanism := session.parts.mechanism) is not None:
@@ -58,7 +59,7 @@ def federation_plan(session: Session) -> FederationPlan:
         plan = replace(plan, combine=robust.combine)
     if session.parts.secure is not None:  # every update is a copy of the mean, and counts are shared out evenly
         return replace(plan, max_norm_ratio=0.0)
-    tables = [config.train_of(client) for client in clients]
+    tables = [config.train_of(client) for client in everyone]
     declared = [table.epochs * size for table, size in zip(tables, sizes, strict=True)]
     return replace(plan, declared=declared, per_step=[table.batch_size * table.accumulate for table in tables])
 
@@ -95,8 +96,9 @@ def check_attackers(session: Session) -> list[int]:
     start = attack.start if attack else 0
     active = session.attackers.intersection(participants(plan, start))
     if not active:
+        clients = session.config.partition.clients
         raise ConfigError(
-            f"attack.share: {len(session.attackers)} of {len(plan.clients)} clients would attack, and none of them is sampled "
+            f"attack.share: {len(session.attackers)} of {clients} clients would attack, and none of them is sampled "
             f"in a round from attack.start = {start} on; raise attack.share, train.clients_per_round or train.rounds, "
             "or choose another seed."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
@@ -14,7 +14,7 @@ from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samp
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
 from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.prompts import render
+from fedmllm.data.prompts import Conversation, render
 from fedmllm.data.samples import Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, Modalities
 from fedmllm.data.summary import gaps
@@ -26,9 +26,11 @@ from fedmllm.fleets.base import InRound
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
+from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
+from fedmllm.training.capacity import bytes_kept, training_bytes
 
 
 class ClientData(Mapping[int, list[Encoded]]):
@@ -111,6 +113,28 @@ class Session:
         return ClientData(self.dataset.manifest, self._encode_attacked)
 
     @cached_property
+    def excluded(self) -> frozenset[int]:
+        """The clients that take no part in a federation, because their devices have less memory than training takes; the
+        user is told. Raises ConfigError if too few are left."""
+        memory, manifest = memory_of(self.config), self.dataset.manifest
+        if not memory:
+            return frozenset()
+        held = (holding for client in memory for holding in manifest.of_client(client))
+        with self.model.forgetting_pictures():
+            samples = longest(
+                held,
+                talk=lambda holding: self._talk(self._samples[holding.sample_id], holding.visible),
+                encode=lambda holding: self._encode_one(self._seen(holding), holding.visible),
+            )
+            kept = max((bytes_kept(self.model, sample) for sample in samples), default=0)
+        lacking, takes = who_lacks(self.config, memory, partial(training_bytes, self.model, kept))
+        if lacking:
+            check_enough(self.parts, lacking, takes)
+            note = f"{len(lacking)} of {manifest.clients} clients do not take part: training takes {takes}, and "
+            self.progress("note", 0, 0, note + "their devices have less (clients.memory)")
+        return lacking
+
+    @cached_property
     def gaps(self) -> dict[int, float]:
         """client -> the share of its modality slots that are empty."""
         return dict(enumerate(gaps(self.dataset.manifest)))
@@ -147,9 +171,8 @@ class Session:
         encoded: list[Encoded] = []
         problems: dict[str, Problem] = {}
         for sample, visible in shown:
-            talk = render(sample, visible, self.parts.strategy)
             try:
-                encoded.append(self.model.encode_one(talk, sample.image, self.config.train.max_length))
+                encoded.append(self._encode_one(sample, visible))
             except EntryError as error:
                 problems[sample.id] = problem_of(sample, self.dataset.task, str(error), error.kind)
         if problems:
@@ -157,6 +180,12 @@ class Session:
             refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
         self._refused |= problems
         return encoded
+
+    def _talk(self, sample: Sample, visible: Modalities) -> Conversation:
+        return render(sample, visible, self.parts.strategy)
+
+    def _encode_one(self, sample: Sample, visible: Modalities) -> Encoded:
+        return self.model.encode_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
 
     def _seen(self, holding: Holding) -> Sample:
         """The sample as bad as its client sees it."""
@@ -201,7 +230,7 @@ class Session:
     def check_prompts(self) -> None:
         """Encode every sample of every client and keep none, and the questions of `eval.transfer`. Raises ConfigError or
         DataError as `encode` does."""
-        self.transfer  # noqa: B018 (read and encoded now)
+        self.transfer, self.excluded  # noqa: B018 (read and encoded now)
         number = len(self.clients)
         for client in self.clients:
             if client % max(1, number // 10) == 0:

@@ -64,7 +64,7 @@ class Simulation:
     more than `deadline` seconds is not waited for. If the server `waits`, a round begins when a client can be reached.
 
     `epochs` has, by client, how often it passes over its data, and `per_step` the samples of an optimizer step, if late clients
-    do part of their work; if they are empty, late clients are lost."""
+    do part of their work; if they are empty, late clients are lost. Nobody waits for `excluded` clients to be reached."""
 
     seed: int
     devices: Sequence[Device]
@@ -73,9 +73,10 @@ class Simulation:
     waits: bool = False
     epochs: Sequence[int] = ()
     per_step: Sequence[int] = ()
+    excluded: Sequence[int] = ()
 
     @classmethod
-    def of(cls, config: Experiment, sizes: Sequence[int]) -> Simulation | None:
+    def of(cls, config: Experiment, sizes: Sequence[int], excluded: Sequence[int] = ()) -> Simulation | None:
         """The simulation that the experiment describes, with `sizes` samples by client; None if it describes no devices."""
         devices = devices_of(config.clients, len(sizes), config.seed)
         if not devices:
@@ -83,7 +84,8 @@ class Simulation:
         train, tables = config.train, [config.train_of(client) for client in range(len(sizes))]
         epochs = [table.epochs for table in tables]
         examples = [own * int(size) for own, size in zip(epochs, sizes, strict=True)]
-        made = cls(config.seed, devices, examples, train.deadline or math.inf, train.selection == "available")
+        deadline, waits = train.deadline or math.inf, train.selection == "available"
+        made = cls(config.seed, devices, examples, deadline, waits, excluded=excluded)
         if train.late == "drop":
             return made
         return replace(made, epochs=epochs, per_step=[table.batch_size * table.accumulate for table in tables])
@@ -93,16 +95,23 @@ class Simulation:
         """The time of the day, from 0 to 1, from which each client can be reached: (clients,)."""
         return stream(self.seed, "mornings").random(len(self.devices))
 
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """The share of the day in which each client can be reached: (clients,); 0 if it is excluded."""
+        shares = np.array([device.availability for device in self.devices])
+        shares[list(self.excluded)] = 0.0
+        return shares
+
     def reachable(self, now: float) -> np.ndarray:
         """Whether each client can be reached: every day for a share of it, from a time of its own on."""
-        return (now / DAY - self._mornings) % 1.0 < np.array([device.availability for device in self.devices])
+        return (now / DAY - self._mornings) % 1.0 < self._shares
 
     def begins(self, state: State) -> float:
         """When the next round begins, in simulated seconds."""
         now = float(state[GROUP]["seconds"]) if GROUP in state else 0.0
         if not self.waits or self.reachable(now).any():
             return now
-        mornings = (np.floor(now / DAY) + np.array([[0.0], [1.0]]) + self._mornings) * DAY
+        mornings = (np.floor(now / DAY) + np.array([[0.0], [1.0]]) + self._mornings[self._shares > 0]) * DAY
         return float(mornings[mornings > now].min()) + 1e-3  # because rounding may place a morning just before itself
 
     def time(self, algorithm: Algorithm, state: State, messages: Mapping[int, State], info: RoundInfo, needed: int) -> Timed:

@@ -1,4 +1,4 @@
-"""Devices of simulated clients: how fast they train and transfer, when they can be reached, and how often they fail.
+"""Devices of simulated clients: how fast they train and transfer, when they can be reached, how often they fail, their memory.
 
 Speeds are relative to the phone, which is assumed to train on one sample per second; the ratios are those of peak 16-bit
 floating point operations (the NVIDIA cards' are dense, on tensor cores, accumulated in 32 bits). Which model is trained, and
@@ -26,13 +26,14 @@ _PHONE = 1.43
 class Device:
     """`speed` is in training samples per second, `downlink` and `uplink` in Mbit/s (10⁶ bits). `availability` is the share of
     the day in which the client can be reached, which the selection "available" heeds; `dropout` is the probability that it
-    never answers in a round. What is not given costs no time."""
+    never answers in a round; `memory` is in GB (10⁹ bytes). What is not given costs no time and is no limit."""
 
     speed: float = math.inf
     downlink: float = math.inf
     uplink: float = math.inf
     availability: float = 1.0
     dropout: float = 0.0
+    memory: float = math.inf
 
     def seconds(self, samples: int, down: int, up: int) -> tuple[float, float]:
         """(compute, transfer) in seconds, for a number of training samples and for bytes to and from the client."""
@@ -44,26 +45,26 @@ devices: Registry[Device] = Registry("device", "fedmllm.simulation.devices")
 
 @devices.register("phone")
 def phone() -> Device:
-    """A phone (Apple A16, 1.43 TFLOPS): 1 sample/s, 35.96 / 11.22 Mbit/s (mobile), 8 hours a day, 8 % drop-outs."""
-    return Device(1.0, 35.96, 11.22, availability=1 / 3, dropout=0.08)
+    """A phone (Apple A16, 1.43 TFLOPS, 6 GB): 1 sample/s, 35.96 / 11.22 Mbit/s (mobile), 8 hours a day, 8 % drop-outs."""
+    return Device(1.0, 35.96, 11.22, availability=1 / 3, dropout=0.08, memory=6.0)
 
 
 @devices.register("laptop")
 def laptop() -> Device:
-    """A laptop (Apple M4, 3.01 TFLOPS): 2.1 samples/s, 85.73 / 45.74 Mbit/s (fixed), 8 hours a day, 5 % drop-outs."""
-    return Device(3.01 / _PHONE, 85.73, 45.74, availability=1 / 3, dropout=0.05)
+    """A laptop (Apple M4, 3.01 TFLOPS, 16 GB): 2.1 samples/s, 85.73 / 45.74 Mbit/s (fixed), 8 hours a day, 5 % drop-outs."""
+    return Device(3.01 / _PHONE, 85.73, 45.74, availability=1 / 3, dropout=0.05, memory=16.0)
 
 
 @devices.register("workstation")
 def workstation() -> Device:
-    """A workstation (RTX 4090, 165.2 TFLOPS): 116 samples/s, 85.73 / 45.74 Mbit/s (fixed), always available, 1 % drop-outs."""
-    return Device(165.2 / _PHONE, 85.73, 45.74, dropout=0.01)
+    """A workstation (RTX 4090, 165.2 TFLOPS, 24 GB): 116 samples/s, 85.73 / 45.74 Mbit/s (fixed), all day, 1 % drop-outs."""
+    return Device(165.2 / _PHONE, 85.73, 45.74, dropout=0.01, memory=24.0)
 
 
 @devices.register("hospital-server")
 def hospital_server() -> Device:
-    """A hospital's server (A100, 312 TFLOPS): 218 samples/s, 1000 / 1000 Mbit/s, always available, no drop-outs."""
-    return Device(312 / _PHONE, 1000.0, 1000.0)
+    """A hospital's server (A100, 312 TFLOPS, 80 GB): 218 samples/s, 1000 / 1000 Mbit/s, always available, no drop-outs."""
+    return Device(312 / _PHONE, 1000.0, 1000.0, memory=80.0)
 
 
 def devices_of(table: ClientsTable, clients: int, seed: int) -> list[Device]:

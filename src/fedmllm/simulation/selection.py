@@ -22,7 +22,7 @@ class Policy(Protocol):
     """Chooses clients by what the server's state says."""
 
     def choose(self, rng: np.random.Generator, count: int, state: State) -> Sequence[int]:
-        """Up to `count` different clients."""
+        """The ids of up to `count` different clients."""
 
     def learned(self, state: State, updates: Sequence[Update]) -> State:
         """The groups of the state that these valid updates change."""
@@ -50,15 +50,17 @@ class PowerOfChoice:
     Selection in Federated Learning" (2010.01243), in the variant rpow-d that costs no further messages.
 
     The loss is the client's mean training loss in the last round that used it; a client that no round has used comes first.
-    Equal losses are ordered by the draw.
+    Equal losses are ordered by the draw. `excluded` clients are never drawn.
     """
 
     sizes: Sequence[int]
     candidates: int
+    excluded: Sequence[int] = ()
 
     def choose(self, rng: np.random.Generator, count: int, state: State) -> Sequence[int]:
         weights = np.maximum(np.asarray(self.sizes, dtype=float), 1.0)
-        candidates = min(max(self.candidates, count), len(weights))
+        weights[list(self.excluded)] = 0.0
+        candidates = min(max(self.candidates, count), len(weights) - len(self.excluded))
         drawn: list[int] = rng.choice(len(weights), size=candidates, replace=False, p=weights / weights.sum()).tolist()
         losses = self._losses(state).tolist()
         return sorted(drawn, key=lambda client: -losses[client] if losses[client] >= 0 else -np.inf)[:count]
@@ -74,8 +76,10 @@ class PowerOfChoice:
         return state[GROUP]["losses"] if GROUP in state else torch.full((len(self.sizes),), -1.0, dtype=torch.float64)
 
 
-def policy_of(train: TrainTable, simulation: Simulation | None, sizes: Sequence[int]) -> Policy | None:
+def policy_of(
+    train: TrainTable, simulation: Simulation | None, sizes: Sequence[int], excluded: Sequence[int] = ()
+) -> Policy | None:
     """The policy that [train] names, with `sizes` samples by client; None for the uniform draw."""
     if train.selection == "power-of-choice":
-        return PowerOfChoice(sizes, train.candidates or 2 * train.clients_per_round)
+        return PowerOfChoice(sizes, train.candidates or 2 * train.clients_per_round, excluded)
     return Available(simulation) if train.selection == "available" and simulation else None

@@ -1,7 +1,7 @@
-"""How many clients train in one pass: as many as fit in memory and still speed up training. This is decided before the run.
+"""What memory training takes, and how many clients train in one pass: as many as fit in it and still speed up training.
 
-The number depends on the experiment and the machine, never on what else runs there, so that a resumed run continues with the
-same cohorts and the same bits.
+This is decided before the run. The number depends on the experiment and the machine, never on what else runs there, so that a
+resumed run continues with the same cohorts and the same bits.
 """
 
 from __future__ import annotations
@@ -52,6 +52,19 @@ def bytes_kept(model: MLLM, sample: Encoded) -> int:
     return sum(kept.values())
 
 
+def client_bytes(model: MLLM, kept: int, batch_size: int) -> int:
+    """Bytes that a client takes beside the frozen weights, if a forward pass keeps `kept` of its longest sample."""
+    entries = sum(p.numel() for p in model.adapter.parameters.values())
+    # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
+    return kept * batch_size + 8 * 4 * entries
+
+
+def training_bytes(model: MLLM, kept: int, batch_size: int) -> int:
+    """Bytes that training takes on a client's own device: as `client_bytes`, with the frozen weights."""
+    frozen = sum(int(p.nbytes) for p in model.model.parameters() if not p.requires_grad)
+    return frozen + client_bytes(model, kept, batch_size)
+
+
 def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most: int) -> int:
     """Clients per pass, from 1 to `most`, for clients that hold `samples`.
 
@@ -70,10 +83,9 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
     if not held or most == 1:
         return 1
     kind = model.backbone.device.type
-    entries = sum(p.numel() for p in model.adapter.parameters.values())
-    # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
-    client_bytes = bytes_kept(model, max(held, key=lambda sample: sample.length)) * train.batch_size + 8 * 4 * entries
-    fit_in_memory = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device) / client_bytes
+    kept = bytes_kept(model, max(held, key=lambda sample: sample.length))
+    memory = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device)
+    fit_in_memory = memory / client_bytes(model, kept, train.batch_size)
     client_tokens = train.batch_size * sum(sample.length for sample in held) / len(held)
     speed_up = _ENOUGH_TOKENS.get(kind, 4096) / client_tokens
     return max(1, min(most, int(fit_in_memory), round(speed_up)))
