@@ -1,261 +1,105 @@
-"""Clients whose devices have less memory than training takes, which take no part."""
+"""The memory of clients on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from commands import call, run
-from fedmllm.config import LoraTable, ModelTable, validate
-from fedmllm.data.files import EntryError
-from fedmllm.data.manifest import Holding, Manifest
-from fedmllm.data.prompts import Conversation
-from fedmllm.errors import ConfigError
-from fedmllm.experiment.parts import build
-from fedmllm.federation import RoundRecord, federate, participants
-from fedmllm.models.encoded import Encoded
-from fedmllm.models.mllm import MLLM
-from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
-from fedmllm.runs.rounds import federation_plan
-from fedmllm.runs.session import Session
-from fedmllm.simulation.clock import Simulation
-from fedmllm.simulation.devices import Device
-from fedmllm.storage.run_dir import RunDir
+from fedmllm.fleets.memory import ClientMemory
 from fedmllm.tensors import State
-from fedmllm.training.capacity import bytes_kept, training_bytes
-from helpers import ADAPTER_INFO, FakeFleet, built, lora_adapter, same
-
-FILE: dict[str, Any] = {
-    "task": {"name": "shapes-qa"},
-    "partition": {"clients": 8},
-    "clients": {"speed": [2.0, 5.0, 3.0]},
-    "train": {"clients_per_round": 3, "rounds": 40},
-}
-EXCLUDED = frozenset({0, 3, 7})
+from helpers import same, tensors
 
 
-def merged(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return FILE | {name: FILE.get(name, {}) | table for name, table in tables.items()}
+def state(value: float) -> State:
+    return {"control": tensors(x=value)}
 
 
-# Who lacks memory
+@pytest.fixture
+def memory(tmp_path: Path) -> ClientMemory:
+    return ClientMemory(tmp_path / "clients")
 
 
-@pytest.mark.parametrize(
-    ("table", "lacking", "takes"),
-    [
-        ({}, set(), ""),
-        ({"speed": [1.0]}, set(), ""),
-        ({"memory": [4.0]}, set(), ""),  # exactly enough
-        ({"memory": [4.0, 3.999]}, {1, 3, 5, 7}, "4 GB at a batch of 4"),
-        ({"memory": [1e-9]}, set(range(8)), "4 GB at a batch of 4"),
-        ({"memory": [4.0, 8.0, 4.0], "batch_size": [8, 2]}, {0, 2, 6}, "8 GB at a batch of 8"),
-        ({"memory": [1.5], "batch_size": [1, 2, 8]}, {1, 2, 4, 5, 7}, "2 GB at a batch of 2 and 8 GB at a batch of 8"),
-        ({"profile": ["phone", "laptop"], "batch_size": [8]}, {0, 2, 4, 6}, "8 GB at a batch of 8"),
-        ({"profile": ["phone", "laptop"], "batch_size": [8], "memory": [8.0]}, set(), ""),
-    ],
-)  # fmt: skip
-def test_whose_device_is_too_small_for_its_batches(table: dict[str, Any], lacking: set[int], takes: str) -> None:
-    config = validate({**FILE, "clients": table})
-    assert who_lacks(config, memory_of(config), lambda batch_size: batch_size * 10**9) == (lacking, takes)
+def test_a_client_loads_its_state_from_before_the_round(memory: ClientMemory) -> None:
+    assert memory.load(3, 0) == {}
+    memory.save(3, 0, state(1))
+    memory.save(3, 4, state(2))
+    assert memory.load(3, 0) == {}, "a repeated round starts from the state before it"
+    assert same(memory.load(3, 1), state(1))
+    assert same(memory.load(3, 4), state(1))
+    assert same(memory.load(3, 5), state(2))
+    assert memory.load(33, 5) == {}
 
 
-def test_nothing_is_limited_without_figures() -> None:
-    assert memory_of(validate({**FILE, "clients": {"speed": [1.0]}})) == {}
-    assert memory_of(validate({**FILE, "clients": {"memory": [0.5, 2.0]}})) == {k: (0.5, 2.0)[k % 2] * 1e9 for k in range(8)}
+def test_a_commit_keeps_only_the_latest_state(memory: ClientMemory, tmp_path: Path) -> None:
+    for number, value in ((0, 1), (2, 2), (5, 3)):
+        memory.save(1, number, state(value))
+    memory.commit(2, [1])
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")) == [
+        "clients/client-1/round-2.safetensors", "clients/client-1/round-5.safetensors"
+    ]  # fmt: skip
+    assert same(memory.load(1, 5), state(2))
 
 
-@pytest.mark.parametrize(
-    ("tables", "lacking", "message"),
-    [
-        ({}, 6, "train.clients_per_round = 3, and 2 of 8 clients have the memory that training takes, 2 GB at a"),
-        ({}, 8, "train.clients_per_round = 3, and 0 of 8 clients have the memory that training takes"),
-        (
-            {"train": {"selection": "power-of-choice", "candidates": 5}},
-            4,
-            "train.candidates = 5, and 4 of 8 clients have the memory",
-        ),
-        ({"asynchronous": {"name": "fedbuff", "buffer": 6}}, 3, "asynchronous.buffer = 6, and 5 of 8 clients have the memory"),
-        (
-            {"privacy": {"name": "user-level", "noise": 1.0, "delta": 0.01}},
-            1,
-            "clients.memory: training takes 2 GB at a batch of 4, for which 1 of 8 devices are too small, and privacy.name = "
-            "'user-level' needs a draw that depends on nobody; raise clients.memory.",
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_refused_if_clients_lack_memory(tables: dict[str, Any], lacking: int, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_enough(build(validate(merged(tables))), frozenset(range(lacking)), "2 GB at a batch of 4")
-    assert message in str(caught.value)
+def test_forgetting_a_round_restores_the_state_before_it(memory: ClientMemory) -> None:
+    memory.save(1, 0, state(1))
+    memory.save(1, 2, state(2))
+    memory.forget(2, [1, 7])
+    assert same(memory.load(1, 3), state(1))
 
 
-def test_as_many_as_a_round_needs_are_enough() -> None:
-    for tables, most in (({}, 5), ({"asynchronous": {"name": "fedbuff", "buffer": 5}}, 3)):
-        check_enough(build(validate(merged(tables))), frozenset(range(most)), "2 GB at a batch of 4")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_state_with_nan_or_infinity_is_not_saved(memory: ClientMemory, bad: float) -> None:
+    memory.save(1, 0, state(1))
+    memory.save(1, 1, state(bad))
+    assert same(memory.load(1, 2), state(1))
 
 
-# Who is sampled
-
-POLICIES: dict[str, dict[str, dict[str, Any]]] = {
-    "uniform": {},
-    "over-selection": {"train": {"over_select": 1.0}},
-    "available": {"clients": {"availability": [0.3, 0.5], "speed": [1e-3]}, "train": {"selection": "available"}},
-    "power-of-choice": {"train": {"selection": "power-of-choice"}},
-    "all candidates": {"train": {"selection": "power-of-choice", "candidates": 8}},
-    "fedasync": {"asynchronous": {"name": "fedasync"}},
-    "fedbuff": {"asynchronous": {"name": "fedbuff", "buffer": 4}},
-    "poisson": {"privacy": {"name": "user-level", "noise": 1.0, "delta": 0.01}},
-    "robust": {"robust": {"name": "median"}},
-}
+def test_empty_states_create_no_folder(memory: ClientMemory, tmp_path: Path) -> None:
+    memory.save(1, 0, {})
+    memory.save(1, 1, {"control": {}})
+    assert not (tmp_path / "clients").exists()
 
 
-def session_of(tables: Mapping[str, Mapping[str, Any]], excluded: frozenset[int]) -> Session:
-    """What the plan is made from, without a model."""
-    file = merged(tables)
-    parts = build(validate(file | {"train": file["train"] | {"batch_size": 64}}))  # toy clients make few steps
-    held = [Holding(f"s{client}-{i}", client, frozenset()) for client in range(8) for i in range(10 * (client + 1))]
-    dataset = SimpleNamespace(manifest=Manifest.of(held, 8))
-    model = SimpleNamespace(info=ADAPTER_INFO)
-    return cast(Session, SimpleNamespace(parts=parts, config=parts.config, dataset=dataset, model=model, excluded=excluded))
+def test_finding_a_clients_files_does_not_list_those_of_others(memory: ClientMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of directory entries that a round reads does not depend on how many clients have taken part."""
+    read: list[str] = []
+    listdir, scandir = os.listdir, os.scandir
+
+    def counted_listdir(path: Path) -> list[str]:
+        read.extend(listdir(path))
+        return listdir(path)
+
+    def counted_scandir(path: Path) -> Iterator[os.DirEntry[str]]:
+        read.extend(listdir(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "listdir", counted_listdir)
+    monkeypatch.setattr(os, "scandir", counted_scandir)
+
+    def a_round(number: int, clients: list[int]) -> int:
+        read.clear()
+        for client in clients:
+            memory.load(client, number)
+            memory.save(client, number, state(number))
+        memory.forget(number, clients[:1])
+        memory.commit(number, clients)
+        return len(read)
+
+    a_round(0, [0, 1])
+    few = a_round(1, [0, 1])
+    for client in range(2, 300):
+        memory.save(client, 1, state(1))
+    assert a_round(2, [0, 1]) == few > 0
 
 
-def rounds_of(session: Session) -> tuple[list[RoundRecord], State]:
-    fleet = FakeFleet(built("fedavg"))
-    outcome = list(federate(fleet.algorithm, fleet, federation_plan(session), lora_adapter()))
-    assert all(set(messages) <= set(info.sampled) for info, messages in fleet.seen)
-    return [record for record, _ in outcome], outcome[-1][1]
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_who_lacks_memory_is_never_sampled(name: str) -> None:
-    session = session_of(POLICIES[name], EXCLUDED)
-    plan = federation_plan(session)
-    records, _ = rounds_of(session)
-    sampled = {client for record in records for client in record.sampled}
-    assert sampled == set(range(8)) - EXCLUDED == set(participants(plan))
-    assert plan.info(0, (1,)).clients == 5
-    everyone, _ = rounds_of(session_of(POLICIES[name], frozenset()))
-    assert {client for record in everyone for client in record.sampled} == set(range(8))
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_memory_that_nobody_lacks_changes_nothing(name: str) -> None:
-    tables = POLICIES[name]
-    clients = FILE["clients"] | tables.get("clients", {})
-    limited = tables | {"clients": clients | {"memory": [8.0, 4.0]}}
-    records, state = rounds_of(session_of(tables, frozenset()))
-    with_memory, state_with_memory = rounds_of(session_of(limited, frozenset()))
-    assert same(state, state_with_memory)
-    assert [(r.sampled, r.loss, r.clock) for r in records] == [(r.sampled, r.loss, r.clock) for r in with_memory]
-
-
-def test_a_round_waits_for_clients_that_take_part() -> None:
-    devices = [Device(availability=0.05)] * 8
-    clock = Simulation(0, devices, [1] * 8, waits=True, excluded=sorted(EXCLUDED))
-    free = Simulation(0, devices, [1] * 8, waits=True)
-    later = 0
-    for now in np.linspace(1.0, 200_000.0, 60):
-        state = {"clock": {"seconds": torch.tensor([now], dtype=torch.float64)}}
-        begins = clock.begins(state)
-        reached = np.flatnonzero(clock.reachable(begins))
-        assert len(reached)
-        assert not EXCLUDED.intersection(reached.tolist())
-        later += begins > free.begins(state)
-    assert later
-
-
-# What training takes
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Path) -> MLLM:
-    return MLLM.load(ModelTable(name=str(tiny), lora=LoraTable(rank=2, alpha=4.0), precision="fp32"), seed=0)
-
-
-def kept_by(model: MLLM, batch: list[Encoded]) -> int:
-    """Bytes that autograd keeps of a batch, each storage once, the weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.losses(batch).sum()
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
-
-
-def test_the_estimate_covers_weights_and_what_a_batch_keeps(model: MLLM, dataset: Path) -> None:
-    talks = [Conversation("name the color. " * repeats, "red", image=repeats % 2 > 0) for repeats in (1, 2, 3, 4, 5)]
-    samples = model.encode(talks, [dataset / "red.png"] * len(talks), 300)
-    kept = bytes_kept(model, max(samples, key=lambda sample: sample.length))
-    adapter = sum(p.nbytes for p in model.adapter.parameters.values())
-    weights = sum(p.nbytes for p in model.model.parameters()) - adapter
-    sizes = [training_bytes(model, kept, batch_size) for batch_size in range(1, 9)]
-    assert sizes == sorted(set(sizes)), "more with larger batches"
-    assert np.diff(sizes).tolist() == [kept] * 7
-    assert sizes[0] == weights + 8 * adapter + kept
-    for batch in ([samples[4]], samples[:2], samples[1:4], samples):
-        assert sizes[len(batch) - 1] >= weights + adapter + kept_by(model, batch)
-
-
-def test_the_sample_with_the_most_text_is_measured_with_and_without_a_picture() -> None:
-    words = {"a": 3, "b": 9, "c": 5, "d": 8, "e": 9}
-    pictured = {"c", "d"}
-    held = [Holding(name, 0, frozenset()) for name in words]
-    tried = []
-
-    def encode(holding: Holding) -> Encoded:
-        tried.append(holding.sample_id)
-        if holding.sample_id == "d":
-            raise EntryError("the processor refuses it", "bad picture")
-        return Encoded((1,) * words[holding.sample_id], (), (), None, {}, {})
-
-    def talk(holding: Holding) -> Conversation:
-        return Conversation("x" * words[holding.sample_id], "", image=holding.sample_id in pictured)
-
-    assert [sample.length for sample in longest(held, talk, encode)] == [9, 5]
-    assert tried == ["b", "d", "c"]
-    assert list(longest([], talk, encode)) == []
-
-
-# A run
-
-
-def test_a_run_leaves_out_who_lacks_memory(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
-    options = ["--set", 'eval.patterns=["text"]', "--set", "clients.speed=[1.0]", "--set", "clients.memory=[1.0, 1e-4]"]
-    done = call("run", write_experiment(rounds=2), *options, "--out", tmp_path / "run")
-    assert done.exit_code == 0, done.output
-    note = "2 of 4 clients do not take part: training takes 0.00"
-    assert done.stderr.count(note) == 1
-    assert "GB at a batch of 4, and their devices have less (clients.memory)" in done.stderr
-    rows = RunDir(tmp_path / "run").result()["per_client"]
-    assert [row.get("eligible") for row in rows] == [None, False, None, False]
-    assert [row["rounds"] for row in rows] == [2, 0, 2, 0]
-
-
-def test_a_run_in_which_nobody_lacks_memory_is_as_without(write_experiment: Callable[..., Path], tmp_path: Path) -> None:
-    options = ["--set", 'eval.patterns=["text"]', "--set", "clients.speed=[1.0]"]
-    free, limited = (
-        run(
-            "run",
-            write_experiment(rounds=1),
-            *options,
-            "--set",
-            f"clients.memory={memory}",
-            "--out",
-            tmp_path / str(len(memory)),
-        )
-        for memory in ("[]", "[1.0]")
-    )
-    for key in ("adapter_sha256", "metrics", "per_client", "bytes_down", "cohort", "simulated_seconds", "skipped_samples"):
-        assert free[key] == limited[key]
+def test_a_roll_back_keeps_what_the_server_may_still_go_back_to(memory: ClientMemory, tmp_path: Path) -> None:
+    for number in range(6):
+        memory.save(1, number, state(number))
+    memory.roll_back(1, 4)
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [f"round-{r}.safetensors" for r in (2, 3, 4)]
+    memory.roll_back(1, 2)
+    assert same(memory.load(1, 6), state(2))
