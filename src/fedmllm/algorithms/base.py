@@ -20,13 +20,16 @@ class AdapterInfo:
     """What an algorithm may know about the adapter besides its tensors.
 
     `layers` is the number of layers of the text model. `layer[name]` is the layer of a tensor; tensors of no layer are not in
-    it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
+    it. `modality[name]` is the modality of a tensor that only samples showing it pass through, such as "image" in a vision
+    tower; tensors that all samples pass through are not in it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or
+    α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
     """
 
     layers: int = 0
     layer: Mapping[str, int] = field(default_factory=dict)
     alpha: float = 1.0
     rank_stabilised: bool = False
+    modality: Mapping[str, str] = field(default_factory=dict)
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -34,12 +37,12 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1; `sees`
-    are the modalities that any of its samples shows."""
+    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1;
+    `shows[modality]` is the share of its samples that show the modality, 0 if it is left out."""
 
     client: int
     gap: float
-    sees: frozenset[str] = frozenset()
+    shows: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,8 @@ class Algorithm:
     """The algorithm works on LoRA's factors A and B, which other adapters do not have."""
     needs_layers: bool = False
     """The algorithm treats layers differently, so the adapter's tensors must belong to layers."""
+    needs_modalities: bool = False
+    """The algorithm treats tensors of one modality differently, so the adapter must have some (`AdapterInfo.modality`)."""
     unequal_ranks: bool = False
     """Clients may hold LoRA adapters of different ranks."""
     refactors: bool = False

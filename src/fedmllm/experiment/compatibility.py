@@ -65,6 +65,11 @@ def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, in
             f"regularization.name: {config.regularization.name!r} ties layers of the text model, and {where} adapts none; "
             'let it match some, or set the regularisation to "fedprox" or "none".'
         )
+    if algorithm.needs_modalities and not info.modality:
+        raise ConfigError(
+            f"algorithm.name: {config.algorithm.name!r} averages the tensors that only pictures pass through by themselves, and "
+            f'{where} adapts none; let it match the vision tower or what joins that to the text model, or choose "fedavg".'
+        )
     try:
         if algorithm.needs_lora or config.clients.rank or config.robust.options.get("on") == "product":
             modules(adapter)

@@ -71,7 +71,7 @@ class InProcessFleet:
         """The client's fold, its training, and what turns the result into its update and its new memory."""
         context = self._context
         data, gap = context.in_round(client, info) if context.in_round else (context.data[client], context.gaps[client])
-        info = replace(info, client=ClientInfo(client, gap, _seen(data)))
+        info = replace(info, client=ClientInfo(client, gap, _shown(data)))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
@@ -88,10 +88,10 @@ class InProcessFleet:
         return fold_of(message), work, finish
 
 
-def _seen(data: Sequence[Encoded]) -> frozenset[str]:
-    """The modalities that any of the samples shows."""
-    shown = {"image": any(e.picture is not None for e in data), "text": any(e.text for e in data)}
-    return frozenset(modality for modality, is_shown in shown.items() if is_shown)
+def _shown(data: Sequence[Encoded]) -> dict[str, float]:
+    """The share of the samples that shows each modality."""
+    counts = {"image": sum(e.picture is not None for e in data), "text": sum(bool(e.text) for e in data)}
+    return {modality: count / max(len(data), 1) for modality, count in counts.items()}
 
 
 IN_PROCESS = FleetBackend(InProcessFleet)
