@@ -89,6 +89,20 @@ class LocalRule:
 
 
 @dataclass(frozen=True)
+class OwnTraining:
+    """A second training over the same steps, of an adapter that stays with the client.
+
+    It goes from `start` under `rule`. The model computes with `share` times that adapter and, if it is not empty, 1 − `share`
+    times `beside`, a second one that is not trained.
+    """
+
+    start: Tensors
+    rule: LocalRule = field(default_factory=LocalRule)
+    share: float = 1.0
+    beside: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LocalResult:
     """The result of local training, as `Algorithm.finish` receives it.
 
@@ -98,7 +112,7 @@ class LocalResult:
 
     `mean_gradient` is the average of the raw gradients, before clipping and before the rule changed them. `loss_before` is the
     mean loss of the received adapter over the client's samples, each counted once. Both are None unless the rule asked for
-    them.
+    them. `own` is the client's own adapter after its training, if it has one (`Algorithm.own`).
     """
 
     received: Tensors
@@ -110,6 +124,7 @@ class LocalResult:
     metrics: Mapping[str, float]
     momentum: float = 0.0
     loss_before: float | None = None
+    own: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -164,13 +179,18 @@ class Algorithm:
     shapes and dtypes of a valid update; updates that differ are refused. `refuse(update, server state, info)` returns why an
     update of the right shapes still cannot be used, or None.
 
-    A client starts from `complete(message, memory, initial)`, so a message may leave out tensors that the client has.
+    A client starts from `complete(message, memory, initial)`, so a message may leave out tensors that the client has. Its own
+    adapter is `own_adapter(message, memory, initial)`; the server turns it into the model that is tested, `tested(message, own,
+    info)`.
     """
 
     init: Callable[[Tensors], State]
     aggregate: Callable[[State, Sequence[Update], RoundInfo], State]
     rule: Callable[[State, State, RoundInfo], LocalRule] = lambda received, memory, info: LocalRule()
     finish: Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]] = send_adapter
+    own: Callable[[State, State, RoundInfo], OwnTraining | None] = lambda received, memory, info: None
+    """What a client trains besides, if anything; called like `rule`. `finish` remembers its result as the group "own"."""
+    tested: Callable[[State, Tensors, RoundInfo], State] = lambda message, own, info: {**message, "adapter": own}
     message: Message = _adapter
     uploads: Message = _adapter
     refuse: Callable[[Update, State, RoundInfo], str | None] = lambda update, state, info: None
@@ -200,6 +220,11 @@ def complete(message: State, memory: State, initial: Tensors) -> State:
     """The message with the whole adapter that a client starts from. Each tensor comes from the message if it is there, else
     from the client's memory, else from the shared initial adapter."""
     return {**message, "adapter": {**initial, **memory.get("adapter", {}), **message.get("adapter", {})}}
+
+
+def own_adapter(message: State, memory: State, initial: Tensors) -> Tensors:
+    """The adapter of a client's own model: the one that it trained besides, else the one that it would start from."""
+    return memory.get("own") or complete(message, memory, initial)["adapter"]
 
 
 Wrapper = Callable[[Algorithm], Algorithm]

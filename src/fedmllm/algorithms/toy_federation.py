@@ -12,7 +12,17 @@ from functools import lru_cache
 
 import torch
 
-from fedmllm.algorithms.base import AdapterInfo, Algorithm, ClientInfo, LocalResult, LocalRule, RoundInfo, Update, complete
+from fedmllm.algorithms.base import (
+    AdapterInfo,
+    Algorithm,
+    ClientInfo,
+    LocalResult,
+    LocalRule,
+    RoundInfo,
+    Update,
+    complete,
+    own_adapter,
+)
 from fedmllm.algorithms.factors import A, B
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
@@ -104,6 +114,8 @@ def train_clients(
         memory = memories.get(client, {})
         received = complete(message, memory, initial)
         result = local_sgd(client, received["adapter"], algorithm.rule(received, memory, own_info), info.lr)
+        if own := algorithm.own(received, memory, own_info):
+            result = replace(result, own=local_sgd(client, own.start, own.rule, info.lr).trained)
         upload, memories[client] = algorithm.finish(result, received, memory, own_info)
         updates.append(Update(client, upload, result.examples, result.steps, result.metrics))
     return updates
@@ -162,4 +174,4 @@ class ToyFleet:
         self.committed.append(round)
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
-        return complete(message, self.memory.get(client, {}), lora_adapter())["adapter"]
+        return own_adapter(message, self.memory.get(client, {}), lora_adapter())

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
 from fedmllm.algorithms.combining import Robust
 from fedmllm.algorithms.factors import modules
-from fedmllm.algorithms.traffic import keeps_memory
+from fedmllm.algorithms.traffic import keeps_memory, traffic_of
 from fedmllm.attacks.settings import Attack
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
@@ -67,8 +67,8 @@ def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, in
         )
     if algorithm.needs_modalities and not info.modality:
         raise ConfigError(
-            f"algorithm.name: {config.algorithm.name!r} averages the tensors that only pictures pass through by themselves, and "
-            f'{where} adapts none; let it match the vision tower or what joins that to the text model, or choose "fedavg".'
+            f"algorithm.name: {config.algorithm.name!r} treats what only pictures pass through in its own way, and {where} "
+            'adapts nothing there; let it match modules of the vision tower or behind it, or choose "fedavg".'
         )
     try:
         if algorithm.needs_lora or config.clients.rank or config.robust.options.get("on") == "product":
@@ -159,7 +159,7 @@ def _without_robust(config: Experiment, algorithm: Algorithm, robust: Robust) ->
         return f'compares single updates, which secure.name = {config.secure.name!r} hides; set one of them to "none"'
     if config.privacy.name != "none":
         return f'is not needed under privacy.name = {config.privacy.name!r}, which clips every update; set one to "none"'
-    if robust.mean_only and algorithm.personal:
+    if robust.mean_only and algorithm.personal and traffic_of(algorithm)["up"] != ["adapter"]:
         return (
             f'sees half of each adapter under algorithm.name = {name!r}; choose one model for all, or robust.name = "norm-clip"'
         )
