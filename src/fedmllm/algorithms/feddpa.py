@@ -10,8 +10,8 @@ the global one alone, as in FedAvg. Only the global adapter travels. At a = 1 th
 A local adapter starts as LoRA does, with A random and B = 0. A client without one is tested with the global adapter.
 
 In the paper the weights of a test sample follow from how similar it is to samples of the client's own, α = ½ mean cosine of
-their last hidden states; here a and 1 − a hold for all, as in the published code if it is not asked for more. The other variant,
-in which local adapters are trained after the global one (FedDPA-F), is left out.
+their last hidden states; here a and 1 − a hold for all, as in the published code unless it is told otherwise. The other
+variant, in which local adapters are trained after the global one (FedDPA-F), is left out.
 """
 
 from __future__ import annotations
