@@ -103,7 +103,7 @@ def test_without_blocks_of_a_modality_it_is_fedavg_and_sends_no_shares() -> None
 
 
 def test_rounds_follow_the_naive_mean() -> None:
-    """All, three quarters and none of the samples of the toy clients 0, 1 and 3 have pictures; half of client 0's have texts."""
+    """All, three quarters and none of the samples of toy clients 0, 1 and 3 have pictures; half of client 0's have texts."""
     for before, updates, result, info in rounds_of(built("modality-aware")):
         assert [float(u.groups["shows"]["image"]) for u in updates] == [1.0, 0.75, 0.0]
         assert [float(u.groups["shows"]["text"]) for u in updates] == [0.5, 0.0, 0.0]

@@ -188,8 +188,8 @@ def test_what_is_tested_is_the_weighted_sum_of_both_adapters() -> None:
 
 
 def test_local_training_beside_the_global_adapter_is_that_of_the_dense_sum(tiny: Path) -> None:
-    """The twin has (1 − a) s B A in its dense base weights. It trains √a A_k and √a B_k, which at a times the learning rate move
-    as A_k and B_k do under plain SGD."""
+    """The twin has (1 − a) s B A in its dense base weights. It trains √a A_k and √a B_k, which at a times the learning rate
+    move as A_k and B_k do under plain SGD."""
     model = MLLM.load(ModelTable(name=str(tiny), lora=LoraTable(rank=2), precision="fp32"), seed=0)
     talks = [Conversation(f"{color} or not?", color, image=False) for color in ("red", "green", "blue")]
     samples = model.encode(talks, [None] * 3, 300)

@@ -159,7 +159,7 @@ def _without_robust(config: Experiment, algorithm: Algorithm, robust: Robust) ->
         return f'compares single updates, which secure.name = {config.secure.name!r} hides; set one of them to "none"'
     if config.privacy.name != "none":
         return f'is not needed under privacy.name = {config.privacy.name!r}, which clips every update; set one to "none"'
-    if robust.mean_only and algorithm.personal and traffic_of(algorithm)["up"] != ["adapter"]:
+    if robust.mean_only and algorithm.personal and "adapter" not in traffic_of(algorithm)["down"]:
         return (
             f'sees half of each adapter under algorithm.name = {name!r}; choose one model for all, or robust.name = "norm-clip"'
         )
