@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedmllm.algorithms import Algorithm, ClientInfo, LocalRule, own_adapter
+from fedmllm.algorithms import Algorithm, ClientInfo, LocalRule, OwnTraining, own_adapter
 from fedmllm.algorithms.factors import A, B, as_fold, modules, new_lora
 from fedmllm.algorithms.traffic import traffic_of
 from fedmllm.config import LoraTable, ModelTable, TrainTable, validate
 from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
+from fedmllm.fleets.inprocess import _own_job
 from fedmllm.models.mllm import MLLM
 from fedmllm.tensors import State, Tensors, distance, scale
 from fedmllm.training.cohort import Work, train_cohort
@@ -209,6 +210,18 @@ def test_local_training_beside_the_global_adapter_is_that_of_the_dense_sum(tiny:
     model.adapter.set_fold({})
     (alone,) = train_cohort(model, [Work(steps, own, LocalRule(), 0)], table)
     assert distance(alone.trained, result.trained) > 1e-2, "neither the share nor the global adapter matters"
+
+
+def test_at_a_share_of_1_the_global_adapter_is_not_there() -> None:
+    """It is no fold either, which is what an adapter with a share of 0 would be taken for."""
+    start, shared = new_lora(lora_adapter(), 1), lora_adapter()
+    work = Work([], shared, LocalRule(), 0)
+    added, share, own = _own_job(OwnTraining(start, share=1.0, beside=shared), work, {"adapter": shared})
+    assert (added, share, own.share) == ({}, 0.0, 1.0)
+    assert own.received is start
+    added, share, _ = _own_job(OwnTraining(start, share=0.25, beside=shared), work, {"adapter": shared})
+    assert added is shared
+    assert share == 0.75
 
 
 # What is combined

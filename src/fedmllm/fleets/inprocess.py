@@ -20,7 +20,7 @@ from fedmllm.training.cohort import Work, train_cohort, trainable
 TrainCohort = Callable[[MLLM, Sequence[Work], TrainTable], Sequence[LocalResult]]
 Finish = Callable[[LocalResult], Update]
 Job = tuple[Tensors, float, Work]
-"""A training with what is added to the base: a fold, or the share of an adapter if that is not 0."""
+"""A training, and before it what is added to the base: this share of an adapter, or a fold if the share is 0."""
 
 
 class InProcessFleet:
@@ -97,13 +97,13 @@ class InProcessFleet:
         seed = seed_for(info.seed, "dropout", client, info.round)
         work = Work(steps, received["adapter"], rule, seed, steps_per_pass=len(steps) // context.train.epochs)
         own = context.algorithm.own(received, memory, info)
-        return (fold_of(message), 0.0, work), own and _own_job(own, work, message), finish
+        return (fold_of(message), 0.0, work), _own_job(own, work, message) if own else None, finish
 
 
 def _own_job(own: OwnTraining, work: Work, message: State) -> Job:
     """The training of a client's own adapter, over the steps of `work`."""
     work = replace(work, received=own.start, rule=own.rule, share=own.share)
-    return (own.beside, 1 - own.share, work) if own.beside else (fold_of(message), 0.0, work)
+    return (own.beside, 1 - own.share, work) if own.beside and own.share < 1 else (fold_of(message), 0.0, work)
 
 
 def _shown(data: Sequence[Encoded]) -> dict[str, float]:
