@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def sent(client: int, change: float, examples: int, image: float) -> Update:
     return Update(client, {"adapter": adapter, "shows": {"image": torch.tensor([image])}}, examples, 1)
 
 
-def after(updates: Sequence[Update], **options: float) -> Tensors:
+def after(updates: Sequence[Update], **options: Any) -> Tensors:
     return built("modality-aware", **options).aggregate({"adapter": START}, updates, info_of())["adapter"]
 
 
@@ -153,7 +154,7 @@ def test_a_client_cannot_weigh_more_than_the_samples_that_it_declared() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_needs_the_mean_alone_is_refused(tables: dict[str, dict[str, object]], why: str) -> None:
-    base = {"task": {"name": "pocket-memes"}, "model": {"name": "pocket"}, "train": {"clients_per_round": 4}}
+    base: dict[str, Any] = {"task": {"name": "pocket-memes"}, "model": {"name": "pocket"}, "train": {"clients_per_round": 4}}
     with pytest.raises(ConfigError, match=why):
         build(validate({**base, "algorithm": {"name": "modality-aware"}, **tables}))
 

@@ -227,7 +227,7 @@ def test_at_a_share_of_1_the_global_adapter_is_not_there() -> None:
 # What is combined
 
 
-BASE = {"task": {"name": "pocket-memes"}, "model": {"name": "pocket"}, "train": {"clients_per_round": 4}}
+BASE: dict[str, Any] = {"task": {"name": "pocket-memes"}, "model": {"name": "pocket"}, "train": {"clients_per_round": 4}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ditto", {"secure": {"name": "pairwise"}}, "sends every client's own adapter to be tested"),
     ("ditto", {"privacy": {"name": "user-level", "noise": 1.0, "delta": 1e-3}}, "leaves part of every model with its client"),
