@@ -138,7 +138,9 @@ def run_rounds(
 def test_every_algorithm_is_the_same_in_cohorts(model: MLLM, dataset: Path, tmp_path: Path, combination: Sequence[str]) -> None:
     alone, sizes_alone = run_rounds(model, dataset, tmp_path / "alone", combination, 1)
     together, sizes_together = run_rounds(model, dataset, tmp_path / "together", combination, 3)
-    assert (sizes_alone, sizes_together) == ([1] * 6, [3, 3])
+    # Two rounds, in which some algorithms let clients train a second adapter.
+    assert (set(sizes_alone), set(sizes_together)) == ({1}, {3})
+    assert len(sizes_alone) == 3 * len(sizes_together) >= 6
     assert len(alone) == len(together) == 2
     for state, expected in zip(together, alone, strict=True):
         assert {group: set(tensors) for group, tensors in state.items()} == {

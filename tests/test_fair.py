@@ -84,7 +84,7 @@ def test_clients_send_the_loss_of_what_they_received() -> None:
     ("sees", "group"), [((), "none"), (("image",), "image"), (("text",), "text"), (("image", "text"), "both")]
 )
 def test_a_group_is_what_a_client_sees(sees: tuple[str, ...], group: str) -> None:
-    assert GROUPS[group_of(ClientInfo(0, 0.0, frozenset(sees)))] == group
+    assert GROUPS[group_of(ClientInfo(0, 0.0, dict.fromkeys(sees, 0.25)))] == group
 
 
 def test_group_dro_by_hand() -> None:

@@ -69,6 +69,9 @@ COMPOSED = [
 ]
 
 
+NEEDED = {"modality-aware": {"model__lora__target": r".*\.q_proj"}}
+"""What an algorithm needs besides its name: `modality-aware` adapts the vision tower."""
+
 # Three of four clients a round: some come back, and what they remember is read again.
 BUSY = {"train__clients_per_round": 3}
 
@@ -89,7 +92,7 @@ def uninterrupted() -> Whole:
 
 @pytest.mark.parametrize(
     "parts",
-    [*({"algorithm__name": name} for name in algorithms.names()), *COMPOSED],
+    [*({"algorithm__name": name, **NEEDED.get(name, {})} for name in algorithms.names()), *COMPOSED],
     ids=lambda parts: "-".join(parts.values()).replace(" ", ""),
 )
 def test_cut_short_and_resumed_equals_uninterrupted(
@@ -112,6 +115,7 @@ REMEMBERING = [
     {"algorithm__name": "scaffold"},
     {"algorithm__name": "feddyn"},
     {"algorithm__name": "fedsa-lora"},
+    {"algorithm__name": "ditto"},
     {"algorithm__name": "fedavg", "compression__name": "top-k"},
 ]
 
@@ -236,7 +240,7 @@ def test_the_adapter_folder_is_the_model_of_the_run(write_experiment: Write, tin
     assert ("fold" in state) == with_fold
 
 
-@pytest.mark.parametrize("name", ["fedavg", "flora", "fedsa-lora"])
+@pytest.mark.parametrize("name", ["fedavg", "flora", "fedsa-lora", "feddpa"])
 def test_eval_repeats_the_runs_figures(write_experiment: Write, name: str) -> None:
     file = write_experiment()
     result = run("run", file, *settings(algorithm__name=name, train__lr=0.1), "--out", "a")

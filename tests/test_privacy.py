@@ -308,7 +308,7 @@ def test_no_length_is_compared_with_the_others() -> None:
 
 def test_which_algorithms_let_clients_remember() -> None:
     remembering = {name for name in algorithms.names() if keeps_memory(algorithms.build(name, {}))}
-    assert remembering == {"scaffold", "feddyn", "fedsa-lora"}
+    assert remembering == {"scaffold", "feddyn", "fedsa-lora", "ditto", "feddpa"}
 
 
 def test_the_info_of_a_round_may_name_nobody() -> None:

@@ -6,16 +6,18 @@ from fedmllm.algorithms.base import (
     ClientInfo,
     LocalResult,
     LocalRule,
+    OwnTraining,
     RoundInfo,
     Update,
     algorithms,
     complete,
     compressions,
     failed,
+    own_adapter,
     regularizations,
 )
 
 __all__ = [
-    "AdapterInfo", "Algorithm", "ClientInfo", "LocalResult", "LocalRule", "RoundInfo", "Update", "algorithms", "complete",
-    "compressions", "failed", "regularizations",
+    "AdapterInfo", "Algorithm", "ClientInfo", "LocalResult", "LocalRule", "OwnTraining", "RoundInfo", "Update", "algorithms",
+    "complete", "compressions", "failed", "own_adapter", "regularizations",
 ]  # fmt: skip

@@ -20,13 +20,16 @@ class AdapterInfo:
     """What an algorithm may know about the adapter besides its tensors.
 
     `layers` is the number of layers of the text model. `layer[name]` is the layer of a tensor; tensors of no layer are not in
-    it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
+    it. `modality[name]` is the modality of a tensor that only samples showing it pass through, such as "image" in a vision
+    tower; tensors that all samples pass through are not in it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or
+    α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
     """
 
     layers: int = 0
     layer: Mapping[str, int] = field(default_factory=dict)
     alpha: float = 1.0
     rank_stabilised: bool = False
+    modality: Mapping[str, str] = field(default_factory=dict)
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -34,12 +37,12 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1; `sees`
-    are the modalities that any of its samples shows."""
+    """What a client knows about itself. `gap` is the share of its (sample, modality) slots that are empty, from 0 to 1;
+    `shows[modality]` is the share of its samples that show the modality, 0 if it is left out."""
 
     client: int
     gap: float
-    sees: frozenset[str] = frozenset()
+    shows: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,20 @@ class LocalRule:
 
 
 @dataclass(frozen=True)
+class OwnTraining:
+    """A second training over the same steps, of an adapter that stays with the client.
+
+    It goes from `start` under `rule`. The model computes with `share` times that adapter and, if it is not empty, 1 − `share`
+    times `beside`, a second one that is not trained.
+    """
+
+    start: Tensors
+    rule: LocalRule = field(default_factory=LocalRule)
+    share: float = 1.0
+    beside: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LocalResult:
     """The result of local training, as `Algorithm.finish` receives it.
 
@@ -97,7 +114,7 @@ class LocalResult:
 
     `mean_gradient` is the average of the raw gradients, before clipping and before the rule changed them. `loss_before` is the
     mean loss of the received adapter over the samples of its steps, each counted once. Both are None unless the rule asked for
-    them.
+    them. `own` is the client's own adapter after its training, if it has one (`Algorithm.own`).
     """
 
     received: Tensors
@@ -109,6 +126,7 @@ class LocalResult:
     metrics: Mapping[str, float]
     momentum: float = 0.0
     loss_before: float | None = None
+    own: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +181,18 @@ class Algorithm:
     shapes and dtypes of a valid update; updates that differ are refused. `refuse(update, server state, info)` returns why an
     update of the right shapes still cannot be used, or None.
 
-    A client starts from `complete(message, memory, initial)`, so a message may leave out tensors that the client has.
+    A client starts from `complete(message, memory, initial)`, so a message may leave out tensors that the client has. Its own
+    adapter is `own_adapter(message, memory, initial)`; the server turns it into the model that is tested, `tested(message, own,
+    info)`.
     """
 
     init: Callable[[Tensors], State]
     aggregate: Callable[[State, Sequence[Update], RoundInfo], State]
     rule: Callable[[State, State, RoundInfo], LocalRule] = lambda received, memory, info: LocalRule()
     finish: Callable[[LocalResult, State, State, RoundInfo], tuple[State, State]] = send_adapter
+    own: Callable[[State, State, RoundInfo], OwnTraining | None] = lambda received, memory, info: None
+    """What a client trains besides, if anything; called like `rule`. `finish` remembers its result as the group "own"."""
+    tested: Callable[[State, Tensors, RoundInfo], State] = lambda message, own, info: {**message, "adapter": own}
     message: Message = _adapter
     uploads: Message = _adapter
     refuse: Callable[[Update, State, RoundInfo], str | None] = lambda update, state, info: None
@@ -182,6 +205,8 @@ class Algorithm:
     """The algorithm works on LoRA's factors A and B, which other adapters do not have."""
     needs_layers: bool = False
     """The algorithm treats layers differently, so the adapter's tensors must belong to layers."""
+    needs_modalities: bool = False
+    """The algorithm treats tensors of one modality differently, so the adapter must have some (`AdapterInfo.modality`)."""
     unequal_ranks: bool = False
     """Clients may hold LoRA adapters of different ranks."""
     refactors: bool = False
@@ -197,6 +222,11 @@ def complete(message: State, memory: State, initial: Tensors) -> State:
     """The message with the whole adapter that a client starts from. Each tensor comes from the message if it is there, else
     from the client's memory, else from the shared initial adapter."""
     return {**message, "adapter": {**initial, **memory.get("adapter", {}), **message.get("adapter", {})}}
+
+
+def own_adapter(message: State, memory: State, initial: Tensors) -> Tensors:
+    """The adapter of a client's own model: the one that it trained besides, else the one that it would start from."""
+    return memory.get("own") or complete(message, memory, initial)["adapter"]
 
 
 Wrapper = Callable[[Algorithm], Algorithm]

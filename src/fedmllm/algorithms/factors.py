@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedmllm.algorithms.base import AdapterInfo, Update
+from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -45,6 +46,18 @@ def lora_state(adapter: Tensors) -> State:
     """The initial server state of a method that keeps the adapter only. Raises ValueError unless it is a LoRA adapter."""
     modules(adapter)
     return {"adapter": clone(adapter)}
+
+
+def new_lora(adapter: Tensors, seed: int, *stream_name: str | int) -> Tensors:
+    """An adapter of the same shapes with B = 0 and A uniform in ±1/√d_in, as PEFT initialises it."""
+    new: Tensors = {}
+    for name, tensor in adapter.items():
+        values = torch.zeros_like(tensor)
+        if is_a(name):
+            bound = tensor.shape[1] ** -0.5
+            values = torch.from_numpy(stream(seed, *stream_name, name).uniform(-bound, bound, tuple(tensor.shape)))
+        new[name] = values.to(tensor.dtype)
+    return new
 
 
 def rank_of(adapter: Tensors) -> int:
@@ -126,6 +139,13 @@ def folded(fold: Tensors, change: Factors) -> Tensors:
         else:
             new[m + FOLD_A], new[m + FOLD_B] = right.float(), left.float()
     return new
+
+
+def as_fold(adapter: Tensors, share: float, info: AdapterInfo) -> Tensors:
+    """The fold that adds `share` times the adapter's effective change to the base."""
+    factor = share * info.scale(rank_of(adapter))
+    names = modules(adapter)
+    return {m + FOLD_A: adapter[m + A] for m in names} | {m + FOLD_B: adapter[m + B] * factor for m in names}
 
 
 def fold_of(state: State) -> Tensors:

@@ -85,7 +85,7 @@ def qfedavg(*, q: float = 1.0) -> Algorithm:
 
 def group_of(client: ClientInfo) -> int:
     """The position of the client's group in `GROUPS`."""
-    return ("image" in client.sees) + 2 * ("text" in client.sees)
+    return (client.shows.get("image", 0) > 0) + 2 * (client.shows.get("text", 0) > 0)
 
 
 @algorithms.register("group-dro")

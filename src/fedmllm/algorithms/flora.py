@@ -8,26 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, groups, in_order
-from fedmllm.algorithms.factors import fold_of, folded, is_a, lora_state, stacked
+from fedmllm.algorithms.factors import fold_of, folded, lora_state, new_lora, stacked
 from fedmllm.algorithms.fedavg import Weighting, weights_of
 from fedmllm.algorithms.flexlora import to_own_rank
-from fedmllm.rng import stream
-from fedmllm.tensors import State, Tensors
-
-
-def _new_adapter(adapter: Tensors, info: RoundInfo) -> Tensors:
-    """B = 0 and A uniform in ±1/√d_in, as PEFT initialises it, drawn from the round's own stream."""
-    new: Tensors = {}
-    for name, tensor in adapter.items():
-        values = torch.zeros_like(tensor)
-        if is_a(name):
-            bound = tensor.shape[1] ** -0.5
-            values = torch.from_numpy(stream(info.seed, "flora", info.round, name).uniform(-bound, bound, tuple(tensor.shape)))
-        new[name] = values.to(tensor.dtype)
-    return new
+from fedmllm.tensors import State
 
 
 @algorithms.register("flora")
@@ -38,7 +23,7 @@ def flora(*, weighting: Weighting = "examples") -> Algorithm:
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered = in_order(updates)
         fold = folded(fold_of(state), stacked(ordered, weights_of(ordered, weighting), info.adapter))
-        return {**state, "adapter": _new_adapter(state["adapter"], info), "fold": fold}
+        return {**state, "adapter": new_lora(state["adapter"], info.seed, "flora", info.round), "fold": fold}
 
     def message(state: State, client: int, info: RoundInfo) -> State:
         return {**to_own_rank(state, client, info), **fold_down(state, client, info)}

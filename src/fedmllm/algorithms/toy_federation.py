@@ -12,15 +12,25 @@ from functools import lru_cache
 
 import torch
 
-from fedmllm.algorithms.base import AdapterInfo, Algorithm, ClientInfo, LocalResult, LocalRule, RoundInfo, Update, complete
+from fedmllm.algorithms.base import (
+    AdapterInfo,
+    Algorithm,
+    ClientInfo,
+    LocalResult,
+    LocalRule,
+    RoundInfo,
+    Update,
+    complete,
+    own_adapter,
+)
 from fedmllm.algorithms.factors import A, B
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
 
 LR = 0.1
 CLIENTS = (0, 1, 3)
-_SEES = (frozenset(("image", "text")), frozenset(("image",)), frozenset(("text",)), frozenset[str]())
-"""What client k sees, modulo their number."""
+_SHOWS: tuple[Mapping[str, float], ...] = ({"image": 1.0, "text": 0.5}, {"image": 0.75}, {"text": 1.0}, {})
+"""The shares of client k's samples that show a modality, modulo their number."""
 
 
 def lora_adapter(layers: int = 6, rank: int = 2) -> Tensors:
@@ -33,7 +43,9 @@ def lora_adapter(layers: int = 6, rank: int = 2) -> Tensors:
     return adapter
 
 
-ADAPTER_INFO = AdapterInfo(layers=6, layer={name: int(name.split(".")[5]) for name in lora_adapter()}, alpha=3.0)
+_LAYER = {name: int(name.split(".")[5]) for name in lora_adapter()}
+_MODALITY = {name: {0: "image", 1: "text"}[layer] for name, layer in _LAYER.items() if layer < 2}
+ADAPTER_INFO = AdapterInfo(layers=6, layer=_LAYER, alpha=3.0, modality=_MODALITY)
 
 
 def round_info(
@@ -105,11 +117,13 @@ def train_clients(
     new memories."""
     updates = []
     for client, message in messages.items():
-        own_info = replace(info, client=ClientInfo(client, 0.25 * (client % 4), _SEES[client % 4]))
+        own_info = replace(info, client=ClientInfo(client, 0.25 * (client % 4), _SHOWS[client % 4]))
         memory = memories.get(client, {})
         received = complete(message, memory, initial)
-        rule = algorithm.rule(received, memory, own_info)
-        result = local_sgd(client, received["adapter"], rule, info.lr, info.steps.get(client))
+        steps = info.steps.get(client)
+        result = local_sgd(client, received["adapter"], algorithm.rule(received, memory, own_info), info.lr, steps)
+        if own := algorithm.own(received, memory, own_info):
+            result = replace(result, own=local_sgd(client, own.start, own.rule, info.lr, steps).trained)
         upload, memories[client] = algorithm.finish(result, received, memory, own_info)
         updates.append(Update(client, upload, result.examples, result.steps, result.metrics))
     return updates
@@ -168,4 +182,4 @@ class ToyFleet:
         self.committed.append(round)
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
-        return complete(message, self.memory.get(client, {}), lora_adapter())["adapter"]
+        return own_adapter(message, self.memory.get(client, {}), lora_adapter())

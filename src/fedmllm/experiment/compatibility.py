@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from fedmllm.algorithms import AdapterInfo, Algorithm, algorithms
 from fedmllm.algorithms.combining import Robust
 from fedmllm.algorithms.factors import modules
-from fedmllm.algorithms.traffic import keeps_memory
+from fedmllm.algorithms.traffic import keeps_memory, traffic_of
 from fedmllm.attacks.settings import Attack
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
@@ -64,6 +64,11 @@ def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, in
         raise ConfigError(
             f"regularization.name: {config.regularization.name!r} ties layers of the text model, and {where} adapts none; "
             'let it match some, or set the regularisation to "fedprox" or "none".'
+        )
+    if algorithm.needs_modalities and not info.modality:
+        raise ConfigError(
+            f"algorithm.name: {config.algorithm.name!r} treats what only pictures pass through in its own way, and {where} "
+            'adapts nothing there; let it match modules of the vision tower or behind it, or choose "fedavg".'
         )
     try:
         if algorithm.needs_lora or config.clients.rank or config.robust.options.get("on") == "product":
@@ -154,7 +159,7 @@ def _without_robust(config: Experiment, algorithm: Algorithm, robust: Robust) ->
         return f'compares single updates, which secure.name = {config.secure.name!r} hides; set one of them to "none"'
     if config.privacy.name != "none":
         return f'is not needed under privacy.name = {config.privacy.name!r}, which clips every update; set one to "none"'
-    if robust.mean_only and algorithm.personal:
+    if robust.mean_only and algorithm.personal and "adapter" not in traffic_of(algorithm)["down"]:
         return (
             f'sees half of each adapter under algorithm.name = {name!r}; choose one model for all, or robust.name = "norm-clip"'
         )

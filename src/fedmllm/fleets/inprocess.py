@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from fedmllm.algorithms import ClientInfo, LocalResult, RoundInfo, Update, complete
-from fedmllm.algorithms.factors import fold_of
+from fedmllm.algorithms import ClientInfo, LocalResult, OwnTraining, RoundInfo, Update, complete, own_adapter
+from fedmllm.algorithms.factors import as_fold, fold_of
 from fedmllm.config import TrainTable
 from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.memory import ClientMemory
@@ -19,6 +19,8 @@ from fedmllm.training.cohort import Work, train_cohort, trainable
 
 TrainCohort = Callable[[MLLM, Sequence[Work], TrainTable], Sequence[LocalResult]]
 Finish = Callable[[LocalResult], Update]
+Job = tuple[Tensors, float, Work]
+"""A training, and before it what is added to the base: this share of an adapter, or a fold if the share is 0."""
 
 
 class InProcessFleet:
@@ -56,28 +58,37 @@ class InProcessFleet:
         self._memory.commit(round, self._took_part.pop(round, []))
 
     def personal(self, client: int, message: State, done: int) -> Tensors:
-        return complete(message, self._memory.load(client, done), self._context.initial)["adapter"]
+        return own_adapter(message, self._memory.load(client, done), self._context.initial)
 
     def _train_cohort(self, clients: Sequence[int], info: RoundInfo, messages: Mapping[int, State]) -> Iterator[Update]:
+        prepared = [self._prepare(client, info, messages[client]) for client in clients]
+        results = self._run([job for job, _, _ in prepared], info)
+        own = iter(self._run([own for _, own, _ in prepared if own], info))
+        for (_, has_own, finish), result in zip(prepared, results, strict=True):
+            yield finish(replace(result, own=next(own).trained) if has_own else result)
+
+    def _run(self, jobs: Sequence[Job], info: RoundInfo) -> list[LocalResult]:
+        """The results of all trainings, in the order of `jobs`."""
         model, table = self._context.model, self._context.train.model_copy(update={"lr": info.lr})
-        groups: dict[tuple[frozenset[tuple[str, int]], tuple[str, ...]], list[tuple[Tensors, Work, Finish]]] = {}
-        for client in clients:
-            fold, work, finish = self._prepare(client, info, messages[client])
+        groups: dict[tuple[frozenset[tuple[str, int]], float, tuple[str, ...]], list[int]] = {}
+        for number, (added, share, work) in enumerate(jobs):
             # The identity of the tensors, because every client has its own dictionary of them.
-            identity = frozenset((name, id(tensor)) for name, tensor in fold.items())
-            groups.setdefault((identity, trainable(model, work)), []).append((fold, work, finish))
+            identity = frozenset((name, id(tensor)) for name, tensor in added.items())
+            groups.setdefault((identity, share, trainable(model, work)), []).append(number)
+        results: dict[int, LocalResult] = {}
         # A pass has one base weight and one set of trained tensors; few algorithms need more than one group.
         for group in groups.values():
-            model.adapter.set_fold(group[0][0])
-            results = self._run_pass(model, [work for _, work, _ in group], table)
-            for (_, _, finish), result in zip(group, results, strict=True):
-                yield finish(result)
+            added, share, _ = jobs[group[0]]
+            model.adapter.set_fold(as_fold(added, share, info.adapter) if share else added)
+            results |= zip(group, self._run_pass(model, [jobs[number][2] for number in group], table), strict=True)
+        return [results[number] for number in range(len(jobs))]
 
-    def _prepare(self, client: int, info: RoundInfo, message: State) -> tuple[Tensors, Work, Finish]:
-        """The client's fold, its training, and what turns the result into its update and its new memory."""
+    def _prepare(self, client: int, info: RoundInfo, message: State) -> tuple[Job, Job | None, Finish]:
+        """The client's training, that of its own adapter if it has one, and what turns the results into its update and its new
+        memory."""
         context, table = self._context, self._context.table(client)
         data, gap = context.in_round(client, info) if context.in_round else (context.data[client], context.gaps[client])
-        info = replace(info, client=ClientInfo(client, gap, _seen(data)))
+        info = replace(info, client=ClientInfo(client, gap, _shown(data)))
         memory = self._memory.load(client, info.round)
         received = complete(message, memory, context.initial)
         rule = context.algorithm.rule(received, memory, info)
@@ -92,13 +103,20 @@ class InProcessFleet:
         seed = seed_for(info.seed, "dropout", client, info.round)
         per_pass = len(steps) // table.epochs
         work = Work(steps[: info.steps.get(client)], received["adapter"], rule, seed, steps_per_pass=per_pass)
-        return fold_of(message), work, finish
+        own = context.algorithm.own(received, memory, info)
+        return (fold_of(message), 0.0, work), _own_job(own, work, message) if own else None, finish
 
 
-def _seen(data: Sequence[Encoded]) -> frozenset[str]:
-    """The modalities that any of the samples shows."""
-    shown = {"image": any(e.picture is not None for e in data), "text": any(e.text for e in data)}
-    return frozenset(modality for modality, is_shown in shown.items() if is_shown)
+def _own_job(own: OwnTraining, work: Work, message: State) -> Job:
+    """The training of a client's own adapter, over the steps of `work`."""
+    work = replace(work, received=own.start, rule=own.rule, share=own.share)
+    return (own.beside, 1 - own.share, work) if own.beside and own.share < 1 else (fold_of(message), 0.0, work)
+
+
+def _shown(data: Sequence[Encoded]) -> dict[str, float]:
+    """The share of the samples that shows each modality."""
+    counts = {"image": sum(e.picture is not None for e in data), "text": sum(bool(e.text) for e in data)}
+    return {modality: count / max(len(data), 1) for modality, count in counts.items()}
 
 
 IN_PROCESS = FleetBackend(InProcessFleet)

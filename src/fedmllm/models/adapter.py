@@ -54,6 +54,7 @@ class Adapter:
         self._layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         self.plain_lora = isinstance(self.config, LoraConfig) and not self.config.use_dora
         self.rank: int = self.config.r if self.plain_lora else 0
+        self._share = 1.0
         in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
         self.stacks = self.plain_lora and in_text
         """Whether the adapters of several clients can be stacked (`Stack`). This requires the rows of a batch to stay separate,
@@ -104,11 +105,11 @@ class Adapter:
                 parameter.zero_()
             target.copy_(tensors[name])
 
-    def _rescale(self, rank: int) -> None:
-        if rank != self.rank:
-            self.rank = rank
+    def _rescale(self, rank: int, share: float = 1.0) -> None:
+        if (rank, share) != (self.rank, self._share):
+            self.rank, self._share = rank, share
             for layer in self._layers:
-                layer.scaling["default"] = self.info.scale(rank)
+                layer.scaling["default"] = share * self.info.scale(rank)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -124,13 +125,14 @@ class Adapter:
                 layer.enable_adapters(True)
 
     @contextmanager
-    def replaced(self, values: Tensors, grads: Tensors, rank: int) -> Iterator[None]:
-        """Compute with `values` (of the model's rank) instead of the adapter's own memory, with the scale of `rank`.
+    def replaced(self, values: Tensors, grads: Tensors, rank: int, share: float = 1.0) -> Iterator[None]:
+        """Compute with `values` (of the model's rank) instead of the adapter's own memory, with `share` times the scale of
+        `rank`.
 
         Gradients are accumulated in `grads`; a tensor that is not in `grads` is not trained.
         """
         own, own_rank = {name: parameter.data for name, parameter in self.parameters.items()}, self.rank
-        self._rescale(rank)
+        self._rescale(rank, share)
         for name, parameter in self.parameters.items():
             parameter.data, parameter.grad = values[name], grads.get(name)
             parameter.requires_grad_(name in grads)

@@ -26,11 +26,17 @@ class Stack:
     """`values` and `grads`: (clients, entries) in float32. `rows[c]` is client c's parameter for an optimizer.
 
     The rows hold only the tensors in `trainable`; the others keep their initial values. `dropout[c]` seeds client c's
-    dropout; without it nothing is dropped.
+    dropout; without it nothing is dropped. The model computes with `shares[c]` times the LoRA adapter of client c, 1 if not
+    given.
     """
 
     def __init__(
-        self, adapter: Adapter, starts: Sequence[Tensors], trainable: Sequence[str], dropout: Sequence[int] = ()
+        self,
+        adapter: Adapter,
+        starts: Sequence[Tensors],
+        trainable: Sequence[str],
+        dropout: Sequence[int] = (),
+        shares: Sequence[float] = (),
     ) -> None:
         self._adapter = adapter
         self._device = next(iter(adapter.parameters.values())).device
@@ -43,7 +49,9 @@ class Stack:
         for name in sorted(adapter.parameters.keys() - self._shapes.keys()):
             padded = [self._padded(name, start[name], rank) for start, rank in zip(starts, self.ranks, strict=True)]
             self._frozen[name] = torch.stack(padded).to(self._device)
-        scales = [adapter.info.scale(rank) for rank in self.ranks] if adapter.plain_lora else []
+        self._shares = shares or [1.0] * len(starts)
+        pairs = zip(self.ranks, self._shares, strict=True)
+        scales = [share * adapter.info.scale(rank) for rank, share in pairs] if adapter.plain_lora else []
         self._scales = torch.tensor(scales, device=self._device)
         self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora and dropout else 0.0
         self.has_dropout = self._dropout > 0
@@ -99,7 +107,7 @@ class Stack:
             else:  # a single client: its row replaces the adapter's own memory
                 values, grads = ({n: t[0] for n, t in self._views(m).items()} for m in (self.values, self.grads))
                 values |= {name: tensor[0] for name, tensor in self._frozen.items()}
-                undo.enter_context(self._adapter.replaced(values, grads, self.ranks[0]))
+                undo.enter_context(self._adapter.replaced(values, grads, self.ranks[0], self._shares[0]))
             yield
 
     def begin(self, extents: Sequence[Extent]) -> None:

@@ -156,8 +156,9 @@ class Worker:
 
     def _evaluate(self, experiment: SiteExperiment, job: Job) -> Reply:
         task, test_set = experiment.test_set(self._site)
-        adapter = self._own_adapter(experiment, job)
-        experiment.session.model.adapter.set_fold(fold_of(job.state))
-        (predictions,) = test_set.predict_each(experiment.config.eval, [adapter])
+        own = self._own_adapter(experiment, job)
+        tested = experiment.session.parts.algorithm.tested(job.state, own, experiment.info(job))
+        experiment.session.model.adapter.set_fold(fold_of(tested))
+        (predictions,) = test_set.predict_each(experiment.config.eval, [tested["adapter"]])
         metrics = summarise(task, [predictions], experiment.config.eval.match, test_set.choices)
         return Reply(job.client, about={"metrics": metrics})

@@ -173,6 +173,7 @@ def _conclude_personal(
     for number, (row, predictions) in enumerate(zip(tested, models, strict=True), start=1):
         client = row["client"]
         row["metrics"] = evaluator.summarise([predictions])
+        session.model.adapter.set_fold(fold_of(states[client]))
         session.model.adapter.set(states[client]["adapter"])
         session.model.adapter.export(run.directory.adapters / f"client-{client}", session.config.model.name)
         session.progress("clients' own models", number, len(tested), f"client {client}")

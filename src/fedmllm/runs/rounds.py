@@ -234,14 +234,17 @@ def train_rounds(
 def personal_models(
     run: Run, algorithm: Algorithm, state: State, plan: FederationPlan, fleet: Fleet, done: int
 ) -> dict[int, State]:
-    """client -> its own adapter after `done` rounds, for all honest clients or a draw of `eval.clients`.
+    """client -> its own model after `done` rounds, for all honest clients or a draw of `eval.clients`.
 
     Raises RunError for one that is no adapter of this model.
     """
     clients = run.evaluator.sample_clients([client for client in plan.clients if client not in run.session.attackers])
     info = plan.info(done, clients)
-    adapters = {c: fleet.personal(c, algorithm.message(state, c, info), done) for c in clients}
-    for client, adapter in adapters.items():
+    models: dict[int, State] = {}
+    for client in clients:
+        message = algorithm.message(state, client, info)
+        adapter = fleet.personal(client, message, done)
         if why := problem_with(adapter, run.session.initial):
             raise RunError(f"client {client}'s own adapter cannot be used ({brief(why)}).")
-    return {client: {"adapter": adapter} for client, adapter in adapters.items()}
+        models[client] = algorithm.tested(message, adapter, info)
+    return models

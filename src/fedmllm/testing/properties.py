@@ -8,7 +8,7 @@ from itertools import combinations
 
 import torch
 
-from fedmllm.algorithms import Algorithm, Update, complete
+from fedmllm.algorithms import Algorithm, Update, own_adapter
 from fedmllm.algorithms.factors import rank_of
 from fedmllm.algorithms.screening import screen
 from fedmllm.algorithms.toy_federation import CLIENTS, lora_adapter, round_info, run_rounds, same, train_round
@@ -66,12 +66,14 @@ def check_unequal_ranks(algorithm: Algorithm) -> None:
 
 
 def check_personal(algorithm: Algorithm) -> None:
-    """After a round, the clients' models differ if and only if the algorithm is personal."""
+    """After two rounds, the clients' models differ if and only if the algorithm is personal."""
     memories: dict[int, State] = {}
-    initial, info = lora_adapter(), round_info(0, CLIENTS)
-    state = algorithm.init(initial)
-    state = algorithm.aggregate(state, train_round(algorithm, state, memories, info), info)
-    models = [complete(algorithm.message(state, c, info), memories[c], initial)["adapter"] for c in CLIENTS]
+    initial = lora_adapter()
+    state, info = algorithm.init(initial), round_info(0, CLIENTS)
+    for number in range(2):
+        info = round_info(number, CLIENTS)
+        state = algorithm.aggregate(state, train_round(algorithm, state, memories, info), info)
+    models = [own_adapter(algorithm.message(state, c, info), memories[c], initial) for c in CLIENTS]
     for first, second in combinations(models, 2):
         equal = same({"adapter": first}, {"adapter": second})
         assert equal != algorithm.personal, f"`personal` is {algorithm.personal}, but the clients' models are equal: {equal}"

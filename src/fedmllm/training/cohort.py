@@ -27,7 +27,8 @@ Step = Sequence[Sequence[Encoded]]
 
 @dataclass(frozen=True)
 class Work:
-    """One client's training: from the adapter `received`, through `steps`, under `rule`. Only dropout uses `seed`."""
+    """One client's training: from the adapter `received`, through `steps`, under `rule`. Only dropout uses `seed`. The model
+    computes with `share` times the adapter."""
 
     steps: Sequence[Step]
     received: Tensors
@@ -35,6 +36,7 @@ class Work:
     seed: int
     steps_per_pass: int | None = None
     """The number of steps that one pass over the samples takes; None if all steps are one pass."""
+    share: float = 1.0
 
 
 def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
@@ -90,7 +92,9 @@ class _Cohort:
     def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], train: TrainTable) -> None:
         self._model, self._works, self._table = model, works, train
         self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
-        self._stack = stack = Stack(model.adapter, [w.received for w in works], names, [w.seed for w in works])
+        self._stack = stack = Stack(
+            model.adapter, [w.received for w in works], names, [w.seed for w in works], [w.share for w in works]
+        )
         self._optimizer = _optimizer(stack.rows, train)
         rules = [work.rule for work in works]
         # Each of these is None if no client needs it.

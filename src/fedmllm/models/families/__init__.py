@@ -15,6 +15,7 @@ from fedmllm.registry import Registry
 ATTENTION = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 _FEEDFORWARD = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.mlp\.down_proj"
 _KEYS_VALUES = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(k_proj|v_proj)"
+_ALL_SAMPLES = re.compile(r"\b(text_model|language_model|lm_head|prompt_embeddings)\b")
 _LAYER = re.compile(r"\b(?:text_model|language_model)\.(?:model\.)?layers\.(\d+)\.")
 
 
@@ -22,6 +23,12 @@ def text_layer(name: str) -> int | None:
     """The text model's layer that a module or tensor name belongs to; None for the vision tower and everything else."""
     match = _LAYER.search(name)
     return int(match.group(1)) if match else None
+
+
+def only_pictures(name: str) -> bool:
+    """Whether only pictures pass through the module or tensor of this name: it belongs to the vision tower, or to what joins
+    that to the text model."""
+    return not _ALL_SAMPLES.search(name)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Family:
     """The modules that IA3 rescales: keys, values and the inner activations of the feed-forward layers (2205.05638)."""
     ia3_feedforward: str = _FEEDFORWARD
     layer_of: Callable[[str], int | None] = text_layer
+    only_pictures: Callable[[str], bool] = only_pictures
     first_position: int | None = None
     """The position id of the first real token, from which ids are counted. None: the model computes its own ids (M-RoPE)."""
     cache: bool = True
