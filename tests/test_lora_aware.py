@@ -317,4 +317,4 @@ def test_what_is_no_lora_adapter_is_refused(name: str) -> None:
 
 
 def test_these_take_unequal_ranks() -> None:
-    assert set(UNEQUAL) >= {"fedilora", "flexlora", "flora", "hetlora"}
+    assert set(UNEQUAL) >= {"fedilora", "fedmomentum", "flexlora", "flora", "hetlora"}
