@@ -4,8 +4,8 @@ The mean of the products is factorised: its largest directions become the new ad
 
     T = Σ_k p_k s_k B_k A_k = U Σ Vᵀ,   s B A ← U_r Σ_r V_rᵀ,   base ← base + U_{r+1:q} Σ_{r+1:q} V_{r+1:q}ᵀ
 
-q is the least number of directions whose Σσ² is the share `energy` of all. B and A have √Σ each, so that neither
-is much longer than the other. No optimizer's momentum is involved: the name means that the adapter goes on from where it was.
+q is the least number of directions whose Σσ² is the share `energy` of all. B and A have √Σ each. No optimizer's momentum is
+involved: the name means that training goes on from what was learnt.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def rotation_to(m: Tensor, share: float) -> Tensor:
     """The rotation R: (r, r) that maximises tr(Rᵀ M), moved towards the identity unless `share` is 1. Both are in float64.
 
     It is the identity if M is zero, which favours no rotation, or not finite, so that the server receives and refuses what
-    training made. At `share` = 1/2, a half-turn and the identity cancel and their mean has no orthogonal factor; R is then
-    not moved.
+    training made. At `share` = 1/2, a half-turn and the identity cancel, so that their mean has no orthogonal factor; R
+    is then made in full.
     """
     identity = torch.eye(len(m), dtype=torch.float64)
     if not bool(m.any()) or not bool(m.isfinite().all()):
@@ -36,9 +36,10 @@ def rotation_to(m: Tensor, share: float) -> Tensor:
     u, _, vt = torch.linalg.svd(m)
     turn = identity.clone()
     turn[-1, -1] = torch.sign(torch.linalg.det(u @ vt))
-    hard = u @ turn @ vt
+    hard: Tensor = u @ turn @ vt
     u, sigma, vt = torch.linalg.svd((1 - share) * identity + share * hard)
-    return u @ vt if float(sigma[-1]) > 1e-6 else hard
+    soft: Tensor = u @ vt
+    return soft if float(sigma[-1]) > 1e-6 else hard
 
 
 def aligned(trained: Tensors, received: Tensors, suffix: str, share: float) -> Tensors:
