@@ -34,8 +34,9 @@ def refitted(x: Tensor, y: Tensor, p: Tensor, c: Tensor, fixed: Tensor) -> Tenso
     y_hat = torch.tensordot(fixed, y, 1)
     rows, images = x.flatten(1), (x @ (y_hat @ y_hat.T)).flatten(1)
     normal, target = rows @ images.T, rows @ torch.tensordot(p, x @ (y @ y_hat.T), 1).flatten()
-    inverse: Tensor = torch.linalg.pinv((normal + normal.T) / 2, rtol=1e-12, hermitian=True)
-    return c + inverse @ (target - normal @ c)
+    inverse = torch.linalg.pinv((normal + normal.T) / 2, rtol=1e-12, hermitian=True)
+    new: Tensor = c + inverse @ (target - normal @ c)
+    return new
 
 
 def fitted(b: Tensor, a: Tensor, p: Tensor, steps: int) -> tuple[Tensor, Tensor]:
