@@ -184,7 +184,9 @@ def test_traffic_is_what_the_papers_say() -> None:
     assert traffic["fedsa-lora"] == {"down": ["adapter (A)"], "up": ["adapter (A)"]}
     assert traffic["rolora"] == {"down": ["adapter"], "up": ["adapter (A)", "adapter (B)"]}
     assert traffic["fedsvd"] == {"down": ["adapter"], "up": ["adapter (B)"]}
-    assert traffic["flora"] == traffic["fedex-lora"] == {"down": ["adapter", "fold"], "up": ["adapter"]}
+    for name in ("flora", "fedex-lora", "fedmomentum"):
+        assert traffic[name] == {"down": ["adapter", "fold"], "up": ["adapter"]}
+    assert traffic["fedrot-lora"] == traffic["flora-na"] == traffic["fedavg"]
     assert traffic["scaffold"] == {"down": ["adapter", "control"], "up": ["adapter", "control"]}
 
 

@@ -108,7 +108,7 @@ def test_honest_clients_are_never_refused(name: str) -> None:
     assert [record.refused for record, _ in rounds_of(built(name), lambda u: u, plan)] == [[]] * 10
 
 
-@pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "fedilora"])
+@pytest.mark.parametrize("name", ["hetlora", "flexlora", "fedmomentum", "flora", "fedilora"])
 def test_unequal_ranks_are_compared_too(name: str) -> None:
     plan = replace(PLAN, ranks={client: 1 + client % 2 for client in CLIENTS})
     assert all(not record.refused for record, _ in rounds_of(built(name), lambda u: u, plan))

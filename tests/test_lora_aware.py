@@ -14,57 +14,11 @@ from hypothesis import strategies as st
 from fedmllm.algorithms import AdapterInfo, Algorithm, ClientInfo, LocalResult, Update, algorithms, complete
 from fedmllm.algorithms.factors import A, B, best_factors, folded, modules, rank_of, resized
 from fedmllm.algorithms.fedilora import repaired
-from fedmllm.tensors import State, Tensors, clone
+from fedmllm.tensors import State, clone
 from helpers import ADAPTER_INFO, CLIENTS, a_round, built, lora_adapter, quick, round_info, rounds_of, same, tensors, update
+from products import RANKS, Dense, assert_close, effective, mean_of_products, truncation, unfolded, whole
 
-Dense = dict[str, np.ndarray]
-"""module -> what the adapter and the fold add to its weight: (d_out, d_in)."""
-
-RANKS = {0: 1, 1: 3, 3: 2}
 UNEQUAL = [name for name in algorithms.names() if algorithms.build(name, {}).unequal_ranks]
-
-
-def effective(adapter: Tensors, info: AdapterInfo = ADAPTER_INFO) -> Dense:
-    """α/r B A in float64."""
-    return {
-        m: info.alpha / adapter[m + A].shape[0] * adapter[m + B].double().numpy() @ adapter[m + A].double().numpy()
-        for m in modules(adapter)
-    }
-
-
-def unfolded(fold: Tensors, like: Dense) -> Dense:
-    total = {m: np.zeros_like(d) for m, d in like.items()}
-    for m in total:
-        if m + ".fold" in fold:
-            total[m] += fold[m + ".fold"].double().numpy()
-        if m + ".fold_A" in fold:
-            total[m] += fold[m + ".fold_B"].double().numpy() @ fold[m + ".fold_A"].double().numpy()
-    return total
-
-
-def whole(state: State) -> Dense:
-    """All that is added to the base."""
-    adapter = effective(state["adapter"])
-    fold = unfolded(state.get("fold", {}), adapter)
-    return {m: adapter[m] + fold[m] for m in adapter}
-
-
-def mean_of_products(updates: Sequence[Update]) -> Dense:
-    """Σ p_k s_k B_k A_k."""
-    total = sum(u.examples for u in updates)
-    each = [effective(u.groups["adapter"]) for u in updates]
-    return {m: sum(u.examples / total * d[m] for u, d in zip(updates, each, strict=True)) for m in each[0]}
-
-
-def truncation(matrix: np.ndarray, rank: int) -> np.ndarray:
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
-
-
-def assert_close(found: Dense, expected: Dense, tolerance: float = 1e-6) -> None:
-    for m in expected:
-        size = max(1.0, float(np.abs(expected[m]).max()))
-        np.testing.assert_allclose(found[m], expected[m], rtol=0, atol=tolerance * size)
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("flora", None), ("flora", RANKS), ("fedex-lora", None)])
@@ -363,4 +317,4 @@ def test_what_is_no_lora_adapter_is_refused(name: str) -> None:
 
 
 def test_these_take_unequal_ranks() -> None:
-    assert set(UNEQUAL) >= {"fedilora", "flexlora", "flora", "hetlora"}
+    assert set(UNEQUAL) >= {"fedilora", "fedmomentum", "flexlora", "flora", "hetlora"}

@@ -108,7 +108,7 @@ def test_baselines_have_no_noise_and_no_epsilon(write_experiment: Write, tmp_pat
     assert private["privacy_spent"] is None
 
 
-CAPABLE = "choose one of fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedsvd, fedyogi, ffa-lora, rolora."
+CAPABLE = "choose one of fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedrot-lora, fedsvd, fedyogi, ffa-lora, rolora."
 MEAN = "uses more of the updates than the mean of the adapters, to which noise is added"
 MEMORY = "lets clients remember earlier rounds, which no clip bounds"
 REFUSED: list[tuple[dict[str, object], str]] = [
@@ -120,6 +120,8 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"algorithm.name": "fedsa-lora"}, "leaves part of every model with its client, without noise"),
     ({"algorithm.name": "flora"}, MEAN),
     ({"algorithm.name": "fednova"}, MEAN),
+    ({"algorithm.name": "fedmomentum"}, MEAN),
+    ({"algorithm.name": "flora-na"}, MEAN),
     ({"algorithm.name": "hetlora"}, MEAN),
     ({"algorithm.name": "hetlora", "clients.rank": [1, 2]}, "clients.rank gives clients unequal ranks, which may tell"),
     ({"fleet.name": "flower"}, "fleet.name = \"flower\" tells every site which others take part"),

@@ -48,8 +48,8 @@ def test_an_averaging_algorithm_cannot_distinguish_updates_from_copies_of_their_
 
 
 def test_which_algorithms_can_be_hidden() -> None:
-    assert {"fedavg", "fedadam", "scaffold", "feddyn", "ffa-lora"} <= set(AVERAGING)
-    assert not {"fednova", "flora", "flexlora", "fedex-lora", "hetlora", "fedilora"} & set(AVERAGING)
+    assert {"fedavg", "fedadam", "scaffold", "feddyn", "ffa-lora", "fedrot-lora"} <= set(AVERAGING)
+    assert not {"fednova", "flora", "flexlora", "fedmomentum", "flora-na", "fedex-lora", "hetlora", "fedilora"} & set(AVERAGING)
 
 
 # The sum

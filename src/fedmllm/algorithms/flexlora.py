@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order
+from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, groups, in_order
 from fedmllm.algorithms.factors import A, B, best_factors, lora_state, rank_of, resized, stacked
 from fedmllm.algorithms.fedavg import Weighting, weights_of
 from fedmllm.tensors import State, Tensors
@@ -21,6 +21,11 @@ def to_own_rank(state: State, client: int, info: RoundInfo) -> State:
     """The adapter at the rank of the client."""
     adapter = state["adapter"]
     return {"adapter": resized(adapter, info.ranks.get(client, rank_of(adapter)), info.adapter)}
+
+
+def own_rank_and_fold(state: State, client: int, info: RoundInfo) -> State:
+    """The adapter at the rank of the client, and the fold if there is one yet."""
+    return {**to_own_rank(state, client, info), **groups("fold")(state, client, info)}
 
 
 def truncated(state: Tensors, module: str, left: torch.Tensor, right: torch.Tensor) -> Tensors:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, groups, in_order
+from fedmllm.algorithms.base import Algorithm, RoundInfo, Update, algorithms, in_order
 from fedmllm.algorithms.factors import fold_of, folded, lora_state, new_lora, stacked
 from fedmllm.algorithms.fedavg import Weighting, weights_of
-from fedmllm.algorithms.flexlora import to_own_rank
+from fedmllm.algorithms.flexlora import own_rank_and_fold, to_own_rank
 from fedmllm.tensors import State
 
 
 @algorithms.register("flora")
 def flora(*, weighting: Weighting = "examples") -> Algorithm:
     """Fold the clients' stacked factors into the base and start a new adapter; ranks may differ (2409.05976)."""
-    fold_down = groups("fold")
 
     def aggregate(state: State, updates: Sequence[Update], info: RoundInfo) -> State:
         ordered = in_order(updates)
         fold = folded(fold_of(state), stacked(ordered, weights_of(ordered, weighting), info.adapter))
         return {**state, "adapter": new_lora(state["adapter"], info.seed, "flora", info.round), "fold": fold}
 
-    def message(state: State, client: int, info: RoundInfo) -> State:
-        return {**to_own_rank(state, client, info), **fold_down(state, client, info)}
-
     return Algorithm(
-        lora_state, aggregate, message=message, uploads=to_own_rank, needs_lora=True, unequal_ranks=True, refactors=True
+        lora_state,
+        aggregate,
+        message=own_rank_and_fold,
+        uploads=to_own_rank,
+        needs_lora=True,
+        unequal_ranks=True,
+        refactors=True,
     )
