@@ -73,12 +73,20 @@ class RoundInfo:
 class LocalRule:
     """How local training differs from plain gradient descent, as data that a single client or a stacked cohort can apply.
 
-    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`.
+    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`. The learning rate is
+    `lr_factor` times the round's.
     """
 
     trainable: Callable[[str], bool] = lambda name: True
     proximal: Mapping[str, float] = field(default_factory=dict)
     offset: Tensors | None = None
+    lr_factor: float = 1.0
+    frozen: Tensors | None = None
+    """1 for each entry of a tensor that stays at its received value, and 0 for the others; neither gradients nor weight decay
+    move it, and it does not count in the norm that is clipped."""
+    probe: Callable[[LocalResult], LocalRule] | None = None
+    """Train for one pass over the samples first, and begin again from the received adapter under the rule that this returns
+    for the result."""
     observe_gradient: bool = False
     """Ask for `LocalResult.mean_gradient`."""
     observe_loss: bool = False
@@ -187,6 +195,8 @@ class Algorithm:
     averages: Literal["examples", "uniform"] | None = None
     """The weighting of the mean, if `aggregate` depends on nothing but the mean of the restored updates and their number: the
     same number of copies of the mean gives the same result. None if it needs the single updates."""
+    packed: bool = False
+    """Updates are packed for the way, and `restored` unpacks them."""
     personal: bool = False
     """Part of each client's adapter stays with the client, so every client has its own model."""
 

@@ -89,6 +89,25 @@ def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterIn
     }
 
 
+def residual(ordered: Sequence[Update], weights: Sequence[float], mean: Tensors) -> Factors:
+    """Factors of rank S·r, in float64, of Σ p_k B_k A_k − B̄ Ā with the means B̄ and Ā in `mean`, for equal ranks.
+
+    Because Σ p_k (B_k − B̄) = 0, it is Σ p_k (B_k − B̄)(A_k − Ā), in which nothing cancels. With the means as they are sent, in
+    float32, the error stays at the size of their rounding.
+    """
+    total = float(sum(weights))
+    adapters = [u.groups["adapter"] for u in ordered]
+    return {
+        m: (
+            torch.cat([a[m + B].double() - mean[m + B].double() for a in adapters], dim=1),
+            torch.cat(
+                [(w / total) * (a[m + A].double() - mean[m + A].double()) for a, w in zip(adapters, weights, strict=True)]
+            ),
+        )
+        for m in modules(mean)
+    }
+
+
 def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B = U_r Σ_r: (d_out, r) and A = V_rᵀ: (r, d_in) of the SVD of left·right, by QR of the two thin factors.
 

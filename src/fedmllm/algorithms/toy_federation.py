@@ -69,6 +69,9 @@ def examples_of(client: int) -> int:
 
 def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -> LocalResult:
     """Train with plain gradient descent under a rule, and report what local training on a model reports."""
+    if rule.probe is not None:
+        rule = rule.probe(local_sgd(client, received, replace(rule, probe=None), lr))
+    lr *= rule.lr_factor
     w, gradients, losses = clone(received), zeros_like(received), []
     for _ in range(steps_of(client)):
         losses.append(sum(0.5 * float((t - target(client, name, t.shape)).square().sum()) for name, t in w.items()))
@@ -78,6 +81,8 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -
             g = g + rule.proximal.get(name, 0.0) * (w[name] - received[name])
             if rule.offset is not None and name in rule.offset:
                 g = g + rule.offset[name]
+            if rule.frozen is not None and name in rule.frozen:
+                g = g * (1 - rule.frozen[name])
             w[name] = w[name] - lr * g
     return LocalResult(
         received=received,
