@@ -17,7 +17,8 @@ def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
     adapter, rule = model.adapter, work.rule
     if rule.probe is not None:
         probed = replace(work, steps=work.steps[: work.steps_per_pass], rule=replace(rule, probe=None))
-        rule = rule.probe(train_naively(model, probed, settings))
+        rule = replace(rule, probe=None, frozen=rule.probe(train_naively(model, probed, settings)))
+        adapter.set(work.received)
     settings = settings.model_copy(update={"lr": settings.lr * rule.lr_factor})
     adapter.set(work.received)
     rank = adapter.rank

@@ -84,8 +84,8 @@ class LocalRule:
     frozen: Tensors | None = None
     """1 for each entry of a tensor that stays at its received value, and 0 for the others; neither gradients nor weight decay
     move it, and it does not count in the norm that is clipped."""
-    probe: Callable[[LocalResult], LocalRule] | None = None
-    """Train for one pass over the samples first, and begin again from the received adapter under the rule that this returns
+    probe: Callable[[LocalResult], Tensors] | None = None
+    """Train for one pass over the samples first, and begin again from the received adapter with the `frozen` that this returns
     for the result."""
     observe_gradient: bool = False
     """Ask for `LocalResult.mean_gradient`."""

@@ -70,7 +70,8 @@ def examples_of(client: int) -> int:
 def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR) -> LocalResult:
     """Train with plain gradient descent under a rule, and report what local training on a model reports."""
     if rule.probe is not None:
-        rule = rule.probe(local_sgd(client, received, replace(rule, probe=None), lr))
+        probed = local_sgd(client, received, replace(rule, probe=None), lr)
+        rule = replace(rule, probe=None, frozen=rule.probe(probed))
     lr *= rule.lr_factor
     w, gradients, losses = clone(received), zeros_like(received), []
     for _ in range(steps_of(client)):

@@ -67,11 +67,11 @@ def train_cohort(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[
 
 
 def _after_probing(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[Work]:
-    """The works under the rules that follow from one pass over each client's samples."""
+    """The works with what each client freezes after one pass over its samples."""
     passes = [replace(w, steps=w.steps[: w.steps_per_pass], rule=replace(w.rule, probe=None)) for w in works]
     results = train_cohort(model, passes, train)
     return [
-        replace(work, rule=work.rule.probe(result)) if work.rule.probe else work
+        replace(work, rule=replace(work.rule, probe=None, frozen=work.rule.probe(result))) if work.rule.probe else work
         for work, result in zip(works, results, strict=True)
     ]
 
