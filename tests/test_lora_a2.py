@@ -134,7 +134,7 @@ def test_bytes_are_those_of_the_chosen_ranks() -> None:
     """6 modules of rank 2, d_in = 3, d_out = 4: of 12 ranks half, each a vector of float32 and its place."""
     for _, updates, _, info in rounds_of(built("lora-a2")):
         width = 3 if info.round % 2 else 4
-        assert [bytes_by_group(u.groups) for u in updates] == [{"ranks": 6 * 4, "changes": 6 * 4 * width}] * 3
+        assert [bytes_by_group(u.groups) for u in updates] == [{"places": 6 * 4, "values": 6 * 4 * width}] * 3
 
 
 def unlike_modules() -> Tensors:
@@ -151,7 +151,7 @@ def test_modules_of_unlike_widths_are_packed_to_the_longest() -> None:
     for state, updates, after, info in rounds_of(algorithm, adapter=adapter):
         for u in updates:
             longest = 7 + 7 + 4 if info.round % 2 else 6 + 6 + 5
-            assert len(u.groups["changes"]["values"]) == longest
+            assert len(u.groups["values"]["ranks"]) == longest
             sent = algorithm.restored(u, state, info).groups["adapter"]
             assert len(changed_ranks(half_of(state["adapter"], info.round), sent)) == 3
         expected = naive_round(arrays(state["adapter"]), info.round, dict.fromkeys(CLIENTS, 0.5), 5.0)
@@ -164,7 +164,7 @@ def test_places_that_cannot_be_are_refused(places: list[int]) -> None:
     algorithm = built("lora-a2")
     state, info = algorithm.init(lora_adapter()), round_info(0, CLIENTS)
     first, *others = a_round(algorithm, state, {}, info)
-    bad = replace(first, groups={**first.groups, "ranks": {"places": torch.tensor(places, dtype=torch.int32)}})
+    bad = replace(first, groups={**first.groups, "places": {"ranks": torch.tensor(places, dtype=torch.int32)}})
     valid, refused = screen([bad, *others], algorithm, state, info)
     assert [u.client for u in valid] == [u.client for u in others]
     assert [(r["client"], r["why"]) for r in refused] == [(0, "the chosen ranks are not increasing numbers below 12")]

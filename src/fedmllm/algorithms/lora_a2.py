@@ -88,12 +88,12 @@ def lora_a2(*, share: float | list[float] = 0.5, b_lr_factor: float = 5.0, weigh
         values = torch.cat([rows[place] for place in chosen.tolist()])
         longest = sum(sorted(map(len, rows))[-number:])
         filled = torch.nn.functional.pad(values, (0, longest - len(values)))
-        return {"ranks": {"places": chosen.to(torch.int32)}, "changes": {"values": filled}}
+        return {"places": {"ranks": chosen.to(torch.int32)}, "values": {"ranks": filled}}
 
     def unpack(packed: Packed, shapes: Tensors) -> Tensors:
         change = {name: torch.zeros_like(shapes[name]) for name in sorted(shapes)}
         rows = [row for name in sorted(change) for row in by_rank(name, change[name])]  # views, which are written to
-        places, values = packed["ranks"]["places"].tolist(), packed["changes"]["values"]
+        places, values = packed["places"]["ranks"].tolist(), packed["values"]["ranks"]
         if any(not 0 <= place < len(rows) for place in places) or sorted(set(places)) != places:
             raise ValueError(f"the chosen ranks are not increasing numbers below {len(rows)}")
         done = 0
