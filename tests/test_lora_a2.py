@@ -36,9 +36,9 @@ def arrays(adapter: Tensors) -> Matrices:
     return {name: tensor.double().numpy().copy() for name, tensor in adapter.items()}
 
 
-def naive_round(start: Matrices, round: int, shares: dict[int, float], factor: float) -> Matrices:
+def naive_round(start: Matrices, number: int, shares: dict[int, float], factor: float) -> Matrices:
     """A round of the toy clients, which descend ½ ‖w − target‖², one rank of one module at a time."""
-    trained = A if round % 2 else B
+    trained = A if number % 2 else B
     lr = LR * (factor if trained == B else 1.0)
     names = sorted({name.removesuffix(A).removesuffix(B) for name in start})
     ranks = [(m, i) for m in names for i in range(start[m + A].shape[0])]
@@ -98,8 +98,8 @@ def test_what_a_client_did_not_choose_stays_bit_for_bit() -> None:
         assert set(changed_ranks(state["adapter"], after["adapter"])) <= union
 
 
-def half_of(adapter: Tensors, round: int) -> Tensors:
-    return {name: t for name, t in adapter.items() if name.endswith(A if round % 2 else B)}
+def half_of(adapter: Tensors, number: int) -> Tensors:
+    return {name: t for name, t in adapter.items() if name.endswith(A if number % 2 else B)}
 
 
 def test_one_module_may_take_the_whole_budget() -> None:

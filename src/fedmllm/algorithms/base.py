@@ -15,6 +15,10 @@ from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone
 
 
+def _no_base() -> State:
+    raise ValueError("the adapter has no base weights to start from")
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What an algorithm may know about the adapter besides its tensors.
@@ -27,6 +31,9 @@ class AdapterInfo:
     layer: Mapping[str, int] = field(default_factory=dict)
     alpha: float = 1.0
     rank_stabilised: bool = False
+    principal: Callable[[], State] = field(default=_no_base, compare=False)
+    """The server's state in which the adapter holds the largest singular values of the base weights, and the fold takes them
+    out of the base, so that the model is unchanged: W₀ − s B₀ A₀ + s B₀ A₀, with B₀ = U √(Σ / s) and A₀ = √(Σ / s) Vᵀ."""
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)

@@ -6,7 +6,7 @@ changes s(r_k) B_k A_k can be compared and summed; `resized` keeps them when the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,22 @@ def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterIn
         )
         for m in modules(adapters[0])
     }
+
+
+def principal_state(weights: Mapping[str, Tensor], rank: int, scale: float) -> State:
+    """The state of `AdapterInfo.principal` for the base weights (d_out, d_in) by module, in float32. Rows beyond the rank of a
+    weight are zero, and the largest entry of each row of A₀ is positive."""
+    adapter: Tensors = {}
+    fold: Tensors = {}
+    for m, weight in weights.items():
+        u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        roots = (sigma[:rank] / scale).sqrt()
+        signs = torch.sign(vt[:rank].gather(1, vt[:rank].abs().argmax(dim=1, keepdim=True)))
+        pair = with_rank(m, (roots[:, None] * vt[:rank] * signs).float(), (u[:, :rank] * roots * signs.T).float(), rank)
+        pair = {name: factor.contiguous() for name, factor in pair.items()}
+        adapter |= pair
+        fold |= {m + FOLD_A: pair[m + A], m + FOLD_B: -scale * pair[m + B]}
+    return {"adapter": adapter, "fold": fold}
 
 
 def residual(ordered: Sequence[Update], weights: Sequence[float], mean: Tensors) -> Factors:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
 from fedmllm.algorithms.base import AdapterInfo, Algorithm, ClientInfo, LocalResult, LocalRule, RoundInfo, Update, complete
-from fedmllm.algorithms.factors import A, B
+from fedmllm.algorithms.factors import A, B, modules, principal_state
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
 
@@ -33,7 +33,17 @@ def lora_adapter(layers: int = 6, rank: int = 2) -> Tensors:
     return adapter
 
 
-ADAPTER_INFO = AdapterInfo(layers=6, layer={name: int(name.split(".")[5]) for name in lora_adapter()}, alpha=3.0)
+@cache
+def principal() -> State:
+    """`AdapterInfo.principal` of the toy adapter: its base weights (4, 3) are random."""
+    rng = stream(0, "base_weights")
+    weights = {m: torch.tensor(rng.normal(size=(4, 3)), dtype=torch.float32) for m in modules(lora_adapter())}
+    return principal_state(weights, 2, 3.0 / 2)
+
+
+ADAPTER_INFO = AdapterInfo(
+    layers=6, layer={name: int(name.split(".")[5]) for name in lora_adapter()}, alpha=3.0, principal=principal
+)
 
 
 def round_info(

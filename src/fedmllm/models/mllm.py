@@ -46,6 +46,7 @@ class MLLM:
             layer={name: layer for name, layer in layers.items() if layer is not None},
             alpha=settings.lora.alpha,
             rank_stabilised=settings.adapter.kind == "rslora",
+            principal=lambda: self.adapter.principal,
         )
         self.adapter = Adapter(self.model, self.info)
         vectors = self.adapter.parameters.get(VIRTUAL)
