@@ -49,7 +49,7 @@ def test_rounds_are_those_of_the_naive_twin() -> None:
         total = sum(u.examples for u in updates)
         for m in expected:
             mean_a, mean_b = (
-                sum(u.examples / total * dense(u.groups["adapter"][m + side]) for u in updates) for side in (A, B)
+                np.asarray(sum(u.examples / total * dense(u.groups["adapter"][m + side]) for u in updates)) for side in (A, B)
             )
             expected[m] = expected[m] + SCALE * mean_b @ mean_a - product(start, m)
             np.testing.assert_allclose(change_of_base(after, m), expected[m], rtol=1e-5, atol=1e-5)

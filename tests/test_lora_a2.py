@@ -89,7 +89,7 @@ def changed_ranks(before: Tensors, after: Tensors) -> list[tuple[str, int]]:
 def test_what_a_client_did_not_choose_stays_bit_for_bit() -> None:
     algorithm = built("lora-a2", share=[0.25, 1.0, 1.0, 0.5])
     for state, updates, after, info in rounds_of(algorithm):
-        union = set()
+        union: set[tuple[str, int]] = set()
         for u, count in zip(updates, (3, 12, 6), strict=True):  # of 6 modules of rank 2
             sent = algorithm.restored(u, state, info).groups["adapter"]
             changed = changed_ranks(half_of(state["adapter"], info.round), sent)
