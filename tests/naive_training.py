@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -13,6 +15,11 @@ from fedmllm.training.cohort import Work
 
 def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
     adapter, rule = model.adapter, work.rule
+    if rule.probe is not None:
+        probed = replace(work, steps=work.steps[: work.steps_per_pass], rule=replace(rule, probe=None))
+        rule = replace(rule, probe=None, frozen=rule.probe(train_naively(model, probed, settings)))
+        adapter.set(work.received)
+    settings = settings.model_copy(update={"lr": settings.lr * rule.lr_factor})
     adapter.set(work.received)
     rank = adapter.rank
     parameters = {name: p for name, p in adapter.parameters.items() if rule.trainable(name)}
@@ -43,9 +50,15 @@ def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
                 gradient += rule.proximal.get(name, 0.0) * (adapter.part(name, p, rank) - start)
                 if rule.offset is not None and name in rule.offset:
                     gradient += rule.offset[name]
+                if rule.frozen is not None and name in rule.frozen:
+                    gradient *= 1 - rule.frozen[name]
         if settings.clip:
             nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimizer.step()
+        for name, frozen in (rule.frozen or {}).items():
+            if name in parameters:
+                with torch.no_grad():
+                    adapter.part(name, parameters[name], rank)[frozen.bool()] = work.received[name][frozen.bool()]
         examples += len(samples)
     for parameter in adapter.parameters.values():
         parameter.requires_grad_(True)

@@ -53,6 +53,25 @@ def test_a_fold_is_exported_as_extra_rank(
     torch.testing.assert_close(last_logits(reloaded, reloaded.encode(TALKS, pictures, 200)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_the_largest_singular_values_can_move_from_the_base_to_the_adapter(
+    settings: ModelTable, pictures: list[Path | None], kind: str
+) -> None:
+    """FRLoRA's start: the model computes the same, and a fold that was set before changes nothing about it."""
+    model = load_adapted(settings, kind)
+    batch = model.encode(TALKS, pictures, 200)
+    expected = last_logits(model, batch)
+    model.adapter.set_fold(random_fold(model.adapter, 3))
+    start = model.info.principal()
+    assert start is model.info.principal()
+    assert start["adapter"].keys() == model.adapter.get().keys()
+    model.adapter.set(start["adapter"])
+    model.adapter.set_fold(start["fold"])
+    torch.testing.assert_close(last_logits(model, batch), expected, rtol=1e-4, atol=1e-4)
+    fresh = load_adapted(settings, kind).info.principal()
+    assert all(torch.equal(tensor, fresh["adapter"][name]) for name, tensor in start["adapter"].items())
+
+
 def test_a_fold_of_some_modules_resets_the_others(settings: ModelTable, pictures: list[Path | None]) -> None:
     model = load_adapted(settings, "lora")
     batch = model.encode(TALKS, pictures, 200)

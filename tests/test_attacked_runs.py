@@ -97,7 +97,8 @@ def test_masked_updates_are_distorted_before_they_are_masked(write_experiment: W
 REFUSED = [
     ("sign-flip", ["fleet.name=flower"], "fleet.name = 'flower' trains on real clients"),
     ("label-flip", ["fleet.name=flower", 'fleet.sites=["a", "b", "c", "d"]'], "'label-flip' is for simulations only"),
-    ("alie", ["compression.name=int8"], "compression.name = 'int8' has packed before"),
+    ("alie", ["compression.name=int8"], "compression.name = 'int8' has packed before; set it to"),
+    ("alie", ["algorithm.name=lora-a2"], "algorithm.name = 'lora-a2' has packed before; choose another algorithm"),
     ("alie", ["algorithm.name=flexlora", "clients.rank=[1, 2]"], "gives them different shapes"),
     ("scaled", ["attack.share=0.1"], "attack.share = 0.1 of 4 clients is 0; raise it"),
     ("scaled", ["attack.share=0.9"], "attack.share = 0.9 of 4 clients is 4; lower it"),

@@ -78,6 +78,16 @@ def assert_same(actual: LocalResult, expected: LocalResult) -> None:
         assert distance(actual.mean_gradient, expected.mean_gradient) < 1e-4
 
 
+def less_moved(result: LocalResult) -> Tensors:
+    """Freezes the first rank of each factor that moved less than the second."""
+    frozen = {}
+    for name, trained in result.trained.items():
+        by_rank = (trained - result.received[name]).norm(dim=1 if "lora_A" in name else 0)
+        frozen[name] = torch.zeros_like(trained)
+        (frozen[name] if "lora_A" in name else frozen[name].T)[0] = float(by_rank[0] < by_rank[1])
+    return frozen
+
+
 def rule_of(model: MLLM, client: int, trained: str) -> LocalRule:
     """A rule that differs between clients."""
     start = start_of(model)
@@ -86,6 +96,9 @@ def rule_of(model: MLLM, client: int, trained: str) -> LocalRule:
         trainable=lambda name: trained in name,
         proximal=dict.fromkeys(start, 0.3 * client),
         offset=offset if client % 2 else None,
+        lr_factor=0.5,
+        frozen={k: (t > 0).float() for k, t in start.items()} if client == 1 else None,
+        probe=less_moved if client == 2 else None,
         observe_gradient=client % 3 == 0,
     )
 

@@ -28,7 +28,9 @@ from fedmllm.tensors import State, Tensors, add, norm, scale, subtract, zeros_li
 from helpers import FakeFleet, lora_adapter, quick, round_info, same
 
 ADAPTER = lora_adapter()
-CAPABLE = ["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "ffa-lora", "fedsvd", "rolora", "fedrot-lora"]
+CAPABLE = [
+    "fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "ffa-lora", "fedsvd", "rolora", "fedrot-lora", "frlora",
+]  # fmt: skip
 
 
 def mechanism(clients: int = 5, expected: int = 3, rounds: int = 4, **options: Any) -> Mechanism:

@@ -15,6 +15,10 @@ from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone
 
 
+def _no_base() -> State:
+    raise ValueError("the adapter has no base weights to start from")
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What an algorithm may know about the adapter besides its tensors.
@@ -30,6 +34,9 @@ class AdapterInfo:
     alpha: float = 1.0
     rank_stabilised: bool = False
     modality: Mapping[str, str] = field(default_factory=dict)
+    principal: Callable[[], State] = field(default=_no_base, compare=False)
+    """The server's state in which the adapter holds the largest singular values of the base weights, and the fold takes them
+    out of the base, so that the model is unchanged: W₀ − s B₀ A₀ + s B₀ A₀, with B₀ = U √(Σ / s) and A₀ = √(Σ / s) Vᵀ."""
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -78,12 +85,20 @@ class RoundInfo:
 class LocalRule:
     """How local training differs from plain gradient descent, as data that a single client or a stacked cohort can apply.
 
-    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`.
+    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`. The learning rate is
+    `lr_factor` times the round's.
     """
 
     trainable: Callable[[str], bool] = lambda name: True
     proximal: Mapping[str, float] = field(default_factory=dict)
     offset: Tensors | None = None
+    lr_factor: float = 1.0
+    frozen: Tensors | None = None
+    """1 for each entry of a tensor that stays at its received value, and 0 for the others; neither gradients nor weight decay
+    move it, and it does not count in the norm that is clipped."""
+    probe: Callable[[LocalResult], Tensors] | None = None
+    """Train for one pass over the samples first, and begin again from the received adapter with the `frozen` that this returns
+    for the result."""
     observe_gradient: bool = False
     """Ask for `LocalResult.mean_gradient`."""
     observe_loss: bool = False
@@ -214,6 +229,8 @@ class Algorithm:
     averages: Literal["examples", "uniform"] | None = None
     """The weighting of the mean, if `aggregate` depends on nothing but the mean of the restored updates and their number: the
     same number of copies of the mean gives the same result. None if it needs the single updates."""
+    packed: bool = False
+    """Updates are packed for the way, and `restored` unpacks them."""
     personal: bool = False
     """Part of each client's adapter stays with the client, so every client has its own model."""
 

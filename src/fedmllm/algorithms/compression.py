@@ -23,14 +23,17 @@ from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, add, subtract, zeros_like
 
 Packed = State
-Pack = Callable[[Tensors, RoundInfo], Packed]
+Pack = Callable[[Tensors, int, RoundInfo], Packed]
+"""(changes, client, info) -> packed groups, whose shapes depend on the shapes of the changes, the client and the info alone."""
 Unpack = Callable[[Packed, Tensors], Tensors]
 """(packed groups, tensors of the shapes to restore) -> changes. Raises ValueError for invalid groups."""
 
 
 def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool) -> Algorithm:
     """`algorithm` with its uploaded adapter packed by `pack`. With `feedback`, each client adds what the packing lost to its
-    next change."""
+    next change. Raises ValueError if the algorithm packs its updates itself."""
+    if algorithm.packed:
+        raise ValueError("its clients send chosen parts of their changes, which are packed already; leave the compression out")
 
     def finish(result: LocalResult, received: State, memory: State, info: RoundInfo) -> tuple[State, State]:
         residual = memory.get("residual", {})
@@ -38,7 +41,7 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
         change = {name: tensor - received["adapter"][name] for name, tensor in upload["adapter"].items()}
         if feedback:
             change = {name: tensor + residual[name] if name in residual else tensor for name, tensor in change.items()}
-        packed = pack(change, info)
+        packed = pack(change, info.me.client, info)
         if feedback:
             lost = subtract(change, unpack(packed, change))
             remembered = {**remembered, "residual": {**residual, **lost}}
@@ -58,7 +61,7 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
 
     def uploads(state: State, client: int, info: RoundInfo) -> State:
         shapes = algorithm.uploads(state, client, info)
-        return {**{g: t for g, t in shapes.items() if g != "adapter"}, **pack(zeros_like(shapes["adapter"]), info)}
+        return {**{g: t for g, t in shapes.items() if g != "adapter"}, **pack(zeros_like(shapes["adapter"]), client, info)}
 
     def refuse(update: Update, state: State, info: RoundInfo) -> str | None:
         try:
@@ -70,15 +73,16 @@ def compressed(algorithm: Algorithm, pack: Pack, unpack: Unpack, feedback: bool)
                 return f"NaN or infinity in {name!r} after decompression"
         return algorithm.refuse(uncompressed, state, info)
 
-    return replace(algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, restored=restored)
+    return replace(
+        algorithm, finish=finish, aggregate=aggregate, uploads=uploads, refuse=refuse, restored=restored, packed=True
+    )
 
 
 @compressions.register("int8")
 def int8() -> Wrapper:
     """One byte per number: one scale per tensor and stochastic rounding, unbiased (1610.02132)."""
 
-    def pack(change: Tensors, info: RoundInfo) -> Packed:
-        client = info.client.client if info.client else -1  # the server packs zeros, for their shapes
+    def pack(change: Tensors, client: int, info: RoundInfo) -> Packed:
         codes: Tensors = {}
         steps: Tensors = {}
         for name, tensor in sorted(change.items()):
@@ -101,7 +105,7 @@ def top_k(*, share: float = 0.1, feedback: bool = True) -> Wrapper:
     if not 0 < share <= 1:
         raise ValueError(f"share = {share} must be above 0 and at most 1")
 
-    def pack(change: Tensors, info: RoundInfo) -> Packed:
+    def pack(change: Tensors, client: int, info: RoundInfo) -> Packed:
         places: Tensors = {}
         values: Tensors = {}
         for name, tensor in change.items():

@@ -6,7 +6,7 @@ changes s(r_k) B_k A_k can be compared and summed; `resized` keeps them when the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -99,6 +99,41 @@ def stacked(updates: Sequence[Update], weights: Sequence[float], info: AdapterIn
             torch.cat([a[m + A].double() * (w / total) for a, w in zip(adapters, weights, strict=True)], dim=0),
         )
         for m in modules(adapters[0])
+    }
+
+
+def principal_state(weights: Mapping[str, Tensor], rank: int, scale: float) -> State:
+    """The state of `AdapterInfo.principal` for the base weights (d_out, d_in) by module, in float32. Rows beyond the rank of a
+    weight are zero, and the largest entry of each row of A₀ is positive."""
+    adapter: Tensors = {}
+    fold: Tensors = {}
+    for m, weight in weights.items():
+        u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        roots = (sigma[:rank] / scale).sqrt()
+        signs = torch.sign(vt[:rank].gather(1, vt[:rank].abs().argmax(dim=1, keepdim=True)))
+        pair = with_rank(m, (roots[:, None] * vt[:rank] * signs).float(), (u[:, :rank] * roots * signs.T).float(), rank)
+        pair = {name: factor.contiguous() for name, factor in pair.items()}
+        adapter |= pair
+        fold |= {m + FOLD_A: pair[m + A], m + FOLD_B: -scale * pair[m + B]}
+    return {"adapter": adapter, "fold": fold}
+
+
+def residual(ordered: Sequence[Update], weights: Sequence[float], mean: Tensors) -> Factors:
+    """Factors of rank S·r, in float64, of Σ p_k B_k A_k − B̄ Ā with the means B̄ and Ā in `mean`, for equal ranks.
+
+    Because Σ p_k (B_k − B̄) = 0, it is Σ p_k (B_k − B̄)(A_k − Ā), in which nothing cancels. With the means as they are sent, in
+    float32, the error stays at the size of their rounding.
+    """
+    total = float(sum(weights))
+    adapters = [u.groups["adapter"] for u in ordered]
+    return {
+        m: (
+            torch.cat([a[m + B].double() - mean[m + B].double() for a in adapters], dim=1),
+            torch.cat(
+                [(w / total) * (a[m + A].double() - mean[m + A].double()) for a, w in zip(adapters, weights, strict=True)]
+            ),
+        )
+        for m in modules(mean)
     }
 
 

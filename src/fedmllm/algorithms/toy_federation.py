@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -23,7 +23,7 @@ from fedmllm.algorithms.base import (
     complete,
     own_adapter,
 )
-from fedmllm.algorithms.factors import A, B
+from fedmllm.algorithms.factors import A, B, modules, principal_state
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
 
@@ -43,9 +43,17 @@ def lora_adapter(layers: int = 6, rank: int = 2) -> Tensors:
     return adapter
 
 
+@cache
+def principal() -> State:
+    """`AdapterInfo.principal` of the toy adapter: its base weights (4, 3) are random."""
+    rng = stream(0, "base_weights")
+    weights = {m: torch.tensor(rng.normal(size=(4, 3)), dtype=torch.float32) for m in modules(lora_adapter())}
+    return principal_state(weights, 2, 3.0 / 2)
+
+
 _LAYER = {name: int(name.split(".")[5]) for name in lora_adapter()}
 _MODALITY = {name: {0: "image", 1: "text"}[layer] for name, layer in _LAYER.items() if layer < 2}
-ADAPTER_INFO = AdapterInfo(layers=6, layer=_LAYER, alpha=3.0, modality=_MODALITY)
+ADAPTER_INFO = AdapterInfo(layers=6, layer=_LAYER, alpha=3.0, modality=_MODALITY, principal=principal)
 
 
 def round_info(
@@ -87,6 +95,10 @@ def per_step_of(client: int) -> int:
 def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, most: int | None = None) -> LocalResult:
     """Train with plain gradient descent under a rule, in `most` steps at most, and report what local training on a model
     reports. All steps but the last have equally many examples."""
+    if rule.probe is not None:
+        probed = local_sgd(client, received, replace(rule, probe=None), lr, most)
+        rule = replace(rule, probe=None, frozen=rule.probe(probed))
+    lr *= rule.lr_factor
     w, gradients, losses = clone(received), zeros_like(received), []
     steps = steps_of(client) if most is None else min(most, steps_of(client))
     for _ in range(steps):
@@ -97,6 +109,8 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, m
             g = g + rule.proximal.get(name, 0.0) * (w[name] - received[name])
             if rule.offset is not None and name in rule.offset:
                 g = g + rule.offset[name]
+            if rule.frozen is not None and name in rule.frozen:
+                g = g * (1 - rule.frozen[name])
             w[name] = w[name] - lr * g
     return LocalResult(
         received=received,

@@ -93,7 +93,7 @@ def check_secure(config: Experiment, algorithm: Algorithm, secure: Pairwise) -> 
         raise ConfigError(f"{error}.") from None
 
 
-def check_attack(config: Experiment, attack: Attack) -> None:
+def check_attack(config: Experiment, algorithm: Algorithm, attack: Attack) -> None:
     """An attack is a simulation, in which some clients attack and others do not."""
     name, fleet, clients = config.attack.name, config.fleet.name, config.partition.clients
     if fleet not in ("in-process", "ray"):
@@ -101,10 +101,15 @@ def check_attack(config: Experiment, attack: Attack) -> None:
             f"attack.name: {name!r} is for simulations only, and fleet.name = {fleet!r} trains on real clients; set "
             'attack.name = "none" or fleet.name = "in-process".'
         )
-    if attack.distort and config.compression.name != "none":
+    if attack.distort and algorithm.packed:
+        compressed = config.compression.name != "none"
+        packing = (
+            f"compression.name = {config.compression.name!r}" if compressed else f"algorithm.name = {config.algorithm.name!r}"
+        )
+        remedy = 'set it to "none"' if compressed else "choose another algorithm"
         raise ConfigError(
-            f"attack.name: {name!r} changes updates, which compression.name = {config.compression.name!r} has packed before; "
-            'set it to "none", or choose an attack on samples.'
+            f"attack.name: {name!r} changes updates, which {packing} has packed before; {remedy}, or choose an attack on "
+            "samples."
         )
     if attack.colludes and len({config.rank_of(client) for client in range(clients)}) > 1:
         raise ConfigError(

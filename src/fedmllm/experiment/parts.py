@@ -154,7 +154,7 @@ def build(config: Experiment) -> Parts:
         check_privacy(config, algorithm, privacy)
     attack = attacks.build(config.attack.name, config.attack.options)
     if attack is not None:
-        check_attack(config, attack)
+        check_attack(config, algorithm, attack)
     asynchronous = asynchronies.build(config.asynchronous.name, config.asynchronous.options)
     if asynchronous is not None:
         check_asynchronous(config, algorithm, asynchronous)

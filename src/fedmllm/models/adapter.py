@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from fedmllm.algorithms import AdapterInfo
-from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, is_a, is_b, modules, rank_of
+from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, is_a, is_b, modules, principal_state, rank_of
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.models.fold import branch_hook, dense_change, factors_with_fold
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.state_file import load_verified, with_digest
-from fedmllm.tensors import Tensors
+from fedmllm.tensors import State, Tensors
 
 VIRTUAL = "prompt_embeddings"
 """PEFT's name for the vectors of prompt tuning: (virtual tokens, hidden size)."""
@@ -143,6 +145,19 @@ class Adapter:
             for name, parameter in self.parameters.items():
                 parameter.data, parameter.grad = own[name], None
                 parameter.requires_grad_(True)
+
+    # The base weights
+
+    @cached_property
+    def principal(self) -> State:
+        """`AdapterInfo.principal`, computed once: the largest singular values of the base weights W₀, without any fold."""
+        weights = {}
+        for base, a, _ in self.pairs():
+            module = a.removesuffix(A)
+            weight = self._original[module] if module in self._original else dequantize_module_weight(base)
+            weights[module] = weight.detach().to("cpu", torch.float32)
+        rank = int(self.config.r)
+        return principal_state(weights, rank, self.info.scale(rank))
 
     # The fold
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +55,27 @@ def train_cohort(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[
     The model's own adapter and the global random generator are left unchanged. Raises ValueError if the rules train no
     tensor or different ones, or if this kind of adapter trains only one client at a time.
     """
-    names = trainable(model, works[0])
-    if any(trainable(model, work) != names for work in works[1:]):
-        raise ValueError("the clients of a cohort must train the same tensors")
+    names, factor = trainable(model, works[0]), works[0].rule.lr_factor
+    if any(trainable(model, work) != names or work.rule.lr_factor != factor for work in works[1:]):
+        raise ValueError("the clients of a cohort must train the same tensors at the same rate")
     if len(works) > 1 and not model.adapter.stacks:
         raise ValueError("this kind of adapter trains only one client at a time")
+    if any(work.rule.probe for work in works):
+        works = _after_probing(model, works, train)
+    train = train.model_copy(update={"lr": train.lr * factor})
     order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
     results = _Cohort(model, [works[i] for i in order], names, train).train()
     return [results[order.index(i)] for i in range(len(works))]
+
+
+def _after_probing(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[Work]:
+    """The works with what each client freezes after one pass over its samples."""
+    passes = [replace(w, steps=w.steps[: w.steps_per_pass], rule=replace(w.rule, probe=None)) for w in works]
+    results = train_cohort(model, passes, train)
+    return [
+        replace(work, rule=replace(work.rule, probe=None, frozen=work.rule.probe(result))) if work.rule.probe else work
+        for work, result in zip(works, results, strict=True)
+    ]
 
 
 def loss_before(model: MLLM, work: Work) -> float:
@@ -99,12 +112,15 @@ class _Cohort:
         rules = [work.rule for work in works]
         # Each of these is None if no client needs it.
         self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
-        self._start = self._strength = self._offset = None
-        if any(rule.proximal for rule in rules):
+        self._start = self._strength = self._offset = self._frozen = None
+        if any(rule.proximal or rule.frozen for rule in rules):
             self._start = stack.values.clone()
+        if any(rule.proximal for rule in rules):
             self._strength = stack.constants([rule.proximal for rule in rules])
         if any(rule.offset for rule in rules):
             self._offset = stack.matrix([rule.offset or {} for rule in rules])
+        if any(rule.frozen for rule in rules):
+            self._frozen = stack.matrix([rule.frozen or {} for rule in rules]).bool()
         # Kept as tensors: reading a number from a GPU would wait for it at every step.
         self._loss = torch.zeros(len(works), device=stack.values.device)
         self._slots = [0] * len(works)
@@ -142,18 +158,23 @@ class _Cohort:
 
     @torch.no_grad()
     def _descend(self, active: int) -> None:
-        """g ← g + μ (w − w_received) + offset, clipped per client; take one optimizer step and reset the gradients to 0."""
-        grads = self._stack.grads[:active]
+        """g ← g + μ (w − w_received) + offset, clipped per client; take one optimizer step, put frozen entries back, and reset
+        the gradients to 0."""
+        grads, values = self._stack.grads[:active], self._stack.values[:active]
         if self._observed is not None:
             self._observed[:active] += grads
         if self._start is not None and self._strength is not None:
-            grads.addcmul_(self._strength[:active], self._stack.values[:active] - self._start[:active])
+            grads.addcmul_(self._strength[:active], values - self._start[:active])
         if self._offset is not None:
             grads += self._offset[:active]
+        if self._frozen is not None:
+            grads.masked_fill_(self._frozen[:active], 0.0)
         if self._table.clip:
             norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
             grads *= (self._table.clip / (norms + 1e-6)).clamp(max=1.0)
         self._optimizer.step()
+        if self._frozen is not None and self._start is not None:  # the optimizer's weight decay moved them
+            values.copy_(self._start[:active].where(self._frozen[:active], values))
         grads.zero_()
 
     def _micros(self, steps: Sequence[Step]) -> Iterator[tuple[list[Encoded], Tensor, list[Extent]]]:
