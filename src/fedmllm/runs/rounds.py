@@ -217,9 +217,10 @@ def train_rounds(
     if checkpoint:
         session.progress(stage, done, plan.rounds, "resumed")
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
-    rounds = () if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
+    rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:
-        done, note, score = record.round + 1, f"loss {record.loss:.3f}", None
+        done, note = record.round + 1, f"loss {record.loss:.3f}"
+        score: float | None = None
         if evaluator.scores(done, plan.rounds):
             models = personal_models(run, algorithm, state, plan, fleet, done) if algorithm.personal else {0: state}
             record = replace(record, metrics=evaluator.score_round(list(models.values())))
