@@ -327,7 +327,8 @@ RESULT: dict[str, Any] = {
     "kept": [{"group": "paired", "attacker": False, "clients": 2, "updates": 3, "refused": 1, "kept": 0.5, "below_half": 0.25}],
     "privacy_spent": {"epsilon": 1.5, "delta": 1e-4, "noise": 1.0, "clip": 0.1, "clipping": "fixed", "sampling": "poisson",
                       "probability": 0.1, "unit": "client", "neighbours": "add or remove one"},
-    "rounds": 2, "cohort": 1, "bytes_up": {"adapter": 1000}, "bytes_down": {"adapter": 1000},
+    "rounds": 2, "keep": "best", "kept_rounds": [1], "stopped_early": False,
+    "cohort": 1, "bytes_up": {"adapter": 1000}, "bytes_down": {"adapter": 1000},
     "seconds": {"total": 12.0, "train": 10.0, "eval": 1.0, "setup": 1.0}, "peak_memory_mb": 500, "config_digest": "d" * 64,
     "manifest_digest": "e" * 64, "adapter_sha256": "f" * 64, "skipped_samples": 0, "refused_updates": 0,
 }  # fmt: skip
@@ -335,7 +336,8 @@ ROUNDS: list[dict[str, Any]] = [
     {"round": number, "lr": 0.01, "sampled": [0, 1], "examples": 8, "steps": 2, "loss": 0.5, "bytes_down": {"adapter": 500},
      "bytes_up": {"adapter": 500}, "refused": [{"client": 1, "why": "its norm"}], "seconds": 0.5, "padding": 0.1,
      "metrics": {"both": _METRICS}, "kept": {"0": 0.5}, "privacy": {"epsilon": 0.5, "clip": 0.1},
-     "clock": {"began": 60.25 * number, "seconds": 60.25, "clients": {"0": {"compute": 60.25, "transfer": 0.0}}, "lost": [1]}}
+     "clock": {"began": 60.25 * number, "seconds": 60.25, "clients": {"0": {"compute": 60.25, "transfer": 0.0}}, "lost": [1]},
+     "stopped": False}
     for number in range(2)
 ]  # fmt: skip
 META = {

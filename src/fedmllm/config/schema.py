@@ -110,11 +110,21 @@ class TrainTable(Table):
     """The maximum gradient norm; 0 disables clipping."""
     max_length: Annotated[Positive, at_most(1_000_000, "because no supported model reads longer prompts")] = 1200
     """A longer prompt is a bad sample."""
+    keep: Literal["last", "best", "mean"] = "last"
+    """Which model a run ends with: that of the last round, that of the best score, or the mean of the last ones."""
+    mean_of: Annotated[Positive, at_most(100, "because each of them is in every checkpoint")] | None = None
+    """The rounds whose models "mean" averages, by default 5."""
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better score than the best one before."""
 
 
 class EvalTable(Table):
     every: Rounds = 0
     """Evaluate after every this many rounds and at the end; 0: only at the end."""
+    every_split: Literal["same", "validation"] = "same"
+    """Where rounds are scored: on the data of the final test, or on held-out training data."""
+    every_samples: Positive | None = None
+    """Score rounds on a random subset of this size."""
     patterns: Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)] = ("both",)
     split: Literal["test", "validation"] = "test"
     """"validation" evaluates on held-out training data instead of the test set, for choosing settings."""
@@ -131,6 +141,11 @@ class EvalTable(Table):
     """Other tasks on whose test sets the final model is also evaluated, without training on them."""
     suites: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """The suites that examine the final model, by name."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether part of the training data is held out."""
+        return "validation" in (self.split, self.every_split)
 
     @field_validator("patterns", "suites")
     @classmethod

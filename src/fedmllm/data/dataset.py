@@ -53,6 +53,8 @@ class Dataset:
     manifest: Manifest
     notes: tuple[str, ...] = ()
     """What may be a mistake in the data, in one sentence each."""
+    of_rounds: list[Sample] | None = None
+    """What rounds are scored on, if it is not `test`."""
 
 
 def open_source(table: TaskTable, where: str = "task") -> Source:
@@ -157,17 +159,20 @@ def _check_auc(task: Task, samples: Sequence[Sample], where: str) -> None:
 def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal, scenario: Scenario) -> Dataset:
     """Separate training and test samples and draw the manifest. Raises ConfigError or DataError."""
     task, samples = loaded_splits[0].task, join_tasks(loaded_splits, "train")
-    if config.eval.split == "validation":
+    held_out: list[Sample] = []
+    if config.eval.holds_out:
         count = max(1, round(len(samples) * config.eval.validation_share))
-        held_out = {s.id for s in draw_subset(samples, count, ("validation",), config.task.draw)}
-        test = [s for s in samples if s.id in held_out]
-        samples = [s for s in samples if s.id not in held_out]
-    else:
-        test = join_tasks(loaded_splits, "test")
+        held_out = draw_subset(samples, count, ("validation",), config.task.draw)
+        ids = {s.id for s in held_out}
+        samples = [s for s in samples if s.id not in ids]
+    test = held_out if config.eval.split == "validation" else join_tasks(loaded_splits, "test")
+    of_rounds = scored_in_rounds(config, test, held_out)
     if config.task.companion is not None:
         task = replace(task, ceiling={})  # the ceiling of one task does not hold for a mixture
     validation = config.eval.split == "validation"
     check_patterns(config.eval.patterns, task, test, "the validation split" if validation else "the test split")
+    if of_rounds is not None:
+        check_patterns(config.eval.patterns, task, of_rounds, "the samples that rounds are scored on")
     if isinstance(deal, GroupedDeal) and not any(map(deal.key, samples)):
         raise ConfigError(
             f"partition.name = {config.partition.name!r} keeps the samples of one source together, and no training sample "
@@ -175,4 +180,12 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
         )
     clients, least, rounds = config.partition.clients, config.partition.min_samples, config.train.rounds
     manifest = draw(samples, deal, scenario, clients, least, config.seed, rounds)
-    return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)))
+    return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)), of_rounds)
+
+
+def scored_in_rounds(config: Experiment, test: list[Sample], held_out: list[Sample]) -> list[Sample] | None:
+    """What rounds are scored on: the test samples, the training samples that were held out, or a draw of them; None if it is
+    the test samples themselves."""
+    among = held_out if config.eval.every_split == "validation" else test
+    drawn = draw_subset(among, config.eval.every_samples, ("rounds",), config.task.draw)
+    return None if drawn is test else drawn

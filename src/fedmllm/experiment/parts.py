@@ -29,6 +29,7 @@ from fedmllm.experiment.compatibility import (
     check_secure,
     check_sites,
 )
+from fedmllm.experiment.keeping import check_keeping
 from fedmllm.experiment.simulated import check_asynchronous, check_devices
 from fedmllm.fleets.options import FleetOptions, fleets
 from fedmllm.privacy.settings import UserLevel, privacies
@@ -158,6 +159,7 @@ def build(config: Experiment) -> Parts:
     asynchronous = asynchronies.build(config.asynchronous.name, config.asynchronous.options)
     if asynchronous is not None:
         check_asynchronous(config, algorithm, asynchronous)
+    check_keeping(config, algorithm)
     judge = judges.build(config.judge.name, config.judge.options)
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())

@@ -117,11 +117,10 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
         ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous"), Named(name="none")
     )
     defaults["clients"] = ClientsTable(**{key: getattr(experiment.clients, key) for key in ("rank", "epochs", "batch_size")})
-    # Baselines sample no clients.
-    uniform = {
-        key: TrainTable.model_fields[key].default for key in ("selection", "candidates", "over_select", "deadline", "late")
-    }
-    defaults["train"] = experiment.train.model_copy(update=uniform)
+    # Baselines sample no clients, and clients alone are tested at the end only.
+    unused = ["selection", "candidates", "over_select", "deadline", "late"]
+    unused += ["keep", "mean_of", "patience"] if kind == "local" else []
+    defaults["train"] = experiment.train.model_copy(update={key: TrainTable.model_fields[key].default for key in unused})
     if not experiment.clients.rank:  # clients of unequal rank need an algorithm that supports them
         defaults["algorithm"] = Named(name="fedavg")
     if kind == "zero-shot":

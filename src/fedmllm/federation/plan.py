@@ -131,6 +131,8 @@ class RoundRecord:
     clock: dict[str, Any] = field(default_factory=dict)
     """Simulated seconds: when the round "began", how many it took, and what each of its "clients" needs; those of them that
     were "lost", whom `refused` has as well; and the share of its steps that each client made which did "partial" work."""
+    stopped: bool = False
+    """No further round follows, because the score no longer improved."""
 
 
 def learning_rate(plan: FederationPlan, round: int) -> float:

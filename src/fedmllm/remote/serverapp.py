@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmllm import config as files
 from fedmllm.config import Experiment
 from fedmllm.data import manifest as manifests
-from fedmllm.data.dataset import Dataset, load_split
+from fedmllm.data.dataset import Dataset, load_split, scored_in_rounds
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.experiment.parts import Parts, build, options_of, with_defaults
@@ -84,19 +84,22 @@ def load_experiment(file: Path, overrides: list[str]) -> Experiment:
 def _server_dataset(parts: Parts, about: Mapping[int, Mapping[str, Any]], earlier: Manifest | None) -> Dataset:
     """The server's test data, and a manifest of the sites' counts. `earlier` is the manifest of the run that is resumed."""
     config, names = parts.config, tuple(parts.config.fleet.options["sites"])
-    if config.eval.split == "validation":
+    if config.eval.holds_out:
+        key, other = ("split", "test") if config.eval.split == "validation" else ("every_split", "same")
         raise ConfigError(
-            'eval.split = "validation" holds back training data, and the server has none if fleet.sites is given; set it to '
-            '"test".'
+            f'eval.{key} = "validation" holds back training data, and the server has none if fleet.sites is given; set it to '
+            f'"{other}".'
         )
     task, test, skipped = load_split(parts.source, "test")
+    of_rounds = scored_in_rounds(config, test, [])
     manifest = manifest_of(about, names)
     if earlier is not None:
         for client in about:
             if manifest.counts()[client].tolist() != earlier.counts()[client].tolist():
                 raise RunError(f"site {names[client]!r}: its data changed since this run began; start a new one.")
         manifest = earlier
-    return Dataset(task, [], test, skipped + sum(report.get("skipped", 0) for report in about.values()), manifest)
+    skipped += sum(report.get("skipped", 0) for report in about.values())
+    return Dataset(task, [], test, skipped, manifest, of_rounds=of_rounds)
 
 
 def run(grid: Grid, settings: Mapping[str, Any], progress: ProgressCallback) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class SiteExperiment:
         memory = Attempts(attempts, text) if attempts else None
         self.secure_clients = SecureClients(parts.secure, self.algorithm, memory) if parts.secure else None
         dataset = parts.prepare() if site is None else site_dataset(parts, site)
-        self.session = Session(parts, replace(dataset, test=[]))  # the server tests
+        self.session = Session(parts, replace(dataset, test=[], of_rounds=None))  # the server tests
         if site is not None:
             site.limits.check_reply(sum(self.session.first_messages()[1].values()))
         self._cohort = 1

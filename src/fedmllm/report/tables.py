@@ -50,7 +50,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
         ]
         seconds = _simulated(result)
         clock = [] if not timed else [UNKNOWN if seconds is None else f"{seconds:.0f}"]
-        cost = [str(result["rounds"]), *clock, _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
+        cost = [_rounds(result), *clock, _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
         table.add_row(f"{result['name']} · {method}", *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
 
@@ -63,6 +63,18 @@ def _method(result: Mapping[str, Any]) -> str:
     epsilon = (result.get("privacy_spent") or {}).get("epsilon")
     spent = [] if epsilon is None else [f"ε = {epsilon:.3g}"]
     return " + ".join([result["algorithm"], *(name for name in wrappers if name != "none"), *spent])
+
+
+def _rounds(result: Mapping[str, Any]) -> str:
+    """The rounds of a run, and which of them, counted from 1, made the model that was kept if it is not that of the last."""
+    kept, why = result.get("kept_rounds", []), []
+    if result.get("stopped_early"):
+        why.append("stopped early")
+    if result.get("keep") == "best" and kept:
+        why.append(f"kept {kept[0] + 1}")
+    if result.get("keep") == "mean" and kept:
+        why.append(f"mean of {len(kept)}")
+    return str(result["rounds"]) + (f" ({', '.join(why)})" if why else "")
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:

@@ -53,6 +53,21 @@ class Evaluator:
         with self._prepared(states) as adapters:
             return list(self._session.test_set.predict_each(self._config.eval, adapters))
 
+    def scores(self, done: int, rounds: int) -> bool:
+        """Whether the round is scored after which `done` of `rounds` are done. The last one is, unless the final test is
+        about the same model and samples."""
+        every, session = self._config.eval.every, self._session
+        if done == rounds:
+            return every > 0 and (session.round_set is not session.test_set or self._config.train.keep != "last")
+        return every > 0 and done % every == 0
+
+    def score_round(self, states: Sequence[State]) -> dict[str, dict[str, Any]]:
+        """The metrics of the models after a round, averaged over them, on the samples that rounds are scored on."""
+        session, settings = self._session, self._config.eval
+        with self._prepared(states) as adapters:
+            models = list(session.round_set.predict_each(settings, adapters))
+            return summarise(session.dataset.task, models, settings.match, session.round_set.choices)
+
     def transfer(self, states: Sequence[State]) -> list[TransferPredictions]:
         """The predictions of several models on the test sets of `eval.transfer`."""
         with self._prepared(states) as adapters:

@@ -77,9 +77,9 @@ def federated(run: Run) -> Outcome:
         row |= {"eligible": False} if row["client"] in session.excluded else {}
     if run.backend.evaluate is not None:
         session.progress("asking the sites", 0, 0, "each tests on data of its own")
-        info = plan.info(plan.rounds, plan.clients)
+        info = plan.info(len(records), plan.clients)
         messages = {client: algorithm.message(state, client, info) for client in plan.clients}
-        for client, figures in run.backend.evaluate(messages, plan.rounds).items():
+        for client, figures in run.backend.evaluate(messages, len(records)).items():
             rows[client] |= figures
     if algorithm.personal:
         return _conclude_personal(run, algorithm, state, plan, records, rows)
@@ -165,7 +165,7 @@ def _conclude_personal(
     """Test and export every client's own model; the figures are the clients' mean."""
     session, evaluator = run.session, run.evaluator
     fleet = open_fleet(run, algorithm, session.clients)
-    states = personal_models(run, algorithm, state, plan, fleet, plan.rounds)
+    states = personal_models(run, algorithm, state, plan, fleet, len(records))
     tested = [rows[client] for client in sorted(states)]
     ordered = [states[row["client"]] for row in tested]
     models, transferred = evaluator.predict(ordered), evaluator.transfer(ordered)

@@ -36,9 +36,8 @@ def reevaluate(
         _check_model(config.model, run.config)
     raw = read(run.config)
     trained, config = with_defaults(validate(raw)), with_defaults(config)
-    same_data = (config.task, config.eval.split, config.eval.validation_share) == (
-        trained.task, trained.eval.split, trained.eval.validation_share
-    )  # fmt: skip
+    now, then = ((c.task, c.eval.split, c.eval.holds_out and c.eval.validation_share) for c in (config, trained))
+    same_data = now == then
     if not same_data:
         # Nobody trains on the other task, so these clients need not be able to share it.
         single = {"partition": PartitionTable(name="iid", clients=1), "scenario": ScenarioTable(name="aligned")}

@@ -14,6 +14,7 @@ from fedmllm.evaluation.clients import client_scores, fairness
 from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.transfer import TransferPredictions
 from fedmllm.federation import sum_groups
+from fedmllm.runs.keeping import kept_rounds
 from fedmllm.runs.kept import kept_by_group
 from fedmllm.runs.meta import peak_memory_mb
 from fedmllm.runs.rounds import Run
@@ -79,6 +80,9 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "modalities": modality_shares(seen[0], session.dataset.train, seen[1]),
         "kept": kept_by_group(records, outcome.rows),
         "rounds": len(records),
+        "keep": config.train.keep,
+        "kept_rounds": [] if run.kind == "local" else kept_rounds(config.train, records, evaluator.score),
+        "stopped_early": bool(records and records[-1].get("stopped")),
         "cohort": run.cohort,
         "bytes_up": _total(records, "bytes_up"),
         "bytes_down": _total(records, "bytes_down"),

@@ -17,6 +17,7 @@ from fedmllm.kinds import RunKind
 from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
+from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import ClientData, Session
 from fedmllm.simulation.clock import Simulation
@@ -111,6 +112,12 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     `backend` is where the clients of a federation train; baselines always train in this process.
     """
     attackers: list[int] = []
+    train = session.config.train
+    if kind == "local" and (train.keep != "last" or train.patience is not None):
+        raise ConfigError(
+            "train.keep and train.patience go by the rounds of one model, and clients that train alone are tested at the end "
+            'only; for this baseline, set train.keep = "last" and leave out train.mean_of and train.patience.'
+        )
     if kind == "federated":
         check_secure_backend(session, backend)
         if session.parts.attack is not None:
@@ -206,29 +213,38 @@ def _last_rounds(directory: RunDir) -> dict[int, int]:
 def train_rounds(
     run: Run, algorithm: Algorithm, clients: ClientData, plan: FederationPlan, stage: str
 ) -> tuple[State, list[dict[str, Any]]]:
-    """The server's final state and the records of all rounds, resumed from the checkpoint if there is one."""
+    """The server's final state, with the model that is kept, and the records of all rounds, resumed from a checkpoint."""
     session, directory, evaluator = run.session, run.directory, run.evaluator
     checkpoint = directory.load_checkpoint()
     show_notes(run)
-    state = checkpoint[1] if checkpoint else {"adapter": session.initial}
+    done, saved = checkpoint or (0, {"adapter": session.initial})
+    scores = scores_of(directory.rounds()[:done], evaluator.score)
+    keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
     if checkpoint:
-        session.progress(stage, checkpoint[0], plan.rounds, "resumed")
-    every, fleet = session.config.eval.every, open_fleet(run, algorithm, clients)
-    for record, state in federate(algorithm, fleet, plan, session.initial, checkpoint):
+        session.progress(stage, done, plan.rounds, "resumed")
+    fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
+    rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
+    for record, state in rounds:
         done, note = record.round + 1, f"loss {record.loss:.3f}"
-        if every and done % every == 0 and done < plan.rounds:
+        score: float | None = None
+        if evaluator.scores(done, plan.rounds):
             models = personal_models(run, algorithm, state, plan, fleet, done) if algorithm.personal else {0: state}
-            metrics = evaluator.summarise(evaluator.predict(list(models.values())))
-            record = replace(record, metrics=metrics)
-            note += f"  {evaluator.metric} {100 * evaluator.score(metrics):.1f} %"
-        directory.save_round(asdict(record), state, session.config.digest())
+            record = replace(record, metrics=evaluator.score_round(list(models.values())))
+            score = evaluator.score(record.metrics)
+            note += f"  {evaluator.metric} {100 * score:.1f} %"
+        keeping.add(record.round, score, state)
+        record = replace(record, stopped=keeping.exhausted and done < plan.rounds)
+        directory.save_round(asdict(record), {**state, **keeping.groups}, session.config.digest())
         note += f"  {record.clock['began'] + record.clock['seconds']:.0f} simulated s" if record.clock else ""
         lost = len(record.clock.get("lost", ()))
         note += f"  {lost} clients lost" if lost else ""
         if refused := len(record.refused) - lost:
             note += f"  {refused} updates refused"
         session.progress(stage, done, plan.rounds, note)
-    return state, directory.rounds()
+        if record.stopped:
+            session.progress("note", 0, 0, keeping.why_stopped(done))
+            break
+    return keeping.model(state), directory.rounds()
 
 
 def personal_models(

@@ -91,9 +91,13 @@ class Session:
         self._samples = {sample.id: sample for sample in dataset.train}
         self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
-        progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on")
+        of_rounds = "" if dataset.of_rounds is None else f", {len(dataset.of_rounds)} to score rounds on"
+        progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on{of_rounds}")
         patterns, train, bad = self.config.eval.patterns, self.config.train, self.config.task.on_bad_sample
         self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, train, bad)
+        self.round_set = self.test_set
+        if dataset.of_rounds is not None:
+            self.round_set = TestSet(self.model, dataset.task, dataset.of_rounds, patterns, parts.strategy, train, bad)
         self.seconds = time.monotonic() - began
 
     @cached_property
@@ -201,7 +205,9 @@ class Session:
     @property
     def problems(self) -> dict[Split, list[Problem]]:
         """The samples that were left out because the model cannot take them, as far as samples have been encoded."""
-        return {"train": list(self._refused.values()), "test": self.test_set.problems}
+        apart = self.config.eval.split == "test" and self.config.eval.every_split == "validation"
+        held_out = self.round_set.problems if apart and self.dataset.of_rounds is not None else []
+        return {"train": [*self._refused.values(), *held_out], "test": self.test_set.problems}
 
     @property
     def skipped(self) -> int:

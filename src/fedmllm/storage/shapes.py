@@ -95,6 +95,9 @@ class _Result(_Shape):
     suites: dict[str, Any] = {}
     privacy_spent: _Spent | None = None
     rounds: _Count = 0
+    keep: str = ""
+    kept_rounds: list[_Count] = []
+    stopped_early: bool = False
     bytes_up: dict[str, _Count] = {}
     bytes_down: dict[str, _Count] = {}
     seconds: dict[str, _Number] = {}
