@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -172,6 +173,21 @@ def test_a_difference_between_cells_is_paired(tmp_path: Path) -> None:
     assert rows_of("\n".join(page([folder]).lines), "corruption: points above one, paired by replicate")[1:] == [
         [place, "two", f"+5.0 [{5 - half:+.1f}, {5 + half:+.1f}]"] for place in ("a", "b")
     ]
+
+
+def test_the_score_falls_with_the_severity_in_a_picture(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", {"s": ["a"], "method": ["one", "two"]}, lambda *_: 0.5, seeds=[0, 1])
+    examined(folder, {name: [{"robustness": 0.5}] * 2 for name in ("one", "two")})
+    assert "figures/made-corruption.svg" not in page([folder]).pictures, "not all severities are known"
+    for number, path in enumerate(sorted(folder.glob("federated-*/result.json"))):
+        result = json.loads(path.read_text())
+        scores = {"clean": 0.9, **{f"severity_{s}": 0.9 - 0.1 * s + 0.02 * (number % 2) for s in range(1, 6)}}
+        result["suites"]["corruption"]["tables"]["robustness"] = {"both": scores, "image": {**scores, "severity_5": None}}
+        path.write_text(json.dumps(result))
+    svg = page([folder]).pictures["figures/made-corruption.svg"]
+    assert svg.count("<polyline") == 2, "a line for each cell; the pattern without a score at severity 5 has no panel"
+    assert "severity" in svg
+    assert [len(points.split()) for points in re.findall('polyline points="([^"]*)"', svg)] == [6, 6]
 
 
 def test_one_run_has_no_interval(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 from fedmllm.report.comparisons import axis_of, replicated
+from fedmllm.report.curves import Line, curves
 from fedmllm.report.grids import GridRow, reading
 from fedmllm.report.page import Page
 from fedmllm.report.protocol import compare, summary
@@ -39,6 +41,8 @@ KEY_FIGURES = {
     "corruption": {f"robustness, {pattern}": ("robustness", pattern, "robustness") for pattern in ("both", "image", "text")},
 }
 """suite -> heading -> the table, row and column of a figure that is compared between cells; few, so that they fit in a row."""
+
+_SEVERITIES = [f"severity_{severity}" for severity in range(1, 6)]
 
 
 def suite_tables(suite: str, findings: Mapping[str, Any]) -> Iterator[Table]:
@@ -78,8 +82,26 @@ def add_suites(page: Page, chapter: Chapter, baseline: str | None) -> None:
         cells = [(row, {run: found[suite] for run, found in runs.items() if suite in found}) for row, runs in rows]
         cells = [(row, runs) for row, runs in cells if runs]
         _add_key_figures(page, chapter, suite, cells, baseline)
+        if suite == "corruption":
+            _add_picture(page, chapter, cells)
         for name in dict.fromkeys(name for _, runs in cells for tables in runs.values() for name in tables):
             _add_table(page, f"{suite}: {name}", [(row, [t[name] for t in runs.values() if name in t]) for row, runs in cells])
+
+
+def _add_picture(page: Page, chapter: Chapter, cells: Sequence[tuple[GridRow, Mapping[str, Tables]]]) -> None:
+    """The score against the severity of the corruptions, from 0 (the plain test) to 5: a panel for each pattern."""
+    panels: dict[str, dict[str, dict[str, Line]]] = {}  # pattern -> the one abscissa -> cell -> line
+    for row, runs in cells:
+        tables = [tables.get("robustness", {}) for tables in runs.values()]
+        for pattern in dict.fromkeys(pattern for table in tables for pattern in table):
+            means = [fmean(_number(t.get(pattern, {}).get(column)) for t in tables) for column in ("clean", *_SEVERITIES)]
+            if not any(map(math.isnan, means)):
+                panels.setdefault(pattern, {}).setdefault("severity", {})[" · ".join(row.axes.values())] = [
+                    (float(severity), 100 * mean) for severity, mean in enumerate(means)
+                ]
+    if panels:
+        name, title = chapter.grid.name, "score by severity of the corruption, %, the mean over kinds and runs"
+        page.picture(f"{name}: {title}", f"figures/{name}-corruption.svg", curves(f"{name}: {title}", panels))
 
 
 def _findings(chapter: Chapter, run: str) -> dict[str, Tables]:
