@@ -59,9 +59,10 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"
 	touch $@
 
-tables: $(VENV)/installed  ## the tables of parts and the pictures of scenarios in docs/ again, from the registries
+tables: $(VENV)/installed  ## the tables of parts and the pictures of scenarios and weights in docs/ again, from the registries
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/scenarios.py
+	$(BIN)/python docs/fairness.py
 
 docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet

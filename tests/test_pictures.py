@@ -1,4 +1,4 @@
-"""The pictures of docs/scenarios.md are those that docs/scenarios.py draws, and they show the manifests."""
+"""The pictures of docs/ are those that its scripts draw, and those of scenarios show the manifests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedmllm.data.scenarios import scenarios
 from test_docs import DOCS
 
 
-def load_pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_scenarios", DOCS / "scenarios.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules["docs_scenarios"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[f"docs_{name}"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-pictures = load_pictures()
+pictures = script("scenarios")
 PAGE = (DOCS / "scenarios.md").read_text()
 every = pytest.mark.parametrize("name", pictures.SCENARIOS)
 
@@ -37,6 +37,11 @@ def samples() -> object:
 def test_the_pictures_are_fresh(name: str, samples: object) -> None:
     drawn, path = pictures.picture(name, samples), DOCS / "figures" / f"scenario-{name}.svg"
     assert path.read_text() == drawn, f"docs/figures/{path.name} is stale; run `make tables`"
+
+
+def test_the_picture_of_fairness_is_fresh() -> None:
+    fairness = script("fairness")
+    assert fairness.FIGURE.read_text() == fairness.picture(), "docs/figures/fairness.svg is stale; run `make tables`"
 
 
 @every
