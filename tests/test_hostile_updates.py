@@ -167,6 +167,8 @@ def test_a_change_no_longer_than_the_adapter_is_never_refused() -> None:
 def test_the_length_is_that_of_the_difference_from_what_was_sent() -> None:
     for parts in PARTS:
         algorithm, info = built(*parts), round_info(sampled=(0, 1, 2))
+        if built(*parts[:2]).packed:
+            continue  # lora-a2 has no plain updates to compare with: see test_lora_a2.py
         state = algorithm.init(lora_adapter())
         messages = {client: algorithm.message(state, client, info) for client in info.sampled}
         plain = train_clients(built(*parts[:2]), messages, {}, info, lora_adapter())

@@ -73,7 +73,7 @@ class Trained:
         def progress(stage: str, done: int, total: int, note: str) -> None:
             self.notes += [note] if stage == "note" else []
 
-        config = SimpleNamespace(train=table, digest=lambda: "d")
+        config = SimpleNamespace(train=table, digest=lambda: "d", train_of=lambda client: table)
         session = SimpleNamespace(
             config=config, model=None, initial=lora_adapter(), gaps={}, parts=SimpleNamespace(secure=None, attack=None),
             progress=progress,
@@ -89,6 +89,7 @@ class Trained:
         with suppress(KeyboardInterrupt):
             clients: Any = SimpleNamespace(changing=None)
             self.state, self.records = train_rounds(Run(*parts), made, clients, plan, "rounds")
+        self.directory.rounds()  # which waits until the checkpoint is written, as the end of a process does
 
     @property
     def model(self) -> State:

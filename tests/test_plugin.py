@@ -59,7 +59,7 @@ def weak(*, mu: float = 0.001) -> Wrapper:
 def half() -> Wrapper:
     """Two bytes per number."""
 
-    def pack(change, info):
+    def pack(change, client, info):
         return {"half": {name: tensor.half() for name, tensor in change.items()}}
 
     def unpack(packed, shapes):

@@ -35,7 +35,7 @@ def experiment(settings: dict[str, dict[str, Any]]) -> Experiment:
 REFUSED: list[tuple[str, dict[str, dict[str, Any]], str]] = [
     ("median", {"secure": {"name": "pairwise"}}, "'median' compares single updates, which secure.name = 'pairwise' hides"),
     ("median", {"algorithm": {"name": "flora"}}, "'median' estimates a mean, and algorithm.name = 'flora' works on single"),
-    ("krum", {"algorithm": {"name": "fednova"}}, 'choose one of fedadagrad, fedadam, fedavg, fedavgm, feddyn, fedprox, feds'),
+    ("krum", {"algorithm": {"name": "fednova"}}, 'choose one of fedadagrad, fedadam, fedavg, fedavgm, feddyn, fedprox, fedr'),
     ("krum", {"algorithm": {"name": "fedsa-lora"}}, "'krum' sees half of each adapter under algorithm.name = 'fedsa-lora'"),
     ("centered-clip", {"algorithm": {"name": "fedsvd"}}, "algorithm.name = 'fedsvd' makes new factors in between"),
     ("krum", {"robust": {"on": "product"}, "model": {"adapter": {"kind": "dora"}}}, "model.adapter.kind = 'dora' has others"),

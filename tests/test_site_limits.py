@@ -303,7 +303,7 @@ def test_a_site_that_is_asked_alone_sends_no_key(tmp_path: Path, sampled: tuple[
     worker = Worker(tmp_path, site)
     assert parts.secure is not None
     loaded = SimpleNamespace(config=parts.config, secure_clients=SecureClients(parts.secure, parts.algorithm))
-    loaded.session = SimpleNamespace(model=SimpleNamespace(info=None))
+    loaded.session = SimpleNamespace(model=SimpleNamespace(info=None), parts=parts)
     loaded.info = lambda job: SiteExperiment.info(cast(SiteExperiment, loaded), job)
     worker._loaded = text, cast(SiteExperiment, loaded)
     attempt = {"keys": {"attempt": torch.zeros(16, dtype=torch.uint8)}}

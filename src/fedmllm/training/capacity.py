@@ -60,7 +60,8 @@ def client_bytes(model: MLLM, kept: int, batch_size: int) -> int:
 
 
 def training_bytes(model: MLLM, kept: int, batch_size: int) -> int:
-    """Bytes that training takes on a client's own device: as `client_bytes`, with the frozen weights."""
+    """Bytes that training takes on a client's own device: as `client_bytes`, with the frozen weights. The masks for
+    padding that a batch of samples of unequal length has are not in it: a fifth at most in the tests."""
     frozen = sum(int(p.nbytes) for p in model.model.parameters() if not p.requires_grad)
     return frozen + client_bytes(model, kept, batch_size)
 
