@@ -119,18 +119,18 @@ def test_attacks_and_defences_meet_the_same_data_and_attackers() -> None:
         assert some < many
 
 
-def trained_cells(study: str) -> dict[str, Experiment]:
-    """The first replicate's experiment of each trained cell, by its place on the last axis."""
+def trained_cells(study: str, axis: int = -1) -> dict[str, Experiment]:
+    """The first replicate's experiment of each trained cell, by its place on one axis."""
     planned = plan_sweep(OFFLINE.parent / "studies" / f"{study}.sweep.toml")[1]
     return {
-        str(list(p.axes.values())[-1]): with_defaults(p.experiment)
+        str(list(p.axes.values())[axis]): with_defaults(p.experiment)
         for p in planned
         if p.kind == "federated" and not p.replicate
     }
 
 
 def test_studies_compare_equal_rates() -> None:
-    graded, drift = trained_cells("graded"), trained_cells("drift")
+    graded, drift = trained_cells("graded", 0), trained_cells("drift", 0)
     rates = {name: config.scenario.options for name, config in graded.items()}
     means = [options.get("rate") or (options["image"] + options["text"]) / 2 for options in rates.values()]
     assert len(means) == 3
