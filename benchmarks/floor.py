@@ -25,18 +25,7 @@ from fedmllm.rng import stream
 from fedmllm.runs.session import Session
 from fedmllm.training.batches import batch_epoch
 from fedmllm.training.cohort import Work, train_cohort
-from harness import experiment_parser, median_and_range
-
-
-def product_rate(size: int = 1024, seconds: float = 0.5) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    torch.mm(a, b)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        torch.mm(a, b)
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - began)
+from harness import experiment_parser, median_and_range, product_rate
 
 
 def make_works(session: Session, clients: int, steps: int) -> list[Work]:
@@ -85,7 +74,7 @@ def main() -> None:
     to_floor: dict[int, list[float]] = {cohort: [] for cohort in cohorts}
     ratios = []
     for _ in range(options.repeats):
-        floor = operations / product_rate()
+        floor = operations / product_rate(1024, torch.device("cpu"), torch.float32)
         seconds = {cohort: train(session, works, cohort, table) for cohort in cohorts}
         for cohort in cohorts:
             to_floor[cohort].append(seconds[cohort] / floor)

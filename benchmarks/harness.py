@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
@@ -49,6 +54,35 @@ class TimedRunDir(RunDir):
         if self.wait:
             self.load_checkpoint()
         self.ends.append(Clock.now())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has computed everything that was requested."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(size: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Floating-point operations per second of a product of two matrices of size × size."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    synchronize(device)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(4):  # so that a GPU does not wait for the next product to be requested
+            torch.mm(a, b)
+        synchronize(device)
+        count += 4
+    return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that matter for speed, as far as they are installed."""
+    installed = {"python": platform.python_version()}
+    for package in ("fedmllm", "torch", "transformers", "peft", "accelerate", "flwr", "ray", "bitsandbytes", "torchvision"):
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def median_and_range(ratios: Sequence[float], digits: int = 2) -> str:

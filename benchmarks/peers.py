@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,11 +36,10 @@ from transformers.utils import logging
 from contenders import CONTENDERS
 from contenders.experiment import make_workload
 from contenders.workload import Outcome, Size, Tensors, Workload
-from harness import median_and_range
+from harness import median_and_range, versions
 
 LOSS_TOLERANCE = 1e-3
 ADAPTER_TOLERANCE = 1e-2
-PACKAGES = ("fedmllm", "torch", "transformers", "peft", "accelerate", "flwr", "ray")
 Repeat = dict[str, Outcome]
 
 
@@ -159,12 +157,6 @@ def print_table(repeats: Sequence[Repeat]) -> None:
 
 def all_measurements(workload: Workload, repeats: Sequence[Repeat], left_out: dict[str, str]) -> dict[str, object]:
     """The content of the JSON file."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     first, letters = next(iter(repeats[0])), repeats[0].keys()
     outcomes = [{k: {n: v for n, v in vars(o).items() if n != "adapter"} for k, o in repeat.items()} for repeat in repeats]
     ratios = [
@@ -176,7 +168,7 @@ def all_measurements(workload: Workload, repeats: Sequence[Repeat], left_out: di
         {k: disagreement(o, repeat[first], workload.initial) for k, o in repeat.items() if k != first} for repeat in repeats
     ]
     return {
-        "size": vars(workload.size), "versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
+        "size": vars(workload.size), "versions": versions(), "platform": platform.platform(), "cores": os.cpu_count(),
         "left_out": left_out, "repeats": outcomes, "ratios": ratios, "disagreement": disagreements,
     }  # fmt: skip
 

@@ -27,12 +27,13 @@ def load(workload: Workload) -> tuple[Any, Any]:
     return model, processor
 
 
-def arguments(folder: str, **options: Any) -> TrainingArguments:
+def arguments(folder: str, device: str = "cpu", **options: Any) -> TrainingArguments:
     """The workload's optimizer settings, without checkpoints, progress bars and logs, which would only cost time."""
     return TrainingArguments(
         output_dir=folder, num_train_epochs=1, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
         adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP,
-        train_sampling_strategy="sequential", remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+        train_sampling_strategy="sequential", remove_unused_columns=False, use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
 
@@ -52,11 +53,12 @@ def answer_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model: Any, processor: Any, items: Sequence[Item]) -> list[str]:
+def generate(model: Any, processor: Any, items: Sequence[Item], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
     """Greedy answers to one batch of questions."""
     inputs = process(processor, [item.prompt for item in items], items, padding=True, padding_side="left")
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
     pad = processor.tokenizer.pad_token_id
-    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
     texts = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

@@ -21,7 +21,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from contenders.hf import answer_lengths, arguments, evaluate, load, process, warm_up
 from contenders.workload import BATCH, Item, Outcome, Workload, average, peak_memory_mb
@@ -66,6 +66,13 @@ class PublishedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def train_client(model: Any, processor: Any, items: Sequence[Item], training: TrainingArguments) -> float:
+    """Train the model's current adapter on one client's samples with a new Trainer; the mean loss."""
+    data = SupervisedDataset(items, processor)
+    trainer = PublishedTrainer(model=model, args=training, train_dataset=data, data_collator=only)
+    return float(trainer.train().training_loss)
+
+
 def run(workload: Workload) -> Outcome:
     model, processor = load(workload)
     warm_up(model, processor, workload.train[:1])
@@ -78,11 +85,10 @@ def run(workload: Workload) -> Outcome:
             trained, sizes, means = [], [], []
             for client in range(workload.size.clients):
                 set_peft_model_state_dict(model, shared)
-                data = SupervisedDataset(workload.order(number, client), processor)
-                trainer = PublishedTrainer(model=model, args=training, train_dataset=data, data_collator=only)
-                means.append(trainer.train().training_loss)
+                items = workload.order(number, client)
+                means.append(train_client(model, processor, items, training))
                 trained.append(copy.deepcopy(get_peft_model_state_dict(model)))
-                sizes.append(len(data))
+                sizes.append(len(items))
             shared = average(trained, sizes)
             losses.append(sum(m * n for m, n in zip(means, sizes, strict=True)) / sum(sizes))
         set_peft_model_state_dict(model, shared)
