@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all errors fuzz lint format bench tables docs results hashes pocket clean
+.PHONY: demo test test-all errors fuzz lint format bench bench-gpu gpu-wheels tables docs results hashes pocket clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,20 @@ bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to th
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/fleets.py
 	$(BIN)/python benchmarks/secure.py
+
+bench-gpu: $(VENV)/installed  ## on a GPU: speed and memory at the shapes of SmolVLM-2.2B and Qwen2.5-VL-3B; under ten minutes
+	$(BIN)/python benchmarks/gpu.py --out build/gpu
+
+# For a machine with PyTorch, NumPy and Pillow but no network: what benchmarks/gpu.py imports beside them, of the tested versions.
+GPU_PYTHON ?= 3.12
+PLATFORMS := _2_28 _2_17 2014
+GPU_WHEELS := transformers peft accelerate tokenizers safetensors huggingface_hub httpx2 httpcore2 h11 anyio idna truststore \
+	regex PyYAML tqdm packaging psutil typer click rich shellingham pydantic pydantic_core annotated-types typing-inspection \
+	typing_extensions tomli_w
+gpu-wheels: $(VENV)/installed  ## wheels for benchmarks/gpu.py on a machine without a network, in build/gpu-wheels: 25 MB
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+		$(PLATFORMS:%=--platform manylinux%_x86_64) -c $(CONSTRAINTS) --dest build/gpu-wheels $(GPU_WHEELS)
+	du -ch build/gpu-wheels/*.whl | tail -n 1
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(INSTALL) -e ".[docs]"

@@ -157,13 +157,13 @@ def main() -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also measure torch.compile")
     parser.add_argument("--profile", action="store_true", help="write where the time of a pass goes, for each shape")
     options = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would use all of them
     names = options.shapes.split(",")
     if unknown := set(names) - SHAPES.keys():
         parser.error(f"--shapes: {min(unknown)!r} is not one of {', '.join(SHAPES)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU that PyTorch can use; --tiny tries everything else on a CPU")
     began, limit = time.monotonic(), 60 * options.minutes
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would use all of them
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.device("cpu" if options.tiny else "cuda")
