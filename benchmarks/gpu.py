@@ -1,6 +1,6 @@
 """What fedmllm reaches on a GPU, at the shapes of SmolVLM-2.2B and Qwen2.5-VL-3B with random weights in bfloat16.
 
-    python benchmarks/gpu.py --out FOLDER [--minutes 9.5] [--shapes smolvlm-2.2b,qwen2.5-vl-3b] [--profile]
+    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--shapes smolvlm-2.2b,qwen2.5-vl-3b] [--profile]
     python benchmarks/gpu.py --tiny        # the same with models of toy size on a CPU
 
 Trains one client by the published pattern, by a bare PyTorch and PEFT loop and by fedmllm, then cohorts with and without
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -151,21 +150,18 @@ def print_line_to_change(report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure training and evaluation at the shapes of real models on a GPU.")
     parser.add_argument("--out", type=Path, help="folder for gpu.json and profiles")
-    parser.add_argument("--minutes", type=float, default=9.5, help="the run ends after this time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the run ends after this time")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tiny", action="store_true", help="models of toy size, on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also measure torch.compile")
     parser.add_argument("--profile", action="store_true", help="write where the time of a pass goes, for each shape")
     options = parser.parse_args()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would use all of them
     names = options.shapes.split(",")
     if unknown := set(names) - SHAPES.keys():
         parser.error(f"--shapes: {min(unknown)!r} is not one of {', '.join(SHAPES)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU that PyTorch can use; --tiny tries everything else on a CPU")
     began, limit = time.monotonic(), 60 * options.minutes
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     device = torch.device("cpu" if options.tiny else "cuda")
     size, dtype = (256, torch.float32) if options.tiny else (8192, torch.bfloat16)
     peak = product_rate(size, device, dtype)
@@ -209,11 +205,13 @@ def run_shape(name: str, report: Report, device: torch.device, options: argparse
             os.environ.pop("FEDMLLM_CACHE")
             if before is not None:
                 os.environ["FEDMLLM_CACHE"] = before
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        sys.exit(main())
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would use all GPUs
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sys.exit(main())

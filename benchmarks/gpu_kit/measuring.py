@@ -73,10 +73,9 @@ def _run(way: Way, result: Measured, device: torch.device) -> tuple[float, float
     except Exception as error:  # the other ways are still worth measuring, and the machine may be lent for an hour only
         result.why = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     seconds = time.perf_counter() - began
-    if result.why is not None:
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-    elif on_gpu:
+    if on_gpu and result.why is None:
         result.memory = torch.cuda.max_memory_allocated(device)
+    elif on_gpu:  # so that what is left of the failed run does not take memory from the next
+        gc.collect()
+        torch.cuda.empty_cache()
     return amount / seconds, seconds
