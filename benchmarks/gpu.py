@@ -16,18 +16,18 @@ is measured is written to FOLDER/gpu.json at once, so that a killed run keeps it
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import gc
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import torch
@@ -171,7 +171,8 @@ def main() -> int:
     report = Report(options.out, facts)
     report.save()
     print(f"{facts['device']}: {peak / 1e12:.3g} × 10¹² operations a second in products of {size} × {size} ({dtype})")
-    timer = Timer(limit, _thread.interrupt_main)
+    # A signal to this thread also ends a wait, such as that for a compiler in another process.
+    timer = threading.Timer(limit, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     timer.start()
     try:
         for index, name in enumerate(names):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,13 +193,28 @@ def test_a_run_writes_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert '_ENOUGH_TOKENS = {"cpu": 4096, "cuda": ' in printed
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: Any) -> Iterator[dict[str, Measured]]:
-        yield {gpu.ONE: Measured(rates=[1.0])}
-        raise KeyboardInterrupt  # as when the time is used up
+def test_a_run_that_is_out_of_time_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, stops = threading.Timer, []
 
-    monkeypatch.setattr(gpu, "measure", interrupted)
+    class HeldTimer:
+        def __init__(self, seconds: float, stop: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+            assert seconds == 60 * 9.0
+            stops.append(partial(stop, *arguments))
+
+        def start(self) -> None: ...
+
+        def cancel(self) -> None: ...
+
+    def stuck(*arguments: Any) -> Iterator[dict[str, Measured]]:
+        yield {gpu.ONE: Measured(rates=[1.0])}
+        real(0.05, stops[0]).start()
+        time.sleep(60)
+
+    monkeypatch.setattr(threading, "Timer", HeldTimer)
+    monkeypatch.setattr(gpu, "measure", stuck)
+    began = time.monotonic()
     run_main(monkeypatch, "--tiny", "--shapes", "smolvlm-2.2b", "--out", str(tmp_path))
+    assert time.monotonic() - began < 60
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert not written["finished"]
     assert written["shapes"]["smolvlm-2.2b"]["parts"]["training"][gpu.ONE]["rates"] == [1.0]
