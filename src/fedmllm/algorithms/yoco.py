@@ -40,7 +40,8 @@ def sign_gradient(b: Tensor, start: Tensor, gamma: float) -> Tensor:
     signs, soft = start.sign(), (gamma * b).tanh()
     off = soft - signs
     length = off.norm().clamp_min(torch.finfo(off.dtype).tiny)
-    return gamma * (1 - soft.square()) * off / (length * (signs.norm() + 1e-6))
+    gradient: Tensor = gamma * (1 - soft.square()) * off / (length * (signs.norm() + 1e-6))
+    return gradient
 
 
 def principal_mean(items: Tensor, weights: Tensor, components: int) -> Tensor:
@@ -48,7 +49,8 @@ def principal_mean(items: Tensor, weights: Tensor, components: int) -> Tensor:
     and weights p: (S,) that sum to 1."""
     centre = items.mean(0)
     v = torch.linalg.svd(items - centre, full_matrices=False).Vh[:components]
-    return centre + (weights @ items - centre) @ v.T @ v
+    mean: Tensor = centre + (weights @ items - centre) @ v.T @ v
+    return mean
 
 
 @algorithms.register("yoco")
