@@ -47,7 +47,10 @@ class LoraTable(Table):
     alpha: Annotated[float, Field(gt=0), at_most(65_536, "because the adapter is multiplied by alpha / rank")] = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: str | None = None
-    """A regular expression for module names; by default that of the model family: q, k, v, o of the text model's attention."""
+    """A regular expression for module names, or presets joined by "+": "attention", "all-linear", "text", "vision",
+    "projector". By default "attention": q, k, v, o of the text model's attention."""
+    whole: Literal["none", "projector"] = "none"
+    """"projector" trains the connector between vision tower and text model whole, beside LoRA."""
 
 
 class AdapterTable(Table):
@@ -69,6 +72,27 @@ class ModelTable(Table):
     """"4bit" stores the frozen weights as nf4 (bitsandbytes, on a GPU)."""
     trust_remote_code: bool = False
     """Allow code from the model's repository to run."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ModelTable:
+        whole = self.lora.whole == "projector"
+        used = {"target": self.lora.target is not None, "whole": whole}
+        if unused := [key for key, is_set in used.items() if is_set and self.adapter.kind in ("ia3", "prompt-tuning")]:
+            raise ValueError(
+                f"model.lora.{unused[0]} is set and model.adapter.kind = {self.adapter.kind!r} does not use it; "
+                "leave one of them out."
+            )
+        if whole and "projector" in (self.lora.target or "").split("+"):
+            raise ValueError(
+                f'model.lora.target = {self.lora.target!r} puts LoRA on the connector, which model.lora.whole = "projector" '
+                "trains whole; leave one of them out."
+            )
+        if whole and self.quantize != "none":
+            raise ValueError(
+                f'model.lora.whole = "projector" trains the weights themselves, which model.quantize = {self.quantize!r} '
+                'stores in 4 bits; set one of them to "none".'
+            )
+        return self
 
 
 class TrainTable(Table):
@@ -208,11 +232,6 @@ class Experiment(Table):
             raise ValueError(
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}; {_LOWER_OR_RAISE}"
-            )
-        if self.model.lora.target is not None and self.model.adapter.kind in ("ia3", "prompt-tuning"):
-            raise ValueError(
-                f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it; "
-                "leave one of them out."
             )
         if self.clients.shares and len(self.clients.shares) != len(self.clients.profile):
             raise ValueError(
