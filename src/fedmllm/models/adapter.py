@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -65,6 +66,14 @@ class Adapter:
         """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
         self._original: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of trained parameters in each part of the model: "text", "vision", "projector"."""
+        counts: Counter[str] = Counter()
+        for name, parameter in self.parameters.items():
+            counts[self.info.part(name)] += parameter.numel()
+        return dict(counts)
 
     # The adapter's tensors
 

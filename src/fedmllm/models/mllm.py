@@ -47,6 +47,7 @@ class MLLM:
             alpha=settings.lora.alpha,
             rank_stabilised=settings.adapter.kind == "rslora",
             modality={name: "image" for name in layers if backbone.family.part_of(name) != "text"},
+            part=backbone.family.part_of,
             principal=lambda: self.adapter.principal,
         )
         self.adapter = Adapter(self.model, self.info)
