@@ -67,6 +67,8 @@ class ModelTable(Table):
     lora: LoraTable = LoraTable()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
+    device_map: Literal["none", "auto"] = "none"
+    """"auto" spreads the layers over all GPUs, by accelerate."""
     cache_features: bool = True
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" stores the frozen weights as nf4 (bitsandbytes, on a GPU)."""
@@ -75,6 +77,16 @@ class ModelTable(Table):
 
     @model_validator(mode="after")
     def _goes_together(self) -> ModelTable:
+        if self.device_map == "auto" and self.device != "auto":
+            raise ValueError(
+                f'model.device = {self.device!r} names one device, and model.device_map = "auto" uses all GPUs; leave one of '
+                "them out."
+            )
+        if self.device_map == "auto" and self.quantize != "none":
+            raise ValueError(
+                f'model.quantize = {self.quantize!r} keeps the model on one GPU, and model.device_map = "auto" spreads it over '
+                'all; set one of them to "none".'
+            )
         whole = self.lora.whole == "projector"
         used = {"target": self.lora.target is not None, "whole": whole}
         if unused := [key for key, is_set in used.items() if is_set and self.adapter.kind in ("ia3", "prompt-tuning")]:

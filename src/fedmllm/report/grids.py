@@ -33,8 +33,8 @@ class GridRow:
     `units` maps every replicate or seed to its run, which several seeds may share, and `draws` every replicate to its draw of
     the data. `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under
     each pattern and `ceiling` its best possible score, if known. `seconds`, `bytes`, `bytes_by_part` (of the model) and
-    `simulated_seconds`, if all runs have a virtual clock, are means per run. `metric`, `pattern`, `algorithm` and `scenario` are empty without a complete run. Complete runs whose test set had no sample to show have no
-    scores.
+    `simulated_seconds`, if all runs have a virtual clock, are means per run. `metric`, `pattern`, `algorithm` and `scenario`
+    are empty without a complete run. Complete runs whose test set had no sample to show have no scores.
     """
 
     axes: Mapping[str, str]
