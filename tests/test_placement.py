@@ -80,8 +80,9 @@ def test_without_a_gpu_the_setting_changes_nothing(settings: ModelTable, model: 
 def spread_out(settings: ModelTable, monkeypatch: pytest.MonkeyPatch) -> MLLM:
     """The model with hooks around each part, treated as if its adapter were on several devices."""
     backbone = load_backbone(settings)
-    parts = {name: "cpu" for name, _ in backbone.model.model.named_children()}
-    places = {**{f"model.{name}": device for name, device in parts.items()}, "lm_head": "cpu"}
+    inner = backbone.model.model
+    parts = [name for name, _ in [*inner.named_children(), *inner.named_parameters(recurse=False)]]
+    places = {**{f"model.{name}": "cpu" for name in parts}, "lm_head": "cpu"}
     dispatch_model(backbone.model, places, force_hooks=True, skip_keys=backbone.model._skip_keys_device_placement)
     monkeypatch.setattr(adapter, "on_several_devices", lambda parameters: True)
     model = MLLM(backbone, settings, seed=0)

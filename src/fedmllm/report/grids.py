@@ -208,10 +208,10 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
 
 
 def _mean_by_part(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """A run's mean of bytes up and down by part of the model; empty if only the text model is trained."""
+    """A run's mean of bytes up and down by part of the model; empty for runs of versions that did not count them."""
     ways = [way for result in results for way in result.get("bytes_by_part", {}).values()]
     parts = dict.fromkeys(part for way in ways for part in way)
-    return {part: sum(way.get(part, 0) for way in ways) / len(results) for part in parts} if len(parts) > 1 else {}
+    return {part: sum(way.get(part, 0) for way in ways) / len(results) for part in parts}
 
 
 def _transfer_score(of_runs: Sequence[Mapping[str, Any]], pattern: str) -> TransferScore:

@@ -202,7 +202,7 @@ def _add_parts(page: Page, chapter: Chapter) -> None:
     """Bytes by part of the model, where more than the text model is trained."""
     rows = [(name, list(cells.values())) for name, cells in chapter.methods.items()]
     parts = dict.fromkeys(part for _, cells in rows for cell in cells for part in cell.bytes_by_part)
-    if not parts:
+    if parts.keys() <= {"text", "other"}:
         return
     page.paragraph("The megabytes by the part of the model that their tensors belong to:")
     table = []
