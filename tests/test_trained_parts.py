@@ -121,7 +121,7 @@ def test_what_excludes_a_whole_connector(model: dict[str, object], message: str)
 
 def test_methods_on_factors_refuse_a_whole_connector(whole: MLLM) -> None:
     raw = {"task": {"name": "shapes-qa"}, "model": {"lora": {"whole": "projector"}}, "algorithm": {"name": "flora"}}
-    with pytest.raises(ConfigError, match=r"cannot work with model.lora.whole = 'projector' .*; set it to \"none\", or choose"):
+    with pytest.raises(ConfigError, match=r"cannot work with model.lora.whole = .projector. .*; set it to .none., or choose"):
         check_adapter(validate(raw), algorithms.build("flora", {}), whole.adapter.get(), whole.info)
 
 

@@ -75,8 +75,8 @@ class ModelTable(Table):
     trust_remote_code: bool = False
     """Allow code from the model's repository to run."""
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> ModelTable:
+    def check(self) -> None:
+        """Raises ValueError for keys that exclude each other."""
         if self.device_map == "auto" and self.device != "auto":
             raise ValueError(
                 f'model.device = {self.device!r} names one device, and model.device_map = "auto" uses all GPUs; leave one of '
@@ -104,7 +104,6 @@ class ModelTable(Table):
                 f'model.lora.whole = "projector" trains the weights themselves, which model.quantize = {self.quantize!r} '
                 'stores in 4 bits; set one of them to "none".'
             )
-        return self
 
 
 class TrainTable(Table):
@@ -245,6 +244,7 @@ class Experiment(Table):
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}; {_LOWER_OR_RAISE}"
             )
+        self.model.check()
         if self.clients.shares and len(self.clients.shares) != len(self.clients.profile):
             raise ValueError(
                 f"clients.shares has {len(self.clients.shares)} entries and clients.profile {len(self.clients.profile)}; "

@@ -6,7 +6,6 @@ after another, so this is for models that are too large for one GPU and makes no
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,12 +15,8 @@ from fedmllm.errors import ConfigError
 
 
 def device_map(settings: ModelTable, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, empty without a device map or a GPU. Raises ConfigError if accelerate is missing."""
-    if settings.device_map == "none" or device.type != "cuda":
-        return {}
-    if not find_spec("accelerate"):
-        raise ConfigError('model.device_map = "auto" requires accelerate; run pip install "fedmllm[gpu]" or set it to "none".')
-    return {"device_map": "auto"}
+    """Arguments of `from_pretrained`, empty without a device map or a GPU."""
+    return {"device_map": "auto"} if settings.device_map == "auto" and device.type == "cuda" else {}
 
 
 def check_on_gpus(settings: ModelTable, model: Any) -> None:
