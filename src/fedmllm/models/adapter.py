@@ -165,7 +165,9 @@ class Adapter:
             if self.spread:
                 parameter.data = values[name].to(parameter.device, copy=True)
                 if name in grads:
-                    hook = parameter.register_post_accumulate_grad_hook(partial(_move_gradient, grads[name]))
+                    hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        partial(_move_gradient, grads[name])
+                    )
                     hooks.callback(hook.remove)
             else:
                 parameter.data, parameter.grad = values[name], grads.get(name)
