@@ -329,12 +329,15 @@ RESULT: dict[str, Any] = {
                       "probability": 0.1, "unit": "client", "neighbours": "add or remove one"},
     "rounds": 2, "keep": "best", "kept_rounds": [1], "stopped_early": False,
     "cohort": 1, "bytes_up": {"adapter": 1000}, "bytes_down": {"adapter": 1000},
+    "bytes_by_part": {"up": {"text": 600, "projector": 400}, "down": {"text": 600, "projector": 400}},
+    "adapter_parameters": {"text": 60, "projector": 40},
     "seconds": {"total": 12.0, "train": 10.0, "eval": 1.0, "setup": 1.0}, "peak_memory_mb": 500, "config_digest": "d" * 64,
     "manifest_digest": "e" * 64, "adapter_sha256": "f" * 64, "skipped_samples": 0, "refused_updates": 0,
 }  # fmt: skip
 ROUNDS: list[dict[str, Any]] = [
     {"round": number, "lr": 0.01, "sampled": [0, 1], "examples": 8, "steps": 2, "loss": 0.5, "bytes_down": {"adapter": 500},
-     "bytes_up": {"adapter": 500}, "refused": [{"client": 1, "why": "its norm"}], "seconds": 0.5, "padding": 0.1,
+     "bytes_up": {"adapter": 500}, "parts_down": {"text": 500}, "parts_up": {"text": 500},
+     "refused": [{"client": 1, "why": "its norm"}], "seconds": 0.5, "padding": 0.1,
      "metrics": {"both": _METRICS}, "kept": {"0": 0.5}, "privacy": {"epsilon": 0.5, "clip": 0.1},
      "clock": {"began": 60.25 * number, "seconds": 60.25, "clients": {"0": {"compute": 60.25, "transfer": 0.0}}, "lost": [1]},
      "stopped": False}

@@ -227,6 +227,26 @@ def test_training_decreases_the_loss(family: tuple[str, Path], pictures: list[Pa
     assert not any(p.requires_grad for name, p in model.model.named_parameters() if "lora" not in name)
 
 
+def test_vision_tower_and_text_model_train_beside_the_whole_connector(
+    family: tuple[str, Path], pictures: list[Path | None]
+) -> None:
+    """In bfloat16, with what is trained in float32; before training, the model is unchanged but for rounding."""
+    lora = LoraTable(rank=2, alpha=4.0, target="vision+all-linear", whole="projector")
+    model = MLLM.load(ModelTable(name=str(family[1]), lora=lora, precision="bf16"), seed=0)
+    batch = encode(model, pictures)
+    assert (model.caches, model.adapter.stacks, set(model.adapter.sizes)) == (False, False, {"text", "vision", "projector"})
+    assert {parameter.dtype for parameter in model.adapter.parameters.values()} == {torch.float32}
+    adapted = last_logits(model, batch)
+    with model.without_adapter():
+        torch.testing.assert_close(adapted, last_logits(model, batch), rtol=0.1, atol=0.1)
+    start = model.adapter.get()
+    trained = train_cohort(model, [Work([[batch]] * 2, start, LocalRule(), 0)], ADAMW)[0].trained
+    # LLaVA reads the tower's last layer but one. What Qwen3-VL adds after the text model's last layer reaches no answer.
+    unused = {"llava": "vision_tower.encoder.layers.1.", "llava_next": "vision_tower.encoder.layers.1.", "qwen3_vl": "_list.1."}
+    still = [name for name in start if torch.equal(trained[name], start[name])]
+    assert all(unused.get(family[0], "none") in name for name in still), still
+
+
 def test_scoring_from_a_cached_prompt_equals_repeating_the_prompt(cached: MLLM, pictures: list[Path | None]) -> None:
     """Options have one to four tokens, and some are the beginning of others."""
     batch = encode(cached, pictures)

@@ -134,6 +134,20 @@ def test_bytes_are_counted_by_group_from_what_travels() -> None:
         assert record.bytes_up == {"adapter": 3 * BYTES, "control": 3 * 20}
 
 
+def test_bytes_are_counted_by_the_part_of_the_model() -> None:
+    """By the tensors' names in every group; what secure aggregation reports belongs to no part."""
+    algorithm = fedavg()
+    sizes = {name: tensor.nbytes for name, tensor in algorithm.init(ADAPTER)["adapter"].items()}
+    first, others = min(sizes), sum(sizes.values()) - sizes[min(sizes)]
+    info = replace(PLAN.adapter, part=lambda name: "projector" if name == first else "text")
+    expected = {"projector": 3 * sizes[first], "text": 3 * others}
+    for record, _ in run(FakeFleet(algorithm), replace(PLAN, adapter=info)):
+        assert record.parts_down == record.parts_up == expected
+    masked = FakeFleet(algorithm, lambda number, updates: [replace(u, travelled=({"m": 7}, {"m": 9})) for u in updates])
+    for record, _ in run(masked, replace(PLAN, adapter=info)):
+        assert (record.parts_down, record.parts_up) == ({"other": 3 * 7}, {"other": 3 * 9})
+
+
 # Updates that cannot be used
 
 

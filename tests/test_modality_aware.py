@@ -18,7 +18,7 @@ from fedmllm.config import validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import build
-from fedmllm.models.families import only_pictures
+from fedmllm.models.families import part_of
 from fedmllm.tensors import Tensors, bytes_by_group
 from helpers import ADAPTER_INFO, a_round, built, lora_adapter, quick, round_info, rounds_of, same, tensors
 
@@ -169,15 +169,19 @@ def test_an_adapter_of_the_text_model_alone_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight", False),
-        ("base_model.model.model.language_model.model.layers.3.mlp.down_proj.lora_B.weight", False),
-        ("base_model.model.lm_head.lora_A.weight", False),
-        ("prompt_embeddings", False),
-        ("base_model.model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", True),
-        ("base_model.model.model.connector.modality_projection.proj.lora_A.weight", True),
-        ("base_model.model.model.visual.blocks.1.attn.qkv.lora_B.weight", True),
-        ("base_model.model.model.multi_modal_projector.linear_1.lora_A.weight", True),
+        ("base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight", "text"),
+        ("base_model.model.model.language_model.model.layers.3.mlp.down_proj.lora_B.weight", "text"),
+        ("base_model.model.lm_head.lora_A.weight", "text"),
+        ("prompt_embeddings", "text"),
+        ("base_model.model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "vision"),
+        ("base_model.model.model.connector.modality_projection.proj.lora_A.weight", "projector"),
+        ("base_model.model.model.visual.blocks.1.attn.qkv.lora_B.weight", "vision"),
+        ("base_model.model.model.visual.merger.mlp.0.lora_A.weight", "projector"),
+        ("base_model.model.model.visual.deepstack_merger_list.1.linear_fc1.weight", "projector"),
+        ("base_model.model.model.vision_tower.vit_merger.linear_1.lora_A.weight", "vision"),
+        ("base_model.model.model.merger.mlp.0.linear_1.fold_A", "projector"),
+        ("base_model.model.model.multi_modal_projector.linear_1.lora_A.weight", "projector"),
     ],
 )
-def test_what_only_pictures_pass_through(name: str, expected: bool) -> None:
-    assert only_pictures(name) == expected
+def test_the_part_of_a_model_that_a_tensor_belongs_to(name: str, expected: str) -> None:
+    assert part_of(name) == expected

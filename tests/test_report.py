@@ -72,6 +72,22 @@ def test_costs_that_depend_on_the_setting_are_listed_per_setting(folder: Path) -
     assert rows[2] == ["FedAvg", "0.00 MB, 12.00 s", "3.00 MB, 12.00 s", "0.00 MB, 12.00 s", "0.00 MB, 12.00 s"]
 
 
+def test_bytes_by_part_are_shown_where_more_than_the_text_model_is_trained(folder: Path) -> None:
+    def with_parts(method: str, **parts: int) -> None:
+        for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
+            if cell["axes"]["method"] == method:
+                file = folder / cell["id"] / "result.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"bytes_by_part": {"up": parts, "down": parts}}))
+
+    heading = "The megabytes by the part of the model"
+    with_parts("FedAvg", text=1_000_000)
+    assert heading not in "\n".join(page([folder]).lines)
+    with_parts("Broken", text=2_000_000, projector=3_000_000)
+    head, *rows = rows_of("\n".join(page([folder]).lines), heading)
+    assert head == ["method", "text", "projector"]
+    assert rows == [["zero-shot", "–", "–"], ["local", "–", "–"], ["FedAvg", "2.00", "0.00"], ["Broken", "4.00", "6.00"]]
+
+
 def test_a_page_of_several_sweeps_begins_with_links_to_them(folder: Path, tmp_path: Path) -> None:
     other = make_sweep(tmp_path / "other", AXES, hits, kinds=KINDS)
     index = other / "sweep.json"

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -101,6 +102,13 @@ def test_an_experiment_beyond_the_limits_is_refused(
 )
 def test_an_experiment_within_the_limits_is_not(tmp_path: Path, tables: dict[str, Any], site: dict[str, Any]) -> None:
     assert parts_at(experiment(**tables), site_in(tmp_path, **site)).config.model.device == "cpu"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("auto", "auto"), ("cpu", "none")])
+def test_a_site_decides_where_its_model_is(tmp_path: Path, device: str, expected: str) -> None:
+    site = replace(site_in(tmp_path), device=device)
+    model = parts_at(experiment(model={"device_map": "auto"}), site).config.model
+    assert (model.device, model.device_map) == (device, expected)
 
 
 @pytest.mark.parametrize(

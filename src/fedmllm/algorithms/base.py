@@ -25,8 +25,9 @@ class AdapterInfo:
 
     `layers` is the number of layers of the text model. `layer[name]` is the layer of a tensor; tensors of no layer are not in
     it. `modality[name]` is the modality of a tensor that only samples showing it pass through, such as "image" in a vision
-    tower; tensors that all samples pass through are not in it. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or
-    α / √r if it is rank-stabilised (rsLoRA, 2312.03732).
+    tower; tensors that all samples pass through are not in it. `part(name)` is the part of the model to which a tensor of that
+    name belongs, by which bytes are counted. LoRA adds `scale(rank)`·B A to a weight: the scale is α / r, or α / √r if it is
+    rank-stabilised (rsLoRA, 2312.03732).
     """
 
     layers: int = 0
@@ -34,6 +35,7 @@ class AdapterInfo:
     alpha: float = 1.0
     rank_stabilised: bool = False
     modality: Mapping[str, str] = field(default_factory=dict)
+    part: Callable[[str], str] = field(default=lambda name: "text", compare=False)
     principal: Callable[[], State] = field(default=_no_base, compare=False)
     """The server's state in which the adapter holds the largest singular values of the base weights, and the fold takes them
     out of the base, so that the model is unchanged: W₀ − s B₀ A₀ + s B₀ A₀, with B₀ = U √(Σ / s) and A₀ = √(Σ / s) Vᵀ."""

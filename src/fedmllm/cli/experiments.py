@@ -83,7 +83,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     left_out = add_problems(splits, session.problems)
     down, up = session.first_messages()
     shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
-    parameters = sum(p.numel() for p in session.model.adapter.parameters.values())
+    sizes_by_part = session.model.adapter.sizes
+    parameters = sum(sizes_by_part.values())
     summary |= {
         "manifest_digest": dataset.manifest.digest(),
         "train_samples": len(dataset.train),
@@ -96,6 +97,7 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "model": parts.config.model.name,
         "adapter_parameters": parameters,
         "adapter_bytes": 4 * parameters,
+        "adapter_parameters_by_part": sizes_by_part,
         "bytes_down": down,
         "bytes_up": up,
         "caches_features": session.model.caches,
@@ -110,7 +112,9 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     received, sent = (f"{sum(groups.values()) / 1e6:.2f} MB" for groups in (down, up))
     show(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
     show(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
-    show(f"an adapter of {parameters} parameters; client 0 receives {received} in the first round and sends {sent}.")
+    by_part = ", ".join(f"{part} {count}" for part, count in sizes_by_part.items())
+    in_parts = f" ({by_part})" if set(sizes_by_part) != {"text"} else ""
+    show(f"an adapter of {parameters} parameters{in_parts}; client 0 receives {received} in the first round and sends {sent}.")
     for line in shares_lines(shares):
         show(line)
     if parts.mechanism:

@@ -47,7 +47,10 @@ class LoraTable(Table):
     alpha: Annotated[float, Field(gt=0), at_most(65_536, "because the adapter is multiplied by alpha / rank")] = 8.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: str | None = None
-    """A regular expression for module names; by default that of the model family: q, k, v, o of the text model's attention."""
+    """A regular expression for module names, or presets joined by "+": "attention", "all-linear", "text", "vision",
+    "projector". By default "attention": q, k, v, o of the text model's attention."""
+    whole: Literal["none", "projector"] = "none"
+    """"projector" trains the connector between vision tower and text model whole, beside LoRA."""
 
 
 class AdapterTable(Table):
@@ -64,11 +67,43 @@ class ModelTable(Table):
     lora: LoraTable = LoraTable()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
+    device_map: Literal["none", "auto"] = "none"
+    """"auto" spreads the layers over all GPUs, by accelerate."""
     cache_features: bool = True
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" stores the frozen weights as nf4 (bitsandbytes, on a GPU)."""
     trust_remote_code: bool = False
     """Allow code from the model's repository to run."""
+
+    def check(self) -> None:
+        """Raises ValueError for keys that exclude each other."""
+        if self.device_map == "auto" and self.device != "auto":
+            raise ValueError(
+                f'model.device = {self.device!r} names one device, and model.device_map = "auto" uses all GPUs; leave one of '
+                "them out."
+            )
+        if self.device_map == "auto" and self.quantize != "none":
+            raise ValueError(
+                f'model.quantize = {self.quantize!r} keeps the model on one GPU, and model.device_map = "auto" spreads it over '
+                'all; set one of them to "none".'
+            )
+        whole = self.lora.whole == "projector"
+        used = {"target": self.lora.target is not None, "whole": whole}
+        if unused := [key for key, is_set in used.items() if is_set and self.adapter.kind in ("ia3", "prompt-tuning")]:
+            raise ValueError(
+                f"model.lora.{unused[0]} is set and model.adapter.kind = {self.adapter.kind!r} does not use it; "
+                "leave one of them out."
+            )
+        if whole and "projector" in (self.lora.target or "").split("+"):
+            raise ValueError(
+                f'model.lora.target = {self.lora.target!r} puts LoRA on the connector, which model.lora.whole = "projector" '
+                "trains whole; leave one of them out."
+            )
+        if whole and self.quantize != "none":
+            raise ValueError(
+                f'model.lora.whole = "projector" trains the weights themselves, which model.quantize = {self.quantize!r} '
+                'stores in 4 bits; set one of them to "none".'
+            )
 
 
 class TrainTable(Table):
@@ -209,11 +244,7 @@ class Experiment(Table):
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}; {_LOWER_OR_RAISE}"
             )
-        if self.model.lora.target is not None and self.model.adapter.kind in ("ia3", "prompt-tuning"):
-            raise ValueError(
-                f"model.lora.target is set and model.adapter.kind = {self.model.adapter.kind!r} does not use it; "
-                "leave one of them out."
-            )
+        self.model.check()
         if self.clients.shares and len(self.clients.shares) != len(self.clients.profile):
             raise ValueError(
                 f"clients.shares has {len(self.clients.shares)} entries and clients.profile {len(self.clients.profile)}; "

@@ -74,9 +74,10 @@ def check_adapter(config: Experiment, algorithm: Algorithm, adapter: Tensors, in
         if algorithm.needs_lora or config.clients.rank or config.robust.options.get("on") == "product":
             modules(adapter)
     except ValueError as error:
-        raise ConfigError(
-            f"algorithm.name: {config.algorithm.name!r} cannot work with {where} ({error}); let it match linear layers only."
-        ) from None
+        remedy = "let it match linear layers only"
+        if config.model.lora.whole != "none":
+            where, remedy = f"model.lora.whole = {config.model.lora.whole!r}", 'set it to "none", or choose "fedavg"'
+        raise ConfigError(f"algorithm.name: {config.algorithm.name!r} cannot work with {where} ({error}); {remedy}.") from None
 
 
 def check_secure(config: Experiment, algorithm: Algorithm, secure: Pairwise) -> None:

@@ -121,6 +121,10 @@ class RoundRecord:
     loss: float
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
+    parts_down: dict[str, int]
+    """The same bytes by the part of the model that the tensors belong to: "text", "vision", "projector", and "other" for all
+    that travels under secure aggregation, in which masks and keys belong to none."""
+    parts_up: dict[str, int]
     refused: list[dict[str, str | int]]
     seconds: float
     padding: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedmllm.algorithms import Algorithm, RoundInfo, Update
 from fedmllm.algorithms.combining import Combined
@@ -55,8 +55,8 @@ def record_of(
         return sum(u.metrics.get(metric, 0.0) * u.examples for u in valid) / examples if examples else math.nan
 
     reported = {update.client: update.travelled for update in updates if update.travelled}
-    down = (reported[client][0] if client in reported else bytes_by_group(state) for client, state in messages.items())
-    up = (update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
+    down = sum_groups(reported[c][0] if c in reported else bytes_by_group(state) for c, state in messages.items())
+    up = sum_groups(update.travelled[1] if update.travelled else bytes_by_group(update.groups) for update in updates)
     return RoundRecord(
         round=info.round,
         lr=info.lr,
@@ -64,11 +64,21 @@ def record_of(
         examples=examples,
         steps=sum(u.steps for u in valid),
         loss=mean("loss"),
-        bytes_down=sum_groups(down),
-        bytes_up=sum_groups(up),
+        bytes_down=down,
+        bytes_up=up,
+        parts_down=_by_part([state for c, state in messages.items() if c not in reported], info, sum(down.values())),
+        parts_up=_by_part([update.groups for update in updates if not update.travelled], info, sum(up.values())),
         refused=refused,
         seconds=seconds,
         padding=mean("padding") if examples else 0.0,
         kept=dict(combined.kept),
         privacy=dict(combined.privacy),
     )
+
+
+def _by_part(states: Iterable[State], info: RoundInfo, total: int) -> dict[str, int]:
+    """The bytes of the tensors of each part of the model, and as "other" those of the `total` that belong to none."""
+    named = (pair for state in states for tensors in state.values() for pair in tensors.items())
+    parts = sum_groups({info.adapter.part(name): tensor.nbytes} for name, tensor in named)
+    rest = total - sum(parts.values())
+    return {**parts, "other": rest} if rest else parts

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return {name: by_storage[t.data_ptr()] for name, t in sorted(named.items())}
 
 
+def on_several_devices(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return len({parameter.device for parameter in parameters.values()}) > 1
+
+
+def _move_gradient(total: Tensor, parameter: Tensor) -> None:
+    """Add the parameter's gradient to `total`, which may be on another device, and remove it."""
+    assert parameter.grad is not None
+    total += parameter.grad.to(total.device)
+    parameter.grad = None
+
+
 class Adapter:
     """The adapter of one loaded model, as tensors that share its memory.
 
@@ -58,13 +70,24 @@ class Adapter:
         self.rank: int = self.config.r if self.plain_lora else 0
         self._share = 1.0
         in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
-        self.stacks = self.plain_lora and in_text
-        """Whether the adapters of several clients can be stacked (`Stack`). This requires the rows of a batch to stay separate,
-        as they do in the linear layers of the text model; a vision tower may join the patches of all pictures."""
+        self.spread = on_several_devices(self.parameters)
+        """Whether it is on several GPUs, each with its part of the model."""
+        self.stacks = self.plain_lora and in_text and not self.spread
+        """Whether the adapters of several clients can be stacked (`Stack`). This requires one device and the rows of a batch to
+        stay separate, as they do in the linear layers of the text model; a vision tower may join the patches of all
+        pictures."""
         self.fold: Tensors = {}
         """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
         self._original: dict[str, Tensor] = {}
         self._branches: dict[str, Any] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of trained parameters in each part of the model: "text", "vision", "projector"."""
+        counts: Counter[str] = Counter()
+        for name, parameter in self.parameters.items():
+            counts[self.info.part(name)] += parameter.numel()
+        return dict(counts)
 
     # The adapter's tensors
 
@@ -131,20 +154,36 @@ class Adapter:
         """Compute with `values` (of the model's rank) instead of the adapter's own memory, with `share` times the scale of
         `rank`.
 
-        Gradients are accumulated in `grads`; a tensor that is not in `grads` is not trained.
+        Gradients are accumulated in `grads`; a tensor that is not in `grads` is not trained. An adapter on several devices
+        computes with copies there: call `refresh` when `values` have changed.
         """
         own, own_rank = {name: parameter.data for name, parameter in self.parameters.items()}, self.rank
         self._rescale(rank, share)
+        hooks = ExitStack()
         for name, parameter in self.parameters.items():
-            parameter.data, parameter.grad = values[name], grads.get(name)
             parameter.requires_grad_(name in grads)
+            if self.spread:
+                parameter.data = values[name].to(parameter.device, copy=True)
+                if name in grads:
+                    hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        partial(_move_gradient, grads[name])
+                    )
+                    hooks.callback(hook.remove)
+            else:
+                parameter.data, parameter.grad = values[name], grads.get(name)
         try:
             yield
         finally:
+            hooks.close()
             self._rescale(own_rank)
             for name, parameter in self.parameters.items():
                 parameter.data, parameter.grad = own[name], None
                 parameter.requires_grad_(True)
+
+    def refresh(self, values: Tensors) -> None:
+        """Copy `values` to the devices of an adapter on several of them."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(values[name])
 
     # The base weights
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from fedmllm.config import ModelTable
 from fedmllm.errors import ConfigError
@@ -14,8 +17,8 @@ from fedmllm.models.families import Family
 from fedmllm.rng import seed_for
 
 
-def peft_config(settings: ModelTable, family: Family) -> PeftConfig:
-    """PEFT's configuration of the adapter that the settings describe."""
+def peft_config(model: Any, settings: ModelTable, family: Family) -> PeftConfig:
+    """PEFT's configuration of the adapter that the settings describe. Raises ConfigError for a part that the model lacks."""
     kind, lora = settings.adapter.kind, settings.lora
     if kind == "prompt-tuning":
         # Start from vectors of the vocabulary: random vectors are much longer than those and drown out the prompt.
@@ -29,23 +32,82 @@ def peft_config(settings: ModelTable, family: Family) -> PeftConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target or family.target,
+        target_modules=target_modules(model, lora.target, family),
+        modules_to_save=whole_modules(model, family) if lora.whole == "projector" else None,
         bias="none",
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
     )
 
 
+PRESETS = ("attention", "all-linear", "text", "vision", "projector")
+"""The names that `model.lora.target` may join by "+" instead of giving a regular expression."""
+
+
+def target_modules(model: Any, target: str | None, family: Family) -> str | list[str]:
+    """What LoRA adapts: a regular expression or, for presets, the modules' names.
+
+    "attention" is the family's default. "all-linear", or "text", has all linear layers of the text model without the head,
+    "vision" and "projector" those of the vision tower and of what joins it to the text model. Raises ConfigError for a part
+    without linear layers.
+    """
+    if target in (None, "attention"):
+        return family.target
+    assert target is not None
+    presets = target.split("+")
+    if not set(presets) <= set(PRESETS):
+        return target
+    linear = [
+        name for name, module in model.named_modules() if _is_linear(module) and module is not model.get_output_embeddings()
+    ]
+    names: list[str] = []
+    for preset in presets:
+        part = "text" if preset == "all-linear" else preset
+        matching = [
+            name
+            for name in linear
+            if (re.fullmatch(family.target, name) if part == "attention" else family.part_of(name) == part)
+        ]
+        if not matching:
+            remedy = (
+                'set model.lora.whole = "projector" to train it whole, or leave it out'
+                if part == "projector"
+                else "leave it out"
+            )
+            raise ConfigError(
+                f"model.lora.target = {target!r}: the {preset!r} part of this model has no linear layer; {remedy}."
+            )
+        names += matching
+    return sorted(set(names))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # The layer inside of torch's multi-head attention is read and never called, so that an adapter on it would do nothing.
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def whole_modules(model: Any, family: Family) -> list[str]:
+    """The modules that make up the connector between vision tower and text model. Raises ConfigError if the model has none."""
+    names: list[str] = []
+    for name, module in model.named_modules():  # parents before their children
+        inside = any(name.startswith(f"{parent}.") for parent in names)
+        if family.part_of(name) == "projector" and not inside and not isinstance(module, nn.ModuleList):
+            names.append(name)
+    if not names:
+        raise ConfigError('model.lora.whole = "projector": no connector was found in this model; set it to "none".')
+    return names
+
+
 def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftModel:
     """Wrap `model` with an adapter whose initial values depend only on `seed`. Raises ConfigError if no module matches."""
-    config = peft_config(settings, family)
+    config = peft_config(model, settings, family)
     with torch.random.fork_rng(), warnings.catch_warnings():
         # A deprecation inside PEFT is hidden, and PEFT's warning about tied weights is raised.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("error", message=".*tie_word_embeddings.*", category=UserWarning)
         torch.manual_seed(seed_for(seed, "adapter"))
         try:
-            return get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
+            adapted = get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
         except UserWarning:  # a fold would change both layers at once, and a merged head would differ from the trained one
             raise ConfigError(
                 f"model.lora.target = {settings.lora.target!r} matches the embedding or the head, which share one weight in "
@@ -60,3 +122,24 @@ def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftM
                 f"model.adapter.kind = {kind!r} finds no module to adapt in this model ({reason}); set model.lora.target to a "
                 "regular expression over its module names."
             ) from None
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            _train_in_float32(module.modules_to_save["default"])
+    return adapted
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Keep the weights of a module in float32, as PEFT keeps those of adapters, in a model of another precision: a step of
+    1/1000 of a bfloat16 weight would be rounded away."""
+    dtype = next(module.parameters()).dtype
+    if dtype == torch.float32:
+        return
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(to) if value.is_floating_point() else value
+        return type(value)(cast(entry, to) for entry in value) if isinstance(value, list | tuple) else value
+
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: cast(inputs, torch.float32))
+    module.register_forward_hook(lambda _, inputs, output: cast(output, dtype))

@@ -18,6 +18,7 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.errors import ConfigError
 from fedmllm.models.families import Family, family_of
 from fedmllm.models.features import digest_of
+from fedmllm.models.placement import check_on_gpus, device_map
 from fedmllm.models.processors import load_processor
 from fedmllm.models.quantized import quantization
 from fedmllm.tensors import digest
@@ -29,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen model with its processor. `end_ids` end the assistant's turn; `answer_frame` is the text that the chat template
-    puts before and after an answer."""
+    """A frozen model with its processor. Inputs go to `device`, where its embeddings are. `end_ids` end the assistant's turn;
+    `answer_frame` is the text that the chat template puts before and after an answer."""
 
     model: Any
     processor: Any
@@ -128,12 +129,13 @@ def load_backbone(settings: ModelTable) -> Backbone:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         dtype = pick_dtype(settings.precision, device, config.get_text_config().hidden_size)
-        quantized = quantization(settings, device)
+        placed = quantization(settings, device) or device_map(settings, device)
         processor = load_processor(source, config, trust)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust, **quantized)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust, **placed)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot_load(settings, error) from None
-    model = model if quantized else model.to(device)
+    check_on_gpus(settings, model)
+    model = model if placed else model.to(device)
     model.requires_grad_(False)
     model.eval()
     family = family_of(model.config.model_type)
@@ -146,7 +148,7 @@ def load_backbone(settings: ModelTable) -> Backbone:
         model=model,
         processor=processor,
         family=family,
-        device=device,
+        device=model.get_input_embeddings().weight.device,
         dtype=dtype,
         end_ids=_end_ids(settings, model, processor),
         answer_frame=_answer_frame(processor),

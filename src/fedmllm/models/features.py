@@ -76,13 +76,21 @@ def split_output(output: BaseModelOutputWithPooling, pictures: int) -> list[Tens
     return [torch.stack([pooled[i], *(layer[i] for layer in deep)]) for i in range(pictures)]
 
 
-def join_output(records: Sequence[Tensor], as_tensor: bool) -> BaseModelOutputWithPooling:
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):  # type: ignore[misc]
+    """The output of any family's `get_image_features`. Every entry is a declared field, because hooks of accelerate, which move
+    a model's inputs to its device, copy nothing else."""
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+def join_output(records: Sequence[Tensor], as_tensor: bool) -> ImageFeatures:
     """The inverse of `split_output`, for the pictures of one batch in the order of its rows.
 
     Some families expect a list with one entry per picture, others (`as_tensor`) one tensor that they read in order.
     """
     pooled: Any = [record[0] for record in records]
-    output = BaseModelOutputWithPooling(pooler_output=torch.cat(pooled) if as_tensor else pooled)
+    output = ImageFeatures(pooler_output=torch.cat(pooled) if as_tensor else pooled)
     if len(records[0]) > 1:
         output.deepstack_features = [[record[k] for record in records] for k in range(1, len(records[0]))]
     return output

@@ -46,7 +46,8 @@ class MLLM:
             layer={name: layer for name, layer in layers.items() if layer is not None},
             alpha=settings.lora.alpha,
             rank_stabilised=settings.adapter.kind == "rslora",
-            modality={name: "image" for name in layers if backbone.family.only_pictures(name)},
+            modality={name: "image" for name in layers if backbone.family.part_of(name) != "text"},
+            part=backbone.family.part_of,
             principal=lambda: self.adapter.principal,
         )
         self.adapter = Adapter(self.model, self.info)

@@ -60,6 +60,7 @@ class Stack:
         # Of the current batch: its extents, and the matrix that gradients flow into.
         self._extents: Sequence[Extent] = []
         self._leaf = self.values
+        self._single: Tensors = {}
         self.current: Tensors = {}
         """The factors A (clients, r, d_in) and B (clients, d_out, r) of the current batch by name: views of that matrix."""
 
@@ -112,6 +113,7 @@ class Stack:
                 values, grads = ({n: t[0] for n, t in self._views(m).items()} for m in (self.values, self.grads))
                 values |= {name: tensor[0] for name, tensor in self._frozen.items()}
                 undo.enter_context(self._adapter.replaced(values, grads, self.ranks[0], self._shares[0]))
+                self._single = values
             yield
 
     def begin(self, extents: Sequence[Extent]) -> None:
@@ -119,6 +121,8 @@ class Stack:
         self._extents = extents
         if self._adapter.stacks:
             self.current = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
+        elif self._adapter.spread:
+            self._adapter.refresh(self._single)
 
     @property
     def scales(self) -> Tensor:

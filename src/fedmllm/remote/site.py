@@ -69,8 +69,9 @@ def parts_at(text: str, site: SiteData | None) -> Parts:
             "model.trust_remote_code: the experiment runs code that comes with the model, and this site's file does not allow "
             "it."
         )
+    placed = {"device": site.device, "device_map": config.model.device_map if site.device == "auto" else "none"}
     own = {
-        "model": config.model.model_copy(update={"device": site.device, "name": site.model or config.model.name}),
+        "model": config.model.model_copy(update={**placed, "name": site.model or config.model.name}),
         "eval": config.eval.model_copy(update={"transfer": None, "suites": None}),
         "judge": Named(name="none"),
     }

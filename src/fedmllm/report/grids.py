@@ -32,10 +32,9 @@ class GridRow:
 
     `units` maps every replicate or seed to its run, which several seeds may share, and `draws` every replicate to its draw of
     the data. `spread` is that of `scores`, the task's metric under the first test pattern; `patterns` has the same metric under
-    each pattern and `ceiling` its best possible score, if known. `seconds`, `bytes` and `simulated_seconds`, if all runs
-    have a virtual clock, are means per run. `metric`, `pattern`,
-    `algorithm` and `scenario` are empty without a complete run. Complete runs whose test set had no sample to show have no
-    scores.
+    each pattern and `ceiling` its best possible score, if known. `seconds`, `bytes`, `bytes_by_part` (of the model) and
+    `simulated_seconds`, if all runs have a virtual clock, are means per run. `metric`, `pattern`, `algorithm` and `scenario`
+    are empty without a complete run. Complete runs whose test set had no sample to show have no scores.
     """
 
     axes: Mapping[str, str]
@@ -47,6 +46,7 @@ class GridRow:
     missing: int = 0
     seconds: float | None = None
     bytes: float | None = None
+    bytes_by_part: Mapping[str, float] = field(default_factory=dict)
     simulated_seconds: float | None = None
     metric: str = ""
     pattern: str = ""
@@ -63,7 +63,7 @@ class GridRow:
     def to_json(self) -> dict[str, Any]:
         names = ["axes", "kind", "ids", "scores", "missing", "seconds", "bytes"]
         names += ["metric", "pattern", "algorithm", "scenario"] if self.ids else []
-        names += [name for name in ("ceiling", "epsilon", "simulated_seconds") if getattr(self, name)]
+        names += [name for name in ("ceiling", "epsilon", "simulated_seconds", "bytes_by_part") if getattr(self, name)]
         return {
             **{name: getattr(self, name) for name in names},
             **self.spread.to_json(),
@@ -193,6 +193,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "scores": scores,
         "seconds": mean([result["seconds"]["total"] for result in results]),
         "bytes": mean([sum(result["bytes_up"].values()) + sum(result["bytes_down"].values()) for result in results]),
+        "bytes_by_part": _mean_by_part(results),
         "simulated_seconds": mean([result.get("simulated_seconds") for result in results]),
         "metric": metric,
         "pattern": pattern,
@@ -204,6 +205,13 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "worst_decile": Spread.of(worst),
         "epsilon": max((float(value) for value in spent if value is not None), default=None) if all(spent) else None,
     }
+
+
+def _mean_by_part(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A run's mean of bytes up and down by part of the model; empty for runs of versions that did not count them."""
+    ways = [way for result in results for way in result.get("bytes_by_part", {}).values()]
+    parts = dict.fromkeys(part for way in ways for part in way)
+    return {part: sum(way.get(part, 0) for way in ways) / len(results) for part in parts}
 
 
 def _transfer_score(of_runs: Sequence[Mapping[str, Any]], pattern: str) -> TransferScore:

@@ -195,6 +195,21 @@ def add_cost(page: Page, chapter: Chapter) -> None:
     else:
         head = [*downs, "MB", "seconds", *(["simulated seconds"] if timed else [])]
         page.table(head, [[*name, *_cost(list(r.values()), timed)] for name, r in methods.items()], len(downs))
+    _add_parts(page, chapter)
+
+
+def _add_parts(page: Page, chapter: Chapter) -> None:
+    """Bytes by part of the model, where more than the text model is trained."""
+    rows = [(name, list(cells.values())) for name, cells in chapter.methods.items()]
+    parts = dict.fromkeys(part for _, cells in rows for cell in cells for part in cell.bytes_by_part)
+    if parts.keys() <= {"text", "other"}:
+        return
+    page.paragraph("The megabytes by the part of the model that their tensors belong to:")
+    table = []
+    for name, cells in rows:
+        means = (mean([cell.bytes_by_part.get(part, 0.0) for cell in cells if cell.bytes_by_part]) for part in parts)
+        table.append([*name, *(UNKNOWN if value is None else f"{value / 1e6:.2f}" for value in means)])
+    page.table([*chapter.downs, *parts], table, len(chapter.downs))
 
 
 def _cost(rows: Sequence[GridRow], timed: bool) -> list[str]:

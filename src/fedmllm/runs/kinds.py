@@ -116,7 +116,7 @@ def local(run: Run) -> Outcome:
             run.session.progress("clients alone", number, len(tested), f"client {row['client']}: {score}")
     _save_client_predictions(run, tested, models)
     # Nothing is sent if clients train alone.
-    unsent = [{**record, "bytes_up": {}, "bytes_down": {}} for record in records]
+    unsent = [{**record, "bytes_up": {}, "bytes_down": {}, "parts_up": {}, "parts_down": {}} for record in records]
     return Outcome(models, transferred, unsent, None, rows, evaluator.examine([]))
 
 

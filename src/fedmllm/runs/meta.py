@@ -58,8 +58,8 @@ def describe(session: Session, kind: str) -> dict[str, Any]:
 
 
 def peak_memory_mb() -> int:
-    """The largest resident size of the process, or the largest allocation on the GPU if there is one."""
+    """The largest resident size of the process, or the largest allocation on the GPU if there is one; the sum over several."""
     if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
+        return round(sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

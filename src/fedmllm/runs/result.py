@@ -86,6 +86,8 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "cohort": run.cohort,
         "bytes_up": _total(records, "bytes_up"),
         "bytes_down": _total(records, "bytes_down"),
+        "bytes_by_part": {"up": _total(records, "parts_up"), "down": _total(records, "parts_down")},
+        "adapter_parameters": session.model.adapter.sizes,
         "seconds": {
             "total": round(time.monotonic() - run.began + session.seconds, 2),
             "train": round(sum(float(record["seconds"]) for record in records), 2),
@@ -109,5 +111,5 @@ def simulated_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _total(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, int]:
-    """The bytes of all rounds, by group."""
-    return sum_groups(record[key] for record in records)
+    """The bytes of all rounds, by group or part; a run that an earlier version began has no parts in its first records."""
+    return sum_groups(record.get(key, {}) for record in records)

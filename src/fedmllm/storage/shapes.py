@@ -100,6 +100,7 @@ class _Result(_Shape):
     stopped_early: bool = False
     bytes_up: dict[str, _Count] = {}
     bytes_down: dict[str, _Count] = {}
+    bytes_by_part: dict[str, dict[str, _Count]] = {}
     seconds: dict[str, _Number] = {}
     simulated_seconds: _Number | None = None
 

@@ -74,8 +74,8 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
     if not model.adapter.stacks:
         if train.cohort not in ("auto", 1):
             raise ConfigError(
-                f"train.cohort = {train.cohort}: model.adapter.kind = {model.settings.adapter.kind!r}, or an adapter on the "
-                "vision tower, trains one client at a time; leave train.cohort out."
+                f"train.cohort = {train.cohort}: model.adapter.kind = {model.settings.adapter.kind!r}, or an adapter beyond "
+                "the text model or on several GPUs, trains one client at a time; leave train.cohort out."
             )
         return 1
     if train.cohort != "auto":

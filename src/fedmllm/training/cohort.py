@@ -127,9 +127,9 @@ class _Cohort:
 
     def train(self) -> list[LocalResult]:
         counts = [len(work.steps) for work in self._works]
-        device = self._stack.values.device
+        devices = sorted({parameter.device.index for parameter in self._model.adapter.parameters.values() if parameter.is_cuda})
         # Adapters other than LoRA, which train alone, draw their dropout from the global generator.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as mode:
+        with torch.random.fork_rng(devices=devices), ExitStack() as mode:
             torch.manual_seed(self._works[0].seed)
             if not self._model.adapter.stacks:
                 self._model.model.train()

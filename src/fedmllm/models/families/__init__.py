@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmllm.registry import Registry
 
@@ -16,6 +17,7 @@ ATTENTION = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\
 _FEEDFORWARD = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.mlp\.down_proj"
 _KEYS_VALUES = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(k_proj|v_proj)"
 _ALL_SAMPLES = re.compile(r"\b(text_model|language_model|lm_head|prompt_embeddings)\b")
+_PROJECTOR = re.compile(r"\b(connector|multi_modal_projector|merger|deepstack_merger_list)\b")
 _LAYER = re.compile(r"\b(?:text_model|language_model)\.(?:model\.)?layers\.(\d+)\.")
 
 
@@ -25,10 +27,16 @@ def text_layer(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def only_pictures(name: str) -> bool:
-    """Whether only pictures pass through the module or tensor of this name: it belongs to the vision tower, or to what joins
-    that to the text model."""
-    return not _ALL_SAMPLES.search(name)
+Part = Literal["text", "vision", "projector"]
+"""The parts of a model: the text model, through which all samples pass, and the vision tower and the connector that joins the
+two, through which only pictures pass."""
+
+
+def part_of(name: str) -> Part:
+    """The part that a module or tensor of this name belongs to."""
+    if _ALL_SAMPLES.search(name):
+        return "text"
+    return "projector" if _PROJECTOR.search(name) else "vision"
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Family:
     """The modules that IA3 rescales: keys, values and the inner activations of the feed-forward layers (2205.05638)."""
     ia3_feedforward: str = _FEEDFORWARD
     layer_of: Callable[[str], int | None] = text_layer
-    only_pictures: Callable[[str], bool] = only_pictures
+    part_of: Callable[[str], Part] = part_of
     first_position: int | None = None
     """The position id of the first real token, from which ids are counted. None: the model computes its own ids (M-RoPE)."""
     cache: bool = True
