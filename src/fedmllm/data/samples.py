@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -108,7 +108,7 @@ class Task:
 class Loaded:
     """The samples of a split that can be used, ordered by id, and the problems of those that cannot."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     problems: list[Problem] = field(default_factory=list)
     stretched: int = 0
     """The number of distinct pictures among the samples whose 16-bit grey is stretched to 8 bits."""

@@ -17,6 +17,7 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import Conversation, render
 from fedmllm.data.samples import Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, Modalities
+from fedmllm.data.stored import Samples
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
@@ -88,7 +89,7 @@ class Session:
         self.model = MLLM.load(self.config.model, self.config.seed)
         self.initial = self.model.adapter.get()
         check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
-        self._samples = {sample.id: sample for sample in dataset.train}
+        self._samples = Samples.of(dataset.train).ordered()
         self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
         of_rounds = "" if dataset.of_rounds is None else f", {len(dataset.of_rounds)} to score rounds on"
@@ -127,7 +128,7 @@ class Session:
         with self.model.forgetting_pictures():
             samples = longest(
                 held,
-                talk=lambda holding: self._talk(self._samples[holding.sample_id], holding.visible),
+                talk=lambda holding: self._talk(self._samples.find(holding.sample_id), holding.visible),
                 encode=lambda holding: self._encode_one(self._seen(holding), holding.visible),
             )
             kept = max((bytes_kept(self.model, sample) for sample in samples), default=0)
@@ -193,7 +194,7 @@ class Session:
 
     def _seen(self, holding: Holding) -> Sample:
         """The sample as bad as its client sees it."""
-        sample = self._samples[holding.sample_id]
+        sample = self._samples.find(holding.sample_id)
         for modality, kind, severity in holding.noise:
             sample = corrupted(sample, modality, kind, severity, self.config.seed, self._texts)
         return sample
