@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,14 @@ def _sorted_names(pool: Pool) -> list[list[str]]:
 
 def _pools(
     kinds: Sequence[Modalities], eligible: Mapping[Modalities, frozenset[int]], samples: Sequence[Sample], deal: Deal
-) -> dict[Pool, list[int]]:
+) -> dict[Pool, array[int]]:
     """The indices of the samples in each pool, where sample i has the modalities `kinds[i]`.
 
     A sample is pooled with those of equal modalities. Samples that the deal keeps together are in one pool, if there is a
     client that may hold all of them.
     """
     own: dict[Modalities, Pool] = {kind: frozenset((kind,)) for kind in eligible}
-    pool_of = [own[kind] for kind in kinds]
+    pool_of: Iterable[Pool] = (own[kind] for kind in kinds)
     if isinstance(deal, GroupedDeal):
         keys, kinds_by_key = [deal.key(s) for s in samples], dict[str, set[Modalities]]()
         for key, kind in zip(keys, kinds, strict=True):
@@ -44,10 +45,10 @@ def _pools(
             for key, group in kinds_by_key.items()
             if frozenset.intersection(*(eligible[kind] for kind in group))
         }
-        pool_of = [shared.get(key, pool) for key, pool in zip(keys, pool_of, strict=True)]
-    pools: dict[Pool, list[int]] = {}
+        pool_of = (shared.get(key, pool) for key, pool in zip(keys, pool_of, strict=True))
+    pools: dict[Pool, array[int]] = {}
     for index, pool in enumerate(pool_of):
-        pools.setdefault(pool, []).append(index)
+        pools.setdefault(pool, array("q")).append(index)
     return pools
 
 

@@ -107,10 +107,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
     return dict(pairs) if len(set(keys)) == len(keys) else _Repeated(next(key for key in keys if keys.count(key) > 1))
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse_json(raw: bytes) -> Any:
     """The value of a JSON text. Raises EntryError with the reason alone."""
     try:
-        value = json.loads(raw, object_pairs_hook=_object)
+        value = _DECODER.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
         if b"\\u" in raw or not raw.isascii():
             json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate parses, but cannot be encoded
     except (ValueError, RecursionError) as error:

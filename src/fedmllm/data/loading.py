@@ -97,17 +97,21 @@ def read_split(task: Task, split: Split, choose: Callable[[Samples], Sequence[Sa
     if len(chosen) < len(everything):
         assert isinstance(chosen, Samples)
         samples = everything.take(np.sort(everything.indices(chosen)))
-    positions = everything.indices(samples)
     shown = np.unique(samples.picture[samples.has_image])
     survey = dict(zip(shown.tolist(), _examine_all([samples.pictures[picture] for picture in shown]), strict=True))
     bad_pictures = [picture for picture, (flaw, _) in survey.items() if flaw]
     repeated = set(samples.repeated().tolist())
-    bad = {*repeated, *np.flatnonzero(np.isin(positions, flawed)), *np.flatnonzero(np.isin(samples.picture, bad_pictures))}
+    bad = set(repeated)
+    if flawed:
+        bad |= set(np.flatnonzero(np.isin(everything.indices(samples), flawed)).tolist())
+    if bad_pictures:
+        bad |= set(np.flatnonzero(np.isin(samples.picture, bad_pictures)).tolist())
+    position = everything.indices(samples) if bad else ()
     for index in bad:
         sample = samples[index]
         flaw = (f"the id {sample.id!r} is used twice", "duplicate id") if index in repeated else _flaw(sample)
         flaw = flaw or survey[samples.picture[index]][0]
-        problems.append((positions[index], problem_of(sample, task, *flaw)))
+        problems.append((position[index], problem_of(sample, task, *flaw)))
     usable = samples.take(np.setdiff1d(np.arange(len(samples)), list(bad))) if bad else samples
     stretched = sum(survey[picture][1] for picture in np.unique(usable.picture[usable.has_image]))
     return Loaded(usable.ordered(), [problem for _, problem in sorted(problems, key=lambda entry: entry[0])], stretched)

@@ -8,6 +8,8 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -138,7 +140,7 @@ class Samples(Sequence[Sample]):
     __hash__ = None  # type: ignore[assignment]
 
     def _sample(self, sample_id: str, start: int, size: int, picture: int) -> Sample:
-        question, answer, text, choices, *rest = json.loads(self._texts.read(start, size))
+        question, answer, text, choices, *rest = json.loads(self._texts.read(start, size).decode())
         image = self.pictures[picture] if picture >= 0 else None
         return Sample(sample_id, question, answer, image, text, None if choices is None else tuple(choices), *rest)
 
@@ -152,20 +154,19 @@ class Samples(Sequence[Sample]):
         """The indices of the samples in `part`, which is a part of these, in the order in which they were given."""
         return np.searchsorted(self.starts, part.starts)
 
-    def order(self) -> NDArray[np.int64]:
-        """The indices in the order of ids; equal ids keep theirs."""
-        return pc.array_sort_indices(self.ids).to_numpy().astype(np.int64)
+    @cached_property
+    def _ascending(self) -> bool:
+        return bool(pc.all(pc.less_equal(self.ids[:-1], self.ids[1:])).as_py())
 
     def ordered(self) -> Samples:
-        """The samples in the order of their ids."""
-        order = self.order()
-        return self if bool((np.diff(order) > 0).all()) else self.take(order)
+        """The samples in the order of their ids; equal ids keep theirs."""
+        return self if self._ascending else self.take(pc.array_sort_indices(self.ids).to_numpy())
 
     def repeated(self) -> NDArray[np.int64]:
         """The indices of the samples whose id an earlier one has."""
-        order = self.order()
-        ids = self.ids.take(arrow(order))
-        return order[1:][pc.equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)]
+        ordered = self.ordered()
+        twice = np.flatnonzero(pc.equal(ordered.ids[1:], ordered.ids[:-1]).to_numpy(zero_copy_only=False)) + 1
+        return twice if ordered is self else self.indices(ordered.take(twice))
 
     def places(self, ids: pa.StringArray) -> NDArray[np.int64]:
         """The index of the sample with each of these ids. Raises KeyError."""
@@ -174,15 +175,22 @@ class Samples(Sequence[Sample]):
             raise KeyError(ids.filter(found.is_null())[0].as_py())
         return found.to_numpy().astype(np.int64)
 
+    @cached_property
+    def _hashes(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The hashes of the ids, ascending, and the index of the sample that each belongs to."""
+        chunks = (self.ids[first : first + _CHUNK].to_pylist() for first in range(0, len(self), _CHUNK))
+        hashes = np.fromiter(map(hash, chain.from_iterable(chunks)), np.int64, len(self))
+        order = np.argsort(hashes).astype(np.int32)
+        return hashes[order], order
+
     def find(self, sample_id: str) -> Sample:
-        """The sample with this id, of samples in the order of their ids. Raises KeyError."""
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.ids[middle].as_py() < sample_id else (low, middle)
-        if low == len(self) or self.ids[low].as_py() != sample_id:
-            raise KeyError(sample_id)
-        return self[low]
+        """The sample with this id. Raises KeyError."""
+        hashes, order = self._hashes
+        first, last = np.searchsorted(hashes, hash(sample_id)), np.searchsorted(hashes, hash(sample_id), side="right")
+        for index in order[first:last].tolist():
+            if self.ids[index].as_py() == sample_id:
+                return self[index]
+        raise KeyError(sample_id)
 
 
 def pick(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
