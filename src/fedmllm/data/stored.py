@@ -7,6 +7,7 @@ import os
 import tempfile
 import weakref
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -155,41 +156,45 @@ class Samples(Sequence[Sample]):
         return np.searchsorted(self.starts, part.starts)
 
     @cached_property
-    def _ascending(self) -> bool:
-        return bool(pc.all(pc.less_equal(self.ids[:-1], self.ids[1:])).as_py())
+    def _order(self) -> NDArray[np.int64] | None:
+        """The indices in the order of ids, in which equal ids keep theirs; None if the samples are in it."""
+        if pc.all(pc.less_equal(self.ids[:-1], self.ids[1:])).as_py():
+            return None
+        return _numbers(pc.array_sort_indices(self.ids), np.uint64).astype(np.int64)
 
     def ordered(self) -> Samples:
         """The samples in the order of their ids; equal ids keep theirs."""
-        return self if self._ascending else self.take(pc.array_sort_indices(self.ids).to_numpy())
+        return self if self._order is None else self.take(self._order)
 
     def repeated(self) -> NDArray[np.int64]:
         """The indices of the samples whose id an earlier one has."""
-        ordered = self.ordered()
-        twice = np.flatnonzero(pc.equal(ordered.ids[1:], ordered.ids[:-1]).to_numpy(zero_copy_only=False)) + 1
-        return twice if ordered is self else self.indices(ordered.take(twice))
+        ids = self.ordered().ids
+        twice = _numbers(pc.indices_nonzero(pc.equal(ids[1:], ids[:-1])), np.uint64).astype(np.int64) + 1
+        return twice if self._order is None else self._order[twice]
 
     def places(self, ids: pa.StringArray) -> NDArray[np.int64]:
         """The index of the sample with each of these ids. Raises KeyError."""
         found = pc.index_in(ids, value_set=self.ids)
         if found.null_count:
             raise KeyError(ids.filter(found.is_null())[0].as_py())
-        return found.to_numpy().astype(np.int64)
+        return _numbers(found, np.int32).astype(np.int64)
 
     @cached_property
-    def _hashes(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _hashes(self) -> tuple[memoryview, NDArray[np.int32]]:
         """The hashes of the ids, ascending, and the index of the sample that each belongs to."""
         chunks = (self.ids[first : first + _CHUNK].to_pylist() for first in range(0, len(self), _CHUNK))
         hashes = np.fromiter(map(hash, chain.from_iterable(chunks)), np.int64, len(self))
         order = np.argsort(hashes).astype(np.int32)
-        return hashes[order], order
+        return memoryview(hashes[order]), order  # whose numbers are read faster, one by one, than those of an array
 
     def find(self, sample_id: str) -> Sample:
         """The sample with this id. Raises KeyError."""
         hashes, order = self._hashes
-        first, last = np.searchsorted(hashes, hash(sample_id)), np.searchsorted(hashes, hash(sample_id), side="right")
-        for index in order[first:last].tolist():
-            if self.ids[index].as_py() == sample_id:
+        place, wanted = bisect_left(hashes, hash(sample_id)), hash(sample_id)
+        while place < len(hashes) and hashes[place] == wanted:
+            if self.ids[index := order[place].item()].as_py() == sample_id:
                 return self[index]
+            place += 1
         raise KeyError(sample_id)
 
 
@@ -198,6 +203,15 @@ def pick(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
     return samples.take(indices) if isinstance(samples, Samples) else [samples[i] for i in indices]
 
 
-def arrow(indices: NDArray[np.int64]) -> Any:
-    """The indices for Arrow. Its `array` would do the same, and import pandas, which takes forty megabytes, to do so."""
+# Arrow's own conversions, `array` and `to_numpy`, do what these two do, and import pandas, which takes forty megabytes, for it.
+
+
+def arrow(indices: NDArray[np.int64]) -> pa.Int64Array:
+    """Indices for Arrow."""
     return pa.Int64Array.from_buffers(pa.int64(), len(indices), [None, pa.py_buffer(np.ascontiguousarray(indices))])
+
+
+def _numbers(column: pa.Array, dtype: type[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """An Arrow column of numbers of this type, none of them null."""
+    whole = np.frombuffer(column.buffers()[1], dtype) if len(column) else np.empty(0, dtype)
+    return whole[column.offset : column.offset + len(column)]
