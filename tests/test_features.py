@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,23 +56,28 @@ def test_writing_shrinks_the_cache_to_its_limit_and_keeps_what_was_written(
     assert torch.equal(written.record(0), RECORD)
 
 
-def test_features_that_another_run_has_open_stay_until_it_ends(folder: Path) -> None:
+def test_features_that_are_open_stay_until_they_are_closed(folder: Path) -> None:
     write(folder / "a.bin", records=1, used=1)
-    code = (
-        "import sys, pathlib; from fedmllm.models.features import open_features; "
-        "opened = open_features(pathlib.Path(sys.argv[1])); print('open', flush=True); sys.stdin.read(); opened.record(0)"
-    )
-    command = [sys.executable, "-c", code, str(folder / "a.bin")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "open\n"
-        shrink(folder, limit=0)
-        assert kept(folder) == {"a"}
-        other.communicate()
-    assert other.returncode == 0
+    opened = open_features(folder / "a.bin")
+    assert opened is not None
+    os.utime(folder / "a.json", (1, 1))
+    shrink(folder, limit=0)  # as another run does; locks on two descriptors exclude each other in one process too
+    assert kept(folder) == {"a"}
+    assert torch.equal(opened.record(0), RECORD)
+    del opened
     shrink(folder, limit=0)
     assert kept(folder) == set()
     assert open_features(folder / "a.bin") is None
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"cannot be written to .*a\.bin .*disk or the quota is full"):
+        write_features(folder / "a.bin", [RECORD])
+    assert list(folder.iterdir()) == []
 
 
 def test_features_without_an_index_go_when_nobody_can_be_writing_them(folder: Path) -> None:
