@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
-from fedmllm.data.corruptions import corrupted
+from fedmllm.data.corruptions import OtherTexts, corrupted
 from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samples
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
@@ -206,12 +206,13 @@ class Session:
         """The sample as bad as its client sees it."""
         sample = self._samples.find(holding.sample_id)
         for modality, kind, severity in holding.noise:
-            sample = corrupted(sample, modality, kind, severity, self.config.seed, self._texts)
+            others = self._texts if kind == "other-text" else None
+            sample = corrupted(sample, modality, kind, severity, self.config.seed, others)
         return sample
 
     @cached_property
-    def _texts(self) -> list[str]:
-        return [sample.text for sample in self.dataset.train if sample.text]
+    def _texts(self) -> OtherTexts:
+        return OtherTexts(sample.text for sample in self.dataset.train if sample.text)
 
     @property
     def problems(self) -> dict[Split, list[Problem]]:
