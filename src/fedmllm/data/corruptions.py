@@ -154,7 +154,8 @@ def corrupted(
 ) -> Sample:
     """The sample with a worse picture (a PNG in memory) or text; unchanged at severity 0, or without that modality.
 
-    "other-text" takes one of the texts in `others` that differs from the sample's. Raises ValueError for an unknown kind or severity.
+    "other-text" takes one of the texts in `others` that differs from the sample's. Raises ValueError for an unknown kind or
+    severity.
     """
     if kind not in KINDS[modality]:
         raise ValueError(f"there is no corruption {kind!r} of {modality}s; choose among {', '.join(KINDS[modality])}")
