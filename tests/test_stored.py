@@ -47,9 +47,9 @@ def test_samples_are_what_was_given(samples: list[Sample], data: st.DataObject) 
     ids = [sample.id for sample in part]
     assert sorted(part.repeated().tolist()) == [i for i, name in enumerate(ids) if name in ids[:i]]
     for sample in part:
-        assert part.find(sample.id).id == sample.id
+        assert part.ordered().find(sample.id).id == sample.id
     with pytest.raises(KeyError):
-        part.find("no such id")
+        part.ordered().find("no such id")
     unique = part.take(np.setdiff1d(np.arange(len(part)), part.repeated()))
     assert unique.places(unique.ordered().ids).tolist() == sorted(range(len(unique)), key=lambda i: unique[i].id)
 
