@@ -1,6 +1,7 @@
 """What a federation costs as it grows from 10 to 100,000 clients, of which 10 are sampled per round.
 
     python benchmarks/scale.py [--clients 10 1000 100000] [--rounds 10] [--json FILE]
+    python benchmarks/scale.py --check 1000 1000000
 
 Each setting runs in a process of its own, so that its peak memory is measured alone. It trains the pocket model with FedAvg or
 SCAFFOLD (whose clients keep a control variate each) through the same steps as `fedmllm run`, from reading the data to
@@ -16,6 +17,8 @@ client is sampled twice.
 of the smallest setting. `round` is the median time of the rounds after the first, including the checkpoint, relative to the
 smallest setting; `CPU` is the same ratio for processor time, which does not depend on what else the machine does while the
 settings run one after another. `with state` is the number of clients with stored state at the end.
+
+With `--check`, it measures `fedmllm check` of files with so many lines instead: processor time and peak memory of the process.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ SAMPLED, SAMPLES_PER_CLIENT = 10, 2
 ALGORITHMS = ("fedavg", "scaffold")
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, samples: int = SAMPLES) -> None:
     """Write `train.jsonl`, `test.jsonl` and the pictures to which they refer."""
     import numpy as np
     from PIL import Image
@@ -48,7 +51,7 @@ def make_data(folder: Path) -> None:
     colors = ("red", "blue", "green", "yellow")
     for number in range(PICTURES):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
-    for split, count in (("train", SAMPLES), ("test", QUESTIONS)):
+    for split, count in (("train", samples), ("test", QUESTIONS)):
         with (folder / f"{split}.jsonl").open("w") as file:
             for i in range(count):
                 line = {
@@ -114,6 +117,21 @@ def measure(folder: Path, algorithm: str, clients: int, rounds: int) -> dict[str
     return measured
 
 
+def measure_check(folder: Path, samples: int) -> tuple[float, float]:
+    """(processor seconds, peak MB) of `fedmllm check` for a training file of so many lines, on 100 clients."""
+    make_data(folder, samples)
+    task = f'[task]\nname = "jsonl"\ntrain = "{folder}/train.jsonl"\ntest = "{folder}/test.jsonl"\n'
+    (folder / "check.toml").write_text(f'name = "check"\n{task}[partition]\nname = "iid"\nclients = 100\n')
+    command = [sys.executable, "-m", "fedmllm", "check", str(folder / "check.toml"), "--json"]
+    env = {**os.environ, "FEDMLLM_CACHE": str(folder / "cache")}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"check ended with status {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def compare_with_smallest(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each setting with its ratios to the setting of the same algorithm with the fewest clients."""
     rows = []
@@ -133,9 +151,15 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 1_000, 100_000])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--check", type=int, nargs="+", metavar="LINES", help="measure `fedmllm check` of such files instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        for lines in options.check or ():
+            seconds, megabytes = measure_check(folder, lines)
+            print(f"check of {lines:9,d} lines: {seconds:6.1f} s of processor time, {megabytes:5.0f} MB")
+        if options.check:
+            return
         make_data(folder)
         settings = [measure(folder, name, clients, options.rounds) for name in ALGORITHMS for clients in options.clients]
     rows = compare_with_smallest(settings)

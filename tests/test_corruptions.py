@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from commands import run
 from fedmllm.data import manifest as manifests
-from fedmllm.data.corruptions import KINDS, SEVERITIES, corrupted
+from fedmllm.data.corruptions import KINDS, SEVERITIES, OtherTexts, corrupted
 from fedmllm.data.dealing import draw
 from fedmllm.data.images import decode
 from fedmllm.data.manifest import Manifest
@@ -23,10 +25,13 @@ from fedmllm.data.partitions import partitions
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import composed, scenarios
 from fedmllm.errors import ConfigError, DataError
+from fedmllm.rng import stream
 from helpers import sample
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all day long until night falls"
-OTHERS = ["one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"]
+OTHERS = OtherTexts(
+    ["one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"]
+)
 IMAGES, TEXTS = KINDS["image"], KINDS["text"]
 
 
@@ -95,6 +100,13 @@ def test_severity_0_and_a_missing_modality_change_nothing(modality: Any) -> None
     for size in ((1, 1), (1, 9)):
         small = replace(SAMPLE, image=picture(size))
         assert all(corrupted(small, "image", kind, 5, 0).image for kind in IMAGES)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=9), st.sampled_from(["a", "b", "d", None]), st.integers(0, 9))
+def test_another_text_is_drawn_as_if_all_that_differ_were_listed(texts: list[str], own: str | None, seed: int) -> None:
+    different = [text for text in texts if text != own]
+    expected = different[int(stream(seed, "x").integers(len(different)))] if different else None
+    assert OtherTexts(texts).draw(own, stream(seed, "x")) == expected
 
 
 def test_unknown_kinds_and_severities_are_refused() -> None:

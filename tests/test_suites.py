@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.corruptions import KINDS, SEVERITIES, corrupted
+from fedmllm.data.corruptions import KINDS, SEVERITIES, OtherTexts, corrupted
 from fedmllm.data.samples import Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.evaluation.predictions import PATTERNS
@@ -57,7 +57,7 @@ def test_corruption_is_the_score_on_corrupted_samples(positive: str | None) -> N
         for modality in sorted(visible):
             for kind in KINDS[modality]:
                 for severity in (0, 2, 5):
-                    worse = [corrupted(s, modality, kind, severity, 0, texts) for s in samples]
+                    worse = [corrupted(s, modality, kind, severity, 0, OtherTexts(texts)) for s in samples]
                     expected = plain.score(plain.ask(worse, [pattern])[pattern])
                     assert curves[kind][severity] == pytest.approx(expected, abs=1e-6), (pattern, kind, severity)
         row, clean = found["tables"]["robustness"][pattern], plain.score(plain.ask(samples, [pattern])[pattern])

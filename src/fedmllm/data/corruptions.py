@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import string
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
@@ -33,8 +35,29 @@ _WORDS = (0.1, 0.2, 0.3, 0.45, 0.6)
 """The share of the words of a text that are affected, at least one."""
 
 PictureCorruption = Callable[[Image.Image, int, np.random.Generator], Image.Image]
-TextCorruption = Callable[[list[str], int, np.random.Generator, Sequence[str]], list[str]]
-"""(words, how many to affect, generator, the texts of other samples) -> words."""
+Draw = Callable[[np.random.Generator], str | None]
+"""A draw of the text of another sample; None if there is none."""
+TextCorruption = Callable[[list[str], int, np.random.Generator, Draw], list[str]]
+"""(words, how many to affect, generator, a draw of another text) -> words."""
+
+
+class OtherTexts:
+    """Texts, one of which can be drawn that differs from a given text, as if all that differ were listed."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = list(texts)
+        self._shifts: dict[str, list[int]] = {}
+        """text -> for each of its places in the list, how many different texts are before it."""
+        for place, text in enumerate(self._texts):
+            shifts = self._shifts.setdefault(text, [])
+            shifts.append(place - len(shifts))
+
+    def draw(self, text: str | None, rng: np.random.Generator) -> str | None:
+        shifts = self._shifts.get(text, []) if text is not None else []
+        if len(shifts) == len(self._texts):
+            return None
+        index = int(rng.integers(len(self._texts) - len(shifts)))
+        return self._texts[index + bisect_right(shifts, index)]
 
 
 def _blur(image: Image.Image, severity: int, rng: np.random.Generator) -> Image.Image:
@@ -69,7 +92,7 @@ def _chosen(words: Sequence[str], number: int, rng: np.random.Generator) -> list
     return sorted(rng.permutation(len(words))[:number].tolist())
 
 
-def _typos(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+def _typos(words: list[str], number: int, rng: np.random.Generator, other: Draw) -> list[str]:
     """In each affected word, one letter is replaced, dropped, doubled, or swapped with the next."""
     for index in _chosen(words, number, rng):
         word, at, letter = words[index], int(rng.integers(len(words[index]))), string.ascii_lowercase[int(rng.integers(26))]
@@ -82,20 +105,20 @@ def _typos(words: list[str], number: int, rng: np.random.Generator, others: Sequ
     return words
 
 
-def _dropped_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+def _dropped_words(words: list[str], number: int, rng: np.random.Generator, other: Draw) -> list[str]:
     """Affected words are left out; a text keeps at least one."""
     dropped = set(_chosen(words, min(number, len(words) - 1), rng))
     return [word for index, word in enumerate(words) if index not in dropped]
 
 
-def _swapped_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+def _swapped_words(words: list[str], number: int, rng: np.random.Generator, other: Draw) -> list[str]:
     """Each affected word changes places with the one after it."""
     for index in _chosen(words[1:], number, rng):
         words[index], words[index + 1] = words[index + 1], words[index]
     return words
 
 
-def _shuffled_words(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+def _shuffled_words(words: list[str], number: int, rng: np.random.Generator, other: Draw) -> list[str]:
     """The affected words change places among themselves; at least two are affected."""
     chosen = _chosen(words, max(2, number), rng)
     for index, word in zip(chosen, [words[i] for i in rng.permutation(chosen).tolist()], strict=True):
@@ -103,12 +126,10 @@ def _shuffled_words(words: list[str], number: int, rng: np.random.Generator, oth
     return words
 
 
-def _other_text(words: list[str], number: int, rng: np.random.Generator, others: Sequence[str]) -> list[str]:
+def _other_text(words: list[str], number: int, rng: np.random.Generator, other: Draw) -> list[str]:
     """The last words are those of another sample's text."""
-    if not others:
-        return words
-    other = others[int(rng.integers(len(others)))].split()
-    return [*words[:-number], *other[-number:]]
+    text = other(rng)
+    return words if text is None else [*words[:-number], *text.split()[-number:]]
 
 
 PICTURES: dict[str, PictureCorruption] = {
@@ -128,10 +149,13 @@ TEXTS: dict[str, TextCorruption] = {
 KINDS: dict[Modality, tuple[str, ...]] = {"image": tuple(PICTURES), "text": tuple(TEXTS)}
 
 
-def corrupted(sample: Sample, modality: Modality, kind: str, severity: int, seed: int, others: Sequence[str] = ()) -> Sample:
+def corrupted(
+    sample: Sample, modality: Modality, kind: str, severity: int, seed: int, others: OtherTexts | None = None
+) -> Sample:
     """The sample with a worse picture (a PNG in memory) or text; unchanged at severity 0, or without that modality.
 
-    `others` are texts of which "other-text" takes one. Raises ValueError for an unknown kind or severity.
+    "other-text" takes one of the texts in `others` that differs from the sample's. Raises ValueError for an unknown kind or
+    severity.
     """
     if kind not in KINDS[modality]:
         raise ValueError(f"there is no corruption {kind!r} of {modality}s; choose among {', '.join(KINDS[modality])}")
@@ -145,7 +169,6 @@ def corrupted(sample: Sample, modality: Modality, kind: str, severity: int, seed
     words = (sample.text or "").split()
     if severity and modality == "text" and words:
         number = max(1, round(_WORDS[severity - 1] * len(words)))
-        # Only where they are used: there may be as many texts as samples.
-        different = [text for text in others if text != sample.text] if kind == "other-text" else ()
-        return replace(sample, text=" ".join(TEXTS[kind](words, number, rng, different)))
+        others = others or OtherTexts(())
+        return replace(sample, text=" ".join(TEXTS[kind](words, number, rng, partial(others.draw, sample.text))))
     return sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from fedmllm.config import Experiment, TaskTable
 from fedmllm.data.dealing import draw
@@ -14,6 +15,7 @@ from fedmllm.data.notes import notes
 from fedmllm.data.partitions import Deal, GroupedDeal
 from fedmllm.data.samples import Loaded, Sample, Split, Task
 from fedmllm.data.scenarios import Scenario
+from fedmllm.data.stored import Samples, pick
 from fedmllm.data.subsets import draw_subset
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
@@ -47,13 +49,13 @@ class Dataset:
     `eval.split = "validation"` holds out."""
 
     task: Task
-    train: list[Sample]
-    test: list[Sample]
+    train: Sequence[Sample]
+    test: Sequence[Sample]
     skipped: int
     manifest: Manifest
     notes: tuple[str, ...] = ()
     """What may be a mistake in the data, in one sentence each."""
-    of_rounds: list[Sample] | None = None
+    of_rounds: Sequence[Sample] | None = None
     """What rounds are scored on, if it is not `test`."""
 
 
@@ -92,23 +94,20 @@ def read_splits(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
     return loaded_splits if companion is None else loaded_splits + read_splits(companion, splits)
 
 
-def join_tasks(loaded_splits: Sequence[LoadedSplit], split: Split) -> list[Sample]:
+def join_tasks(loaded_splits: Sequence[LoadedSplit], split: Split) -> Samples:
     """The samples of one split of all tasks, ordered by id. Raises DataError for bad samples unless they are to be skipped."""
-    joined: dict[str, Sample] = {}
-    for part in loaded_splits:
-        if part.split == split:
-            samples = usable_samples(part.loaded, part.task, split, part.table.on_bad_sample)
-            if shared := joined.keys() & {s.id for s in samples}:
-                raise DataError(f"task.companion: the id {min(shared)!r} occurs in both tasks; make the ids differ.")
-            joined |= {s.id: s for s in samples}
-    return [joined[sample_id] for sample_id in sorted(joined)]
+    of_tasks = [usable_samples(p.loaded, p.task, split, p.table.on_bad_sample) for p in loaded_splits if p.split == split]
+    joined = Samples.of(of_tasks[0] if len(of_tasks) == 1 else chain.from_iterable(of_tasks)).ordered()
+    if len(shared := joined.repeated()):
+        raise DataError(f"task.companion: the id {joined[shared[0]].id!r} occurs in both tasks; make the ids differ.")
+    return joined
 
 
 def count_problems(loaded_splits: Sequence[LoadedSplit]) -> int:
     return sum(len(part.loaded.problems) for part in loaded_splits)
 
 
-def load_split(source: Source, split: Split) -> tuple[Task, list[Sample], int]:
+def load_split(source: Source, split: Split) -> tuple[Task, Sequence[Sample], int]:
     """(the task, its samples of one split ordered by id, the number of skipped samples). Raises ConfigError or DataError."""
     loaded_splits = read_splits(source, (split,))
     return loaded_splits[0].task, join_tasks(loaded_splits, split), count_problems(loaded_splits)
@@ -158,13 +157,14 @@ def _check_auc(task: Task, samples: Sequence[Sample], where: str) -> None:
 
 def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal, scenario: Scenario) -> Dataset:
     """Separate training and test samples and draw the manifest. Raises ConfigError or DataError."""
-    task, samples = loaded_splits[0].task, join_tasks(loaded_splits, "train")
-    held_out: list[Sample] = []
+    task = loaded_splits[0].task
+    samples: Sequence[Sample] = join_tasks(loaded_splits, "train")
+    held_out: Sequence[Sample] = []
     if config.eval.holds_out:
         count = max(1, round(len(samples) * config.eval.validation_share))
         held_out = draw_subset(samples, count, ("validation",), config.task.draw)
         ids = {s.id for s in held_out}
-        samples = [s for s in samples if s.id not in ids]
+        samples = pick(samples, [index for index, s in enumerate(samples) if s.id not in ids])
     test = held_out if config.eval.split == "validation" else join_tasks(loaded_splits, "test")
     of_rounds = scored_in_rounds(config, test, held_out)
     if config.task.companion is not None:
@@ -183,7 +183,7 @@ def prepare(config: Experiment, loaded_splits: Sequence[LoadedSplit], deal: Deal
     return Dataset(task, samples, test, count_problems(loaded_splits), manifest, tuple(notes(samples, test)), of_rounds)
 
 
-def scored_in_rounds(config: Experiment, test: list[Sample], held_out: list[Sample]) -> list[Sample] | None:
+def scored_in_rounds(config: Experiment, test: Sequence[Sample], held_out: Sequence[Sample]) -> Sequence[Sample] | None:
     """What rounds are scored on: the test samples, the training samples that were held out, or a draw of them; None if it is
     the test samples themselves."""
     among = held_out if config.eval.every_split == "validation" else test

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
@@ -23,6 +23,9 @@ class EntryError(DataError):
     def __init__(self, what: str, kind: ProblemKind = "wrong value") -> None:
         super().__init__(what)
         self.kind = kind
+
+
+_BOM = b"\xef\xbb\xbf"
 
 
 def path_inside(folder: Path, *names: str, absolute: bool = False) -> Path:
@@ -86,9 +89,13 @@ def find_file(task: str, data_dir: str | Path, name: str) -> Path:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        return path.read_bytes().removeprefix(_BOM)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error}).")
 
 
 class _Repeated(str):
@@ -100,11 +107,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
     return dict(pairs) if len(set(keys)) == len(keys) else _Repeated(next(key for key in keys if keys.count(key) > 1))
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse_json(raw: bytes) -> Any:
     """The value of a JSON text. Raises EntryError with the reason alone."""
     try:
-        value = json.loads(raw, object_pairs_hook=_object)
-        json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate parses, but cannot be encoded
+        value = _DECODER.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
+        if b"\\u" in raw or not raw.isascii():
+            json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate parses, but cannot be encoded
     except (ValueError, RecursionError) as error:
         raise EntryError(str(error), "unreadable entry") from None
     return value
@@ -174,17 +185,28 @@ def _entry(path: Path, noun: Literal["line", "index"], index: int, value: Any) -
     return Problem(where, f"the {'line' if noun == 'line' else 'entry'} {what}", "unreadable entry")
 
 
-def _check_lines(path: Path, lines: Sequence[bytes]) -> None:
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, read one by one. Raises DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file):
+                yield from (raw.removeprefix(_BOM) if number == 0 else raw).splitlines()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _check_lines(path: Path) -> None:
     """Raises DataError for a file of another format, in which every line would be a bad sample."""
-    starts = [line.strip() for line in lines if line.strip()]
-    if not starts or (starts[0].startswith(b"{") and starts[0] != b"{"):
+    starts = (line.strip() for line in _lines(path) if line.strip())
+    first = next(starts, b"")
+    if not first or (first.startswith(b"{") and first != b"{"):
         return
-    if starts[0].startswith(b"["):
+    if first.startswith(b"["):
         found = "is a JSON array"
-    elif starts[0] == b"{":
+    elif first == b"{":
         found = "holds an object that takes up several lines"
     elif not any(line.startswith(b"{") for line in starts):
-        found = f"is no JSON, for its first line is {starts[0][:40].decode(errors='replace')!r}"
+        found = f"is no JSON, for its first line is {first[:40].decode(errors='replace')!r}"
     else:
         return
     raise DataError(f'{path}: {found}; write one object per line, such as {{"id": "1", "question": "…", "answer": "…"}}.')
@@ -193,9 +215,8 @@ def _check_lines(path: Path, lines: Sequence[bytes]) -> None:
 def json_lines(path: Path) -> Iterator[Entry | Problem]:
     """The objects of a file with one JSON object per line. Empty lines are skipped but counted. Raises DataError for a file of
     another format."""
-    lines = _content(path).splitlines()
-    _check_lines(path, lines)
-    for number, raw in enumerate(lines, start=1):
+    _check_lines(path)
+    for number, raw in enumerate(_lines(path), start=1):
         if not raw.strip():
             continue
         try:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from fedmllm.data.images import Picture, decode, is_stretched
 from fedmllm.data.samples import LETTERS, Loaded, Problem, ProblemKind, Sample, Split, Task
+from fedmllm.data.stored import Samples
 from fedmllm.errors import DataError
 
 Flaw = tuple[str, ProblemKind]
 """(what is wrong with a sample, its kind)."""
-Survey = dict[Picture, tuple[Flaw | None, bool]]
-"""picture -> (what is wrong with it, whether its 16-bit grey is stretched)."""
+_AT_A_TIME = 1 << 12
+"""Pictures that wait for a thread at a time."""
 
 
 def _picture_flaw(image: Picture) -> Flaw | None:
@@ -40,65 +42,79 @@ def _examine(image: Picture) -> tuple[Flaw | None, bool]:
     return flaw, flaw is None and is_stretched(image)
 
 
-def _examine_all(pictures: Sequence[Picture]) -> Survey:
+def _examine_all(pictures: Sequence[Picture]) -> list[tuple[Flaw | None, bool]]:
+    """For each picture: what is wrong with it, and whether its 16-bit grey is stretched."""
     # Warning filters belong to the process, so they are set here, around all threads. Pillow warns about an image above its
     # limit and raises an error above twice the limit; here both are errors, so that no later decoding warns.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return dict(zip(pictures, pool.map(_examine, pictures), strict=True))
+        parts = (pictures[first : first + _AT_A_TIME] for first in range(0, len(pictures), _AT_A_TIME))
+        return [outcome for part in parts for outcome in pool.map(_examine, part)]
 
 
-def _pictures(samples: Iterable[Sample]) -> list[Picture]:
-    """The distinct pictures of the samples."""
-    return list(dict.fromkeys(s.image for s in samples if s.image is not None))
+def _flaw(sample: Sample) -> Flaw | None:
+    """Why a sample that was parsed cannot be used, whatever the others and its picture are."""
+    choices = sample.choices
+    if not sample.answer:
+        return "the answer is empty", "empty answer"
+    if choices is None:
+        return None
+    if len(set(choices)) < len(choices):
+        twice = next(choice for choice in choices if choices.count(choice) > 1)
+        return f"the choice {twice!r} occurs twice", "wrong value"
+    if sample.answer not in choices:
+        return f"the answer {sample.answer!r} is not among the choices {', '.join(choices)}", "answer not among the choices"
+    if sample.lettered and len(choices) > len(LETTERS):
+        return f"{len(choices)} choices are more than the {len(LETTERS)} letters", "too many choices"
+    return None
 
 
-def _flaws(samples: Mapping[int, Sample], survey: Survey) -> Iterator[tuple[int, Flaw]]:
-    """(index, flaw) of each sample that was parsed but cannot be used."""
-    seen: set[str] = set()
-    for index, sample in samples.items():
-        if sample.id in seen:
-            yield index, (f"the id {sample.id!r} is used twice", "duplicate id")
-        elif not sample.answer:
-            yield index, ("the answer is empty", "empty answer")
-        elif sample.choices is not None and len(set(sample.choices)) < len(sample.choices):
-            twice = next(choice for choice in sample.choices if sample.choices.count(choice) > 1)
-            yield index, (f"the choice {twice!r} occurs twice", "wrong value")
-        elif sample.choices is not None and sample.answer not in sample.choices:
-            what = f"the answer {sample.answer!r} is not among the choices {', '.join(sample.choices)}"
-            yield index, (what, "answer not among the choices")
-        elif sample.lettered and len(sample.choices or ()) > len(LETTERS):
-            what = f"{len(sample.choices or ())} choices are more than the {len(LETTERS)} letters"
-            yield index, (what, "too many choices")
-        elif sample.image is not None and (flaw := survey[sample.image][0]):
-            yield index, flaw
-        seen.add(sample.id)
-
-
-def read_split(task: Task, split: Split, choose: Callable[[list[Sample]], list[Sample]] = lambda samples: samples) -> Loaded:
+def read_split(task: Task, split: Split, choose: Callable[[Samples], Sequence[Sample]] = lambda samples: samples) -> Loaded:
     """The usable samples of a split, cleaned, and the problems of the others, decoding every image once.
 
     Samples are ordered by id, so that the result does not depend on the order of a file system. `choose` selects the samples
-    to keep; only their images are decoded.
+    to keep, by a slice or `Samples.take`; only their images are decoded. Raises DataError.
     """
-    entries = [entry.cleaned() if isinstance(entry, Sample) else entry for entry in task.load(split)]
-    kept = {id(s) for s in choose(sorted((e for e in entries if isinstance(e, Sample)), key=lambda s: s.id))}
-    entries = [e for e in entries if isinstance(e, Problem) or id(e) in kept]
-    samples = {index: entry for index, entry in enumerate(entries) if isinstance(entry, Sample)}
-    survey = _examine_all(_pictures(samples.values()))
-    flaws = dict(_flaws(samples, survey))
-    usable: list[Sample] = []
-    problems: list[Problem] = []
-    for index, entry in enumerate(entries):
-        if isinstance(entry, Problem):
-            problems.append(entry)
-        elif index in flaws:
-            problems.append(problem_of(entry, task, *flaws[index]))
-        else:
-            usable.append(entry)
-    stretched = sum(survey[picture][1] for picture in _pictures(usable))
-    return Loaded(sorted(usable, key=lambda s: s.id), problems, stretched)
+    problems: list[tuple[float, Problem]] = []
+    """With the number of samples before it."""
+    flawed: list[int] = []
+
+    def parsed() -> Iterator[Sample]:
+        count = 0
+        for entry in task.load(split):
+            if isinstance(entry, Problem):
+                problems.append((count - 0.5, entry))
+                continue
+            sample = entry.cleaned()
+            if _flaw(sample):
+                flawed.append(count)
+            count += 1
+            yield sample
+
+    everything = Samples.of(parsed())
+    samples, chosen = everything, choose(everything.ordered())
+    if len(chosen) < len(everything):
+        assert isinstance(chosen, Samples)
+        samples = everything.take(np.sort(everything.indices(chosen)))
+    shown = np.unique(samples.picture[samples.has_image])
+    survey = dict(zip(shown.tolist(), _examine_all([samples.pictures[picture] for picture in shown]), strict=True))
+    bad_pictures = [picture for picture, (flaw, _) in survey.items() if flaw]
+    repeated = set(samples.repeated().tolist())
+    bad = set(repeated)
+    if flawed:
+        bad |= set(np.flatnonzero(np.isin(everything.indices(samples), flawed)).tolist())
+    if bad_pictures:
+        bad |= set(np.flatnonzero(np.isin(samples.picture, bad_pictures)).tolist())
+    position = everything.indices(samples) if bad else ()
+    for index in bad:
+        sample = samples[index]
+        flaw = (f"the id {sample.id!r} is used twice", "duplicate id") if index in repeated else _flaw(sample)
+        flaw = flaw or survey[samples.picture[index]][0]
+        problems.append((position[index], problem_of(sample, task, *flaw)))
+    usable = samples.take(np.setdiff1d(np.arange(len(samples)), list(bad))) if bad else samples
+    stretched = sum(survey[picture][1] for picture in np.unique(usable.picture[usable.has_image]))
+    return Loaded(usable.ordered(), [problem for _, problem in sorted(problems, key=lambda entry: entry[0])], stretched)
 
 
 def problem_of(sample: Sample, task: Task, what: str, kind: ProblemKind) -> Problem:
@@ -117,7 +133,7 @@ def refuse_problems(problems: Sequence[Problem], left: int, nothing_left: str, p
         raise DataError(f"{nothing_left}{first}.")
 
 
-def usable_samples(loaded: Loaded, task: Task, split: Split, on_bad_sample: Literal["error", "skip"]) -> list[Sample]:
+def usable_samples(loaded: Loaded, task: Task, split: Split, on_bad_sample: Literal["error", "skip"]) -> Sequence[Sample]:
     """The usable samples. Raises DataError if there are none, or, with "error", if there is any bad sample."""
     nothing_left = f"task {task.name!r} has no usable sample in its {split} split"
     refuse_problems(loaded.problems, len(loaded.samples), nothing_left, on_bad_sample)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.scenarios import Modalities, Noise
 from fedmllm.data.schedule import NOTHING_CHANGES, Schedule
+from fedmllm.data.stored import Samples
 from fedmllm.errors import DataError
 from fedmllm.storage.atomic import write_atomically
 
@@ -169,7 +170,8 @@ def _noise(worded: str) -> Noise:
 
 def pooled(samples: Sequence[Sample]) -> Manifest:
     """All samples with all their modalities on one client, for centralised training."""
-    return Manifest.of((Holding(s.id, 0, s.modalities) for s in sorted(samples, key=lambda s: s.id)), 1)
+    ordered = Samples.of(samples).ordered()
+    return Manifest(ordered.ids, np.zeros(len(ordered), dtype=np.int32), ordered.has_image, ordered.has_text, 1)
 
 
 def read(path: Path) -> Manifest:

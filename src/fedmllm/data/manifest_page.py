@@ -12,6 +12,7 @@ from fedmllm.data.differences import noise_rows
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.schedule import Schedule
+from fedmllm.data.stored import Samples
 from fedmllm.errors import xml_text
 
 _MODALITY_COLORS = {"both": "#4c72b0", "image": "#dd8452", "text": "#55a868", "neither": "#bbbbbb"}
@@ -120,12 +121,10 @@ def _bars(title: str, rows: Mapping[str, Counter[str]], colors: Mapping[str, str
 
 def _losses(manifest: Manifest, samples: Sequence[Sample], clients: int) -> str:
     """Two bars a client: which share of the pictures and of the texts that its samples have it does not see."""
-    index_of = {sample.id: index for index, sample in enumerate(samples)}
-    order = [index_of[sample_id] for sample_id in manifest.ids.to_pylist()]
-    lost = []
-    for modality, seen in zip(MODALITIES, (manifest.image, manifest.text), strict=True):
-        there = np.array([modality in sample.modalities for sample in samples], dtype=np.bool_)[order]
-        had, kept = (np.bincount(manifest.owner[rows], minlength=manifest.clients) for rows in (there, seen))
+    stored = Samples.of(samples)
+    order, lost = stored.places(manifest.ids), []
+    for has, seen in ((stored.has_image, manifest.image), (stored.has_text, manifest.text)):
+        had, kept = (np.bincount(manifest.owner[rows], minlength=manifest.clients) for rows in (has[order], seen))
         lost.append([None if not n else 1 - k / n for n, k in zip(had.tolist(), kept.tolist(), strict=True)])
     if not any(share for shares in lost for share in shares):
         return ""

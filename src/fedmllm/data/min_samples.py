@@ -37,8 +37,11 @@ def ensure_minimum(
             f"{len(owner)}; lower one of them or use more data."
         )
     order = rng.permutation(len(owner))
+    below = np.flatnonzero(np.bincount(owner, minlength=clients) < least).tolist()
+    if not below:
+        return owner
     assignment = _Assignment(owner, eligible, clients, least, order)
-    for client in [client for client in range(clients) if assignment.held[client] < least]:
+    for client in below:
         while assignment.held[client] < least:
             if not (assignment.take_one(client) or assignment.take_along_chain(client)):
                 raise DataError(

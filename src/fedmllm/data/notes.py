@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
 
 from fedmllm.data.images import Picture, image_key
@@ -13,9 +15,12 @@ _SHOWN = 3
 
 def notes(train: Sequence[Sample], test: Sequence[Sample]) -> Iterator[str]:
     """The sentences about these training and test samples."""
-    samples = [*train, *test]
-    answers = near_equal(text for s in samples for text in (s.answer, *(s.choices or ())))
-    labels = [group for group in near_equal(s.label for s in samples) if group not in answers]
+    answer_texts, label_texts = set[str](), set[str]()
+    for sample in chain(train, test):
+        answer_texts.update((sample.answer, *(sample.choices or ())))
+        label_texts.add(sample.label)
+    answers = near_equal(answer_texts)
+    labels = [group for group in near_equal(label_texts) if group not in answers]
     for what, groups in (("answers", answers), ("labels", labels)):
         if groups:
             shown = ", ".join("/".join(map(repr, group)) for group in groups[:_SHOWN])
@@ -41,23 +46,24 @@ def shared_rows(train: Sequence[Sample], test: Sequence[Sample]) -> int:
 
     Pictures are compared by their bytes; a file is read only if another with the same words has the same size.
     """
-    common = {_outline(s) for s in train} & {_outline(s) for s in test}
-    keys: dict[Picture, str] = {}
-
-    def rows(samples: Sequence[Sample]) -> Iterator[tuple[object, ...]]:
-        for sample in samples:
-            if (outline := _outline(sample)) in common:
-                if sample.image is not None and sample.image not in keys:
-                    keys[sample.image] = image_key(sample.image)
-                yield (*outline, keys[sample.image] if sample.image is not None else None)
-
-    known = set(rows(train))
-    return sum(row in known for row in rows(test))
+    size_of, key_of = lru_cache(1 << 12)(_size), cache(lambda image: image_key(image) if image is not None else None)
+    words = {_words(s) for s in test}
+    outlines = {(_words(s), size_of(s.image)) for s in test}
+    common, known = set[object](), set[object]()
+    for s in train:
+        if _words(s) in words and (outline := (_words(s), size_of(s.image))) in outlines:
+            common.add(outline)
+            known.add((outline, key_of(s.image)))
+    shown = [((_words(s), size_of(s.image)), s.image) for s in test]
+    return sum(outline in common and (outline, key_of(image)) in known for outline, image in shown)
 
 
-def _outline(sample: Sample) -> tuple[object, ...]:
-    """What can be compared without reading a file."""
-    image, size = sample.image, 0
-    if image is not None:
-        size = image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1
-    return size, sample.text, sample.question, sample.answer
+def _words(sample: Sample) -> tuple[str | None, str, str]:
+    return sample.text, sample.question, sample.answer
+
+
+def _size(image: Picture | None) -> int:
+    """The bytes of a picture, as far as that is known without reading it; 0 if there is none."""
+    if image is None:
+        return 0
+    return image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1

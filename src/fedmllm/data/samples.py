@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from fedmllm.data.images import Picture
@@ -22,6 +23,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The labels of lettered choices, of which there can be no more than letters."""
 
 
+@lru_cache(1 << 12)  # choices and answers come again and again
 def clean(text: str) -> str:
     """An answer, a choice or the name of a class as it is used everywhere: in Unicode's composed form (NFC) and without white
     space around it. White space inside it is kept, because an answer may have several lines."""
@@ -108,7 +110,7 @@ class Task:
 class Loaded:
     """The samples of a split that can be used, ordered by id, and the problems of those that cannot."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     problems: list[Problem] = field(default_factory=list)
     stretched: int = 0
     """The number of distinct pictures among the samples whose 16-bit grey is stretched to 8 bits."""

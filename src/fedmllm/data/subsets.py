@@ -8,18 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedmllm.data.samples import Sample
+from fedmllm.data.stored import pick
 from fedmllm.rng import stream
 
 
-def draw_subset(samples: list[Sample], count: int | None, names: Sequence[str], draw: int | None) -> list[Sample]:
+def draw_subset(samples: Sequence[Sample], count: int | None, names: Sequence[str], draw: int | None) -> Sequence[Sample]:
     """Draw `count` of the samples, in their order. The draw is that of `task.draw` and not of the seed, so that seeds share the
     data. With a `draw`, every label keeps its share."""
     if count is None or count >= len(samples):
         return samples
     rng = stream(draw or 0, "subset", *names)
     if draw is None:
-        return [samples[i] for i in sorted(rng.choice(len(samples), size=count, replace=False).tolist())]
-    return [samples[i] for i in sorted(draw_stratified([s.label for s in samples], count, rng))]
+        return pick(samples, sorted(rng.choice(len(samples), size=count, replace=False).tolist()))
+    return pick(samples, sorted(draw_stratified([s.label for s in samples], count, rng)))
 
 
 def draw_stratified(labels: Sequence[str], count: int, rng: np.random.Generator) -> list[int]:

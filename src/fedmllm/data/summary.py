@@ -13,6 +13,7 @@ from fedmllm.data.differences import difference_lines, noise_shares, presence, r
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.samples import Loaded, Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities, Scenario
+from fedmllm.data.stored import Samples
 
 MAX_CLASSES_SHOWN = 5
 """The text names no more classes than this; a question-answering set can have hundreds."""
@@ -29,17 +30,20 @@ def summarise(loaded_splits: Sequence[tuple[Split, Loaded]]) -> dict[str, dict[s
     """
     splits: dict[str, dict[str, Any]] = {}
     for split in dict.fromkeys(split for split, _ in loaded_splits):
-        samples = [s for name, loaded in loaded_splits if name == split for s in loaded.samples]
         problems = [p for name, loaded in loaded_splits if name == split for p in loaded.problems]
-        patterns = Counter(s.modalities for s in samples)
-        answers = _largest_first(Counter(s.answer for s in samples))
+        labels, said, patterns = Counter[str](), Counter[str](), Counter[Modalities]()
+        for sample in (s for name, loaded in loaded_splits if name == split for s in loaded.samples):
+            labels[sample.label] += 1
+            said[sample.answer] += 1
+            patterns[sample.modalities] += 1
+        answers, samples = _largest_first(said), said.total()
         answer = next(iter(answers), "")
         splits[split] = {
-            "samples": len(samples),
-            "classes": _largest_first(Counter(s.label for s in samples)),
+            "samples": samples,
+            "classes": _largest_first(labels),
             "modalities": {name: patterns[visible] for name, visible in PATTERNS.items()},
             "bad_samples": _largest_first(Counter(p.kind for p in problems)),
-            "majority": {"answer": answer, "share": round(answers[answer] / len(samples), 6) if samples else 0.0},
+            "majority": {"answer": answer, "share": round(answers[answer] / samples, 6) if samples else 0.0},
             "stretched": sum(loaded.stretched for name, loaded in loaded_splits if name == split),
         }
     return splits
@@ -111,7 +115,7 @@ def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Sce
     expected = None
     if samples and scenario.expected is not None and not manifest.schedule.changes:
         totals = dict.fromkeys(PATTERNS.values(), 0.0)
-        for kind, count in Counter(s.modalities for s in samples).items():
+        for kind, count in Counter(Samples.of(samples).modalities()).items():
             for visible, probability in scenario.expected(kind, manifest.clients).items():
                 totals[visible] += count * probability
         expected = _shares(dict(zip(PATTERNS, totals.values(), strict=True)))
@@ -132,11 +136,13 @@ def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] |
     and class as a share of the entropy of the class}. All are of the samples at hand, so the last two are slightly optimistic.
     None for fewer than two classes.
     """
-    classes = {label: column for column, label in enumerate(sorted({sample.label for sample in samples}))}
+    stored, numbers = Samples.of(samples).ordered(), dict[str, int]()
+    labels = np.fromiter((numbers.setdefault(s.label, len(numbers)) for s in stored), np.int64, len(stored))
+    classes = sorted(numbers)
     if len(classes) < 2:
         return None
-    column_of = {sample.id: classes[sample.label] for sample in samples}
-    columns = np.array([column_of[sample_id] for sample_id in manifest.ids.to_pylist()], dtype=np.int64)
+    sorted_place = np.argsort([numbers[label] for label in classes])
+    columns = sorted_place[labels][stored.places(manifest.ids)]
     counts = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in rounds_shown(manifest).T])
     joint = counts / counts.sum()
     by_pattern, by_class = (float(entropy(joint.sum(axis=axis))) for axis in (1, 0))

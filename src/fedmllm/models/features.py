@@ -8,14 +8,18 @@ model finds the file. Nothing in it depends on the adapter.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import time
+import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fedmllm.errors import ConfigError
-from fedmllm.storage.atomic import atomic_file, remove_leftovers, write_atomically
+from fedmllm.errors import ConfigError, brief
+from fedmllm.storage.atomic import atomic_file, remove_leftovers
 
 _DAY = 24 * 3600.0
 LAYOUT = "3"
@@ -38,8 +42,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmllm"
 
 
+def cache_limit() -> float:
+    """The bytes that the features of all experiments may take: `$FEDMLLM_CACHE_GB` gigabytes, by default 20, or inf for no
+    limit. Raises ConfigError if that is no positive number."""
+    text = os.environ.get("FEDMLLM_CACHE_GB") or "20"
+    try:
+        if (gigabytes := float(text)) > 0:
+            return 1e9 * gigabytes
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"the environment variable FEDMLLM_CACHE_GB = {brief(text, 40)!r} must be a number above 0: how many gigabytes the "
+        "cache of vision features may take, such as 50, or inf for no limit."
+    )
+
+
 def check_cache() -> None:
-    """Raises ConfigError if nothing can be written to the cache."""
+    """Raises ConfigError if nothing can be written to the cache, or if its limit is no number."""
+    cache_limit()
     folder = cache_folder() / "features"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,34 +131,90 @@ class FeatureFile:
 
 
 def open_features(path: Path) -> FeatureFile | None:
-    """The file, or None if it is missing or incomplete."""
-    index = path.with_suffix(".json")
+    """The file, or None if it is missing or incomplete. While it is open, no other run removes it."""
+    index, opened = path.with_suffix(".json"), None
+    try:
+        file = index.open("rb")
+    except OSError:
+        return None
     try:  # the index is written last, so without it the file is incomplete
-        shapes = [tuple(shape) for shape in json.loads(index.read_text())["shapes"]]
-    except (OSError, ValueError, KeyError):
+        _hold(file)
+        shapes = [tuple(shape) for shape in json.loads(file.read())["shapes"]]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        if path.stat().st_size != 4 * sum(sizes):
+            return None
+        starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(int).tolist() if sizes else []
+        data = np.memmap(path, dtype=np.float32, mode="r") if sum(sizes) else np.empty(0, np.float32)  # which cannot be mapped
+        opened = FeatureFile(data, shapes, starts)
+        weakref.finalize(opened, file.close)
+        with suppress(OSError):  # someone else's folder, perhaps
+            os.utime(index)
+        return opened
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    if not path.is_file() or path.stat().st_size != 4 * sum(sizes):
-        return None
-    starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(int).tolist() if sizes else []
-    data = np.memmap(path, dtype=np.float32, mode="r") if sum(sizes) else np.empty(0, np.float32)  # which cannot be mapped
-    return FeatureFile(data, shapes, starts)
+    finally:
+        if opened is None:
+            file.close()
+
+
+def _hold(index: BinaryIO) -> None:
+    """Keep the features of an index from being removed until it is closed."""
+    with suppress(OSError):  # some file systems have no locks
+        fcntl.flock(index, fcntl.LOCK_SH)
 
 
 def write_features(path: Path, records: Iterable[Tensor]) -> FeatureFile:
-    """Write the records to disk one by one and open the file. Raises ConfigError if it cannot be written."""
+    """Write the records to disk one by one, open the file, and remove others if the cache is too large.
+
+    Raises ConfigError if it cannot be written.
+    """
     check_cache()
     remove_leftovers(path.parent, min_age=_DAY)  # no lock: a machine that shares the cache may be writing
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     try:
         with atomic_file(path) as file:
             for record in records:
                 array = record.detach().to("cpu", torch.float32).contiguous().numpy()
-                shapes.append(list(array.shape))
+                shapes.append(array.shape)
                 file.write(array.tobytes())
-        write_atomically(path.with_suffix(".json"), json.dumps({"shapes": shapes}).encode())
+        with ExitStack() as held:
+            with atomic_file(path.with_suffix(".json")) as file:
+                file.write(json.dumps({"shapes": shapes}).encode())
+                _hold(held.enter_context(os.fdopen(os.dup(file.fileno()), "wb")))  # before another run can see and remove it
+            opened = open_features(path)
     except OSError as error:
         raise _cannot_write(path, error) from None
-    opened = open_features(path)
     assert opened is not None
+    shrink(path.parent, cache_limit())
     return opened
+
+
+def shrink(folder: Path, limit: float) -> None:
+    """Remove the features that were used longest ago until all take at most `limit` bytes. Those that a run has open stay, and
+    what this user may not remove."""
+    entries: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.bin"):
+        with suppress(OSError):  # another run may have removed it
+            index = path.with_suffix(".json")
+            entries.append(((index if index.exists() else path).stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for used, size, path in sorted(entries):
+        if total <= limit:
+            return
+        with suppress(OSError):
+            _remove(path, used)
+            total -= size
+
+
+def _remove(path: Path, used: float) -> None:
+    """Raises OSError for features that are in use or cannot be removed."""
+    index = path.with_suffix(".json")
+    if not index.exists():
+        if time.time() - used < _DAY:
+            raise OSError("another run may be writing it")
+        path.unlink()
+        return
+    with index.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        index.unlink()
+        path.unlink(missing_ok=True)

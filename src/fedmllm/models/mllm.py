@@ -125,6 +125,14 @@ class MLLM:
             )  # fmt: skip
         return encoded
 
+    def check_one(self, conversation: Conversation, image: Picture | None, max_length: int) -> None:
+        """Raises EntryError as `encode_one` does, without tokenising a conversation that is short enough by its letters."""
+        shown = image if conversation.image else None
+        size = self.pictures.size(self.pictures.number(shown)) if shown is not None else None
+        most = self._tokens.at_most(conversation, shown, size)
+        if most is None or most + self.width([]) > max_length:
+            self.encode_one(conversation, image, max_length)
+
     def register_pictures(self, images: Iterable[Picture]) -> None:
         """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
         for image in images:

@@ -54,6 +54,14 @@ class SampleText:
     def _copied(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, [_STAND_IN, *self._strings])), re.IGNORECASE)
+
+    def has_control(self, text: str) -> bool:
+        """Whether the text contains the string of a control token, in capital or small letters."""
+        return self._control.search(text) is not None
+
     def cut(self, text: str) -> tuple[str, list[list[int]]]:
         """The text with a stand-in for each string of a control token, and the tokens of these strings as ordinary text.
 

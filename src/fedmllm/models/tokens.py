@@ -8,6 +8,7 @@ when they are needed, and equal questions about pictures of equal size are token
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -19,6 +20,9 @@ from fedmllm.models.pictures import PIXELS
 from fedmllm.models.sample_text import SampleText
 
 Size = tuple[int, int]
+_KEPT = 1 << 14
+"""Distinct prompts and answers that are remembered, so that looking at all samples once does not take memory for all."""
+_LETTER, _AT_EDGES = "x", 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +59,27 @@ class Tokens:
         if image is not None and self._always_decode:
             return self._process(conversation, decode(image))
         if key not in self._prompts:
+            _bound(self._prompts)
             prompt = self._process(conversation, Image.new("RGB", size) if size is not None else None)
             if image is not None and prompt.has_pixels:
                 return self._process(conversation, decode(image))
             self._prompts[key] = prompt
         return self._prompts[key]
+
+    def at_most(self, conversation: Conversation, image: Picture | None, size: Size | None) -> int | None:
+        """A number of tokens that the user's turn and the answer do not exceed, from their letters; None if only tokenising
+        them can tell. Raises EntryError for a picture that the processor refuses.
+
+        Every token of an ASCII text stands for at least one of its letters, because no tokenizer's normalisation makes such a
+        text longer. Where it meets the template, other tokens than there may arise.
+        """
+        letters = conversation.user + conversation.answer
+        if not letters.isascii() or self._text.has_control(letters):
+            return None
+        frame = self.prompt(replace(conversation, user=_LETTER), image, size)
+        if image is not None and (self._always_decode or frame.has_pixels):
+            return None
+        return len(frame.ids) + len(letters) + sum(map(len, self._backbone.answer_frame)) + _AT_EDGES
 
     def _process(self, conversation: Conversation, picture: Image.Image | None) -> Prompt:
         user, cut = self._text.cut(conversation.user)
@@ -80,6 +100,7 @@ class Tokens:
     def answer(self, text: str) -> tuple[int, ...]:
         """The assistant's turn up to and including its end token, as the chat template writes it."""
         if text not in self._answers:
+            _bound(self._answers)
             before, after = self._backbone.answer_frame
             answer, cut = self._text.cut(text)
             tokenizer = (self._knowing_stand_in if cut else self._backbone).tokenizer
@@ -88,3 +109,8 @@ class Tokens:
             ids = ids[: ends[0] + 1] if ends else [*ids, self._backbone.end_ids[0]]
             self._answers[text] = tuple(token for _, token in self._text.restore(ids, cut))
         return self._answers[text]
+
+
+def _bound(remembered: dict[Any, Any]) -> None:
+    if len(remembered) >= _KEPT:
+        remembered.clear()

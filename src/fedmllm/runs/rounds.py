@@ -91,9 +91,9 @@ def check_secure_backend(session: Session, backend: FleetBackend) -> None:
         )
 
 
-def check_attackers(session: Session) -> list[int]:
+def check_attackers(session: Session, plan: FederationPlan) -> list[int]:
     """The attackers that take part while they attack. Raises ConfigError if there is none."""
-    plan, attack = federation_plan(session), session.parts.attack
+    attack = session.parts.attack
     start = attack.start if attack else 0
     active = session.attackers.intersection(participants(plan, start))
     if not active:
@@ -112,6 +112,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     `backend` is where the clients of a federation train; baselines always train in this process.
     """
     attackers: list[int] = []
+    plan: FederationPlan | None = None
     train = session.config.train
     if kind == "local" and (train.keep != "last" or train.patience is not None):
         raise ConfigError(
@@ -120,8 +121,9 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
         )
     if kind == "federated":
         check_secure_backend(session, backend)
+        plan = federation_plan(session)
         if session.parts.attack is not None:
-            attackers = check_attackers(session)
+            attackers = check_attackers(session, plan)
         if (mechanism := session.parts.mechanism) is not None:
             session.progress("privacy", 0, 0, mechanism.summary())
             if mechanism.rounds < session.config.train.rounds:
@@ -135,13 +137,12 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     elif run.kind == "zero-shot" or not run.backend.local:
         session.prepare(session.clients, [])
     else:
-        federated = run.kind == "federated"
         everyone = range(session.dataset.manifest.clients)
-        clients = participants(federation_plan(session)) if federated else run.evaluator.sample_clients(everyone)
+        clients = participants(plan) if plan is not None else run.evaluator.sample_clients(everyone)
         session.prepare(session.clients, clients)
         if attackers:
             session.prepare(session.attacked, attackers)
-        most = session.config.train.clients_per_round if federated else len(clients)
+        most = session.config.train.clients_per_round if plan is not None else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
         run.cohort = cohort_size(session.model, samples, session.config.largest_batches(clients), most)
     run.prepare_seconds = time.monotonic() - began

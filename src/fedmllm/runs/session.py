@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import TypeVar
 
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
-from fedmllm.data.corruptions import corrupted
+from fedmllm.data.corruptions import OtherTexts, corrupted
 from fedmllm.data.dataset import Dataset, check_patterns, load_split, shown_samples
 from fedmllm.data.files import EntryError
 from fedmllm.data.loading import problem_of, refuse_problems
@@ -17,6 +18,7 @@ from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import Conversation, render
 from fedmllm.data.samples import Problem, Sample, Split
 from fedmllm.data.scenarios import BOTH, Modalities
+from fedmllm.data.stored import Samples
 from fedmllm.data.summary import gaps
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.evaluation.transfer import Transfer
@@ -31,6 +33,8 @@ from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
 from fedmllm.training.capacity import bytes_kept, training_bytes
+
+T = TypeVar("T")
 
 
 class ClientData(Mapping[int, list[Encoded]]):
@@ -88,7 +92,7 @@ class Session:
         self.model = MLLM.load(self.config.model, self.config.seed)
         self.initial = self.model.adapter.get()
         check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
-        self._samples = {sample.id: sample for sample in dataset.train}
+        self._samples = Samples.of(dataset.train).ordered()
         self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
         of_rounds = "" if dataset.of_rounds is None else f", {len(dataset.of_rounds)} to score rounds on"
@@ -127,7 +131,7 @@ class Session:
         with self.model.forgetting_pictures():
             samples = longest(
                 held,
-                talk=lambda holding: self._talk(self._samples[holding.sample_id], holding.visible),
+                talk=lambda holding: self._talk(self._samples.find(holding.sample_id), holding.visible),
                 encode=lambda holding: self._encode_one(self._seen(holding), holding.visible),
             )
             kept = max((bytes_kept(self.model, sample) for sample in samples), default=0)
@@ -161,29 +165,33 @@ class Session:
         Raises DataError for a prompt that is too long or a picture that the processor refuses. If bad samples are to be
         skipped, such samples are left out, and DataError is raised for a client that would keep none.
         """
-        shown = [(self._seen(holding), holding.visible) for holding in holdings]
-        return self._encode(shown, holdings[0].client if holdings else 0)
+        shown = ((self._seen(holding), holding.visible) for holding in holdings)
+        return self._each(shown, len(holdings), holdings[0].client if holdings else 0, self._encode_one)
 
     def _encode_attacked(self, holdings: Sequence[Holding]) -> list[Encoded]:
         client, attack = holdings[0].client if holdings else 0, self.parts.attack
         if client not in self.attackers or attack is None or attack.falsify is None:
             return self.encode(holdings)
         shown = [(self._seen(holding), holding.visible) for holding in holdings]
-        return self._encode(attack.falsify(shown, lambda s: stream(self.config.seed, "attack", client, s.id)), client)
+        falsified = attack.falsify(shown, lambda s: stream(self.config.seed, "attack", client, s.id))
+        return self._each(falsified, len(falsified), client, self._encode_one)
 
-    def _encode(self, shown: Sequence[tuple[Sample, Modalities]], client: int) -> list[Encoded]:
-        encoded: list[Encoded] = []
+    def _each(
+        self, shown: Iterable[tuple[Sample, Modalities]], count: int, client: int, do: Callable[[Sample, Modalities], T]
+    ) -> list[T]:
+        """What `do` returns for each of the client's samples but the bad ones, for which it raises EntryError."""
+        done: list[T] = []
         problems: dict[str, Problem] = {}
         for sample, visible in shown:
             try:
-                encoded.append(self._encode_one(sample, visible))
+                done.append(do(sample, visible))
             except EntryError as error:
                 problems[sample.id] = problem_of(sample, self.dataset.task, str(error), error.kind)
         if problems:
-            nothing_left = f"the model can use none of the {len(shown)} samples of client {client}"
-            refuse_problems(list(problems.values()), len(encoded), nothing_left, self.config.task.on_bad_sample)
+            nothing_left = f"the model can use none of the {count} samples of client {client}"
+            refuse_problems(list(problems.values()), len(done), nothing_left, self.config.task.on_bad_sample)
         self._refused |= problems
-        return encoded
+        return done
 
     def _talk(self, sample: Sample, visible: Modalities) -> Conversation:
         return render(sample, visible, self.parts.strategy)
@@ -191,16 +199,20 @@ class Session:
     def _encode_one(self, sample: Sample, visible: Modalities) -> Encoded:
         return self.model.encode_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
 
+    def _check_one(self, sample: Sample, visible: Modalities) -> None:
+        self.model.check_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
+
     def _seen(self, holding: Holding) -> Sample:
         """The sample as bad as its client sees it."""
-        sample = self._samples[holding.sample_id]
+        sample = self._samples.find(holding.sample_id)
         for modality, kind, severity in holding.noise:
-            sample = corrupted(sample, modality, kind, severity, self.config.seed, self._texts)
+            others = self._texts if kind == "other-text" else None
+            sample = corrupted(sample, modality, kind, severity, self.config.seed, others)
         return sample
 
     @cached_property
-    def _texts(self) -> list[str]:
-        return [sample.text for sample in self.dataset.train if sample.text]
+    def _texts(self) -> OtherTexts:
+        return OtherTexts(sample.text for sample in self.dataset.train if sample.text)
 
     @property
     def problems(self) -> dict[Split, list[Problem]]:
@@ -234,14 +246,17 @@ class Session:
         return self.model.prepare_features()
 
     def check_prompts(self) -> None:
-        """Encode every sample of every client and keep none, and the questions of `eval.transfer`. Raises ConfigError or
-        DataError as `encode` does."""
+        """Look at every sample of every client as `encode` does, and encode the questions of `eval.transfer`.
+
+        Raises ConfigError or DataError.
+        """
         self.transfer, self.excluded  # noqa: B018 (read and encoded now)
         number = len(self.clients)
         for client in self.clients:
             if client % max(1, number // 10) == 0:
                 self.progress("checking prompts", client, number, "")
-            self.encode(self.dataset.manifest.of_client(client))
+            holdings = self.dataset.manifest.of_client(client)
+            self._each(((self._seen(h), h.visible) for h in holdings), len(holdings), client, self._check_one)
 
     def first_messages(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by group that client 0 receives and sends in the first round."""

@@ -7,7 +7,8 @@ bad sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ def _check_values(line: Mapping[str, Any]) -> None:
             raise EntryError(f"the key {key!r} must be text")
 
 
-def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
+def _sample(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> Sample:
     line = entry.values
     _check_values(line)
     choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
@@ -55,7 +56,7 @@ def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
         id=str(line["id"]),
         question=line.get("question") or "",
         answer=str(line["answer"]),
-        image=path_inside(folder, line["image"]) if line.get("image") else None,
+        image=picture(line["image"]) if line.get("image") else None,
         text=line.get("text") or None,
         choices=choices,
         lettered=lettered and choices is not None,
@@ -69,7 +70,8 @@ def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     """The samples of one file. Raises DataError if there is no such file."""
     if not is_file(path):
         raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
-    return samples_of(json_lines(path), lambda entry: _sample(entry, path.parent, lettered))
+    picture = lru_cache(1 << 12)(partial(path_inside, path.parent))  # many samples may show one
+    return samples_of(json_lines(path), lambda entry: _sample(entry, picture, lettered))
 
 
 @tasks.register("jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmllm.data.corruptions import KINDS, SEVERITIES, corrupted
+from fedmllm.data.corruptions import KINDS, SEVERITIES, OtherTexts, corrupted
 from fedmllm.data.samples import MODALITIES, Modality
 from fedmllm.evaluation.predictions import PATTERNS
 from fedmllm.evaluation.suites import Exam, Findings, Replies, Suite, suites
@@ -46,7 +46,7 @@ def _scores(
     exam: Exam, plain: dict[Pattern, list[Replies]], patterns: list[Pattern], modality: Modality, kind: str, severity: int
 ) -> dict[Pattern, float]:
     """The score under each pattern if the modality of every sample is as bad as `severity` says."""
-    texts = [sample.text for sample in exam.samples if sample.text]
+    texts = OtherTexts(sample.text for sample in exam.samples if sample.text)
     worse = [corrupted(sample, modality, kind, severity, exam.seed, texts) for sample in exam.samples]
     changed = [now for now, before in zip(worse, exam.samples, strict=True) if now is not before]
     replies = exam.ask(changed, patterns) if changed else plain
