@@ -18,6 +18,7 @@ from fedmllm.tensors import State, Tensors, clone
 
 A, B, R = ".lora_A.weight", ".lora_B.weight", ".lora_R.weight"
 FOLD_A, FOLD_B, FOLD = ".fold_A", ".fold_B", ".fold"
+BASIS_A, BASIS_B = ".basis_A", ".basis_B"
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """module -> (left: (d_out, k), right: (k, d_in)), which stand for their product."""

@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from fedmllm.algorithms import AdapterInfo
-from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, R, is_a, is_b, modules, principal_state, rank_of
+from fedmllm.algorithms.factors import BASIS_A, BASIS_B, FOLD_A, FOLD_B, A, B, R, is_a, is_b, modules, principal_state, rank_of
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.models.core import cores
 from fedmllm.models.fold import branch_hook, dense_change, factors_with_fold
@@ -71,6 +71,7 @@ class Adapter:
         self.fold: Tensors = {}
         """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
         self._original: dict[str, Tensor] = {}
+        self._own_basis = {m: (a.clone(), b.clone()) for m, (a, b) in self.cores.items()}
         self._branches: dict[str, Any] = {}
 
     # The adapter's tensors
@@ -178,6 +179,11 @@ class Adapter:
         rank = int(self.config.r)
         return principal_state(weights, rank, self.info.scale(rank))
 
+    @property
+    def basis(self) -> Tensors:
+        """`AdapterInfo.basis`: copies on the CPU of the factors that belong to the base weights."""
+        return {m + side: t.cpu() for m, pair in self._own_basis.items() for side, t in zip((A, B), pair, strict=True)}
+
     # The fold
 
     @torch.no_grad()
@@ -187,10 +193,15 @@ class Adapter:
         Names are `<module>.fold_A`: (k, d_in) and `<module>.fold_B`: (d_out, k), or `<module>.fold`: (d_out, d_in); the LoRA
         scale is already included. Weights in float32 are changed in place. The precision of other weights (bfloat16,
         quantised) is too coarse for a fold, so it is computed in a separate branch next to these layers.
+
+        `<module>.basis_A` and `<module>.basis_B` change no base: they replace the frozen factors of a LoRA-XS adapter.
         """
         if fold is self.fold:
             return
-        folded = {name.rpartition(".")[0] for name in fold}
+        for m, factors in self.cores.items():
+            for factor, own, name in zip(factors, self._own_basis[m], (m + BASIS_A, m + BASIS_B), strict=True):
+                factor.copy_(fold.get(name, own))
+        folded = {name.rpartition(".")[0] for name in fold if not name.endswith((BASIS_A, BASIS_B))}
         for branch in self._branches.values():
             branch.remove()
         self._branches.clear()

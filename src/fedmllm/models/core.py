@@ -54,8 +54,8 @@ def insert_cores(model: PeftModel, rank: int, target: str | None) -> None:
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear):
             raise ConfigError(
-                f'model.adapter.kind = "lora-xs" adapts linear layers only, and model.lora.target = {target!r} matches {name!r}; '
-                "let it match others."
+                f'model.adapter.kind = "lora-xs" adapts linear layers only, and model.lora.target = {target!r} matches '
+                f"{name!r}; let it match others."
             )
         if rank > (most := min(base.in_features, base.out_features)):
             raise ConfigError(
@@ -70,7 +70,9 @@ def insert_cores(model: PeftModel, rank: int, target: str | None) -> None:
 
 def cores(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     """module -> (A: (r, d_in), B: (d_out, r)) of every layer that `insert_cores` changed."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and "default" in layer.lora_B}
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and "default" in layer.lora_B
+    }
     return {
         name: (cast(Tensor, layer.lora_A["default"].weight), core.weight)
         for name, layer in layers.items()
