@@ -123,7 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"algorithm": {"name": "flora"}, "model": {"adapter": {"kind": "lora-xs"}}}, "works on LoRA's factors A and B alone"),
     ({**FED_SB, "secure": {"name": "pairwise"}},
      "algorithm.name = 'fed-sb' works on single updates"),
-    ({**FED_SB, "privacy": {"name": "user-level", "noise": 1.0}},
+    ({**FED_SB, "privacy": {"name": "user-level", "noise": 1.0, "delta": 1e-3}},
      "algorithm.name = 'fed-sb' uses more of the updates than the mean of the adapters"),
 ]  # fmt: skip
 
