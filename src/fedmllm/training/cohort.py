@@ -98,7 +98,7 @@ def base_gradient(model: MLLM, work: Work) -> Tensors:
     model.model.eval()
     batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
     weights = {a.removesuffix(A): base.weight for base, a, _ in model.adapter.pairs()}
-    totals = {m: torch.zeros(weight.shape, dtype=torch.float64) for m, weight in weights.items()}
+    totals = {m: torch.zeros(weight.shape) for m, weight in weights.items()}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -106,7 +106,7 @@ def base_gradient(model: MLLM, work: Work) -> Tensors:
             for batch in batches:
                 grads = torch.autograd.grad(model.loss(batch), list(weights.values()), allow_unused=True)
                 for total, grad in zip(totals.values(), grads, strict=True):
-                    total += 0 if grad is None else grad.to("cpu", torch.float64)
+                    total += 0 if grad is None else grad.to("cpu", torch.float32)
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
@@ -114,7 +114,7 @@ def base_gradient(model: MLLM, work: Work) -> Tensors:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(work.seed)
         for m, total in totals.items():
-            u, sigma, vt = leading_directions(total / max(sum(map(len, batches)), 1), model.adapter.rank)
+            u, sigma, vt = leading_directions(total.double() / max(sum(map(len, batches)), 1), model.adapter.rank)
             gradient |= {m + A: vt.float().contiguous(), m + B: (u * sigma).float().contiguous()}
     return gradient
 
