@@ -20,6 +20,7 @@ from fedmllm.config import AdapterTable, LoraTable, ModelTable, TrainTable, vali
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
 from fedmllm.models.mllm import MLLM
+from fedmllm.runs.keeping import Keeping
 from fedmllm.tensors import Tensors, nbytes
 from fedmllm.training.cohort import Work, train_cohort
 from helpers import CLIENTS, a_round, built, lora_adapter, round_info, rounds_of, same
@@ -133,6 +134,18 @@ def test_what_does_not_go_together_is_refused(parts: dict[str, Any], sentence: s
     with pytest.raises(ConfigError) as error:
         build(validate({"task": {"name": "pocket-memes"}, **parts}))
     assert sentence in str(error.value)
+
+
+def test_the_mean_of_several_rounds_stays_between_b_and_a() -> None:
+    assert build(validate({"task": {"name": "pocket-memes"}, **FED_SB, "train": {"keep": "mean"}})).algorithm.needs_core
+    keeping, history = Keeping(TrainTable(keep="mean", mean_of=2), 3, {}, {}), rounds()
+    for number, (_, _, after, _) in enumerate(history):
+        keeping.add(number, None, after)
+    state = history[-1][2]
+    kept = keeping.model(state)
+    assert same({"f": kept["fold"]}, {"f": state["fold"]})
+    for name, tensor in kept["adapter"].items():
+        torch.testing.assert_close(tensor, (history[1][2]["adapter"][name] + state["adapter"][name]) / 2)
 
 
 # The directions

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal, NoReturn
 
 from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone
 
 
-def _no_base() -> Any:
+def _no_base() -> NoReturn:
     raise ValueError("the adapter has no base weights to start from")
 
 

@@ -29,7 +29,7 @@ from fedmllm.tensors import State, Tensors
 def basis_of(gradients: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     """The orthonormal B (d_out, r) and A (r, d_in) of the r largest singular values of Σ p_k B_k A_k, by module, for gradients
     given as factors. Directions beyond the rank of that sum are 0."""
-    total, basis = sum(weights), {}
+    total, basis = sum(weights), Tensors()
     for m in modules(gradients[0]):
         left = torch.cat([g[m + B].double() * (w / total) for g, w in zip(gradients, weights, strict=True)], dim=1)
         right = torch.cat([g[m + A].double() for g in gradients])

@@ -1,8 +1,8 @@
 """LoRA-XS: Bałazy et al. 2024, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters" (2405.17604).
 
 A weight becomes W₀ + s B R A, of which only R (r, r) is trained. B (d_out, r) and A (r, d_in) are the leading singular vectors
-of W₀, so every machine computes them itself, and R alone travels. As in LoRA-SB (2411.19557), both are orthonormal, which makes
-s² times the projection of the weight's gradient onto them the change that a gradient step of R makes; R starts at 0.
+of W₀, so every machine computes them itself, and R alone travels. As in LoRA-SB (2411.19557), both are orthonormal, so that a
+gradient step of R changes the weight by s² times the projection of its gradient onto them. R starts at 0.
 """
 
 from __future__ import annotations
