@@ -97,7 +97,7 @@ def base_gradient(model: MLLM, work: Work) -> Tensors:
     are 0 if it has no samples."""
     model.model.eval()
     batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
-    weights = {a.removesuffix(A): base.weight for base, a, _ in model.adapter.pairs()}
+    weights = {a.removesuffix(A): base.get_parameter("weight") for base, a, _ in model.adapter.pairs()}
     totals = {m: torch.zeros(weight.shape) for m, weight in weights.items()}
     try:
         for weight in weights.values():
