@@ -210,6 +210,9 @@ def test_the_first_gradient_of_r_holds_the_singular_values_of_the_weights_gradie
     model.adapter.set_fold(basis)
     sgd = TrainTable(optimizer="sgd", lr=1e-3, clip=0.0)
     result = train_cohort(model, [work_of(model, dataset, LocalRule(observe_gradient=True))], sgd)[0]
+    work = work_of(model, dataset, LocalRule())
+    longer = train_cohort(model, [replace(work, steps=list(work.steps) * 6)], sgd.model_copy(update={"lr": 0.05}))[0]
+    assert longer.metrics["loss"] < result.metrics["loss"], "the mean over six steps, and the loss before the first"
     assert result.mean_gradient is not None
     scale = model.info.scale(3)
     for m in model.adapter.cores:
