@@ -49,6 +49,7 @@ class MLLM:
             modality={name: "image" for name in layers if backbone.family.part_of(name) != "text"},
             part=backbone.family.part_of,
             principal=lambda: self.adapter.principal,
+            basis=lambda: self.adapter.basis,
         )
         self.adapter = Adapter(self.model, self.info)
         vectors = self.adapter.parameters.get(VIRTUAL)
