@@ -147,8 +147,9 @@ class Samples(Sequence[Sample]):
     def take(self, indices: ArrayLike) -> Samples:
         """The samples at these indices, in this order."""
         chosen = np.asarray(indices, np.int64)
-        starts, sizes, picture, has_text = (column[chosen] for column in self._columns)
-        return Samples(self._texts, self.pictures, self.ids.take(arrow(chosen)), (starts, sizes, picture, has_text))
+        starts, sizes, picture, has_text = self._columns
+        columns = (starts[chosen], sizes[chosen], picture[chosen], has_text[chosen])
+        return Samples(self._texts, self.pictures, self.ids.take(arrow(chosen)), columns)
 
     def indices(self, part: Samples) -> NDArray[np.int64]:
         """The indices of the samples in `part`, which is a part of these, in the order in which they were given."""

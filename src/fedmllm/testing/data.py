@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -10,6 +11,7 @@ from fedmllm.data.partitions import partitions
 from fedmllm.data.prompts import prompts
 from fedmllm.data.samples import MODALITIES, Sample
 from fedmllm.data.scenarios import scenarios
+from fedmllm.data.stored import Samples
 from fedmllm.data.tasks import tasks
 from fedmllm.rng import stream
 from fedmllm.testing.registered import check_registered
@@ -101,7 +103,7 @@ def check_task(name: str, **options: Any) -> None:
         assert len(set(ids)) == len(ids), f"{part}: an id is used twice in the {split} split"
         again: list[str] = []
 
-        def choose(samples: list[Sample], again: list[str] = again) -> list[Sample]:
+        def choose(samples: Samples, again: list[str] = again) -> Sequence[Sample]:
             again += [sample.id for sample in samples]
             return samples[:SAMPLES_PER_SPLIT]
 
