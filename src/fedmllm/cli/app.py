@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedmllm import __version__
-from fedmllm.cli import experiments, grids, remote
+from fedmllm.cli import experiments, grids, remote, trained
 from fedmllm.cli import list as listing
 from fedmllm.cli.common import guarded
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": experiments.check,
     "partition": experiments.partition,
     "eval": experiments.evaluate,
+    "predict": trained.predict,
     "compare": grids.compare,
     "report": grids.report,
     "sweep": grids.sweep,

@@ -45,7 +45,8 @@ def _check_values(line: Mapping[str, Any]) -> None:
             raise EntryError(f"the key {key!r} must be text")
 
 
-def _sample(entry: Entry, folder: Path, lettered: bool) -> Sample:
+def sample_of(entry: Entry, folder: Path, lettered: bool) -> Sample:
+    """The sample of one line; pictures lie in `folder`. Raises EntryError."""
     line = entry.values
     _check_values(line)
     choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
@@ -69,7 +70,7 @@ def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     """The samples of one file. Raises DataError if there is no such file."""
     if not is_file(path):
         raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
-    return samples_of(json_lines(path), lambda entry: _sample(entry, path.parent, lettered))
+    return samples_of(json_lines(path), lambda entry: sample_of(entry, path.parent, lettered))
 
 
 @tasks.register("jsonl")
