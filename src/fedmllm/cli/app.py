@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "partition": experiments.partition,
     "eval": experiments.evaluate,
     "predict": trained.predict,
+    "export": trained.export,
     "compare": grids.compare,
     "report": grids.report,
     "sweep": grids.sweep,

@@ -1,4 +1,4 @@
-"""The commands for the model of a finished run: `predict`."""
+"""The commands for the model of a finished run: `predict` and `export`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmllm.cli.common import silence_libraries
-from fedmllm.cli.output import Json, print_json, print_table, say, show
-from fedmllm.errors import ConfigError, UserError
+from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
+from fedmllm.errors import ConfigError, RunError, UserError
 
 if TYPE_CHECKING:
     from fedmllm.data.samples import Sample
@@ -152,3 +152,44 @@ def _asked(model: TrainedModel) -> Iterator[Sample]:
             yield one_question(model.usual, Path(image) if image else None, text, question, _split(choices))
         except UserError as error:
             say(f"error: {error}")
+
+
+def export(
+    directory: Run,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder.", show_default=False)],
+    merged: Annotated[bool, typer.Option("--merged", help="One whole model instead of an adapter.")] = False,
+    client: Client = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="USER/NAME", help="Upload it to the Hugging Face hub, privately.")
+    ] = None,
+    trust_config: TrustConfig = False,
+) -> None:
+    """Write a finished run's model as a folder that loads without fedmllm, with a model card."""
+    from fedmllm.models.processors import has_processor
+    from fedmllm.report.card import loading, model_card
+    from fedmllm.runs import export as exports
+    from fedmllm.runs.trained import adapter_folder, config_of
+    from fedmllm.storage.atomic import write_atomically
+    from fedmllm.storage.run_dir import RunDir
+
+    silence_libraries()
+    run = RunDir(directory)
+    result, config = run.result(), config_of(run, trusted=trust_config)
+    adapter = adapter_folder(run, client, result)
+    if adapter is None:
+        raise RunError(f"{directory} has no adapter to export: its kind is {result['kind']!r}.")
+    if push is not None and not merged and not exports.on_hub(config.model.name):
+        raise ConfigError(f"--push: the base model {config.model.name!r} is not on the Hub, so push the whole: add --merged.")
+    (exports.export_merged if merged else exports.export_adapter)(adapter, config, to)
+    base = config.model.name
+    tuned = config.model.adapter.kind == "prompt-tuning"
+    local = str(to / exports.BASE) if base == "pocket" else base
+    snippet = loading(str(to), str(to) if has_processor(to) else local, merged, tuned, local)
+    write_atomically(to / "README.md", model_card(result, base, snippet, merged, client).encode())
+    with standing(f"the model is in {to}"):
+        if push is not None:
+            show(f"pushed to {exports.push(to, push)}")
+        show(f"the model is in {to}, its card in {to / 'README.md'}; load it by")
+        show("")
+        for line in snippet.splitlines():
+            show(line)

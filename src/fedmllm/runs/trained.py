@@ -39,11 +39,8 @@ class TrainedModel:
     def __init__(self, run: RunDir, client: int | None = None, *, trusted: bool = False) -> None:
         """Raises RunError if the run is not complete, has no such adapter, or, unless it is `trusted`, names a model that is a
         path or brings code; ConfigError if the model cannot be loaded."""
-        self.run, self.result = run, run.result()
-        self.config: Experiment = with_defaults(validate(read(run.config)))
-        if not trusted:
-            check_model(self.config.model, run.config)
-        self.folder = _adapter_folder(run, client, self.result)
+        self.result, self.config = run.result(), config_of(run, trusted=trusted)
+        self.folder = adapter_folder(run, client, self.result)
         self._strategy = prompts.build(self.config.prompt.name, self.config.prompt.options)
         self.model = MLLM.load(self.config.model, self.config.seed)
         if self.folder is not None:
@@ -52,7 +49,7 @@ class TrainedModel:
     @property
     def usual(self) -> Usual:
         """What the run's task asks about every sample; nothing for a run of a version that did not record it."""
-        return Usual.from_json(self.result["asks"]) if "asks" in self.result else Usual()
+        return Usual.from_json(self.result["asks"]) if self.result.get("asks") else Usual()
 
     def ask(self, samples: Sequence[Sample], *, untrained: bool = False) -> list[Reply]:
         """The answers to the samples' questions, with everything shown that they have, by the trained or the untrained model.
@@ -90,7 +87,7 @@ def adapters_of(run: RunDir) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in numbered.items() if match))
 
 
-def _adapter_folder(run: RunDir, client: int | None, result: dict[str, Any]) -> Path | None:
+def adapter_folder(run: RunDir, client: int | None, result: dict[str, Any]) -> Path | None:
     """The folder of the adapter; None for an untrained model. Raises RunError if there is none."""
     own = adapters_of(run)
     if client is not None and client not in own:
@@ -107,6 +104,14 @@ def _adapter_folder(run: RunDir, client: int | None, result: dict[str, Any]) -> 
     if result["kind"] == "zero-shot":
         return None
     raise RunError(f"{run.path} has no adapter: its kind is {result['kind']!r}.")
+
+
+def config_of(run: RunDir, *, trusted: bool) -> Experiment:
+    """The experiment of a run. Raises RunError as `check_model` does, unless it is `trusted`."""
+    config = with_defaults(validate(read(run.config)))
+    if not trusted:
+        check_model(config.model, run.config)
+    return config
 
 
 def check_model(model: ModelTable, file: Path) -> None:
