@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 LIBRARIES = ("fedmllm", "torch", "transformers", "peft", "numpy")
 _DEVELOPMENT = ("dev", "docs", "bench")
-_SELF_TEST = {
+_SELF_TEST: dict[str, Any] = {
     "train.rounds": 1, "train.clients_per_round": 1, "task.train_samples": 60, "task.test_samples": 20,
     "task.companion.train_samples": 20, "task.companion.test_samples": 10, "partition.clients": 2,
 }  # fmt: skip
