@@ -313,6 +313,7 @@ RESULT: dict[str, Any] = {
     "algorithm": "fedavg", "regularization": "none", "compression": "none", "secure": "none", "robust": "median",
     "privacy": "user-level", "attack": "alie", "asynchronous": "none", "prompt": "modality-agnostic",
     "model": "pocket", "adapter": "lora", "seed": 0, "draw": None, "primary_metric": "accuracy", "positive": None,
+    "asks": {"question": None, "choices": ["yes", "no"], "lettered": False},
     "match": "exact", "judge": "none", "metrics": {"both": _METRICS, "image": _METRICS},
     "test_digest": test_digest(PREDICTIONS),
     "bootstrap_scores": {"both": [0.4, None, *[0.5, 0.6] * 99]},

@@ -67,6 +67,6 @@ def test_the_quickstart_ships_with_the_package(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_public() -> None:
-    assert set(fedmllm.__all__) == {"Result", "__version__", "load", "run"}
+    assert set(fedmllm.__all__) == {"Model", "Result", "__version__", "load", "run"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fedmllm.nothing  # noqa: B018

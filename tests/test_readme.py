@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_its_commands_parse(line: str) -> None:
     """Each command exists and takes these options; the experiment file and the settings it names are good."""
-    words = line.split()[1:]
+    words = shlex.split(line)[1:]
     command = typer.main.get_command(app)
     context = command.make_context("fedmllm", words[:1], resilient_parsing=True)
     sub = command.get_command(context, words[0])  # type: ignore[attr-defined]

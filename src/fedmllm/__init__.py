@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmllm.api import Result, load, run
+    from fedmllm.api import Model, Result, load, run
 
 __version__ = "0.1.0"
-__all__ = ["Result", "__version__", "load", "run"]
+__all__ = ["Model", "Result", "__version__", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Result", "load", "run"):
+    if name in ("Model", "Result", "load", "run"):
         from fedmllm import api
 
         return getattr(api, name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
     from fedmllm.runs.progress import ProgressCallback
+    from fedmllm.runs.trained import Reply
     from fedmllm.storage.run_dir import RunDir
 
 QUICKSTART = "quickstart"
@@ -39,6 +40,42 @@ class Result:
         """{pattern: {metric: value}}; metrics are shares of 1, each with its 95 % interval under `…_ci`."""
         metrics: Mapping[str, Mapping[str, Any]] = self.json["metrics"]
         return metrics
+
+
+class Model:
+    """The model of a finished run, loaded once, to which any number of questions can be put.
+
+    model = fedmllm.Model("runs/quickstart-federated-seed0")
+    model.predict(image="photo.png", question="what shape is in the image?", choices=["circle", "square"]).answer
+    """
+
+    def __init__(self, run: Result | str | Path, *, client: int | None = None, trust_config: bool = False) -> None:
+        """`client` chooses one of the adapters if every client has its own. Raises RunError if `run` is not the directory of a
+        finished run with an adapter, or if its model is a path or brings code and the directory is not trusted."""
+        from fedmllm.runs.trained import TrainedModel
+        from fedmllm.storage.run_dir import RunDir
+
+        self._trained = TrainedModel(RunDir(run.path if isinstance(run, Result) else Path(run)), client, trusted=trust_config)
+
+    def predict(
+        self,
+        *,
+        image: str | Path | bytes | None = None,
+        text: str | None = None,
+        question: str | None = None,
+        choices: Sequence[str] | None = None,
+        untrained: bool = False,
+    ) -> Reply:
+        """The answer to one question about a picture (a file or its bytes), a text, both or neither.
+
+        If the run's task asks the same about every sample, question and choices can be left out. With `untrained`, the
+        model answers as it was before training. Raises DataError for a question or picture that cannot be used.
+        """
+        from fedmllm.data.questions import question as asked
+
+        picture = Path(image) if isinstance(image, str) else image
+        sample = asked(self._trained.usual, picture, text, question, choices)
+        return self._trained.ask([sample], untrained=untrained)[0]
 
 
 def experiment_file(file: str | Path) -> Path:

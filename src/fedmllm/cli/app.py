@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedmllm import __version__
-from fedmllm.cli import experiments, grids, remote
+from fedmllm.cli import experiments, grids, remote, start, trained
 from fedmllm.cli import list as listing
 from fedmllm.cli.common import guarded
 
@@ -25,11 +25,15 @@ app = typer.Typer(
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": start.init,
+    "doctor": start.doctor,
     "run": experiments.run,
     "baseline": experiments.baseline,
     "check": experiments.check,
     "partition": experiments.partition,
     "eval": experiments.evaluate,
+    "predict": trained.predict,
+    "export": trained.export,
     "compare": grids.compare,
     "report": grids.report,
     "sweep": grids.sweep,

@@ -102,6 +102,12 @@ class TestSet:
         """id of a sample -> the options of its question, None if it is answered freely."""
         return {question.sample.id: question.sample.choices for question in self._questions}
 
+    def answers(self, settings: EvalTable) -> list[Answer]:
+        """The current adapter's answer to each distinct question: under one pattern, in the order of the samples. Raises
+        RunError if the model computes NaN."""
+        answered = self._answer(settings, 1)[0]
+        return [answered[index] for index in range(self.size)]
+
     def predict(self, settings: EvalTable) -> list[Prediction]:
         """The predictions of the current adapter, grouped by pattern. Raises RunError if the model computes NaN."""
         return self._predictions(self._answer(settings, 1)[0], settings.match)

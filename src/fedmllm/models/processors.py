@@ -7,6 +7,7 @@ use.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoProcessor, AutoTokenizer
@@ -35,6 +36,11 @@ def picture_processor(processor_class: Any) -> Any:
 
     members = {"check_argument_for_proper_class": check, "__module__": processor_class.__module__}
     return type(processor_class.__name__, (processor_class,), members)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a processor was saved in the folder."""
+    return (folder / "tokenizer_config.json").is_file()
 
 
 def load_processor(source: str, config: Any, trust: bool) -> Any:

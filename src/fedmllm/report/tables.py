@@ -43,7 +43,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("rounds", *(["simulated s"] if timed else []), "MB up", "MB down", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
-        method = result["kind"] if result["kind"] != "federated" else _method(result)
+        kind = result["kind"] if result["kind"] != "federated" else method(result)
         scores = [
             percent(result["metrics"][pattern], result["primary_metric"]) if pattern in result["metrics"] else NO_SAMPLES
             for pattern in patterns
@@ -51,14 +51,15 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
         seconds = _simulated(result)
         clock = [] if not timed else [UNKNOWN if seconds is None else f"{seconds:.0f}"]
         cost = [_rounds(result), *clock, _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
-        table.add_row(f"{result['name']} · {method}", *scores, *cost, f"{result['seconds']['total']:.0f}")
+        table.add_row(f"{result['name']} · {kind}", *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
 
 
 _WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous")
 
 
-def _method(result: Mapping[str, Any]) -> str:
+def method(result: Mapping[str, Any]) -> str:
+    """The algorithm and what it was combined with, and the ε that was spent."""
     wrappers = [result.get(key, "none") for key in _WRAPPERS]
     epsilon = (result.get("privacy_spent") or {}).get("epsilon")
     spent = [] if epsilon is None else [f"ε = {epsilon:.3g}"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Experiment, ModelTable, PartitionTable, ScenarioTable, read, validate
+from fedmllm.config import Experiment, PartitionTable, ScenarioTable, read, validate
 from fedmllm.data import manifest as manifests
 from fedmllm.data.manifest import Manifest
 from fedmllm.errors import RunError
@@ -20,6 +19,7 @@ from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.runs.session import Session
 from fedmllm.runs.suites import Use, examine
+from fedmllm.runs.trained import adapters_of, check_model
 from fedmllm.storage.run_dir import RunDir
 
 
@@ -33,7 +33,7 @@ def reevaluate(
     folder is `trusted`, if its model is a path or brings code.
     """
     if not trusted:
-        _check_model(config.model, run.config)
+        check_model(config.model, run.config)
     raw = read(run.config)
     trained, config = with_defaults(validate(raw)), with_defaults(config)
     now, then = ((c.task, c.eval.split, c.eval.holds_out and c.eval.validation_share) for c in (config, trained))
@@ -48,9 +48,8 @@ def reevaluate(
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")
     session = Session(parts, dataset, progress)
     session.prepare(session.clients, [])
-    numbered = {path: re.fullmatch(r"client-([0-9]{1,9})", path.name) for path in run.adapters.glob("client-*")}
-    personal = sorted((path for path, match in numbered.items() if match), key=lambda path: int(path.name[len("client-") :]))
-    folders = personal or [run.adapter]
+    personal = adapters_of(run)
+    folders = list(personal.values()) or [run.adapter]
     if not folders[0].is_dir() and run.result()["kind"] != "zero-shot":
         raise RunError(f"{run.path} has no adapter to evaluate: its kind is {run.result()['kind']!r}.")
 
@@ -70,22 +69,7 @@ def reevaluate(
         return predictions
 
     metrics = summarise(dataset.task, predict(session.test_set), config.eval.match, session.test_set.choices)
-    owners = [int(path.name[len("client-") :]) for path in personal]
-    return metrics, examine(session, config.eval.suites or (), predict, models, owners, same_data)
-
-
-_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
-
-
-def _check_model(model: ModelTable, file: Path) -> None:
-    """Raises RunError if the model is read from a path or runs code of its own: the folder may come from elsewhere."""
-    wishes = []
-    if model.name != "pocket" and (not _HUB_ID.fullmatch(model.name) or Path(model.name).exists()):
-        wishes.append(f"model.name = {model.name!r}, which is a path and not a model on the Hugging Face hub")
-    if model.trust_remote_code:
-        wishes.append("model.trust_remote_code = true, which runs code that comes with the model")
-    if wishes:
-        raise RunError(f"{file} asks for {', and for '.join(wishes)}; if you trust the folder, allow it with --trust-config.")
+    return metrics, examine(session, config.eval.suites or (), predict, models, list(personal), same_data)
 
 
 def _same(held: Manifest, now: Manifest, raw: dict[str, Any], trained: Experiment) -> bool:

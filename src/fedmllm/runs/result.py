@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmllm.data.questions import Usual
 from fedmllm.data.scenarios.aligned import aligned
 from fedmllm.data.summary import modality_shares
 from fedmllm.evaluation.answers import test_digest
@@ -68,6 +69,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "draw": config.task.draw,
         "primary_metric": evaluator.metric,
         "positive": task.positive,
+        "asks": Usual.of(session.dataset.test).to_json(),
         "match": config.eval.match,
         "judge": config.judge.name,
         "metrics": metrics,

@@ -70,6 +70,12 @@ class _Spent(_Shape):
     epsilon: float | None
 
 
+class _Asks(_Shape):
+    question: str | None
+    choices: list[str] | None
+    lettered: bool
+
+
 class _Result(_Shape):
     """No key is required, because earlier versions wrote fewer."""
 
@@ -77,6 +83,7 @@ class _Result(_Shape):
     kind: RunKind = "federated"
     primary_metric: str = ""
     positive: str | None = None
+    asks: _Asks | None = None
     algorithm: str = ""
     regularization: str = ""
     compression: str = ""

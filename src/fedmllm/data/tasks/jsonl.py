@@ -46,7 +46,8 @@ def _check_values(line: Mapping[str, Any]) -> None:
             raise EntryError(f"the key {key!r} must be text")
 
 
-def _sample(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> Sample:
+def sample_of(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> Sample:
+    """The sample of one line; `picture` has the path for the name of a picture. Raises EntryError."""
     line = entry.values
     _check_values(line)
     choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
@@ -71,7 +72,7 @@ def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     if not is_file(path):
         raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
     picture = lru_cache(1 << 12)(partial(path_inside, path.parent))  # many samples may show one
-    return samples_of(json_lines(path), lambda entry: _sample(entry, picture, lettered))
+    return samples_of(json_lines(path), lambda entry: sample_of(entry, picture, lettered))
 
 
 @tasks.register("jsonl")
