@@ -136,7 +136,7 @@ def test_a_blank_picture_of_equal_size_gives_the_same_prompt(
     from_blank = cached.encode(TALKS, pictures, 300)
     monkeypatch.setattr(cached, "_tokens", Tokens(cached.backbone, always_decode=True))
     for sample, expected in zip(from_blank, cached.encode(TALKS, pictures, 300), strict=True):
-        for field in ("prompt", "answer", "options", "picture", "tokenwise"):
+        for field in ("prompt", "answer", "options", "pictures", "tokenwise"):
             assert getattr(sample, field) == getattr(expected, field), field
         assert sample.imagewise.keys() == expected.imagewise.keys()
         for name, tensor in expected.imagewise.items():

@@ -130,7 +130,7 @@ def test_scores_follow_the_fold(model: MLLM, samples: list[Encoded]) -> None:
 def test_dropout_is_left_to_transformers(tiny: Path, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny, dropout=0.5)
     monkeypatch.setattr("fedmllm.models.mllm.FusedLlama.__call__", lambda *_: pytest.fail("FusedLlama has no dropout"))
-    text_only = [sample for sample in samples if sample.picture is None]  # this model does not know the pictures
+    text_only = [sample for sample in samples if not sample.pictures]  # this model does not know the pictures
     stack = Stack(model.adapter, [random_adapter(model, 0)], list(model.adapter.parameters), dropout=[1])
     with model.using(stack, 1):
         stack.begin([(len(text_only), model.width(text_only))])

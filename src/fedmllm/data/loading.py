@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +52,7 @@ def _examine_all(pictures: Sequence[Picture]) -> Survey:
 
 def _pictures(samples: Iterable[Sample]) -> list[Picture]:
     """The distinct pictures of the samples."""
-    return list(dict.fromkeys(s.image for s in samples if s.image is not None))
+    return list(dict.fromkeys(picture for s in samples for picture in s.pictures))
 
 
 def _flaws(samples: Mapping[int, Sample], survey: Survey) -> Iterator[tuple[int, Flaw]]:
@@ -71,8 +72,11 @@ def _flaws(samples: Mapping[int, Sample], survey: Survey) -> Iterator[tuple[int,
         elif sample.lettered and len(sample.choices or ()) > len(LETTERS):
             what = f"{len(sample.choices or ())} choices are more than the {len(LETTERS)} letters"
             yield index, (what, "too many choices")
-        elif sample.image is not None and (flaw := survey[sample.image][0]):
-            yield index, flaw
+        else:
+            flawed = ((n, flaw) for n, picture in enumerate(sample.pictures, start=1) if (flaw := survey[picture][0]))
+            for n, (what, kind) in islice(flawed, 1):
+                several = len(sample.pictures) > 1
+                yield index, (f"picture {n} of {len(sample.pictures)}: {what}" if several else what, kind)
         seen.add(sample.id)
 
 

@@ -47,9 +47,10 @@ def shared_rows(train: Sequence[Sample], test: Sequence[Sample]) -> int:
     def rows(samples: Sequence[Sample]) -> Iterator[tuple[object, ...]]:
         for sample in samples:
             if (outline := _outline(sample)) in common:
-                if sample.image is not None and sample.image not in keys:
-                    keys[sample.image] = image_key(sample.image)
-                yield (*outline, keys[sample.image] if sample.image is not None else None)
+                for picture in sample.pictures:
+                    if picture not in keys:
+                        keys[picture] = image_key(picture)
+                yield (*outline, *(keys[picture] for picture in sample.pictures))
 
     known = set(rows(train))
     return sum(row in known for row in rows(test))
@@ -57,7 +58,8 @@ def shared_rows(train: Sequence[Sample], test: Sequence[Sample]) -> int:
 
 def _outline(sample: Sample) -> tuple[object, ...]:
     """What can be compared without reading a file."""
-    image, size = sample.image, 0
-    if image is not None:
-        size = image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1
-    return size, sample.text, sample.question, sample.answer
+    sizes = [
+        image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1
+        for image in sample.pictures
+    ]
+    return tuple(sizes), sample.text, sample.question, sample.answer

@@ -114,7 +114,7 @@ class Pictures:
         return torch.cat([record[0].flatten(0, -2) for record in self._records(pictures)]).to(self._backbone.dtype)
 
     def _pixel_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", True)), image)
+        inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", 1)), [image])
         return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
 
     def _join(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
