@@ -114,7 +114,7 @@ class MLLM:
         if len(shown) > 1 and (reason := self.backbone.family.one_picture):
             what = f"the sample has {len(shown)} pictures, and the model can be shown one ({reason}); keep one, or change model.name"
             raise EntryError(what, "picture the model refuses")
-        numbers = tuple(map(self.pictures.number, shown))
+        numbers = self.pictures.numbers(shown)
         prompt = self._tokens.prompt(conversation, shown, tuple(map(self.pictures.size, numbers)))
         options = tuple(self._tokens.answer(option) for option in conversation.options)
         answer = () if asks else self._tokens.answer(conversation.answer)
@@ -128,10 +128,10 @@ class MLLM:
             )  # fmt: skip
         return encoded
 
-    def register_pictures(self, images: Iterable[Picture]) -> None:
-        """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
-        for image in images:
-            self.pictures.number(image)
+    def register_pictures(self, shown: Iterable[Sequence[Picture]]) -> None:
+        """Include the pictures of prompts in the next `prepare_features`, although no encoded conversation shows them yet."""
+        for images in shown:
+            self.pictures.numbers(images)
 
     @contextmanager
     def forgetting_pictures(self) -> Iterator[None]:

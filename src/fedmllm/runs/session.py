@@ -228,8 +228,7 @@ class Session:
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
-            shown = (self._seen(holding).pictures for holding in manifest if "image" in holding.visible)
-            self.model.register_pictures(picture for pictures in shown for picture in pictures)
+            self.model.register_pictures(self._seen(h).pictures for h in manifest if "image" in h.visible)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 

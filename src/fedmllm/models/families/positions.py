@@ -16,7 +16,6 @@ FAMILIES = {
     "smolvlm": ("SmolVLM2 (requires `pip install num2words`).", ROTARY),
     "llava": ("LLaVA 1.5.", ROTARY),
     "llava_next": ("LLaVA-NeXT.", ROTARY),
-    "llava_onevision": ("LLaVA-OneVision.", ROTARY),
     "internvl": ("InternVL 3 (checkpoints whose names end in `-hf`).", ROTARY),
     "gemma3": ("Gemma 3.", ROTARY),
     "qwen2_vl": ("Qwen2-VL.", BY_MODEL),
@@ -36,3 +35,9 @@ def _factory(description: str, first_position: int | None) -> Callable[[], Famil
 
 for model_type, entry in FAMILIES.items():
     families.register(model_type)(_factory(*entry))
+
+
+@families.register("llava_onevision")
+def llava_onevision() -> Family:
+    """LLaVA-OneVision."""
+    return Family(first_position=ROTARY, alone_differs=True)  # only a picture by itself is cut into tiles
