@@ -183,7 +183,7 @@ def test_the_model_gets_what_the_processor_returns(cached: MLLM, pictures: list[
 
 
 def test_a_prompt_shows_several_pictures_in_their_order(cached: MLLM, uncached: MLLM, pictures: list[Path | None]) -> None:
-    """Compared with the unchanged output of the processor, from the cache and through the vision tower, alone and in a batch."""
+    """Compared with the unchanged output of the processor: from the cache and without it, alone and in a batch."""
     first, second = (path for path in (pictures[0], pictures[4]) if path)
     shown, talk = [(first, second), (second, first)], replace(TALKS[0], image=2)
     expected = []

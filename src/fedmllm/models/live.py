@@ -34,7 +34,11 @@ class LivePicture:
         """Raises DataError if the processor does more to pixels than scale them."""
         assert question.pictures
         images = [model.pictures.image(number) for number in question.pictures]
-        self._model, self._question, self._inputs = model, question, [model.pictures.pixels(image, len(images)) for image in images]
+        self._model, self._question, self._inputs = (
+            model,
+            question,
+            [model.pictures.pixels(image, len(images)) for image in images],
+        )
         self._black, white = (
             _flat([model.pictures.pixels(Image.new("RGB", image.size, colour), len(images)) for image in images])
             for colour in ("black", "white")

@@ -112,8 +112,8 @@ class MLLM:
         """
         shown = pictures_of(images) if conversation.image else ()
         if len(shown) > 1 and (reason := self.backbone.family.one_picture):
-            what = f"the sample has {len(shown)} pictures, and the model can be shown one ({reason}); keep one, or change model.name"
-            raise EntryError(what, "picture the model refuses")
+            what = f"the sample has {len(shown)} pictures, and the model can be shown one"
+            raise EntryError(f"{what} ({reason}); keep one, or change model.name", "picture the model refuses")
         numbers = self.pictures.numbers(shown)
         prompt = self._tokens.prompt(conversation, shown, tuple(map(self.pictures.size, numbers)))
         options = tuple(self._tokens.answer(option) for option in conversation.options)
@@ -121,10 +121,10 @@ class MLLM:
         encoded = Encoded(prompt.ids, answer, options, numbers, prompt.tokenwise, prompt.imagewise, conversation.text)
         length = self.width([encoded]) + (max(map(len, options), default=0) if asks else 0)
         if length > max_length:
-            several = f", and it shows {len(shown)} pictures; raise the limit, show fewer pictures" if len(shown) > 1 else ""
+            many = f", and it shows {len(shown)} pictures; show fewer of them," if len(shown) > 1 else ";"
             raise EntryError(
                 f"a prompt has {length} tokens, more than train.max_length = {max_length} "
-                f"(it begins {conversation.user[:40]!r}{several or '; raise the limit'} or shorten the text)", "prompt too long"
+                f"(it begins {conversation.user[:40]!r}{many} raise the limit or shorten the text)", "prompt too long"
             )  # fmt: skip
         return encoded
 

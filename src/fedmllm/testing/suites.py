@@ -120,7 +120,7 @@ def _samples() -> dict[str, list[Sample]]:
                    f"some words {i // 3}" if text else None, choices)
             for i in range(4)
         ]  # fmt: skip
-    kinds["two pictures"] = [replace(sample, id=f"two {sample.id}", image=tuple(pictures)) for sample in kinds["both"]]
+    kinds["two pictures"] = [replace(sample, id=f"two {sample.id}", image=tuple(pictures)) for sample in kinds["both"][:2]]
     kinds["open"] = [Sample(f"open{i}", "what?", f"answer {i % 2}", pictures[i % 2], "a b c") for i in range(3)]
     return kinds
 

@@ -168,7 +168,9 @@ def _undecoded(library: Any, rows: Any, columns: Columns, dataset: str) -> Any:
     """The rows with images as bytes or paths. Raises ConfigError for a column that does not exist."""
     for option, column in columns.named():
         if column not in rows.column_names:
-            raise ConfigError(f"task.{option.partition('.')[0]}: {dataset!r} has no column {column!r}; {suggest(column, rows.column_names)}")
+            raise ConfigError(
+                f"task.{option.partition('.')[0]}: {dataset!r} has no column {column!r}; {suggest(column, rows.column_names)}"
+            )
         feature, undecoded = rows.features[column], library.Image(decode=False)
         if isinstance(feature, library.Image):
             rows = rows.cast_column(column, undecoded)
