@@ -18,9 +18,12 @@ FAMILIES = {
     "llava_next": ("LLaVA-NeXT.", ROTARY),
     "internvl": ("InternVL 3 (checkpoints whose names end in `-hf`).", ROTARY),
     "gemma3": ("Gemma 3.", ROTARY),
+    "aya_vision": ("Aya Vision.", ROTARY),
     "qwen2_vl": ("Qwen2-VL.", BY_MODEL),
     "qwen2_5_vl": ("Qwen2.5-VL.", BY_MODEL),
     "qwen3_vl": ("Qwen3-VL.", BY_MODEL),
+    "qwen3_5": ("Qwen3.5.", BY_MODEL),
+    "glm4v": ("GLM-4.1V.", BY_MODEL),
 }
 """model_type -> (description, position id of the first real token)."""
 
