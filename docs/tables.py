@@ -113,7 +113,10 @@ def _models(sources: Sources) -> str:
         shown = "one" if family.one_picture else "several"
         return [*_row(sources.families, name)[:2], shown, "yes" if family.cache else "no", positions]
 
-    return table(["model type", "description", "pictures in a prompt", "features cached", "position ids"], map(row, sources.families.names()))
+    return table(
+        ["model type", "description", "pictures in a prompt", "features cached", "position ids"],
+        map(row, sources.families.names()),
+    )
 
 
 def _algorithms(sources: Sources) -> str:

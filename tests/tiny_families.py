@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -195,22 +196,6 @@ def glm4v() -> Checkpoint:
     return Checkpoint(hf.Glm4vForConditionalGeneration(config), processor)
 
 
-def aya_vision() -> Checkpoint:
-    """As InternVL, with a sliding window that is shorter than a prompt with a picture."""
-    marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL")
-    tokens = tokenizer(**dict(zip(("start", "end", "patch", "tile", "whole"), marks, strict=True)))
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    config = hf.AyaVisionConfig(
-        vision_config=SIGLIP, text_config={"model_type": "cohere2", **text(tokens, **layers)},
-        image_token_index=tokens.convert_tokens_to_ids("<|IMG_PATCH|>"),
-    )  # fmt: skip
-    images = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4)
-    processor = hf.AyaVisionProcessor(
-        images, tokens, patch_size=8, img_size=32, downsample_factor=2, chat_template=template("<image>")
-    )
-    return Checkpoint(hf.AyaVisionForConditionalGeneration(config), processor)
-
-
 def paligemma(**text_options: Any) -> Checkpoint:
     """Without a chat template, like the published checkpoints."""
     tokens = tokenizer()
@@ -245,6 +230,31 @@ def gemma3() -> Checkpoint:
         hf.Gemma3ForConditionalGeneration(config),
         hf.Gemma3Processor(images, tokens, image_seq_length=4, chat_template=template("<soi>")),
     )
+
+
+def gemma4() -> Checkpoint:
+    """One layer of each kind, of different widths; the sliding window is shorter than a picture."""
+    marks = ("boi", "image", "eoi", "boa", "audio", "eoa")
+    tokens = tokenizer(**{f"{mark}_token": f"<|{mark}|>" for mark in marks})
+    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = picture_processor(hf.Gemma4Processor)(
+        hf.Gemma4AudioFeatureExtractor(), images, tokens, NoVideos(), image_seq_length=70, chat_template=template("<|image|>")
+    )
+    layers = ["sliding_attention", "full_attention"]
+    config = hf.Gemma4Config(
+        text_config=text(
+            tokens, head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers, use_bidirectional_attention="vision",
+            vocab_size_per_layer_input=len(tokens), hidden_size_per_layer_input=8,
+        ),
+        vision_config={
+            **VISION, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        boi_token_id=tokens.boi_token_id, eoi_token_id=tokens.eoi_token_id, image_token_id=tokens.image_token_id,
+        boa_token_id=tokens.boa_token_id, eoa_token_index=tokens.eoa_token_id, audio_token_id=tokens.audio_token_id,
+        video_token_id=processor.video_token_id,
+    )  # fmt: skip
+    return Checkpoint(hf.Gemma4ForConditionalGeneration(config), processor)
 
 
 def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: str) -> Checkpoint:
@@ -304,10 +314,10 @@ FAMILIES = {
     "qwen3_vl": Entry(qwen3_vl, dynamic=True),
     "qwen3_5": Entry(qwen3_5, adapted=(1,), dynamic=True),
     "glm4v": Entry(glm4v, dynamic=True),
-    "aya_vision": Entry(aya_vision, dynamic=True),
     "paligemma": Entry(paligemma),
     "paligemma2": Entry(paligemma2),
     "gemma3": Entry(gemma3),
+    "gemma4": Entry(gemma4, dynamic=True),
     "minicpmv4_6": Entry(minicpmv4_6, adapted=(1,), dynamic=True),
     "minicpmv4_7": Entry(minicpmv4_7, adapted=(1,), dynamic=True),
 }

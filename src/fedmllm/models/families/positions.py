@@ -18,7 +18,7 @@ FAMILIES = {
     "llava_next": ("LLaVA-NeXT.", ROTARY),
     "internvl": ("InternVL 3 (checkpoints whose names end in `-hf`).", ROTARY),
     "gemma3": ("Gemma 3.", ROTARY),
-    "aya_vision": ("Aya Vision.", ROTARY),
+    "gemma4": ("Gemma 4.", ROTARY),
     "qwen2_vl": ("Qwen2-VL.", BY_MODEL),
     "qwen2_5_vl": ("Qwen2.5-VL.", BY_MODEL),
     "qwen3_vl": ("Qwen3-VL.", BY_MODEL),
