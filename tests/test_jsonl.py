@@ -118,6 +118,7 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("missing picture", {**GOOD, "id": "x", "image": "no.png"}, ", id 'x': the picture "),
     ("a list as image", {**GOOD, "id": "x", "image": ["a.png"]}, "'image' must be text; write a list of pictures as 'images'"),
     ("images is text", {**GOOD, "id": "x", "images": "a.png"}, ", id 'x': the key 'images' must be a list of paths"),
+    ("images is false", {**GOOD, "id": "x", "images": False}, ", id 'x': the key 'images' must be a list of paths"),
     ("an image without a name", {**GOOD, "id": "x", "images": ["a.png", ""]}, "the key 'images' must be a list of paths"),
     ("image and images", {**GOOD, "id": "x", "image": "a.png", "images": ["b.png"]}, "has 'image' or 'images', and not both"),
     ("a missing one of two", {**GOOD, "id": "x", "images": ["data.jsonl", "no.png"]}, ", id 'x': picture 1 of 2: the picture "),

@@ -34,8 +34,8 @@ class LinearPicture:
     """
 
     def __init__(self, sample: Sample, answer: Sequence[float], weights: NDArray[np.float64] | None = None) -> None:
-        levels = np.concatenate([np.asarray(decode(picture), dtype=np.float32) for picture in sample.pictures])
-        self.pixels: NDArray[np.float32] = levels / np.float32(255)
+        levels = np.concatenate([np.asarray(decode(picture)) for picture in sample.pictures])
+        self.pixels: NDArray[np.float32] = np.asarray(levels, dtype=np.float32) / np.float32(255)
         self._logits, shape = np.log(answer), (len(answer), *self.pixels.shape)
         self._weights = stream(0, "toy weights").normal(size=shape) if weights is None else weights
 

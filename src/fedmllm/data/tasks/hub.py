@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -175,7 +175,7 @@ def _undecoded(library: Any, rows: Any, columns: Columns, dataset: str) -> Any:
         if isinstance(feature, library.Image):
             rows = rows.cast_column(column, undecoded)
         elif isinstance(getattr(feature, "feature", None), library.Image):
-            rows = rows.cast_column(column, type(feature)(undecoded))
+            rows = rows.cast_column(column, replace(feature, feature=undecoded))
     return rows
 
 

@@ -47,7 +47,7 @@ def _check_values(line: Mapping[str, Any]) -> None:
 
 
 def _images(line: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
-    names = line.get("images") or []
+    names = line["images"] if line.get("images") is not None else []
     if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
         raise EntryError("the key 'images' must be a list of paths")
     if line.get("image"):
