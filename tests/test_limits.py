@@ -157,7 +157,9 @@ def test_a_refused_picture_of_another_client_does_not_stop_a_run(qwen: Path, dat
         assert torch.equal(model.loss([sample]), other.loss([expected]))
     with pytest.raises(EntryError, match="refuses a picture of 4 × 1200 pixels"):
         model.encode([shown], [Path("strip.png").absolute()], 300)
-    with pytest.raises(EntryError, match=r"refuses 2 pictures of 64 × 64 and 4 × 1200 pixels \(.*\); resize them"):
+    with pytest.raises(
+        EntryError, match=r"refuses 2 pictures of 64 × 64 and 4 × 1200 pixels \(.*\); resize them or show fewer"
+    ):
         model.encode([replace(shown, image=2)], [(dataset / "red.png", Path("strip.png").absolute())], 300)
     model.encode([replace(shown, image=0)], [Path("strip.png").absolute()], 300)
 

@@ -75,7 +75,7 @@ class Backbone:
             if not images:
                 raise
             sizes, reason = " and ".join(f"{i.width} × {i.height}" for i in images), " ".join(str(error).split())
-            subject, other = ("a picture", "it") if len(images) == 1 else (f"{len(images)} pictures", "them")
+            subject, other = ("a picture", "it") if len(images) == 1 else (f"{len(images)} pictures", "them or show fewer")
             what = f"the model's processor refuses {subject} of {sizes} pixels ({reason}); resize {other}"
             raise EntryError(what, "picture the model refuses") from error
 

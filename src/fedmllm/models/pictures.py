@@ -24,8 +24,6 @@ from fedmllm.models.backbone import Backbone
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
-
-
 Shown = tuple[Picture, bool]
 """A picture, and whether it is processed as one beside others."""
 
