@@ -101,7 +101,7 @@ def test_losses_and_gradients(model: MLLM, samples: list[Encoded], clients: int,
 
 def test_rows_shorter_than_the_longest_answer(model: MLLM) -> None:
     """Some of the requested positions do not exist in these rows; the gradient of the others is complete."""
-    short = [Encoded((5,), (7, 2), (), None, {}, {}), Encoded((5, 6), (9, 8, 7, 6, 5, 4, 2), (), None, {}, {})]
+    short = [Encoded((5,), (7, 2), (), (), {}, {}), Encoded((5, 6), (9, 8, 7, 6, 5, 4, 2), (), (), {}, {})]
     assert_same_training(model, short, [random_adapter(model, 0)], list(model.adapter.parameters))
 
 
