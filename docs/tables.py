@@ -111,9 +111,13 @@ def _models(sources: Sources) -> str:
         family = sources.families.build(name, {})
         first = family.first_position
         positions = "the model's own" if first is None else f"counted by fedmllm, from {first}"
-        return [*_row(sources.families, name)[:2], "yes" if family.cache else "no", positions]
+        shown = "one" if family.one_picture else "several"
+        return [*_row(sources.families, name)[:2], shown, "yes" if family.cache else "no", positions]
 
-    return table(["model type", "description", "features cached", "position ids"], map(row, sources.families.names()))
+    return table(
+        ["model type", "description", "pictures in a prompt", "features cached", "position ids"],
+        map(row, sources.families.names()),
+    )
 
 
 def _algorithms(sources: Sources) -> str:

@@ -269,8 +269,10 @@ def test_models_that_cannot_be_attacked(model: MLLM, monkeypatch: pytest.MonkeyP
     pixels = model.pictures.pixels
     for spoiled in (torch.square, torch.neg, lambda values: values - values.mean()):
 
-        def spoil(image: Image.Image, change: Callable[[torch.Tensor], torch.Tensor] = spoiled) -> dict[str, torch.Tensor]:
-            return {k: change(v) if k == "pixel_values" else v for k, v in pixels(image).items()}
+        def spoil(
+            image: Image.Image, of: int, change: Callable[[torch.Tensor], torch.Tensor] = spoiled
+        ) -> dict[str, torch.Tensor]:
+            return {k: change(v) if k == "pixel_values" else v for k, v in pixels(image, of).items()}
 
         monkeypatch.setattr(model.pictures, "pixels", spoil)
         with pytest.raises(DataError, match="does more to pixels than scale them"):

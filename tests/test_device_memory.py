@@ -224,7 +224,7 @@ def test_the_sample_with_the_most_text_is_measured_with_and_without_a_picture() 
         tried.append(holding.sample_id)
         if holding.sample_id == "d":
             raise EntryError("the processor refuses it", "bad picture")
-        return Encoded((1,) * words[holding.sample_id], (), (), None, {}, {})
+        return Encoded((1,) * words[holding.sample_id], (), (), (), {}, {})
 
     def talk(holding: Holding) -> Conversation:
         return Conversation("x" * words[holding.sample_id], "", image=holding.sample_id in pictured)

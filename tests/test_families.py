@@ -136,7 +136,7 @@ def test_a_blank_picture_of_equal_size_gives_the_same_prompt(
     from_blank = cached.encode(TALKS, pictures, 300)
     monkeypatch.setattr(cached, "_tokens", Tokens(cached.backbone, always_decode=True))
     for sample, expected in zip(from_blank, cached.encode(TALKS, pictures, 300), strict=True):
-        for field in ("prompt", "answer", "options", "picture", "tokenwise"):
+        for field in ("prompt", "answer", "options", "pictures", "tokenwise"):
             assert getattr(sample, field) == getattr(expected, field), field
         assert sample.imagewise.keys() == expected.imagewise.keys()
         for name, tensor in expected.imagewise.items():
@@ -180,6 +180,30 @@ def test_the_model_gets_what_the_processor_returns(cached: MLLM, pictures: list[
             expected = cached.backbone.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, -1]
             actual = cached.backbone.model(**cached.collate([sample], [()])).logits[:, -1]
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_shows_several_pictures_in_their_order(cached: MLLM, uncached: MLLM, pictures: list[Path | None]) -> None:
+    """Compared with the unchanged output of the processor: from the cache and without it, alone and in a batch."""
+    first, second = (path for path in (pictures[0], pictures[4]) if path)
+    shown, talk = [(first, second), (second, first)], replace(TALKS[0], image=2)
+    expected = []
+    for paths in shown:
+        inputs = cached.backbone.processor(
+            text=[cached.backbone.prompt(talk)], images=[list(map(Image.open, paths))], return_tensors="pt",
+            add_special_tokens=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            expected.append(cached.backbone.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, -1])
+    assert not torch.allclose(*expected, rtol=1e-2)
+    for model in (cached, uncached):
+        encoded = model.encode([talk, talk, TALKS[0]], [*shown, first], 600)
+        assert encoded[0].pictures == encoded[1].pictures[::-1]
+        model.prepare_features()
+        with torch.no_grad():
+            alone = [model.backbone.model(**model.collate([sample], [()])).logits[:, -1] for sample in encoded]
+            together = model.backbone.model(**model.collate(encoded, [()] * 3)).logits[:, -1]
+        torch.testing.assert_close(torch.cat(alone[:2]), torch.cat(expected), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_generation_starts_with_the_most_probable_token(cached: MLLM, pictures: list[Path | None]) -> None:

@@ -101,7 +101,7 @@ def test_losses_and_gradients(model: MLLM, samples: list[Encoded], clients: int,
 
 def test_rows_shorter_than_the_longest_answer(model: MLLM) -> None:
     """Some of the requested positions do not exist in these rows; the gradient of the others is complete."""
-    short = [Encoded((5,), (7, 2), (), None, {}, {}), Encoded((5, 6), (9, 8, 7, 6, 5, 4, 2), (), None, {}, {})]
+    short = [Encoded((5,), (7, 2), (), (), {}, {}), Encoded((5, 6), (9, 8, 7, 6, 5, 4, 2), (), (), {}, {})]
     assert_same_training(model, short, [random_adapter(model, 0)], list(model.adapter.parameters))
 
 
@@ -130,7 +130,7 @@ def test_scores_follow_the_fold(model: MLLM, samples: list[Encoded]) -> None:
 def test_dropout_is_left_to_transformers(tiny: Path, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny, dropout=0.5)
     monkeypatch.setattr("fedmllm.models.mllm.FusedLlama.__call__", lambda *_: pytest.fail("FusedLlama has no dropout"))
-    text_only = [sample for sample in samples if sample.picture is None]  # this model does not know the pictures
+    text_only = [sample for sample in samples if not sample.pictures]  # this model does not know the pictures
     stack = Stack(model.adapter, [random_adapter(model, 0)], list(model.adapter.parameters), dropout=[1])
     with model.using(stack, 1):
         stack.begin([(len(text_only), model.width(text_only))])

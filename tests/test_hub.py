@@ -203,7 +203,8 @@ def test_an_image_folder_is_read_by_its_paths(tmp_path: Path) -> None:
         ({"path": "/etc/hostname"}, {"image": "path"}, "'/etc/hostname' leads out of", "path outside the folder"),
         ({"pic": {"bytes": None, "path": "/etc/hostname"}}, {"image": "pic"}, "leads out of", "path outside the folder"),
         ({"pic": {"bytes": b"no picture", "path": None}}, {"image": "pic"}, "cannot be decoded", "undecodable picture"),
-        ({}, {"image": "options"}, "the picture is of type list, neither bytes nor a path", "wrong value"),
+        ({}, {"image": "right"}, "the picture is of type int, neither bytes nor a path", "wrong value"),
+        ({}, {"image": "options"}, "picture 1 of 3: the picture", "missing picture"),
         ({"reply": None}, {}, "'answer' is missing", "wrong value"),
         ({"reply": -1}, {}, "'answer' is missing", "wrong value"),
         ({"right": 3}, {"answer": "right", "choices": "options", "answer_is_index": True}, "not an index into", "wrong value"),
@@ -224,6 +225,40 @@ def test_bad_rows_are_bad_samples(
     assert message in str(caught.value)
     loaded = read_split(tasks.build("hub", {"dataset": str(path), "answer": "reply", **options}), "train")
     assert {p.kind for p in loaded.problems} == {kind}
+
+
+def test_a_sample_has_the_pictures_of_a_list_or_of_several_columns(tmp_path: Path) -> None:
+    pixels = [png((level, 0, 0)) for level in range(4)]
+    stored = [{"bytes": content, "path": None} for content in pixels]
+    lines = [
+        {"scans": stored[:2], "first": stored[3], "second": stored[1]},
+        {"scans": stored[2:3], "first": stored[2], "second": None},
+        {"scans": [], "first": None, "second": None},
+        {"scans": None, "first": None, "second": stored[0]},
+    ]
+    features = datasets.Features(
+        {"scans": datasets.List(datasets.Image()), "first": datasets.Image(), "second": datasets.Image()}
+    )
+    splits = {split: datasets.Dataset.from_list(lines, features=features) for split in ("train", "test")}
+    splits = {split: dataset.add_column("reply", ["yes"] * 4) for split, dataset in splits.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    columns: dict[tuple[str, ...], dict[str, Any]] = {
+        ("01", "2", "", ""): {"images": "scans"},
+        ("31", "2", "", "0"): {"images": ["first", "second"]},
+        ("13", "2", "", "0"): {"images": ["second", "first"]},
+        ("301", "22", "", ""): {"images": ["first", "scans"]},
+    }
+    for expected, options in columns.items():
+        samples = load(tmp_path / "saved", answer="reply", ask="what?", **options).samples
+        shown = [[p.read() for p in s.pictures if isinstance(p, StoredPicture)] for s in samples]
+        assert shown == [[pixels[int(digit)] for digit in digits] for digits in expected]
+        assert [isinstance(s.image, tuple) for s in samples] == [len(digits) > 1 for digits in expected]
+    in_list, alone = (load(tmp_path / "saved", answer="reply", ask="what?", image=c).samples[1] for c in ("scans", "first"))
+    assert in_list == alone, "a list of one picture is that picture"
+    with pytest.raises(ConfigError, match=r"^task\.images: '.*saved' has no column 'scan'; did you mean 'scans'\?$"):
+        load(tmp_path / "saved", answer="reply", images=["first", "scan"])
+    with pytest.raises(ConfigError, match="image and images both name columns of pictures; set one of them"):
+        load(tmp_path / "saved", answer="reply", image="first", images="scans")
 
 
 def test_an_unknown_column_gets_a_suggestion(folder: Callable[..., Path]) -> None:

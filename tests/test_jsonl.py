@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from fedmllm.data.images import decode
 from fedmllm.data.samples import Loaded, Sample
 from fedmllm.data.tasks import tasks
 from fedmllm.errors import ConfigError, DataError
@@ -114,6 +116,13 @@ BAD: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("too many choices", {**GOOD, "id": "x", "choices": ["yes", *map(str, range(26))]}, ", id 'x': 27 choices are more than"),
     ("duplicate id", GOOD, ", id 'good': the id 'good' is used twice"),
     ("missing picture", {**GOOD, "id": "x", "image": "no.png"}, ", id 'x': the picture "),
+    ("a list as image", {**GOOD, "id": "x", "image": ["a.png"]}, "'image' must be text; write a list of pictures as 'images'"),
+    ("images is text", {**GOOD, "id": "x", "images": "a.png"}, ", id 'x': the key 'images' must be a list of paths"),
+    ("images is false", {**GOOD, "id": "x", "images": False}, ", id 'x': the key 'images' must be a list of paths"),
+    ("an image without a name", {**GOOD, "id": "x", "images": ["a.png", ""]}, "the key 'images' must be a list of paths"),
+    ("image and images", {**GOOD, "id": "x", "image": "a.png", "images": ["b.png"]}, "has 'image' or 'images', and not both"),
+    ("a missing one of two", {**GOOD, "id": "x", "images": ["data.jsonl", "no.png"]}, ", id 'x': picture 1 of 2: the picture "),
+    ("an image outside", {**GOOD, "id": "x", "images": ["a.png", "../b.png"]}, "the path '../b.png' leads out of"),
     ("folder as picture", {**GOOD, "id": "x", "image": "."}, ", id 'x': the picture "),
     ("undecodable picture", {**GOOD, "id": "x", "image": "data.jsonl"}, ", id 'x': the picture "),
 ]  # fmt: skip
@@ -139,6 +148,21 @@ def test_a_bad_line_is_skipped_and_counted(tmp_path: Path, line: dict[str, Any] 
     assert [s.id for s in loaded.samples] == ["good", "other"]
     assert len(loaded.problems) == 1
     assert what in str(loaded.problems[0])
+
+
+def test_images_are_shown_in_their_order(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    a.write_bytes(png())
+    b.write_bytes(png((1, 2, 3)))
+    assert only(tmp_path, {**GOOD, "images": ["b.png", "a.png", "b.png"]}).pictures == (b, a, b)
+    assert only(tmp_path, {**GOOD, "images": ["a.png"]}) == only(tmp_path, {**GOOD, "image": "a.png"})
+    for without in ([], None):
+        assert only(tmp_path, {**GOOD, "images": without}) == only(tmp_path, GOOD)
+        assert only(tmp_path, {**GOOD, "images": without, "image": "a.png"}).image == a
+    gif = tmp_path / "moving.gif"
+    Image.new("RGB", (8, 8), "red").save(gif, save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    first = only(tmp_path, {**GOOD, "images": ["a.png", "moving.gif"]}).pictures[1]
+    assert decode(first).getpixel((0, 0)) == (255, 0, 0), "the first frame"
 
 
 def test_unusable_pictures_are_named(tmp_path: Path) -> None:

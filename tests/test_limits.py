@@ -149,7 +149,7 @@ def test_a_refused_picture_of_another_client_does_not_stop_a_run(qwen: Path, dat
     settings = ModelTable(name=str(qwen), lora=LoraTable(rank=2), precision="fp32")
     model, other = MLLM.load(settings, seed=0), MLLM.load(settings, seed=0)
     (sample,) = model.encode([shown], [dataset / "red.png"], 300)
-    model.register_pictures([Path("strip.png").absolute(), dataset / "blue.png"])
+    model.register_pictures([[Path("strip.png").absolute()], [dataset / "blue.png"]])
     assert model.prepare_features() == 3
     (expected,) = other.encode([shown], [dataset / "red.png"], 300)
     other.prepare_features()
@@ -157,7 +157,11 @@ def test_a_refused_picture_of_another_client_does_not_stop_a_run(qwen: Path, dat
         assert torch.equal(model.loss([sample]), other.loss([expected]))
     with pytest.raises(EntryError, match="refuses a picture of 4 × 1200 pixels"):
         model.encode([shown], [Path("strip.png").absolute()], 300)
-    model.encode([replace(shown, image=False)], [Path("strip.png").absolute()], 300)
+    with pytest.raises(
+        EntryError, match=r"refuses 2 pictures of 64 × 64 and 4 × 1200 pixels \(.*\); resize them or show fewer"
+    ):
+        model.encode([replace(shown, image=2)], [(dataset / "red.png", Path("strip.png").absolute())], 300)
+    model.encode([replace(shown, image=0)], [Path("strip.png").absolute()], 300)
 
 
 def test_the_model_names_the_limit_and_what_is_over_it(model: MLLM) -> None:

@@ -41,7 +41,7 @@ def test_the_prompt_is_the_output_of_the_processor(model: MLLM, pictures: list[P
     assert text == f"<begin>User:{image_part} which color is it?<end_of_utterance>\nAssistant:"
     assert model.backbone.tokenizer.decode(first.answer) == " red<end_of_utterance>"
     assert model.backbone.tokenizer.decode(second.prompt).count("<begin>") == 1
-    assert second.picture is None
+    assert not second.pictures
 
 
 def test_cached_features_give_the_same_loss_scores_and_answers(settings: ModelTable, pictures: list[Path | None]) -> None:

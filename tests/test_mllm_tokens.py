@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from tiny_models import CLOSED, OPEN
 def test_equal_questions_about_pictures_of_equal_size_are_tokenised_once(
     model: MLLM, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, Image.Image | None]] = []
+    calls: list[tuple[str, Sequence[Image.Image]]] = []
     process = Backbone.process
 
-    def counted(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        calls.append((prompt, image))
-        return process(self, prompt, image)
+    def counted(self: Backbone, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        calls.append((prompt, images))
+        return process(self, prompt, images)
 
     monkeypatch.setattr(Backbone, "process", counted)
     Image.new("RGB", (32, 64)).save(tmp_path / "narrow.png")
@@ -40,9 +41,9 @@ def test_equal_questions_about_pictures_of_equal_size_are_tokenised_once(
     images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png", tmp_path / "narrow.png", None, None]
     batch = model.encode(talks, images, 200)
     # The second differs only in the picture and the third only in the answer; the others in picture size, modality or text.
-    assert [image and image.size for _, image in calls] == [(64, 64), (32, 64), None, None]
+    assert [[image.size for image in images] for _, images in calls] == [[(64, 64)], [(32, 64)], [], []]
     assert batch[0].prompt is batch[1].prompt is batch[2].prompt
-    assert [sample.picture for sample in batch] == [0, 1, 0, 2, None, None]
+    assert [sample.pictures for sample in batch] == [(0,), (1,), (0,), (2,), (), ()]
     assert batch[2].answer != batch[0].answer
     assert model.encode(talks, images, 200)[3].prompt == batch[3].prompt
     assert len(calls) == 4
@@ -56,10 +57,9 @@ def test_a_processor_with_code_of_its_own_gets_every_picture(
     first_pixels: list[tuple[int, ...]] = []
     process = Backbone.process
 
-    def recorded(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        assert image is not None
-        first_pixels.append(image.getpixel((0, 0)))
-        return process(self, prompt, image)
+    def recorded(self: Backbone, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        first_pixels.extend(image.getpixel((0, 0)) for image in images)
+        return process(self, prompt, images)
 
     monkeypatch.setattr(Backbone, "process", recorded)
     images = [dataset / "red.png", dataset / "blue.png", dataset / "red.png"]
@@ -73,8 +73,8 @@ def test_inputs_that_may_contain_pixels_are_computed_from_the_picture(
     """An unregistered family may have another name for its pixel input."""
     process = Backbone.process
 
-    def renamed(self: Backbone, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        inputs = process(self, prompt, image)
+    def renamed(self: Backbone, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        inputs = process(self, prompt, images)
         return {"patches" if name == "pixel_values" else name: value for name, value in inputs.items()}
 
     monkeypatch.setattr(Backbone, "process", renamed)

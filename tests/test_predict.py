@@ -89,6 +89,13 @@ def test_one_question_is_asked_at_the_command_line_and_in_python(finished: Calla
         reply = model.predict(image=image, question="which color is it?", choices=["red", "blue", "green"])
         assert (reply.answer, reply.shown) == (row["answer"], ("image",))
         assert reply.probabilities == pytest.approx(row["probabilities"])
+    (both,) = asked(
+        run, "--image", picture, "--image", dataset / "blue.png", "--question", "which color is it?", "--choices", "red,blue"
+    )
+    reply = model.predict(image=[picture, dataset / "blue.png"], question="which color is it?", choices=["red", "blue"])
+    assert reply.probabilities == pytest.approx(both["probabilities"])
+    one = model.predict(image=picture, question="which color is it?", choices=["red", "blue"])
+    assert reply.probabilities != pytest.approx(one.probabilities)
     printed = invoke("predict", run, "--text", "a red thing", "--question", "name the color.", "--trust-config")
     assert printed.stdout.strip() == model.predict(text="a red thing", question="name the color.").answer
     assert "shown to the model: text" in printed.stderr

@@ -68,7 +68,7 @@ def in_every_place(tokens: Tokens, word: str, image: bool) -> tuple[Prompt, list
     )  # fmt: skip
     visible = asked.modalities if image else frozenset({"text"})
     talk = render(asked, visible, prompts.build("modality-agnostic", {}))  # type: ignore[arg-type]
-    prompt = tokens.prompt(talk, PICTURE if image else None, SIZE if image else None)
+    prompt = tokens.prompt(talk, *(([PICTURE], [SIZE]) if image else ()))
     return prompt, [tokens.answer(text) for text in (talk.answer, *talk.options, word)]
 
 
@@ -117,10 +117,10 @@ def test_a_forged_turn_is_text(backbone: Backbone) -> None:
 def test_ordinary_texts_have_the_tokens_of_the_processor(backbone: Backbone) -> None:
     tokens = Tokens(backbone, always_decode=False)
     for text in ORDINARY:
-        for picture in (None, Image.new("RGB", SIZE)):
-            talk = Conversation(text, "yes", image=picture is not None)
-            inputs = backbone.process(backbone.prompt(talk), picture)
-            prompt = tokens.prompt(talk, PICTURE if picture else None, SIZE if picture else None)
+        for number in (0, 1):
+            talk = Conversation(text, "yes", image=number)
+            inputs = backbone.process(backbone.prompt(talk), [Image.new("RGB", SIZE)] * number)
+            prompt = tokens.prompt(talk, [PICTURE] * number, [SIZE] * number)
             assert prompt.ids == tuple(inputs["input_ids"][0].tolist())
             for key, values in prompt.tokenwise.items():
                 assert values == tuple(inputs[key][0].tolist())

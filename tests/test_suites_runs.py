@@ -95,9 +95,9 @@ def test_pictures_that_are_asked_about_once_are_forgotten(model: MLLM) -> None:
     with model.forgetting_pictures():
         encoded = model.encode([talk, talk], [png((1, 2, 3)), png()], 300)
         first = model.last_logits(encoded, [(), ()], 1)
-        assert [sample.picture for sample in encoded] == [1, 0]
+        assert [sample.pictures for sample in encoded] == [(1,), (0,)]
     (other,) = model.encode([talk], [png((200, 210, 250))], 300)
-    assert other.picture == 1, "its number is free again"
+    assert other.pictures == (1,), "its number is free again"
     assert not first[0].equal(model.last_logits([other], [()], 1)[0]), "and nothing is left of the picture that had it"
     assert model.prepare_features() == 2
 

@@ -226,7 +226,9 @@ def test_sorting_by_length_pads_less_within_patterns(patterns: list[int], share:
 def test_a_client_trains_on_batches_as_the_experiment_says(batching: Literal["random", "by-length"]) -> None:
     lengths, patterns = mixture(20, 10, 15, 0)
     samples = [
-        Encoded((1,) * (length - 1), (2,), (), 0 if pattern in ("both", "image") else None, {}, {}, pattern in ("both", "text"))
+        Encoded(
+            (1,) * (length - 1), (2,), (), (0,) if pattern in ("both", "image") else (), {}, {}, pattern in ("both", "text")
+        )
         for length, pattern in zip(lengths, patterns, strict=True)
     ]
     train = TrainTable(batch_size=4, accumulate=2, epochs=2, batching=batching)

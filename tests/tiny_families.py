@@ -17,6 +17,8 @@ import torch
 import transformers as hf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -121,7 +123,7 @@ def internvl() -> Checkpoint:
     return Checkpoint(hf.InternVLForConditionalGeneration(config), processor)
 
 
-def _qwen(config_class: Any, model_class: Any, processor_class: Any, vision: dict[str, Any]) -> Checkpoint:
+def _qwen(config_class: Any, model_class: Any, processor_class: Any, vision: dict[str, Any], **text_options: Any) -> Checkpoint:
     marks = {
         "vision_start": "<|vision_start|>",
         "image": "<|image_pad|>",
@@ -132,7 +134,8 @@ def _qwen(config_class: Any, model_class: Any, processor_class: Any, vision: dic
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     vision = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision}
     config = config_class(
-        text_config=text(tokens, rope_parameters=rope, max_position_embeddings=512, head_dim=16), vision_config=vision,
+        text_config=text(tokens, rope_parameters=rope, max_position_embeddings=512, head_dim=16, **text_options),
+        vision_config=vision,
         **{f"{name}_token_id": tokens.convert_tokens_to_ids(mark) for name, mark in marks.items()},
     )  # fmt: skip
     sizes = {"shortest_edge": 1024, "longest_edge": 4096}
@@ -163,6 +166,34 @@ def qwen3_vl() -> Checkpoint:
     vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "deepstack_visual_indexes": [0, 1]}
     vision |= {"num_position_embeddings": 64}
     return _qwen(hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLProcessor, vision)
+
+
+def qwen3_5() -> Checkpoint:
+    """One layer with linear attention and one with full attention."""
+    vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_position_embeddings": 64}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    model_class, layers = hf.Qwen3_5ForConditionalGeneration, ["linear_attention", "full_attention"]
+    return _qwen(
+        hf.Qwen3_5Config, model_class, hf.Qwen3VLProcessor, vision, **linear, layer_types=layers, partial_rotary_factor=1.0
+    )
+
+
+def glm4v() -> Checkpoint:
+    marks = {"image_start": "<|begin_of_image|>", "image": "<|image|>", "image_end": "<|end_of_image|>", "video": "<|video|>"}
+    tokens = tokenizer(**{f"{name}_token": mark for name, mark in marks.items()})
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    config = hf.Glm4vConfig(
+        text_config=text(tokens, rope_parameters=rope, max_position_embeddings=512),
+        vision_config={
+            "depth": 2, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "image_size": 64,
+            "patch_size": 8,
+        },
+        **{f"{name}_token_id": tokens.convert_tokens_to_ids(mark) for name, mark in marks.items()},
+    )  # fmt: skip
+    images = Glm4vImageProcessorPil(patch_size=8, size={"shortest_edge": 1024, "longest_edge": 8192})
+    mark = marks["image_start"] + marks["image"] + marks["image_end"]
+    processor = picture_processor(hf.Glm4vProcessor)(images, tokens, NoVideos(), chat_template=template(mark))
+    return Checkpoint(hf.Glm4vForConditionalGeneration(config), processor)
 
 
 def paligemma(**text_options: Any) -> Checkpoint:
@@ -199,6 +230,31 @@ def gemma3() -> Checkpoint:
         hf.Gemma3ForConditionalGeneration(config),
         hf.Gemma3Processor(images, tokens, image_seq_length=4, chat_template=template("<soi>")),
     )
+
+
+def gemma4() -> Checkpoint:
+    """One layer of each kind, of different widths; the sliding window is shorter than a picture."""
+    marks = ("boi", "image", "eoi", "boa", "audio", "eoa")
+    tokens = tokenizer(**{f"{mark}_token": f"<|{mark}|>" for mark in marks})
+    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = picture_processor(hf.Gemma4Processor)(
+        hf.Gemma4AudioFeatureExtractor(), images, tokens, NoVideos(), image_seq_length=70, chat_template=template("<|image|>")
+    )
+    layers = ["sliding_attention", "full_attention"]
+    config = hf.Gemma4Config(
+        text_config=text(
+            tokens, head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers, use_bidirectional_attention="vision",
+            vocab_size_per_layer_input=len(tokens), hidden_size_per_layer_input=8,
+        ),
+        vision_config={
+            **VISION, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        boi_token_id=tokens.boi_token_id, eoi_token_id=tokens.eoi_token_id, image_token_id=tokens.image_token_id,
+        boa_token_id=tokens.boa_token_id, eoa_token_index=tokens.eoa_token_id, audio_token_id=tokens.audio_token_id,
+        video_token_id=processor.video_token_id,
+    )  # fmt: skip
+    return Checkpoint(hf.Gemma4ForConditionalGeneration(config), processor)
 
 
 def _minicpm(config_class: Any, model_class: Any, processor_class: Any, *ids: str) -> Checkpoint:
@@ -256,9 +312,12 @@ FAMILIES = {
     "qwen2_vl": Entry(qwen2_vl, dynamic=True),
     "qwen2_5_vl": Entry(qwen2_5_vl, dynamic=True),
     "qwen3_vl": Entry(qwen3_vl, dynamic=True),
+    "qwen3_5": Entry(qwen3_5, adapted=(1,), dynamic=True),
+    "glm4v": Entry(glm4v, dynamic=True),
     "paligemma": Entry(paligemma),
     "paligemma2": Entry(paligemma2),
     "gemma3": Entry(gemma3),
+    "gemma4": Entry(gemma4, dynamic=True),
     "minicpmv4_6": Entry(minicpmv4_6, adapted=(1,), dynamic=True),
     "minicpmv4_7": Entry(minicpmv4_7, adapted=(1,), dynamic=True),
 }

@@ -60,21 +60,22 @@ class Model:
     def predict(
         self,
         *,
-        image: str | Path | bytes | None = None,
+        image: str | Path | bytes | Sequence[str | Path | bytes] | None = None,
         text: str | None = None,
         question: str | None = None,
         choices: Sequence[str] | None = None,
         untrained: bool = False,
     ) -> Reply:
-        """The answer to one question about a picture (a file or its bytes), a text, both or neither.
+        """The answer to one question about a picture (a file or its bytes, or a sequence of several), a text, both or neither.
 
         If the run's task asks the same about every sample, question and choices can be left out. With `untrained`, the
         model answers as it was before training. Raises DataError for a question or picture that cannot be used.
         """
         from fedmllm.data.questions import question as asked
 
-        picture = Path(image) if isinstance(image, str) else image
-        sample = asked(self._trained.usual, picture, text, question, choices)
+        several = () if image is None else (image,) if isinstance(image, str | Path | bytes) else image
+        pictures = tuple(Path(picture) if isinstance(picture, str) else picture for picture in several)
+        sample = asked(self._trained.usual, pictures, text, question, choices)
         return self._trained.ask([sample], untrained=untrained)[0]
 
 

@@ -27,7 +27,9 @@ TrustConfig = Annotated[
 
 def predict(
     directory: Run,
-    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="A picture to ask about.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture to ask about; repeatable.")
+    ] = None,
     text: Annotated[str | None, typer.Option("--text", help="A text to ask about.")] = None,
     question: Annotated[str | None, typer.Option("--question", help="By default the one that the run's task asks.")] = None,
     choices: Annotated[str | None, typer.Option("--choices", metavar="A,B,…", help="The possible answers.")] = None,
@@ -45,8 +47,8 @@ def predict(
     from fedmllm.runs.trained import TrainedModel
     from fedmllm.storage.run_dir import RunDir
 
-    parts = {"--image": image, "--text": text, "--question": question, "--choices": choices}
-    given = [option for option, value in parts.items() if value is not None]
+    parts = {"--image": images, "--text": text, "--question": question, "--choices": choices}
+    given = [option for option, value in parts.items() if value]
     if data is not None and given:
         raise ConfigError(f"{given[0]} and --data exclude each other; write the question into the file, or leave --data out.")
     if not given and data is None and (as_json or not sys.stdin.isatty()):
@@ -60,7 +62,7 @@ def predict(
     if data is not None:
         samples, known = read_questions(data, model.usual)
     else:
-        samples = [one_question(model.usual, image, text, question, _split(choices))]
+        samples = [one_question(model.usual, tuple(images or ()), text, question, _split(choices))]
     replies = _replies(model, samples, baseline)
     if as_json:
         rows = [_row(sample, both, sample.id in known) for sample, both in zip(samples, replies, strict=True)]

@@ -152,7 +152,7 @@ KINDS: dict[Modality, tuple[str, ...]] = {"image": tuple(PICTURES), "text": tupl
 def corrupted(
     sample: Sample, modality: Modality, kind: str, severity: int, seed: int, others: OtherTexts | None = None
 ) -> Sample:
-    """The sample with a worse picture (a PNG in memory) or text; unchanged at severity 0, or without that modality.
+    """The sample with worse pictures (PNGs in memory) or a worse text; unchanged at severity 0, or without that modality.
 
     "other-text" takes one of the texts in `others` that differs from the sample's. Raises ValueError for an unknown kind or
     severity.
@@ -162,10 +162,13 @@ def corrupted(
     if severity not in (0, *SEVERITIES):
         raise ValueError(f"severity = {severity} must be from 0 to 5")
     rng = stream(seed, "corruption", kind, sample.id)
-    if severity and modality == "image" and sample.image is not None:
-        buffer = io.BytesIO()
-        PICTURES[kind](decode(sample.image), severity, rng).save(buffer, "PNG", compress_level=1)
-        return replace(sample, image=buffer.getvalue())
+    if severity and modality == "image" and sample.pictures:
+        worse = []
+        for picture in sample.pictures:
+            buffer = io.BytesIO()
+            PICTURES[kind](decode(picture), severity, rng).save(buffer, "PNG", compress_level=1)
+            worse.append(buffer.getvalue())
+        return replace(sample, image=tuple(worse))
     words = (sample.text or "").split()
     if severity and modality == "text" and words:
         number = max(1, round(_WORDS[severity - 1] * len(words)))

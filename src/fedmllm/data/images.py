@@ -25,6 +25,8 @@ class StoredPicture:
 
 Picture = Path | bytes | StoredPicture
 """An encoded image: a file, its bytes, or a way to read its bytes later."""
+Images = Picture | tuple[Picture, ...]
+"""What a sample shows: one picture, or several in their order."""
 
 _FIXED_SIZE_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 """Formats whose size in the header is that of the decoded pixels."""
@@ -32,6 +34,11 @@ _DEEP_GREY = "I;16"
 """How the names of Pillow's modes for 16-bit grey begin."""
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 """The EXIF tag, and its values that swap width and height."""
+
+
+def pictures_of(images: Images | None) -> tuple[Picture, ...]:
+    """The pictures in their order; none for None."""
+    return images if isinstance(images, tuple) else () if images is None else (images,)
 
 
 def _source(image: Picture) -> Path | io.BytesIO:

@@ -12,13 +12,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fedmllm.data.images import Picture, decode, is_stretched
+from fedmllm.data.images import Images, Picture, decode, is_stretched, pictures_of
 from fedmllm.data.samples import LETTERS, Loaded, Problem, ProblemKind, Sample, Split, Task
 from fedmllm.data.stored import Samples
 from fedmllm.errors import DataError
 
 Flaw = tuple[str, ProblemKind]
 """(what is wrong with a sample, its kind)."""
+Survey = dict[Picture, tuple[Flaw | None, bool]]
+"""picture -> (what is wrong with it, whether its 16-bit grey is stretched)."""
 _AT_A_TIME = 1 << 12
 """Pictures that wait for a thread at a time."""
 
@@ -70,6 +72,26 @@ def _flaw(sample: Sample) -> Flaw | None:
     return None
 
 
+def _shown(samples: Samples) -> list[int]:
+    """The numbers of the distinct images that the samples have."""
+    numbers: list[int] = np.unique(samples.image[samples.has_image]).tolist()
+    return numbers
+
+
+def _pictures(samples: Samples) -> list[Picture]:
+    """The distinct pictures of the samples."""
+    return list(dict.fromkeys(picture for number in _shown(samples) for picture in pictures_of(samples.images[number])))
+
+
+def _image_flaw(images: Images, survey: Survey) -> Flaw | None:
+    """What is wrong with the first of a sample's pictures that cannot be used."""
+    pictures = pictures_of(images)
+    for number, picture in enumerate(pictures, start=1):
+        if flaw := survey[picture][0]:
+            return (f"picture {number} of {len(pictures)}: {flaw[0]}", flaw[1]) if len(pictures) > 1 else flaw
+    return None
+
+
 def read_split(task: Task, split: Split, choose: Callable[[Samples], Sequence[Sample]] = lambda samples: samples) -> Loaded:
     """The usable samples of a split, cleaned, and the problems of the others, decoding every image once.
 
@@ -97,23 +119,25 @@ def read_split(task: Task, split: Split, choose: Callable[[Samples], Sequence[Sa
     if len(chosen) < len(everything):
         assert isinstance(chosen, Samples)
         samples = everything.take(np.sort(everything.indices(chosen)))
-    shown = np.unique(samples.picture[samples.has_image])
-    survey = dict(zip(shown.tolist(), _examine_all([samples.pictures[picture] for picture in shown]), strict=True))
-    bad_pictures = [picture for picture, (flaw, _) in survey.items() if flaw]
+    pictures = _pictures(samples)
+    survey: Survey = dict(zip(pictures, _examine_all(pictures), strict=True))
+    bad_images = [number for number in _shown(samples) if _image_flaw(samples.images[number], survey)]
     repeated = set(samples.repeated().tolist())
     bad = set(repeated)
     if flawed:
         bad |= set(np.flatnonzero(np.isin(everything.indices(samples), flawed)).tolist())
-    if bad_pictures:
-        bad |= set(np.flatnonzero(np.isin(samples.picture, bad_pictures)).tolist())
+    if bad_images:
+        bad |= set(np.flatnonzero(np.isin(samples.image, bad_images)).tolist())
     position = everything.indices(samples) if bad else ()
     for index in bad:
         sample = samples[index]
-        flaw = (f"the id {sample.id!r} is used twice", "duplicate id") if index in repeated else _flaw(sample)
-        flaw = flaw or survey[samples.picture[index]][0]
+        twice: Flaw = (f"the id {sample.id!r} is used twice", "duplicate id")
+        flaw = twice if index in repeated else _flaw(sample)
+        flaw = flaw or _image_flaw(samples.images[samples.image[index]], survey)
+        assert flaw is not None
         problems.append((position[index], problem_of(sample, task, *flaw)))
     usable = samples.take(np.setdiff1d(np.arange(len(samples)), list(bad))) if bad else samples
-    stretched = sum(survey[picture][1] for picture in np.unique(usable.picture[usable.has_image]))
+    stretched = sum(survey[picture][1] for picture in _pictures(usable))
     return Loaded(usable.ordered(), [problem for _, problem in sorted(problems, key=lambda entry: entry[0])], stretched)
 
 

@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
 
-from fedmllm.data.images import Picture, image_key
+from fedmllm.data.images import Images, image_key, pictures_of
 from fedmllm.data.samples import Sample
 
 _SHOWN = 3
@@ -46,7 +46,7 @@ def shared_rows(train: Sequence[Sample], test: Sequence[Sample]) -> int:
 
     Pictures are compared by their bytes; a file is read only if another with the same words has the same size.
     """
-    size_of, key_of = lru_cache(1 << 12)(_size), cache(lambda image: image_key(image) if image is not None else None)
+    size_of, key_of = lru_cache(1 << 12)(_sizes), cache(lambda images: tuple(map(image_key, pictures_of(images))))
     words = {_words(s) for s in test}
     outlines = {(_words(s), size_of(s.image)) for s in test}
     common, known = set[object](), set[object]()
@@ -62,8 +62,9 @@ def _words(sample: Sample) -> tuple[str | None, str, str]:
     return sample.text, sample.question, sample.answer
 
 
-def _size(image: Picture | None) -> int:
-    """The bytes of a picture, as far as that is known without reading it; 0 if there is none."""
-    if image is None:
-        return 0
-    return image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1
+def _sizes(images: Images | None) -> tuple[int, ...]:
+    """The bytes of each picture, as far as that is known without reading it."""
+    return tuple(
+        image.stat().st_size if isinstance(image, Path) else len(image) if isinstance(image, bytes) else 1
+        for image in pictures_of(images)
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.data.files import EntryError, json_lines, parse_choices, path_inside
-from fedmllm.data.images import Picture
+from fedmllm.data.images import Images
 from fedmllm.data.loading import read_split
 from fedmllm.data.samples import Problem, Sample, Task
 from fedmllm.data.tasks.jsonl import KEYS, sample_of
@@ -48,7 +48,7 @@ class Usual:
 
 def question(
     usual: Usual,
-    image: Picture | None = None,
+    image: Images | None = None,
     text: str | None = None,
     question: str | None = None,
     choices: Sequence[str] | None = None,

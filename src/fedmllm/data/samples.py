@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from fedmllm.data.images import Picture
+from fedmllm.data.images import Images, Picture, pictures_of
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -38,7 +38,8 @@ class Sample:
     question: str
     """Part of every sample; it is not a modality."""
     answer: str
-    image: Picture | None = None
+    image: Images | None = None
+    """The image modality: one picture, or a tuple of several in the order in which they are shown."""
     text: str | None = None
     """The text modality, such as a tweet or a report."""
     choices: tuple[str, ...] | None = None
@@ -53,6 +54,15 @@ class Sample:
     """File and line, for messages."""
     closed: bool | None = None
     """Whether the published data calls the question closed; if it does not say, a question with choices counts as closed."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, tuple) and len(self.image) < 2:  # a tuple of one picture is that picture, an empty one none
+            object.__setattr__(self, "image", self.image[0] if self.image else None)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The pictures in their order; scenarios show all of them or none."""
+        return pictures_of(self.image)
 
     def cleaned(self) -> Sample:
         """The sample with its answer, its choices, its label and its source cleaned."""

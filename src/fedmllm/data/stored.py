@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from fedmllm.data.images import Picture
+from fedmllm.data.images import Images
 from fedmllm.data.samples import Sample
 from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities
 from fedmllm.errors import DataError
@@ -76,38 +76,38 @@ class Samples(Sequence[Sample]):
     def __init__(
         self,
         texts: _Texts,
-        pictures: Sequence[Picture],
+        images: Sequence[Images],
         ids: pa.StringArray,
         columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]],
     ) -> None:
-        self._texts, self.pictures, self.ids, self._columns = texts, pictures, ids, columns
-        self.starts, self._sizes, self.picture, self.has_text = columns
+        self._texts, self.images, self.ids, self._columns = texts, images, ids, columns
+        self.starts, self._sizes, self.image, self.has_text = columns
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Samples:
         """These samples in their order. Raises DataError if there is no space for their texts."""
         if isinstance(samples, Samples):
             return samples
-        texts, pictures, ids = _Texts(), dict[Picture, int](), bytearray()
-        starts, sizes, picture, has_text, id_ends = array("q"), array("i"), array("i"), array("b"), array("i", [0])
+        texts, images, ids = _Texts(), dict[Images, int](), bytearray()
+        starts, sizes, image, has_text, id_ends = array("q"), array("i"), array("i"), array("b"), array("i", [0])
         for s in samples:
             rest = (s.question, s.answer, s.text, s.choices, s.lettered, s.label, s.source, s.where, s.closed)
             record = json.dumps(rest).encode()
             starts.append(texts.size)
             sizes.append(len(record))
             texts.append(record)
-            picture.append(-1 if s.image is None else pictures.setdefault(s.image, len(pictures)))
+            image.append(-1 if s.image is None else images.setdefault(s.image, len(images)))
             has_text.append(s.text is not None)
             ids += s.id.encode()
             id_ends.append(len(ids))
         texts.flush()
         id_column = pa.StringArray.from_buffers(len(starts), pa.py_buffer(id_ends), pa.py_buffer(ids))
-        numbers = (np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int32), np.frombuffer(picture, np.int32))
-        return cls(texts, list(pictures), id_column, (*numbers, np.frombuffer(has_text, np.bool_)))
+        numbers = (np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int32), np.frombuffer(image, np.int32))
+        return cls(texts, list(images), id_column, (*numbers, np.frombuffer(has_text, np.bool_)))
 
     @property
     def has_image(self) -> NDArray[np.bool_]:
-        return self.picture >= 0
+        return self.image >= 0
 
     def modalities(self) -> list[Modalities]:
         """The modalities of each sample."""
@@ -124,8 +124,8 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         index = range(len(self))[index]
-        start, size, picture, _ = (column[index].item() for column in self._columns)
-        return self._sample(self.ids[index].as_py(), start, size, picture)
+        start, size, image, _ = (column[index].item() for column in self._columns)
+        return self._sample(self.ids[index].as_py(), start, size, image)
 
     def __iter__(self) -> Iterator[Sample]:
         for first in range(0, len(self), _CHUNK):
@@ -139,17 +139,17 @@ class Samples(Sequence[Sample]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _sample(self, sample_id: str, start: int, size: int, picture: int) -> Sample:
+    def _sample(self, sample_id: str, start: int, size: int, number: int) -> Sample:
         question, answer, text, choices, *rest = json.loads(self._texts.read(start, size).decode())
-        image = self.pictures[picture] if picture >= 0 else None
+        image = self.images[number] if number >= 0 else None
         return Sample(sample_id, question, answer, image, text, None if choices is None else tuple(choices), *rest)
 
     def take(self, indices: ArrayLike) -> Samples:
         """The samples at these indices, in this order."""
         chosen = np.asarray(indices, np.int64)
-        starts, sizes, picture, has_text = self._columns
-        columns = (starts[chosen], sizes[chosen], picture[chosen], has_text[chosen])
-        return Samples(self._texts, self.pictures, self.ids.take(arrow(chosen)), columns)
+        starts, sizes, image, has_text = self._columns
+        columns = (starts[chosen], sizes[chosen], image[chosen], has_text[chosen])
+        return Samples(self._texts, self.images, self.ids.take(arrow(chosen)), columns)
 
     def indices(self, part: Samples) -> NDArray[np.int64]:
         """The indices of the samples in `part`, which is a part of these, in the order in which they were given."""

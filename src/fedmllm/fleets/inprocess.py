@@ -115,7 +115,7 @@ def _own_job(own: OwnTraining, work: Work, message: State) -> Job:
 
 def _shown(data: Sequence[Encoded]) -> dict[str, float]:
     """The share of the samples that shows each modality."""
-    counts = {"image": sum(e.picture is not None for e in data), "text": sum(bool(e.text) for e in data)}
+    counts = {"image": sum(bool(e.pictures) for e in data), "text": sum(bool(e.text) for e in data)}
     return {modality: count / max(len(data), 1) for modality, count in counts.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,26 +57,27 @@ class Backbone:
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
 
-    def process(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
-        """The processor's output: `input_ids` (1, tokens), the inputs for the picture, and others that depend on the family.
+    def process(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """The processor's output: `input_ids` (1, tokens), the inputs for the pictures, and others that depend on the family.
 
-        Raises EntryError for a picture that the processor refuses.
+        Raises EntryError for pictures that the processor refuses.
         """
         begin, text_prompt = self.tokenizer.bos_token, self.family.text_prompt
-        if image is None and text_prompt is not None:
+        if not images and text_prompt is not None:
             text = text_prompt.format(begin=begin or "", prompt=prompt)
             options: dict[str, Any] = {"return_token_type_ids": True, "add_special_tokens": False}
             return dict(self.tokenizer([text], return_tensors="pt", **options))
-        options = {"images": [[image]]} if image is not None else {}
+        options = {"images": [list(images)]} if images else {}
         if begin and prompt.startswith(begin):  # the template has already written the begin-of-text token
             options["add_special_tokens"] = False
         try:
             return dict(self.processor(text=[prompt], return_tensors="pt", **options))
         except Exception as error:  # processors raise many types of errors, and to a text alone none has an objection
-            if image is None:
+            if not images:
                 raise
-            size, reason = f"{image.width} × {image.height} pixels", " ".join(str(error).split())
-            what = f"the model's processor refuses a picture of {size} ({reason}); resize it"
+            sizes, reason = " and ".join(f"{i.width} × {i.height}" for i in images), " ".join(str(error).split())
+            subject, other = ("a picture", "it") if len(images) == 1 else (f"{len(images)} pictures", "them or show fewer")
+            what = f"the model's processor refuses {subject} of {sizes} pixels ({reason}); resize {other}"
             raise EntryError(what, "picture the model refuses") from error
 
     @property

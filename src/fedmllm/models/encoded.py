@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One tokenised conversation. `options` are the answers of a closed question; `picture` is the number of its picture;
-    `text` says whether it shows the text modality.
+    """One tokenised conversation. `options` are the answers of a closed question; `pictures` are the numbers of its pictures
+    in their order; `text` says whether it shows the text modality.
 
     `tokenwise` holds further inputs with one value per prompt token (token types), `imagewise` those with one per picture.
     """
@@ -18,7 +18,7 @@ class Encoded:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
-    picture: int | None
+    pictures: tuple[int, ...]
     tokenwise: dict[str, tuple[int, ...]]
     imagewise: dict[str, Tensor]
     text: bool = False
@@ -26,7 +26,7 @@ class Encoded:
     @property
     def pattern(self) -> tuple[bool, bool]:
         """Whether it shows an image, and whether it shows a text."""
-        return self.picture is not None, self.text
+        return bool(self.pictures), self.text
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from fedmllm.algorithms import AdapterInfo
 from fedmllm.config import ModelTable
 from fedmllm.data.files import EntryError
-from fedmllm.data.images import Picture
+from fedmllm.data.images import Images, Picture, pictures_of
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import features, fused_llama
 from fedmllm.models.adapter import VIRTUAL, Adapter, adapter_parameters
@@ -102,42 +102,46 @@ class MLLM:
 
     # Encoding
 
-    def encode(self, conversations: Sequence[Conversation], images: Sequence[Picture | None], max_length: int) -> list[Encoded]:
-        """Tokenise; `images[i]` is the picture of conversation `i` if it has one. Raises EntryError as `encode_one` does."""
+    def encode(self, conversations: Sequence[Conversation], images: Sequence[Images | None], max_length: int) -> list[Encoded]:
+        """Tokenise; `images[i]` is what conversation `i` shows. Raises EntryError as `encode_one` does."""
         return [self.encode_one(talk, image, max_length) for talk, image in zip(conversations, images, strict=True)]
 
-    def encode_one(self, conversation: Conversation, image: Picture | None, max_length: int, asks: bool = False) -> Encoded:
+    def encode_one(self, conversation: Conversation, images: Images | None, max_length: int, asks: bool = False) -> Encoded:
         """Tokenise one conversation. If it `asks`, its options are put to the model, and its answer, a reference, never is.
 
-        Raises EntryError for a picture that the processor refuses, and if the prompt and what follows it have more than
-        `max_length` tokens: cutting could cut the picture or the question.
+        Raises EntryError for pictures that the processor refuses, for more of them than the family can show, and if the prompt
+        and what follows it have more than `max_length` tokens: cutting could cut a picture or the question.
         """
-        shown = image if conversation.image else None
-        picture = self.pictures.number(shown) if shown is not None else None
-        prompt = self._tokens.prompt(conversation, shown, self.pictures.size(picture) if picture is not None else None)
+        shown = pictures_of(images) if conversation.image else ()
+        if len(shown) > 1 and (reason := self.backbone.family.one_picture):
+            what = f"the sample has {len(shown)} pictures, and the model can be shown one"
+            raise EntryError(f"{what} ({reason}); keep one, or change model.name", "picture the model refuses")
+        numbers = self.pictures.numbers(shown)
+        prompt = self._tokens.prompt(conversation, shown, tuple(map(self.pictures.size, numbers)))
         options = tuple(self._tokens.answer(option) for option in conversation.options)
         answer = () if asks else self._tokens.answer(conversation.answer)
-        encoded = Encoded(prompt.ids, answer, options, picture, prompt.tokenwise, prompt.imagewise, conversation.text)
+        encoded = Encoded(prompt.ids, answer, options, numbers, prompt.tokenwise, prompt.imagewise, conversation.text)
         length = self.width([encoded]) + (max(map(len, options), default=0) if asks else 0)
         if length > max_length:
+            many = f", and it shows {len(shown)} pictures; show fewer of them," if len(shown) > 1 else ";"
             raise EntryError(
                 f"a prompt has {length} tokens, more than train.max_length = {max_length} "
-                f"(it begins {conversation.user[:40]!r}; raise the limit or shorten the text)", "prompt too long"
+                f"(it begins {conversation.user[:40]!r}{many} raise the limit or shorten the text)", "prompt too long"
             )  # fmt: skip
         return encoded
 
-    def check_one(self, conversation: Conversation, image: Picture | None, max_length: int) -> None:
+    def check_one(self, conversation: Conversation, images: Images | None, max_length: int) -> None:
         """Raises EntryError as `encode_one` does, without tokenising a conversation that is short enough by its letters."""
-        shown = image if conversation.image else None
-        size = self.pictures.size(self.pictures.number(shown)) if shown is not None else None
-        most = self._tokens.at_most(conversation, shown, size)
+        shown = pictures_of(images) if conversation.image else ()
+        sizes = tuple(map(self.pictures.size, self.pictures.numbers(shown)))
+        most = self._tokens.at_most(conversation, shown, sizes) if len(shown) < 2 else None
         if most is None or most + self.width([]) > max_length:
-            self.encode_one(conversation, image, max_length)
+            self.encode_one(conversation, images, max_length)
 
-    def register_pictures(self, images: Iterable[Picture]) -> None:
-        """Include these pictures in the next `prepare_features`, although no encoded conversation shows them yet."""
-        for image in images:
-            self.pictures.number(image)
+    def register_pictures(self, shown: Iterable[Sequence[Picture]]) -> None:
+        """Include the pictures of prompts in the next `prepare_features`, although no encoded conversation shows them yet."""
+        for images in shown:
+            self.pictures.numbers(images)
 
     @contextmanager
     def forgetting_pictures(self) -> Iterator[None]:
@@ -179,12 +183,12 @@ class MLLM:
                 prompt = sample.tokenwise.get(key, (0,) * len(sample.prompt))
                 values.append([*before, *prompt, *[family.answer_type] * len(ending)])
             inputs[key] = torch.tensor(values)
-        with_picture = [sample for sample in batch if sample.picture is not None]
+        with_picture = [sample for sample in batch if sample.pictures]
         for key in {k for sample in with_picture for k in sample.imagewise if k in self._parameters}:
             inputs[key] = torch.cat([sample.imagewise[key] for sample in with_picture])
         inputs = {key: value.to(self.backbone.device) for key, value in inputs.items()}
         if with_picture:
-            inputs |= self.pictures.inputs([sample.picture for sample in with_picture if sample.picture is not None])
+            inputs |= self.pictures.inputs([number for sample in with_picture for number in sample.pictures])
         return inputs
 
     def keep_last_logits(self, last: int) -> dict[str, int]:
@@ -214,7 +218,7 @@ class MLLM:
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids)
-            if pictures := [sample.picture for sample in batch if sample.picture is not None]:
+            if pictures := [number for sample in batch for number in sample.pictures]:
                 embedded[ids == model.config.image_token_id] = self.pictures.tokens(pictures)
         positions = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
         hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions)

@@ -1,4 +1,7 @@
-"""The pictures that a model knows, and their inputs to a forward pass: cached vision features or pixels."""
+"""The pictures that a model knows, and their inputs to a forward pass: cached vision features or pixels.
+
+In a family to which a picture is something else beside others (`Family.alone_differs`), it has two numbers and two records.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from fedmllm.models.backbone import Backbone
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
+Shown = tuple[Picture, bool]
+"""A picture, and whether it is processed as one beside others."""
 
 
 class Pictures:
@@ -30,8 +35,8 @@ class Pictures:
         self._backbone = backbone
         self._caches = caches
         self._numbers: dict[str, int] = {}
-        self._images: list[Picture] = []
-        self._number_of: dict[Picture, int] = {}
+        self._images: list[Shown] = []
+        self._number_of: dict[Shown, int] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._features: features.FeatureFile | None = None
         self._index: dict[int, int] = {}
@@ -41,13 +46,20 @@ class Pictures:
         self._pooled_is_tensor = caches and self._pools_into_tensor()
         self._parameters = set(inspect.signature(backbone.model.forward).parameters)
 
-    def number(self, image: Picture) -> int:
-        if image not in self._number_of:  # a file is read once, however many samples show it
-            number = self._numbers.setdefault(image_key(image), len(self._images))
+    def numbers(self, images: Sequence[Picture]) -> tuple[int, ...]:
+        """The numbers of the pictures of one prompt."""
+        return tuple(self._number((image, self._beside(len(images)))) for image in images)
+
+    def _number(self, shown: Shown) -> int:
+        if shown not in self._number_of:  # a file is read once, however many samples show it
+            number = self._numbers.setdefault(image_key(shown[0]) + "+" * shown[1], len(self._images))
             if number == len(self._images):
-                self._images.append(image)
-            self._number_of[image] = number
-        return self._number_of[image]
+                self._images.append(shown)
+            self._number_of[shown] = number
+        return self._number_of[shown]
+
+    def _beside(self, pictures: int) -> bool:
+        return pictures > 1 and self._backbone.family.alone_differs
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:
@@ -58,14 +70,14 @@ class Pictures:
         finally:
             del self._images[known:]
             self._numbers = {key: number for key, number in self._numbers.items() if number < known}
-            self._number_of = {image: number for image, number in self._number_of.items() if number < known}
+            self._number_of = {shown: number for shown, number in self._number_of.items() if number < known}
             self._sizes = {number: size for number, size in self._sizes.items() if number < known}
             self._uncached = {number: record for number, record in self._uncached.items() if number < known}
 
     def size(self, picture: int) -> tuple[int, int]:
         """Width and height of the picture with this number, in its displayed orientation."""
         if picture not in self._sizes:
-            self._sizes[picture] = upright_size(self._images[picture])
+            self._sizes[picture] = upright_size(self._images[picture][0])
         return self._sizes[picture]
 
     def prepare(self) -> int:
@@ -88,16 +100,17 @@ class Pictures:
         if self._caches and not self._altered:
             records = [record.to(device, self._backbone.dtype) for record in self._records(pictures)]
             return {"mm_encoder_outputs": {"image": features.join_output(records, self._pooled_is_tensor)}}
-        joined = self._join([self._altered.get(p) or self.pixels(self.image(p)) for p in pictures])
+        joined = self._join([self._altered.get(p) or self.pixels(self.image(p), 1 + self._images[p][1]) for p in pictures])
         return {k: v.to(device) for k, v in joined.items()}
 
     def image(self, picture: int) -> Image.Image:
         """The picture with this number."""
-        return decode(self._images[picture])
+        return decode(self._images[picture][0])
 
-    def pixels(self, image: Image.Image) -> dict[str, Tensor]:
-        """The processor's output for a picture, as far as it goes through the vision tower."""
-        return {k: v for k, v in self._pixel_inputs(image).items() if k in PIXELS and k in self._parameters}
+    def pixels(self, image: Image.Image, of: int = 1) -> dict[str, Tensor]:
+        """The processor's output for a picture, one `of` several in its prompt, as far as it goes through the vision tower."""
+        inputs = self._pixel_inputs(image, self._beside(of))
+        return {k: v for k, v in inputs.items() if k in PIXELS and k in self._parameters}
 
     @contextmanager
     def altered(self, pictures: Sequence[dict[str, Tensor]]) -> Iterator[list[int]]:
@@ -113,9 +126,11 @@ class Pictures:
         """The features that replace the image tokens of a batch: (tokens of all pictures, width)."""
         return torch.cat([record[0].flatten(0, -2) for record in self._records(pictures)]).to(self._backbone.dtype)
 
-    def _pixel_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", True)), image)
-        return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
+    def _pixel_inputs(self, image: Image.Image, beside: bool) -> dict[str, Tensor]:
+        images = [image, image] if beside else [image]
+        inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", len(images))), images)
+        inputs = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)}
+        return {k: v[:1] for k, v in inputs.items()} if beside else inputs
 
     def _join(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Join the inputs of several pictures into those of one batch. Pictures with fewer tiles are padded with zeros."""
@@ -146,12 +161,13 @@ class Pictures:
 
     def _accepted_inputs(self, picture: int) -> dict[str, Tensor]:
         try:
-            return self._pixel_inputs(decode(self._images[picture]))
+            image, beside = self._images[picture]
+            return self._pixel_inputs(decode(image), beside)
         except EntryError:
             return {}
 
     def _pools_into_tensor(self) -> bool:
-        inputs = self._pixel_inputs(Image.new("RGB", (64, 64), (200, 120, 40)))
+        inputs = self._pixel_inputs(Image.new("RGB", (64, 64), (200, 120, 40)), False)
         return isinstance(self._image_features(inputs).pooler_output, Tensor)
 
     def _records(self, pictures: Sequence[int]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import PROCESSOR_MAPPING, AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import PushToHubMixin, is_torchvision_available
 
 
@@ -48,7 +48,7 @@ def load_processor(source: str, config: Any, trust: bool) -> Any:
     processor_class = PROCESSOR_MAPPING.get(type(config), None)
     if processor_class is None or "video_processor" not in processor_class.get_attributes() or is_torchvision_available():
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust)
-    auto = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    auto = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer, "feature_extractor": AutoFeatureExtractor}
     parts = [
         NoVideos() if part == "video_processor" else auto[part].from_pretrained(source, trust_remote_code=trust)
         for part in processor_class.get_attributes()

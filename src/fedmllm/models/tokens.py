@@ -1,12 +1,13 @@
 """Conversations as token ids; each distinct prompt is tokenised once.
 
-The tokens that a processor writes for a picture (how many, in which tiles) depend only on the picture's size, and so do its
-other inputs except the pixels. A blank picture of the same size is therefore enough for tokenising: pixels are read only
+The tokens that a processor writes for pictures (how many, in which tiles) depend only on the pictures' sizes, and so do its
+other inputs except the pixels. Blank pictures of the same sizes are therefore enough for tokenising: pixels are read only
 when they are needed, and equal questions about pictures of equal size are tokenised once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,23 +51,23 @@ class Tokens:
         self._backbone = backbone
         self._always_decode = always_decode
         self._text = SampleText(backbone.processor, str(backbone.processor.chat_template))
-        self._prompts: dict[tuple[str, Size | None], Prompt] = {}
+        self._prompts: dict[tuple[str, tuple[Size, ...]], Prompt] = {}
         self._answers: dict[str, tuple[int, ...]] = {}
 
-    def prompt(self, conversation: Conversation, image: Picture | None, size: Size | None) -> Prompt:
-        """The user's turn about the picture `image` of `size` (width, height); both are None if there is no picture."""
-        key = (conversation.user, size)
-        if image is not None and self._always_decode:
-            return self._process(conversation, decode(image))
+    def prompt(self, conversation: Conversation, pictures: Sequence[Picture] = (), sizes: Sequence[Size] = ()) -> Prompt:
+        """The user's turn about the pictures; `sizes` has the (width, height) of each."""
+        key = (conversation.user, tuple(sizes))
+        if pictures and self._always_decode:
+            return self._process(conversation, list(map(decode, pictures)))
         if key not in self._prompts:
             _bound(self._prompts)
-            prompt = self._process(conversation, Image.new("RGB", size) if size is not None else None)
-            if image is not None and prompt.has_pixels:
-                return self._process(conversation, decode(image))
+            prompt = self._process(conversation, [Image.new("RGB", size) for size in sizes])
+            if pictures and prompt.has_pixels:
+                return self._process(conversation, list(map(decode, pictures)))
             self._prompts[key] = prompt
         return self._prompts[key]
 
-    def at_most(self, conversation: Conversation, image: Picture | None, size: Size | None) -> int | None:
+    def at_most(self, conversation: Conversation, pictures: Sequence[Picture], sizes: Sequence[Size]) -> int | None:
         """A number of tokens that the user's turn and the answer do not exceed, from their letters; None if only tokenising
         them can tell. Raises EntryError for a picture that the processor refuses.
 
@@ -76,15 +77,15 @@ class Tokens:
         letters = conversation.user + conversation.answer
         if not letters.isascii() or self._text.has_control(letters):
             return None
-        frame = self.prompt(replace(conversation, user=_LETTER), image, size)
-        if image is not None and (self._always_decode or frame.has_pixels):
+        frame = self.prompt(replace(conversation, user=_LETTER), pictures, sizes)
+        if pictures and (self._always_decode or frame.has_pixels):
             return None
         return len(frame.ids) + len(letters) + sum(map(len, self._backbone.answer_frame)) + _AT_EDGES
 
-    def _process(self, conversation: Conversation, picture: Image.Image | None) -> Prompt:
+    def _process(self, conversation: Conversation, pictures: Sequence[Image.Image]) -> Prompt:
         user, cut = self._text.cut(conversation.user)
         backbone = self._knowing_stand_in if cut else self._backbone
-        inputs = backbone.process(backbone.prompt(replace(conversation, user=user)), picture)
+        inputs = backbone.process(backbone.prompt(replace(conversation, user=user)), pictures)
         ids = inputs.pop("input_ids")[0].tolist()
         for unused in ("attention_mask", "labels"):
             inputs.pop(unused, None)

@@ -30,12 +30,12 @@ def memory_of(config: Experiment) -> dict[int, float]:
 def longest(
     held: Iterable[Holding], talk: Callable[[Holding], Conversation], encode: Callable[[Holding], Encoded]
 ) -> Iterator[Encoded]:
-    """Of the samples that show their picture, and of those that do not, the one with the most characters, encoded.
+    """Of the samples that show equally many pictures, or none, the one with the most characters, encoded.
 
     Encoding them all to find the one with the most tokens would take as long as if every client took part. Bad samples are
     passed over: they matter if their client is sampled.
     """
-    letters: dict[bool, list[tuple[int, Holding]]] = {}
+    letters: dict[int, list[tuple[int, Holding]]] = {}
     for holding in held:
         text = talk(holding)
         letters.setdefault(text.image, []).append((len(text.user) + len(text.answer), holding))

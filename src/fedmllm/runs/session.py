@@ -240,8 +240,7 @@ class Session:
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
-            shown = (self._seen(holding).image for holding in manifest if "image" in holding.visible)
-            self.model.register_pictures(image for image in shown if image is not None)
+            self.model.register_pictures(self._seen(h).pictures for h in manifest if "image" in h.visible)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,12 +29,13 @@ ToyPictures = Callable[[Sample, Sequence[float]], LivePicture]
 class LinearPicture:
     """A closed question whose options' logits are linear in the pixels: log p(option) of the picture itself + W (x − picture).
 
-    `weights` is W: (options, height, width, 3); without it, W is drawn from the picture's size.
+    Several pictures, of equal width, are one below the other. `weights` is W: (options, height, width, 3); without it, W is
+    drawn from the size.
     """
 
     def __init__(self, sample: Sample, answer: Sequence[float], weights: NDArray[np.float64] | None = None) -> None:
-        assert sample.image is not None
-        self.pixels: NDArray[np.float32] = np.asarray(decode(sample.image), dtype=np.float32) / np.float32(255)
+        levels = np.concatenate([np.asarray(decode(picture)) for picture in sample.pictures])
+        self.pixels: NDArray[np.float32] = np.asarray(levels, dtype=np.float32) / np.float32(255)
         self._logits, shape = np.log(answer), (len(answer), *self.pixels.shape)
         self._weights = stream(0, "toy weights").normal(size=shape) if weights is None else weights
 
@@ -104,7 +106,7 @@ def _reply(pattern: Pattern, sample: Sample, answer: Sequence[float] | str, posi
 
 
 def _samples() -> dict[str, list[Sample]]:
-    """Samples of each kind: with both modalities, with one, with none, and with an open question."""
+    """Samples of each kind: with both modalities, with one, with none, with two pictures, and with an open question."""
     choices, pictures = ("no", "yes"), [noise_picture(seed, 8) for seed in range(2)]
     kinds: dict[str, list[Sample]] = {}
     for kind, (image, text) in {
@@ -118,13 +120,15 @@ def _samples() -> dict[str, list[Sample]]:
                    f"some words {i // 3}" if text else None, choices)
             for i in range(4)
         ]  # fmt: skip
+    kinds["two pictures"] = [replace(sample, id=f"two {sample.id}", image=tuple(pictures)) for sample in kinds["both"][:2]]
     kinds["open"] = [Sample(f"open{i}", "what?", f"answer {i % 2}", pictures[i % 2], "a b c") for i in range(3)]
     return kinds
 
 
 def _drawn(sample: Sample) -> Sequence[float] | str:
     """An answer that depends on all that is shown, and on nothing else."""
-    rng = stream(len(sample.image) if isinstance(sample.image, bytes) else 0, "toy answer", sample.text or "", sample.question)
+    seed = sum(len(picture) for picture in sample.pictures if isinstance(picture, bytes))
+    rng = stream(seed, "toy answer", sample.text or "", sample.question)
     if sample.choices is None:
         return f"answer {int(rng.integers(2))}"
     share = float(rng.random())

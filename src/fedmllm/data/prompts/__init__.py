@@ -41,8 +41,8 @@ class Conversation:
     user: str
     """The text of the user's turn."""
     answer: str
-    image: bool
-    """Whether the image is placed before the user's text."""
+    image: int
+    """How many pictures are placed before the user's text."""
     options: tuple[str, ...] = ()
     """The possible answers of a closed question, worded like `answer`; empty for an open question."""
     text: bool = False
@@ -50,7 +50,7 @@ class Conversation:
 
     def messages(self) -> list[dict[str, object]]:
         """The user's turn for `apply_chat_template`."""
-        content: list[dict[str, str]] = [{"type": "image"}] if self.image else []
+        content: list[dict[str, str]] = [{"type": "image"}] * self.image
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.user}]}]
 
 
@@ -75,4 +75,4 @@ def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> 
         lines.append(sample.question)
     options = tuple(format_answer(sample, choice) for choice in sample.choices or ())
     answer = format_answer(sample, sample.answer)
-    return Conversation("\n".join(lines), answer, "image" in shown, options, "text" in shown)
+    return Conversation("\n".join(lines), answer, len(sample.pictures) if "image" in shown else 0, options, "text" in shown)

@@ -55,9 +55,9 @@ def _line(folder: Path, sample: Sample) -> dict[str, object]:
     """The sample as a line of the task `jsonl`; its picture is written beside it."""
     name = sample.id.replace("/", "-")
     line: dict[str, object] = {"id": name}
-    if sample.image is not None:
+    for picture in sample.pictures:  # at most one
         line["image"] = f"pictures/{name}.png"
-        write_atomically(folder / "pictures" / f"{name}.png", _png(decode(sample.image)))
+        write_atomically(folder / "pictures" / f"{name}.png", _png(decode(picture)))
     values = {"text": sample.text, "question": sample.question, "choices": sample.choices, "answer": sample.answer}
     return line | {key: value for key, value in values.items() if value}
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class Columns:
 
     answer: str
     question: str | None
-    image: str | None
+    pictures: dict[str, str]
+    """The name "image", or one "images.NAME" for each column of several, and the column."""
     text: str | None
     choices: str | list[str] | None
     id: str | None
@@ -39,9 +41,10 @@ class Columns:
 
     def named(self) -> Iterator[tuple[str, str]]:
         """(option, column) of each option that names a column."""
-        for option in ("answer", "question", "image", "text", "choices", "id", "label", "source"):
+        for option in ("answer", "question", "text", "choices", "id", "label", "source"):
             if isinstance(column := getattr(self, option), str):
                 yield option, column
+        yield from self.pictures.items()
 
 
 def _library() -> Any:
@@ -86,16 +89,30 @@ def _bytes_or_path(value: Any) -> Any:
     return value
 
 
-def _picture(entry: Entry, folder: Path, stored: Any) -> Picture | None:
-    """The image of an entry. `stored` has the same rows with the image column only, for reading the bytes later."""
-    value, index = _bytes_or_path(entry.values.get("image")), entry.index
-    if value is None:
-        return None
+def _cells(row: Mapping[str, Any], columns: Iterable[str]) -> list[Any]:
+    """The bytes or paths of the pictures in these columns, each of which has one picture, a list of them, or none."""
+    cells = [row[column] if isinstance(row[column], list) else [row[column]] for column in columns]
+    return [_bytes_or_path(value) for cell in cells for value in cell if value is not None]
+
+
+def _picture(value: Any, folder: Path, read: Callable[[], bytes]) -> Picture:
+    """The picture of a cell; `read` reads the bytes again later."""
     if isinstance(value, bytes):
-        return StoredPicture(hashlib.sha256(value).hexdigest(), lambda: bytes(_bytes_or_path(*stored[index].values())))
+        return StoredPicture(hashlib.sha256(value).hexdigest(), read)
     if not isinstance(value, str):
         raise EntryError(f"the picture is of type {type(value).__name__}, neither bytes nor a path")
     return path_inside(folder, value, absolute=True)  # the library gives absolute paths for the images of an image folder
+
+
+def _images(entry: Entry, columns: Columns, folder: Path, stored: Any) -> tuple[Picture, ...]:
+    """The pictures of an entry. `stored` has the same rows with the columns of pictures only."""
+    index = entry.index  # a function that refers to the entry would keep all its bytes
+
+    def read(number: int) -> bytes:
+        return bytes(_cells(stored[index], columns.pictures.values())[number])
+
+    cells = _cells(entry.values, columns.pictures)
+    return tuple(_picture(value, folder, partial(read, number)) for number, value in enumerate(cells))
 
 
 def _answer(entry: Entry, columns: Columns, choices: tuple[str, ...] | None) -> str:
@@ -122,7 +139,7 @@ def _name(dataset: str, subset: str | None) -> str:
 def _reader(rows: Any, columns: Columns, name: str, folder: Path, split: Split, lettered: bool) -> Callable[[Entry], Sample]:
     """A function from an entry to its sample. If the answers are class labels, at most 26 class names become the choices."""
     names = tuple(getattr(rows.features[columns.answer], "names", None) or ())
-    stored = rows.select_columns([columns.image] if columns.image else [])
+    stored = rows.select_columns(list(columns.pictures.values()))
     classes = names if 1 < len(names) <= len(LETTERS) else None
 
     def read(entry: Entry) -> Sample:
@@ -135,7 +152,7 @@ def _reader(rows: Any, columns: Columns, name: str, folder: Path, split: Split, 
             id=entry.text("id") if columns.id else f"{name}/{split}/{entry.index:06d}",
             question=question,
             answer=answer,
-            image=_picture(entry, folder, stored),
+            image=_images(entry, columns, folder, stored),
             text=entry.text("text", required=False) or None,
             choices=choices,
             lettered=lettered and choices is not None,
@@ -151,9 +168,14 @@ def _undecoded(library: Any, rows: Any, columns: Columns, dataset: str) -> Any:
     """The rows with images as bytes or paths. Raises ConfigError for a column that does not exist."""
     for option, column in columns.named():
         if column not in rows.column_names:
-            raise ConfigError(f"task.{option}: {dataset!r} has no column {column!r}; {suggest(column, rows.column_names)}")
-        if isinstance(rows.features[column], library.Image):
-            rows = rows.cast_column(column, library.Image(decode=False))
+            raise ConfigError(
+                f"task.{option.partition('.')[0]}: {dataset!r} has no column {column!r}; {suggest(column, rows.column_names)}"
+            )
+        feature, undecoded = rows.features[column], library.Image(decode=False)
+        if isinstance(feature, library.Image):
+            rows = rows.cast_column(column, undecoded)
+        elif isinstance(getattr(feature, "feature", None), library.Image):
+            rows = rows.cast_column(column, replace(feature, feature=undecoded))
     return rows
 
 
@@ -177,6 +199,7 @@ def hub(
     answer: str = "answer",
     question: str | None = None,
     image: str | None = None,
+    images: str | list[str] | None = None,
     text: str | None = None,
     choices: str | list[str] | None = None,
     id: str | None = None,
@@ -194,7 +217,11 @@ def hub(
 ) -> Task:
     """A data set of the Hugging Face hub, or a folder in one of its formats; options name the columns to use."""
     check_positive(metric, positive)
-    columns = Columns(answer, question, image, text, choices, id, label, source, answer_is_index, ask)
+    if image and images:
+        raise ValueError("image and images both name columns of pictures; set one of them")
+    several = [images] if isinstance(images, str) else images or []
+    pictures = {"image": image} if image else {f"images.{column}": column for column in several}
+    columns = Columns(answer, question, pictures, text, choices, id, label, source, answer_is_index, ask)
     named: dict[Split, str] = {"train": train_split, "test": test_split}
 
     def load(split: Split) -> Iterator[Sample | Problem]:

@@ -1,8 +1,8 @@
 """The user's own data: one JSON object per line,
-`{"id", "image"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
+`{"id", "image"? or "images"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
 
-Image paths are relative to the folder of the file and must stay inside it. A line that cannot be parsed or lacks a key is a
-bad sample.
+Image paths are relative to the folder of the file and must stay inside it; `images` is a list of them. A line that cannot be
+parsed or lacks a key is a bad sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmllm.data.samples import Problem, Sample, Split, Task, clean
 from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import DataError, suggest
 
-KEYS = ("id", "image", "text", "question", "choices", "answer", "label", "source")
+KEYS = ("id", "image", "images", "text", "question", "choices", "answer", "label", "source")
 OTHER_NAMES = {
     "id": ("qid", "question_id", "image_id", "uid", "index", "key"),
     "answer": ("label", "answers", "output", "target", "response", "class"),
@@ -43,7 +43,19 @@ def _check_values(line: Mapping[str, Any]) -> None:
             raise EntryError(f"unknown key {key!r}; {suggest(key, KEYS)}".rstrip("."))
     for key in ("image", "text", "question", "source"):
         if line.get(key) is not None and not isinstance(line[key], str):
-            raise EntryError(f"the key {key!r} must be text")
+            several = "; write a list of pictures as 'images'" if key == "image" and isinstance(line[key], list) else ""
+            raise EntryError(f"the key {key!r} must be text{several}")
+
+
+def _images(line: Mapping[str, Any], picture: Callable[[str], Path]) -> tuple[Path, ...]:
+    names = line["images"] if line.get("images") is not None else []
+    if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise EntryError("the key 'images' must be a list of paths")
+    if line.get("image"):
+        if names:
+            raise EntryError("a sample has 'image' or 'images', and not both")
+        names = [line["image"]]
+    return tuple(map(picture, names))
 
 
 def sample_of(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> Sample:
@@ -57,7 +69,7 @@ def sample_of(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> S
         id=str(line["id"]),
         question=line.get("question") or "",
         answer=str(line["answer"]),
-        image=picture(line["image"]) if line.get("image") else None,
+        image=_images(line, picture),
         text=line.get("text") or None,
         choices=choices,
         lettered=lettered and choices is not None,
@@ -84,7 +96,7 @@ def jsonl(
     positive: str | None = None,
     lettered: bool = True,
 ) -> Task:
-    """Your own data: one JSON object per line with id, image, text, question, choices and answer."""
+    """Your own data: one JSON object per line with id, image or images, text, question, choices and answer."""
     check_positive(metric, positive)
     files: dict[Split, Path] = {"train": Path(train), "test": Path(test)}
     return Task("jsonl", metric, lambda split: read_lines(files[split], lettered), positive and clean(positive))

@@ -57,7 +57,7 @@ def _text(sample: Sample) -> Hashable:
 
 
 def _picture(sample: Sample) -> Hashable:
-    return image_key(sample.image) if sample.image is not None else None
+    return tuple(map(image_key, sample.pictures))
 
 
 def contrast_pairs(samples: Sequence[Sample], same: Key, other: Key, match: Match) -> list[tuple[Sample, Sample]]:

@@ -56,6 +56,10 @@ class Family:
     """Whether several answers can continue from copies of one prompt's keys and values."""
     pixels_dim: int = 0
     """The dimension along which the `pixel_values` of several pictures are concatenated."""
+    one_picture: str = ""
+    """Why a prompt can show one picture only; empty if it can show several."""
+    alone_differs: bool = False
+    """Whether the processor treats a picture differently if it is the only one of its prompt."""
     answer_type: int = 0
     """The token type of answer tokens, for families whose token types distinguish prompt and answer."""
     template: str | None = None

@@ -16,12 +16,14 @@ FAMILIES = {
     "smolvlm": ("SmolVLM2 (requires `pip install num2words`).", ROTARY),
     "llava": ("LLaVA 1.5.", ROTARY),
     "llava_next": ("LLaVA-NeXT.", ROTARY),
-    "llava_onevision": ("LLaVA-OneVision.", ROTARY),
     "internvl": ("InternVL 3 (checkpoints whose names end in `-hf`).", ROTARY),
     "gemma3": ("Gemma 3.", ROTARY),
+    "gemma4": ("Gemma 4.", ROTARY),
     "qwen2_vl": ("Qwen2-VL.", BY_MODEL),
     "qwen2_5_vl": ("Qwen2.5-VL.", BY_MODEL),
     "qwen3_vl": ("Qwen3-VL.", BY_MODEL),
+    "qwen3_5": ("Qwen3.5.", BY_MODEL),
+    "glm4v": ("GLM-4.1V.", BY_MODEL),
 }
 """model_type -> (description, position id of the first real token)."""
 
@@ -36,3 +38,9 @@ def _factory(description: str, first_position: int | None) -> Callable[[], Famil
 
 for model_type, entry in FAMILIES.items():
     families.register(model_type)(_factory(*entry))
+
+
+@families.register("llava_onevision")
+def llava_onevision() -> Family:
+    """LLaVA-OneVision."""
+    return Family(first_position=ROTARY, alone_differs=True)  # only a picture by itself is cut into tiles
