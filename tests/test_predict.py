@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ def test_one_question_is_asked_at_the_command_line_and_in_python(finished: Calla
     assert "shown to the model: text" in printed.stderr
 
 
-def test_a_file_may_leave_answers_and_ids_out(finished: Callable[..., Path], dataset: Path) -> None:
-    file = dataset / "questions.jsonl"
+def test_a_file_may_leave_answers_and_ids_out(finished: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    shutil.copy(dataset / "red.png", tmp_path)
     file.write_text('{"image": "red.png", "question": "name the color."}\n\n{"text": "x", "question": "q", "answer": "y"}\n')
     assert [(row["id"], row.get("reference")) for row in asked(finished(), "--data", file)] == [("1", None), ("3", "y")]
     printed = invoke("predict", finished(), "--data", file, "--trust-config", "--baseline").stdout

@@ -100,5 +100,5 @@ def test_no_space_for_the_texts_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 def test_pictures_of_equal_content_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = Sample("a", "q", "yes", image=Path("a.png"))
     held = Samples.of([sample, replace(sample, id="b"), replace(sample, id="c", image=None)])
-    assert held.pictures == [Path("a.png")]
-    assert held.picture.tolist() == [0, 0, -1]
+    assert held.images == [Path("a.png")]
+    assert held.image.tolist() == [0, 0, -1]
