@@ -17,9 +17,9 @@ from fedmllm.algorithms import LocalRule, algorithms
 from fedmllm.config import LoraTable, ModelTable, TrainTable, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.compatibility import check_adapter
-from fedmllm.models.attach import target_modules, whole_modules
 from fedmllm.models.families import Family, family_of
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.targets import target_modules, whole_modules
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import digest, distance
 from fedmllm.training import cohort

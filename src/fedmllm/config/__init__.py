@@ -12,12 +12,10 @@ from fedmllm.config.file import (
     read,
     validate,
 )
+from fedmllm.config.model import AdapterTable, LoraTable, ModelTable
 from fedmllm.config.schema import (
-    AdapterTable,
     EvalTable,
     Experiment,
-    LoraTable,
-    ModelTable,
     PartitionTable,
     ScenarioTable,
     TaskTable,
