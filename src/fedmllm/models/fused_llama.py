@@ -65,14 +65,18 @@ class FusedLlama:
         names = {id(base): (a, b) for base, a, b in adapter.pairs()}
         self._names = [name for layer in text.layers for base in _projections(layer) for name in names[id(base)]]
 
-    def __call__(self, embedded: Tensor, adapters: Tensors, scales: Tensor, positions: Tensor) -> Tensor:
+    def __call__(
+        self, embedded: Tensor, adapters: Tensors, scales: Tensor, positions: Tensor, checkpointing: bool = False
+    ) -> Tensor:
         """The hidden states after the last norm at the requested positions: (rows, n, d).
 
         `embedded`: (rows, length, d), client by client; `adapters`: A (clients, r, d_in), B (clients, d_out, r) by name;
-        `scales`: (clients); `positions`: (rows, n).
+        `scales`: (clients); `positions`: (rows, n). With `checkpointing`, layers are computed again in the backward pass.
         """
         angle = torch.arange(embedded.shape[1]).float()[:, None] * self._frequencies
-        batch = _Batch(positions, embedded.shape[1], scales.view(-1, 1, 1), torch.polar(torch.ones_like(angle), angle))
+        batch = _Batch(
+            positions, embedded.shape[1], scales.view(-1, 1, 1), torch.polar(torch.ones_like(angle), angle), checkpointing
+        )
         factors = [adapters[name] for name in self._names]
         hidden = _Layers.apply(self.layers, batch, embedded, *factors)  # type: ignore[no-untyped-call]
         normed: Tensor = self._norm(hidden)
@@ -87,6 +91,7 @@ class _Batch:
     length: int
     scale: Tensor
     rotations: Tensor
+    checkpointing: bool
 
     @property
     def clients(self) -> int:
@@ -203,10 +208,12 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: Sequence[_Layer], batch: _Batch, embedded: Tensor, *factors: Tensor) -> Tensor:
         x = embedded.view(batch.clients, -1, embedded.shape[-1])
-        ctx.layers, ctx.batch, ctx.kept = layers, batch, []
+        keeps = any(ctx.needs_input_grad) and not batch.checkpointing
+        ctx.layers, ctx.batch, ctx.factors, ctx.kept = layers, batch, factors, []
         for i, layer in enumerate(layers):
-            x, kept = layer.forward(x, factors[FACTORS * i : FACTORS * (i + 1)], batch, any(ctx.needs_input_grad))
-            ctx.kept.append(kept)
+            result, kept = layer.forward(x, factors[FACTORS * i : FACTORS * (i + 1)], batch, keeps)
+            ctx.kept.append({"input": x} if batch.checkpointing else kept)
+            x = result
         return x.view(batch.rows, -1, x.shape[-1])
 
     @staticmethod
@@ -214,7 +221,11 @@ class _Layers(torch.autograd.Function):
         grad = grads[0].reshape(ctx.batch.clients, -1, grads[0].shape[-1])
         gradients: list[Tensor] = []
         for i in reversed(range(len(ctx.layers))):
-            grad, factors = ctx.layers[i].backward(grad, ctx.kept.pop(), ctx.batch, first=i == 0)
+            kept = ctx.kept.pop()
+            if ctx.batch.checkpointing:
+                used = ctx.factors[FACTORS * i : FACTORS * (i + 1)]
+                kept = ctx.layers[i].forward(kept["input"], used, ctx.batch, trains=True)[1]
+            grad, factors = ctx.layers[i].backward(grad, kept, ctx.batch, first=i == 0)
             gradients = factors + gradients
         return (None, None, None, *gradients)
 

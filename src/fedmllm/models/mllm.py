@@ -26,6 +26,7 @@ from fedmllm.models.attach import attach
 from fedmllm.models.backbone import Backbone, load_backbone
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.fused_llama import FusedLlama
+from fedmllm.models.halving import Limits
 from fedmllm.models.pictures import Pictures
 from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
@@ -54,7 +55,8 @@ class MLLM:
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = layers.keys() <= self.info.layer.keys() | {VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
-        self.pictures = Pictures(backbone, self.caches)
+        self.limits = Limits()
+        self.pictures = Pictures(backbone, self.caches, self.limits)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
         self.fused = self.caches and merges and fused_llama.supports(backbone.model.get_decoder(), self.adapter)
         """Whether `FusedLlama` computes with stacked adapters: the same numbers, faster on a CPU."""
@@ -207,7 +209,7 @@ class MLLM:
             if pictures := [sample.picture for sample in batch if sample.picture is not None]:
                 embedded[ids == model.config.image_token_id] = self.pictures.tokens(pictures)
         positions = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
-        hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions)
+        hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions, stack.checkpointing)
         logits: Tensor = model.get_output_embeddings()(hidden)
         return logits
 

@@ -18,6 +18,7 @@ from fedmllm.data.images import Picture, decode, image_key, upright_size
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
+from fedmllm.models.halving import Limits
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
@@ -26,8 +27,8 @@ PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 class Pictures:
     """Numbers distinct pictures. If `caches`, each passes through the frozen vision tower once."""
 
-    def __init__(self, backbone: Backbone, caches: bool) -> None:
-        self._backbone = backbone
+    def __init__(self, backbone: Backbone, caches: bool, limits: Limits) -> None:
+        self._backbone, self._limits = backbone, limits
         self._caches = caches
         self._numbers: dict[str, int] = {}
         self._images: list[Picture] = []
@@ -140,9 +141,12 @@ class Pictures:
             for _, group in groupby(inputs, key=lambda picture: {k: v.shape for k, v in picture.items()}):
                 equal = list(group)
                 if equal[0]:
-                    yield from features.split_output(self._image_features(self._join(equal)), len(equal))
+                    yield from self._limits.in_parts(self._limits.pictures, equal, self._tower, lambda: False)
                 else:
                     yield from (torch.empty(0) for _ in equal)
+
+    def _tower(self, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        return features.split_output(self._image_features(self._join(inputs)), len(inputs))
 
     def _accepted_inputs(self, picture: int) -> dict[str, Tensor]:
         try:

@@ -23,6 +23,7 @@ from fedmllm.evaluation.transfer import Transfer
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts
 from fedmllm.fleets.base import InRound
+from fedmllm.models.checkpointing import check_layers
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
@@ -86,6 +87,9 @@ class Session:
             progress("note", 0, 0, note)
         progress("loading the model", 0, 0, self.config.model.name)
         self.model = MLLM.load(self.config.model, self.config.seed)
+        self.model.limits.tell = partial(progress, "note", 0, 0)
+        if self.config.train.checkpointing:
+            check_layers(self.model.model, self.config.model.name)
         self.initial = self.model.adapter.get()
         check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
         self._samples = {sample.id: sample for sample in dataset.train}
