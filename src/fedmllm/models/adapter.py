@@ -33,13 +33,13 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """The adapter's parameters by the names that PEFT gives them in files, sorted. Raises ConfigError for an embedding."""
     if isinstance(model.peft_config["default"], PromptTuningConfig):
         return {VIRTUAL: model.prompt_encoder["default"].embedding.weight}
-    by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    by_storage = {p.untyped_storage()._cdata: p for p in model.parameters() if p.requires_grad}
     # PEFT would also save the embeddings if its target matches them, but those are frozen.
     named = get_peft_model_state_dict(model, save_embedding_layers=False)
     embeddings = sorted(name for name in named if "lora_embedding" in name)
     if embeddings:
         raise ConfigError(f"model.lora.target matches an embedding ({embeddings[0]!r}); let it match linear layers only.")
-    return {name: by_storage[t.data_ptr()] for name, t in sorted(named.items())}
+    return {name: by_storage[t.untyped_storage()._cdata] for name, t in sorted(named.items())}
 
 
 class Adapter:

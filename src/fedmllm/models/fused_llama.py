@@ -104,7 +104,7 @@ class _Batch:
     @cached_property
     def index(self) -> tuple[Tensor, Tensor]:
         """The index of the requested positions in a tensor (rows, length, …)."""
-        return torch.arange(self.rows)[:, None], self.positions
+        return torch.arange(self.rows, device=self.positions.device)[:, None], self.positions
 
     def rotate(self, features: Tensor, back: bool = False) -> Tensor:
         """(rows, length, 2, heads, width) with each pair of neighbours rotated by the angle of its position."""
@@ -138,7 +138,7 @@ class _Layer:
         if self._last:
             queries = queries[batch.index]
             x = x.view(batch.rows, batch.length, -1)[batch.index].view(batch.clients, -1, x.shape[-1])
-            mask = (torch.arange(batch.length) <= batch.positions[:, :, None])[:, None]
+            mask = (torch.arange(batch.length, device=x.device) <= batch.positions[:, :, None])[:, None]
         q, k, v = (t.transpose(1, 2).requires_grad_(trains) for t in (queries, rotated[:, :, 1], projected[:, :, 2]))
         with torch.set_grad_enabled(trains):  # autograd's backward pass of the attention is already fast
             heads = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self._last)
@@ -183,7 +183,7 @@ class _Layer:
 
     def _feedforward_backward(self, grad: Tensor, kept: Tensors) -> Tensor:
         inner = torch.matmul(grad, self._down)
-        both = torch.empty(*inner.shape[:-1], 2 * inner.shape[-1])
+        both = inner.new_empty(*inner.shape[:-1], 2 * inner.shape[-1])
         dgate, draised = both.chunk(2, dim=-1)
         torch.mul(inner, kept["silu"], out=draised)
         dgate.copy_(torch.ops.aten.silu_backward(inner.mul_(kept["raised"]), kept["gate"]))
@@ -196,7 +196,7 @@ class _Layer:
         dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
         if self._last:
             dq = torch.zeros_like(dk).index_put_(batch.index, dq, accumulate=True)
-        dqkv = torch.empty(batch.rows, batch.length, 3, *dk.shape[2:])
+        dqkv = dk.new_empty(batch.rows, batch.length, 3, *dk.shape[2:])
         dqkv[:, :, :2] = batch.rotate(torch.stack((dq, dk), dim=2), back=True)
         dqkv[:, :, 2] = dv
         return dqkv.view(batch.clients, -1, dqkv[0, 0].numel())

@@ -81,7 +81,7 @@ def _unless_full(compute: Callable[[Sequence[T]], Sequence[R]], part: Sequence[T
         return compute(part)
     except torch.OutOfMemoryError:
         pass  # its traceback holds those tensors
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     return None

@@ -56,9 +56,9 @@ class Stack:
         scales = [share * adapter.info.scale(rank) for rank, share in pairs] if adapter.plain_lora else []
         self._scales = torch.tensor(scales, device=self._device)
         self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora and dropout else 0.0
-        self.has_dropout = self._dropout > 0
+        self.has_dropout, on_meta = self._dropout > 0, self._device.type == "meta"
         """Whether inputs of LoRA layers are dropped at random."""
-        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in dropout]
+        self._generators = [torch.Generator("cpu" if on_meta else self._device).manual_seed(seed) for seed in dropout]
         # Of the current batch: its extents, and the matrix that gradients flow into.
         self._extents: Sequence[Extent] = []
         self._part = slice(None)

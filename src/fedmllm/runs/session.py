@@ -31,7 +31,7 @@ from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
-from fedmllm.training.capacity import bytes_kept, training_bytes
+from fedmllm.training.capacity import pass_bytes, training_bytes
 
 
 class ClientData(Mapping[int, list[Encoded]]):
