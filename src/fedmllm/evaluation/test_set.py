@@ -99,6 +99,12 @@ class TestSet:
         """The number of distinct questions."""
         return len(self._questions)
 
+    def longest(self, rows: int) -> tuple[list[Encoded], list[Encoded]]:
+        """The longest batches of closed and of open questions, as they are asked."""
+        encoded = sorted((question.encoded for question in self._questions), key=lambda e: len(e.prompt))
+        closed, free = ([e for e in encoded if bool(e.options) == wanted] for wanted in (True, False))
+        return closed[-rows:], free[-rows:]
+
     @property
     def choices(self) -> dict[str, tuple[str, ...] | None]:
         """id of a sample -> the options of its question, None if it is answered freely."""

@@ -19,6 +19,7 @@ from fedmllm.data.prompts import Conversation
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.halving import Limits
+from fedmllm.models.live_bytes import LiveBytes
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
@@ -113,6 +114,13 @@ class Pictures:
     def tokens(self, pictures: Sequence[int]) -> Tensor:
         """The features that replace the image tokens of a batch: (tokens of all pictures, width)."""
         return torch.cat([record[0].flatten(0, -2) for record in self._records(pictures)]).to(self._backbone.dtype)
+
+    def tower_bytes(self, picture: int) -> int:
+        """Bytes that one pass of this picture through the vision tower takes, counted in such a pass."""
+        inputs = self._pixel_inputs(self.image(picture))
+        with LiveBytes() as count:
+            self._image_features(inputs)
+        return count.peak * torch.float32.itemsize // self._backbone.dtype.itemsize
 
     def _pixel_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", True)), image)

@@ -134,8 +134,11 @@ class Session:
                 talk=lambda holding: self._talk(self._samples[holding.sample_id], holding.visible),
                 encode=lambda holding: self._encode_one(self._seen(holding), holding.visible),
             )
-            kept = max((bytes_kept(self.model, sample) for sample in samples), default=0)
-        lacking, takes = who_lacks(self.config, memory, partial(training_bytes, self.model, kept))
+            of_sample = max((pass_bytes(self.model, [sample], self.config.train)[0] for sample in samples), default=0)
+        takes_at = lambda size: training_bytes(  # noqa: E731 (as short as it is)
+            self.model, of_sample, self.config.train.model_copy(update={"batch_size": size})
+        )
+        lacking, takes = who_lacks(self.config, memory, takes_at)
         if lacking:
             check_enough(self.parts, lacking, takes)
             note = f"{len(lacking)} of {manifest.clients} clients do not take part: training takes {takes}, and "
@@ -237,15 +240,19 @@ class Session:
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 
-    def check_prompts(self) -> None:
-        """Encode every sample of every client and keep none, and the questions of `eval.transfer`. Raises ConfigError or
-        DataError as `encode` does."""
+    def check_prompts(self) -> tuple[Encoded | None, float]:
+        """Encode every sample of every client, and the questions of `eval.transfer`; the longest sample, and how many tokens
+        one has on average. The others are not kept. Raises ConfigError or DataError as `encode` does."""
         self.transfer, self.excluded  # noqa: B018 (read and encoded now)
-        number = len(self.clients)
+        number, tokens, samples = len(self.clients), 0, 0
+        longest: Encoded | None = None
         for client in self.clients:
             if client % max(1, number // 10) == 0:
                 self.progress("checking prompts", client, number, "")
-            self.encode(self.dataset.manifest.of_client(client))
+            encoded = self.encode(self.dataset.manifest.of_client(client))
+            tokens, samples = tokens + sum(sample.length for sample in encoded), samples + len(encoded)
+            longest = max([*encoded, *([longest] if longest else [])], key=lambda sample: sample.length, default=None)
+        return longest, tokens / max(samples, 1)
 
     def first_messages(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by group that client 0 receives and sends in the first round."""
