@@ -73,6 +73,7 @@ class Estimator:
     def __init__(self, experiment: Experiment, longest: Longest | None = None, fused: bool = False) -> None:
         self._experiment, self._longest, self._fused = experiment, longest, fused
         self._config = config_of(experiment.model)
+        self._made: dict[tuple[str, str], Estimate] = {}
 
     @property
     def known(self) -> bool:
@@ -82,6 +83,12 @@ class Estimator:
     def on(self, kind: str, experiment: Experiment | None = None) -> Estimate:
         """The estimate on a device of this kind, for the experiment or a changed one."""
         config = experiment or self._experiment
+        key = (kind, config.digest())
+        if key not in self._made:
+            self._made[key] = self._estimate(kind, config)
+        return self._made[key]
+
+    def _estimate(self, kind: str, config: Experiment) -> Estimate:
         model, train, longest = (
             self._outline(kind, config),
             config.largest_batches(range(config.partition.clients)),
