@@ -22,6 +22,7 @@ from fedmllm.experiment.parts import build
 from fedmllm.federation import RoundRecord, federate, participants
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.outline import config_of, frozen_bytes, outline
 from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
 from fedmllm.runs.rounds import federation_plan
 from fedmllm.runs.session import Session
@@ -29,7 +30,6 @@ from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.devices import Device
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
-from fedmllm.models.outline import config_of, frozen_bytes, outline
 from fedmllm.training.capacity import pass_bytes, training_bytes
 from helpers import ADAPTER_INFO, FakeFleet, built, lora_adapter, same
 
