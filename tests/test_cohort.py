@@ -24,7 +24,7 @@ from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, distance, flatten
 from fedmllm.training.batches import batch_epoch
-from fedmllm.training.capacity import bytes_kept, cohort_size
+from fedmllm.training.capacity import cohort_size, pass_bytes
 from fedmllm.training.cohort import Work, train_cohort
 from helpers import COMBINATIONS, built, quick
 from naive_training import train_naively
@@ -278,7 +278,7 @@ def test_rules_that_train_different_tensors_are_rejected(model: MLLM, dataset: P
 def test_the_cohort_size_depends_on_memory_and_speed_up(model: MLLM, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = samples_of(model, dataset, 0, 6)
     short, long = (choose(samples, key=lambda sample: sample.length) for choose in (min, max))
-    assert 0 < bytes_kept(model, short) < bytes_kept(model, long)
+    assert 0 < pass_bytes(model, [short], TrainTable())[0] < pass_bytes(model, [long], TrainTable())[0]
     train = TrainTable(batch_size=2)
     sizes = {}
     for limit in (2**20, 2**26, 2**40):

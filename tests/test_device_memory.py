@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commands import call, run
-from fedmllm.config import LoraTable, ModelTable, validate
+from fedmllm.config import LoraTable, ModelTable, TrainTable, validate
 from fedmllm.data.files import EntryError
 from fedmllm.data.manifest import Holding, Manifest
 from fedmllm.data.prompts import Conversation
@@ -22,6 +22,7 @@ from fedmllm.experiment.parts import build
 from fedmllm.federation import RoundRecord, federate, participants
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.outline import config_of, frozen_bytes, outline
 from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
 from fedmllm.runs.rounds import federation_plan
 from fedmllm.runs.session import Session
@@ -29,7 +30,7 @@ from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.devices import Device
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
-from fedmllm.training.capacity import bytes_kept, training_bytes
+from fedmllm.training.capacity import pass_bytes, training_bytes
 from helpers import ADAPTER_INFO, FakeFleet, built, lora_adapter, same
 
 FILE: dict[str, Any] = {
@@ -197,10 +198,15 @@ def kept_by(model: MLLM, batch: list[Encoded]) -> int:
 def test_the_estimate_covers_weights_and_what_a_batch_keeps(model: MLLM, dataset: Path) -> None:
     talks = [Conversation("name the color. " * repeats, "red", image=repeats % 2 > 0) for repeats in (1, 2, 3, 4, 5)]
     samples = model.encode(talks, [dataset / "red.png"] * len(talks), 300)
-    kept = bytes_kept(model, max(samples, key=lambda sample: sample.length))
+    model.fused = False  # whose own copies of the weights are not among what is kept
+    longest = max(samples, key=lambda sample: sample.length)
+    kept, _ = pass_bytes(model, [longest], TrainTable())
+    outlined = outline(model.settings, config_of(model.settings), torch.float32)
+    assert pass_bytes(outlined, [longest], TrainTable())[0] == pytest.approx(kept, rel=0.2)
+    assert frozen_bytes(outlined) == frozen_bytes(model)
     adapter = sum(p.nbytes for p in model.adapter.parameters.values())
-    weights = sum(p.nbytes for p in model.model.parameters()) - adapter
-    sizes = [training_bytes(model, kept, batch_size) for batch_size in range(1, 9)]
+    weights = frozen_bytes(model)
+    sizes = [training_bytes(model, kept, TrainTable(batch_size=batch_size)) for batch_size in range(1, 9)]
     assert sizes == sorted(set(sizes)), "more with larger batches"
     assert np.diff(sizes).tolist() == [kept] * 7
     assert sizes[0] == weights + 8 * adapter + kept

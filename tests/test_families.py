@@ -295,6 +295,8 @@ def test_clients_in_one_pass_train_as_if_alone(family: tuple[str, Path], picture
         alone = train_naively(model, work, ADAMW)
         assert distance(result.trained, alone.trained) < 1e-3 * distance(alone.trained, work.received)
         assert result.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
+    again = train_cohort(model, works, ADAMW.model_copy(update={"checkpointing": True}))
+    assert [distance(a.trained, b.trained) for a, b in zip(again, train_cohort(model, works, ADAMW), strict=True)] == [0, 0]
 
 
 # PEFT uses a deprecated property of transformers.

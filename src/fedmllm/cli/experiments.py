@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,15 @@ def baseline(
     _execute(kind, file, overrides, out, resume, as_json)
 
 
-def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
+def check(
+    file: File,
+    overrides: Set = None,
+    memory: Annotated[
+        list[float] | None,
+        typer.Option("--memory", metavar="GB", help="Memory of a GPU to check; repeatable; by default 24, 80."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Validate the settings, the data and the model without training anything."""
     from fedmllm.data.summary import (
         add_problems,
@@ -57,12 +66,27 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         summary_lines,
     )
     from fedmllm.experiment.parts import build
+    from fedmllm.runs.estimate import Longest, memory_lines, memory_of_experiment
     from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.session import Session
 
     silence_libraries()
-    parts = build(load_experiment(file, overrides))
-    loaded_splits = parts.read_splits()
+    parts, sizes_of_gpus = build(load_experiment(file, overrides)), memory or [24.0, 80.0]
+
+    @contextmanager
+    def memory_all_the_same() -> Iterator[None]:
+        """Where there is no data or no model, memory is estimated for the longest prompts that are allowed."""
+        try:
+            yield
+        except UserError:
+            if not as_json:
+                with suppress(OutputLost):
+                    for line in memory_lines(parts.config, memory_of_experiment(parts.config, sizes_of_gpus)):
+                        show(line)
+            raise
+
+    with memory_all_the_same():
+        loaded_splits = parts.read_splits()
     splits = summarise([(part.split, part.loaded) for part in loaded_splits])
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
     if not as_json:
@@ -77,9 +101,16 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
                 print_json(summary | {"splits": splits})
         raise
     with ProgressBars() as progress:
-        session = Session(parts, dataset, progress)
-        session.check_prompts()
+        with memory_all_the_same():
+            session = Session(parts, dataset, progress)
+        sample, tokens = session.check_prompts()
         session.model.check_cache()
+    longest = None
+    if sample is not None:
+        questions = session.test_set.longest(parts.config.eval.batch_size)
+        picture = max(map(session.model.pictures.tower_bytes, sample.pictures), default=0)
+        longest = Longest(sample, *questions, tokens, picture)
+    taken = memory_of_experiment(parts.config, sizes_of_gpus, longest, session.model)
     left_out = add_problems(splits, session.problems)
     down, up = session.first_messages()
     shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
@@ -101,6 +132,8 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
         "bytes_down": down,
         "bytes_up": up,
         "caches_features": session.model.caches,
+        "memory": taken,
+        "round_samples": len(dataset.test if dataset.of_rounds is None else dataset.of_rounds),
         "privacy_spent": parts.mechanism.to_json(parts.mechanism.rounds) if parts.mechanism else None,
     }
     if as_json:
@@ -115,7 +148,12 @@ def check(file: File, overrides: Set = None, as_json: Json = False) -> None:
     by_part = ", ".join(f"{part} {count}" for part, count in sizes_by_part.items())
     in_parts = f" ({by_part})" if set(sizes_by_part) != {"text"} else ""
     show(f"an adapter of {parameters} parameters{in_parts}; client 0 receives {received} in the first round and sends {sent}.")
+    if parts.config.eval.every:
+        among = "test" if parts.config.eval.every_split == "same" else "held-out training"
+        show(f"every {parts.config.eval.every} rounds, the model is scored on {summary['round_samples']} {among} samples.")
     for line in shares_lines(shares):
+        show(line)
+    for line in memory_lines(parts.config, taken):
         show(line)
     if parts.mechanism:
         show(f"privacy: {parts.mechanism.summary()}")

@@ -69,6 +69,8 @@ class TrainTable(Table):
     cohort: BatchSize | Literal["auto"] = "auto"
     """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
     and still speed up training."""
+    checkpointing: bool = False
+    """Keep only the inputs of layers and compute the layers again in the backward pass: less memory, the same numbers."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0), at_most(100, "because training diverges far below that")] = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
 from fedmllm.tensors import Tensors
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class TestSet:
         """The number of distinct questions."""
         return len(self._questions)
 
+    def longest(self, rows: int) -> tuple[list[Encoded], list[Encoded]]:
+        """The longest batches of closed and of open questions, as they are asked."""
+        encoded = sorted((question.encoded for question in self._questions), key=lambda e: len(e.prompt))
+        closed, free = ([e for e in encoded if bool(e.options) == wanted] for wanted in (True, False))
+        return closed[-rows:], free[-rows:]
+
     @property
     def choices(self) -> dict[str, tuple[str, ...] | None]:
         """id of a sample -> the options of its question, None if it is answered freely."""
@@ -152,17 +160,34 @@ class TestSet:
         closed = [i for i in by_length if self._questions[i].encoded.options]
         open_ended = [i for i in by_length if not self._questions[i].encoded.options]
         answers: list[AnsweredQuestions] = [{} for _ in range(adapters)]
+
+        def generate(rows: Sequence[Encoded], adapters: int) -> list[str]:
+            return self._model.generate(rows, settings.max_new_tokens)
+
         for batch in _chunks(closed, settings.batch_size):
-            encoded = [self._questions[i].encoded for i in batch] * adapters
-            scores = iter(option_scores(self._model, encoded, adapters))
-            for answered in answers:
-                answered |= {i: self._choose(i, of_options) for i, of_options in zip(batch, scores, strict=False)}
+            for i, scores in zip(batch, self._in_parts(batch, adapters, self._scores), strict=True):
+                for answered, of_options in zip(answers, scores, strict=True):
+                    answered[i] = self._choose(i, of_options)
         for batch in _chunks(open_ended, settings.batch_size):
-            encoded = [self._questions[i].encoded for i in batch] * adapters
-            texts = iter(self._model.generate(encoded, settings.max_new_tokens))
-            for answered in answers:
-                answered |= {i: Answer(text) for i, text in zip(batch, texts, strict=False)}
+            for i, texts in zip(batch, self._in_parts(batch, adapters, generate), strict=True):
+                for answered, text in zip(answers, texts, strict=True):
+                    answered[i] = Answer(text)
         return answers
+
+    def _in_parts(
+        self, batch: Sequence[int], adapters: int, compute: Callable[[Sequence[Encoded], int], Sequence[T]]
+    ) -> Iterator[tuple[T, ...]]:
+        """What `compute` returns for each question under each adapter, for fewer questions at once if memory is full."""
+
+        def of_part(part: Sequence[int]) -> list[tuple[T, ...]]:
+            results = compute([self._questions[i].encoded for i in part] * adapters, adapters)
+            return list(zip(*(results[k : k + len(part)] for k in range(0, len(results), len(part))), strict=True))
+
+        limits = self._model.limits
+        return limits.in_parts(limits.questions, batch, of_part, lambda: False)
+
+    def _scores(self, rows: Sequence[Encoded], adapters: int) -> list[list[float]]:
+        return option_scores(self._model, rows, adapters)
 
     def _choose(self, index: int, scores: Sequence[float]) -> Answer:
         """The most probable choice of a closed question and the probabilities; `scores` are in logs."""

@@ -35,14 +35,19 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """The adapter's parameters by the names that PEFT gives them in files, sorted. Raises ConfigError for an embedding."""
     if isinstance(model.peft_config["default"], PromptTuningConfig):
         return {VIRTUAL: model.prompt_encoder["default"].embedding.weight}
-    by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    by_storage = {_storage(p): p for p in model.parameters() if p.requires_grad}
     # PEFT would also save the embeddings if its target matches them, but those are frozen.
     named = get_peft_model_state_dict(model, save_embedding_layers=False)
     embeddings = sorted(name for name in named if "lora_embedding" in name)
     if embeddings:
         raise ConfigError(f"model.lora.target matches an embedding ({embeddings[0]!r}); let it match linear layers only.")
-    trained = {name.replace(".lora_B.core", R): t for name, t in named.items() if t.data_ptr() in by_storage}
-    return {name: by_storage[t.data_ptr()] for name, t in sorted(trained.items())}
+    trained = {name.replace(".lora_B.core", R): t for name, t in named.items() if _storage(t) in by_storage}
+    return {name: by_storage[_storage(t)] for name, t in sorted(trained.items())}
+
+
+def _storage(tensor: Tensor) -> int:
+    """Tensors that share memory have the same number, also on the meta device, where addresses are 0."""
+    return tensor.untyped_storage()._cdata
 
 
 def on_several_devices(parameters: Mapping[str, nn.Parameter]) -> bool:

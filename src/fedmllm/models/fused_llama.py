@@ -65,14 +65,18 @@ class FusedLlama:
         names = {id(base): (a, b) for base, a, b in adapter.pairs()}
         self._names = [name for layer in text.layers for base in _projections(layer) for name in names[id(base)]]
 
-    def __call__(self, embedded: Tensor, adapters: Tensors, scales: Tensor, positions: Tensor) -> Tensor:
+    def __call__(
+        self, embedded: Tensor, adapters: Tensors, scales: Tensor, positions: Tensor, checkpointing: bool = False
+    ) -> Tensor:
         """The hidden states after the last norm at the requested positions: (rows, n, d).
 
         `embedded`: (rows, length, d), client by client; `adapters`: A (clients, r, d_in), B (clients, d_out, r) by name;
-        `scales`: (clients); `positions`: (rows, n).
+        `scales`: (clients); `positions`: (rows, n). With `checkpointing`, layers are computed again in the backward pass.
         """
         angle = torch.arange(embedded.shape[1]).float()[:, None] * self._frequencies
-        batch = _Batch(positions, embedded.shape[1], scales.view(-1, 1, 1), torch.polar(torch.ones_like(angle), angle))
+        batch = _Batch(
+            positions, embedded.shape[1], scales.view(-1, 1, 1), torch.polar(torch.ones_like(angle), angle), checkpointing
+        )
         factors = [adapters[name] for name in self._names]
         hidden = _Layers.apply(self.layers, batch, embedded, *factors)  # type: ignore[no-untyped-call]
         normed: Tensor = self._norm(hidden)
@@ -87,6 +91,7 @@ class _Batch:
     length: int
     scale: Tensor
     rotations: Tensor
+    checkpointing: bool
 
     @property
     def clients(self) -> int:
@@ -99,7 +104,7 @@ class _Batch:
     @cached_property
     def index(self) -> tuple[Tensor, Tensor]:
         """The index of the requested positions in a tensor (rows, length, …)."""
-        return torch.arange(self.rows)[:, None], self.positions
+        return torch.arange(self.rows, device=self.positions.device)[:, None], self.positions
 
     def rotate(self, features: Tensor, back: bool = False) -> Tensor:
         """(rows, length, 2, heads, width) with each pair of neighbours rotated by the angle of its position."""
@@ -133,7 +138,7 @@ class _Layer:
         if self._last:
             queries = queries[batch.index]
             x = x.view(batch.rows, batch.length, -1)[batch.index].view(batch.clients, -1, x.shape[-1])
-            mask = (torch.arange(batch.length) <= batch.positions[:, :, None])[:, None]
+            mask = (torch.arange(batch.length, device=x.device) <= batch.positions[:, :, None])[:, None]
         q, k, v = (t.transpose(1, 2).requires_grad_(trains) for t in (queries, rotated[:, :, 1], projected[:, :, 2]))
         with torch.set_grad_enabled(trains):  # autograd's backward pass of the attention is already fast
             heads = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self._last)
@@ -178,7 +183,7 @@ class _Layer:
 
     def _feedforward_backward(self, grad: Tensor, kept: Tensors) -> Tensor:
         inner = torch.matmul(grad, self._down)
-        both = torch.empty(*inner.shape[:-1], 2 * inner.shape[-1])
+        both = inner.new_empty(*inner.shape[:-1], 2 * inner.shape[-1])
         dgate, draised = both.chunk(2, dim=-1)
         torch.mul(inner, kept["silu"], out=draised)
         dgate.copy_(torch.ops.aten.silu_backward(inner.mul_(kept["raised"]), kept["gate"]))
@@ -191,7 +196,7 @@ class _Layer:
         dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
         if self._last:
             dq = torch.zeros_like(dk).index_put_(batch.index, dq, accumulate=True)
-        dqkv = torch.empty(batch.rows, batch.length, 3, *dk.shape[2:])
+        dqkv = dk.new_empty(batch.rows, batch.length, 3, *dk.shape[2:])
         dqkv[:, :, :2] = batch.rotate(torch.stack((dq, dk), dim=2), back=True)
         dqkv[:, :, 2] = dv
         return dqkv.view(batch.clients, -1, dqkv[0, 0].numel())
@@ -203,10 +208,12 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: Sequence[_Layer], batch: _Batch, embedded: Tensor, *factors: Tensor) -> Tensor:
         x = embedded.view(batch.clients, -1, embedded.shape[-1])
-        ctx.layers, ctx.batch, ctx.kept = layers, batch, []
+        keeps = any(ctx.needs_input_grad) and not batch.checkpointing
+        ctx.layers, ctx.batch, ctx.factors, ctx.kept = layers, batch, factors, []
         for i, layer in enumerate(layers):
-            x, kept = layer.forward(x, factors[FACTORS * i : FACTORS * (i + 1)], batch, any(ctx.needs_input_grad))
-            ctx.kept.append(kept)
+            result, kept = layer.forward(x, factors[FACTORS * i : FACTORS * (i + 1)], batch, keeps)
+            ctx.kept.append({"input": x} if batch.checkpointing else kept)
+            x = result
         return x.view(batch.rows, -1, x.shape[-1])
 
     @staticmethod
@@ -214,7 +221,11 @@ class _Layers(torch.autograd.Function):
         grad = grads[0].reshape(ctx.batch.clients, -1, grads[0].shape[-1])
         gradients: list[Tensor] = []
         for i in reversed(range(len(ctx.layers))):
-            grad, factors = ctx.layers[i].backward(grad, ctx.kept.pop(), ctx.batch, first=i == 0)
+            kept = ctx.kept.pop()
+            if ctx.batch.checkpointing:
+                used = ctx.factors[FACTORS * i : FACTORS * (i + 1)]
+                kept = ctx.layers[i].forward(kept["input"], used, ctx.batch, trains=True)[1]
+            grad, factors = ctx.layers[i].backward(grad, kept, ctx.batch, first=i == 0)
             gradients = factors + gradients
         return (None, None, None, *gradients)
 

@@ -26,6 +26,7 @@ from fedmllm.models.attach import attach
 from fedmllm.models.backbone import Backbone, load_backbone
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.fused_llama import FusedLlama
+from fedmllm.models.halving import Limits
 from fedmllm.models.pictures import Pictures
 from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
@@ -56,7 +57,8 @@ class MLLM:
         self._virtual = VirtualTokens(backbone.model.get_input_embeddings(), vectors) if vectors is not None else None
         trains_text_only = layers.keys() <= self.info.layer.keys() | {VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
-        self.pictures = Pictures(backbone, self.caches)
+        self.limits = Limits()
+        self.pictures = Pictures(backbone, self.caches, self.limits)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
         self.fused = self.caches and merges and fused_llama.supports(backbone.model.get_decoder(), self.adapter)
         """Whether `FusedLlama` computes with stacked adapters: the same numbers, faster on a CPU."""
@@ -130,13 +132,15 @@ class MLLM:
             )  # fmt: skip
         return encoded
 
-    def check_one(self, conversation: Conversation, images: Images | None, max_length: int) -> None:
-        """Raises EntryError as `encode_one` does, without tokenising a conversation that is short enough by its letters."""
+    def check_one(self, conversation: Conversation, images: Images | None, max_length: int) -> int:
+        """A number of tokens that the encoded conversation does not exceed, without tokenising one that is short enough by its
+        letters. Raises EntryError as `encode_one` does."""
         shown = pictures_of(images) if conversation.image else ()
         sizes = tuple(map(self.pictures.size, self.pictures.numbers(shown)))
         most = self._tokens.at_most(conversation, shown, sizes) if len(shown) < 2 else None
-        if most is None or most + self.width([]) > max_length:
-            self.encode_one(conversation, images, max_length)
+        if most is not None and most + self.width([]) <= max_length:
+            return most + self.width([])
+        return self.width([self.encode_one(conversation, images, max_length)])
 
     def register_pictures(self, shown: Iterable[Sequence[Picture]]) -> None:
         """Include the pictures of prompts in the next `prepare_features`, although no encoded conversation shows them yet."""
@@ -221,7 +225,7 @@ class MLLM:
             if pictures := [number for sample in batch for number in sample.pictures]:
                 embedded[ids == model.config.image_token_id] = self.pictures.tokens(pictures)
         positions = torch.tensor([[max(0, len(row) - last + i) for i in range(last)] for row in rows])
-        hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions)
+        hidden = self._fused_text[1](embedded, stack.current, stack.scales, positions, stack.checkpointing)
         logits: Tensor = model.get_output_embeddings()(hidden)
         return logits
 

@@ -21,6 +21,8 @@ from fedmllm.data.images import Picture, decode, image_key, upright_size
 from fedmllm.data.prompts import Conversation
 from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
+from fedmllm.models.halving import Limits
+from fedmllm.models.live_bytes import LiveBytes
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
@@ -31,8 +33,8 @@ Shown = tuple[Picture, bool]
 class Pictures:
     """Numbers distinct pictures. If `caches`, each passes through the frozen vision tower once."""
 
-    def __init__(self, backbone: Backbone, caches: bool) -> None:
-        self._backbone = backbone
+    def __init__(self, backbone: Backbone, caches: bool, limits: Limits) -> None:
+        self._backbone, self._limits = backbone, limits
         self._caches = caches
         self._numbers: dict[str, int] = {}
         self._images: list[Shown] = []
@@ -126,6 +128,14 @@ class Pictures:
         """The features that replace the image tokens of a batch: (tokens of all pictures, width)."""
         return torch.cat([record[0].flatten(0, -2) for record in self._records(pictures)]).to(self._backbone.dtype)
 
+    def tower_bytes(self, picture: int) -> int:
+        """Bytes that one pass of this picture through the vision tower takes, counted in such a pass."""
+        image, beside = self._images[picture]
+        inputs = self._pixel_inputs(decode(image), beside)
+        with LiveBytes() as count:
+            self._image_features(inputs)
+        return count.peak * torch.float32.itemsize // self._backbone.dtype.itemsize
+
     def _pixel_inputs(self, image: Image.Image, beside: bool) -> dict[str, Tensor]:
         images = [image, image] if beside else [image]
         inputs = self._backbone.process(self._backbone.prompt(Conversation("", "", len(images))), images)
@@ -155,9 +165,12 @@ class Pictures:
             for _, group in groupby(inputs, key=lambda picture: {k: v.shape for k, v in picture.items()}):
                 equal = list(group)
                 if equal[0]:
-                    yield from features.split_output(self._image_features(self._join(equal)), len(equal))
+                    yield from self._limits.in_parts(self._limits.pictures, equal, self._tower, lambda: False)
                 else:
                     yield from (torch.empty(0) for _ in equal)
+
+    def _tower(self, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        return features.split_output(self._image_features(self._join(inputs)), len(inputs))
 
     def _accepted_inputs(self, picture: int) -> dict[str, Tensor]:
         try:

@@ -9,13 +9,14 @@ layer adds s_c B_c A_c x to the rows of client c by a batched product.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedmllm.models.adapter import Adapter
+from fedmllm.models.checkpointing import checkpointed
 from fedmllm.tensors import Tensors
 
 Extent = tuple[int, int]
@@ -27,7 +28,7 @@ class Stack:
 
     The rows hold only the tensors in `trainable`; the others keep their initial values. `dropout[c]` seeds client c's
     dropout; without it nothing is dropped. The model computes with `shares[c]` times the LoRA adapter of client c, 1 if not
-    given.
+    given. With `checkpointing`, layers are computed again in the backward pass.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Stack:
         trainable: Sequence[str],
         dropout: Sequence[int] = (),
         shares: Sequence[float] = (),
+        checkpointing: bool = False,
     ) -> None:
-        self._adapter = adapter
+        self._adapter, self.checkpointing = adapter, checkpointing
         self._device = next(iter(adapter.parameters.values())).device
         self.ranks = [adapter.rank_in(start) for start in starts]
         self._shapes = {name: adapter.parameters[name].shape for name in trainable}
@@ -54,11 +56,13 @@ class Stack:
         scales = [share * adapter.info.scale(rank) for rank, share in pairs] if adapter.low_rank else []
         self._scales = torch.tensor(scales, device=self._device)
         self._dropout: float = adapter.config.lora_dropout if adapter.low_rank and dropout else 0.0
-        self.has_dropout = self._dropout > 0
+        self.has_dropout, on_meta = self._dropout > 0, self._device.type == "meta"
         """Whether inputs of LoRA layers are dropped at random."""
-        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in dropout]
+        self._generators = [torch.Generator("cpu" if on_meta else self._device).manual_seed(seed) for seed in dropout]
         # Of the current batch: its extents, and the matrix that gradients flow into.
         self._extents: Sequence[Extent] = []
+        self._part = slice(None)
+        self._before: list[Tensor] = []
         self._leaf = self.values
         self._single: Tensors = {}
         self.current: Tensors = {}
@@ -103,6 +107,8 @@ class Stack:
     def installed(self, clients: int) -> Iterator[None]:
         """Make the model's layers compute with the adapters of the first `clients` rows. Call `begin` before each batch."""
         with ExitStack() as undo:
+            if self.checkpointing:
+                undo.enter_context(checkpointed(self._adapter.model, self._twice))
             if self._adapter.stacks:
                 undo.enter_context(self._adapter.disabled())
                 self._leaf = self.values[:clients].requires_grad_()
@@ -116,14 +122,48 @@ class Stack:
                 self._single = values
             yield
 
-    def begin(self, extents: Sequence[Extent]) -> None:
-        """Start a batch with the extent of each client's part. Gradients of the batch are added to `grads`."""
-        self._extents = extents
+    def begin(self, extents: Sequence[Extent], part: slice = slice(None)) -> None:
+        """Start a batch with the extent of each client's own. Gradients of the batch are added to `grads`.
+
+        If the batch is computed in parts, each holds the samples `part` of every client, and the same entries are dropped as
+        if it were computed at once.
+        """
+        if self.has_dropout and part != slice(None):
+            if part.start:
+                self._rewind(self._before)
+            else:
+                self._before = self._draws()
+        self._extents, self._part = extents, part
         if self._adapter.stacks:
             frozen = {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
             self.current = self._adapter.factors(self._views(self._leaf) | frozen)
         elif self._adapter.spread:
             self._adapter.refresh(self._single)
+
+    def _draws(self) -> list[Tensor]:
+        """Where each client's draws of dropout are."""
+        return [generator.get_state() for generator in self._generators]
+
+    def _rewind(self, draws: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators, draws, strict=True):
+            generator.set_state(state)
+
+    def _twice(self) -> tuple[Any, Any]:
+        """Contexts for the two passes through a layer: the second drops what the first has dropped."""
+        if not self.has_dropout:
+            return nullcontext(), nullcontext()
+        draws = self._draws()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            later = self._draws()
+            self._rewind(draws)
+            try:
+                yield
+            finally:
+                self._rewind(later)
+
+        return nullcontext(), again()
 
     @property
     def scales(self) -> Tensor:
@@ -157,5 +197,6 @@ class Stack:
         keep = torch.zeros_like(rows)
         for c, (samples, tokens) in enumerate(self._extents):
             own = torch.empty((samples, tokens, *rows.shape[3:]), device=x.device, dtype=x.dtype)
-            keep[c, :samples, rows.shape[2] - tokens :] = own.bernoulli_(1 - self._dropout, generator=self._generators[c])
+            own = own.bernoulli_(1 - self._dropout, generator=self._generators[c])[self._part, -rows.shape[2] :]
+            keep[c, : len(own), rows.shape[2] - own.shape[1] :] = own
         return (rows * keep / (1 - self._dropout)).reshape(x.shape)

@@ -85,7 +85,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
         "keep": config.train.keep,
         "kept_rounds": [] if run.kind == "local" else kept_rounds(config.train, records, evaluator.score),
         "stopped_early": bool(records and records[-1].get("stopped")),
-        "cohort": run.cohort,
+        "cohort": session.model.limits.clients.size(run.cohort),
         "bytes_up": _total(records, "bytes_up"),
         "bytes_down": _total(records, "bytes_down"),
         "bytes_by_part": {"up": _total(records, "parts_up"), "down": _total(records, "parts_down")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from fedmllm.evaluation.transfer import Transfer
 from fedmllm.experiment.compatibility import check_adapter
 from fedmllm.experiment.parts import Parts
 from fedmllm.fleets.base import InRound
+from fedmllm.models.checkpointing import check_layers
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
@@ -32,9 +34,11 @@ from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
 from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
-from fedmllm.training.capacity import bytes_kept, training_bytes
+from fedmllm.training.capacity import pass_bytes, training_bytes
 
 T = TypeVar("T")
+_LONGEST, _TOKENISED = 8, 200
+"""How many of the longest samples, and about how many of all samples, `check_prompts` tokenises."""
 
 
 class ClientData(Mapping[int, list[Encoded]]):
@@ -90,6 +94,9 @@ class Session:
             progress("note", 0, 0, note)
         progress("loading the model", 0, 0, self.config.model.name)
         self.model = MLLM.load(self.config.model, self.config.seed)
+        self.model.limits.tell = partial(progress, "note", 0, 0)
+        if self.config.train.checkpointing:
+            check_layers(self.model.model, self.config.model.name)
         self.initial = self.model.adapter.get()
         check_adapter(self.config, parts.algorithm, self.initial, self.model.info)
         self._samples = Samples.of(dataset.train).ordered()
@@ -134,8 +141,11 @@ class Session:
                 talk=lambda holding: self._talk(self._samples.find(holding.sample_id), holding.visible),
                 encode=lambda holding: self._encode_one(self._seen(holding), holding.visible),
             )
-            kept = max((bytes_kept(self.model, sample) for sample in samples), default=0)
-        lacking, takes = who_lacks(self.config, memory, partial(training_bytes, self.model, kept))
+            of_sample = max((pass_bytes(self.model, [sample], self.config.train)[0] for sample in samples), default=0)
+        takes_at = lambda size: training_bytes(  # noqa: E731 (as short as it is)
+            self.model, of_sample, self.config.train.model_copy(update={"batch_size": size})
+        )
+        lacking, takes = who_lacks(self.config, memory, takes_at)
         if lacking:
             check_enough(self.parts, lacking, takes)
             note = f"{len(lacking)} of {manifest.clients} clients do not take part: training takes {takes}, and "
@@ -199,8 +209,10 @@ class Session:
     def _encode_one(self, sample: Sample, visible: Modalities) -> Encoded:
         return self.model.encode_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
 
-    def _check_one(self, sample: Sample, visible: Modalities) -> None:
-        self.model.check_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
+    def _check_one(self, sample: Sample, visible: Modalities) -> tuple[int, Sample, Modalities]:
+        """(a number of tokens that the sample does not exceed, the sample, what its client sees of it)."""
+        tokens = self.model.check_one(self._talk(sample, visible), sample.image, self.config.train.max_length)
+        return tokens, sample, visible
 
     def _seen(self, holding: Holding) -> Sample:
         """The sample as bad as its client sees it."""
@@ -244,18 +256,27 @@ class Session:
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 
-    def check_prompts(self) -> None:
+    def check_prompts(self) -> tuple[Encoded | None, float]:
         """Look at every sample of every client as `encode` does, and encode the questions of `eval.transfer`.
 
-        Raises ConfigError or DataError.
+        Returns one of the longest samples, and how many tokens one has on average. Only some samples are tokenised.
+        Raises ConfigError or DataError as `encode` does.
         """
         self.transfer, self.excluded  # noqa: B018 (read and encoded now)
-        number = len(self.clients)
+        longest: list[tuple[int, Sample, Modalities]] = []
+        number, every, drawn = 0, max(1, len(self.dataset.manifest) // _TOKENISED), list[int]()
         for client in self.clients:
-            if client % max(1, number // 10) == 0:
-                self.progress("checking prompts", client, number, "")
+            if client % max(1, len(self.clients) // 10) == 0:
+                self.progress("checking prompts", client, len(self.clients), "")
             holdings = self.dataset.manifest.of_client(client)
-            self._each(((self._seen(h), h.visible) for h in holdings), len(holdings), client, self._check_one)
+            shown = ((self._seen(h), h.visible) for h in holdings)
+            for checked in self._each(shown, len(holdings), client, self._check_one):
+                longest = heapq.nlargest(_LONGEST, [*longest, checked], key=lambda entry: entry[0])
+                number += 1
+                if number % every == 0:
+                    drawn.append(self._encode_one(*checked[1:]).length)
+        encoded = [self._encode_one(sample, visible) for _, sample, visible in longest]
+        return max(encoded, key=lambda sample: sample.length, default=None), sum(drawn) / max(len(drawn), 1)
 
     def first_messages(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by group that client 0 receives and sends in the first round."""

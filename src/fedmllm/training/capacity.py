@@ -7,16 +7,19 @@ resumed run continues with the same cohorts and the same bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedmllm.config import TrainTable
 from fedmllm.errors import ConfigError
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.outline import META, counting, frozen_bytes
+from fedmllm.models.stack import Stack
 
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """The number of tokens beyond which a larger pass is no faster: measured for the CPU (docs/performance.md), not for a GPU."""
@@ -35,35 +38,43 @@ def device_memory(device: torch.device) -> int:
         return total
 
 
-def bytes_kept(model: MLLM, sample: Encoded) -> int:
-    """Bytes that a forward pass of one sample keeps for its backward pass, measured on the model itself."""
-    weights = {p.untyped_storage().data_ptr() for p in model.model.parameters()}
-    kept: dict[int, int] = {}
+def pass_bytes(model: MLLM, batch: Sequence[Encoded], train: TrainTable) -> tuple[int, int]:
+    """(bytes that one client's pass over `batch`, forward and backward, takes at its peak beside all that `client_bytes` counts
+    by itself, bytes that the model itself needs from its first pass on), counted in a pass of the model or of its outline."""
+    adapter = model.adapter
+    start = {name: torch.zeros(p.shape) for name, p in adapter.parameters.items()}
+    if model.backbone.device == META:  # an outline has no pictures
+        batch = [replace(sample, pictures=(), imagewise={}) for sample in batch]
+    stack = Stack(adapter, [start], list(start), [0], checkpointing=train.checkpointing)
+    with ExitStack() as undo:
+        if not adapter.stacks:  # whose dropout acts in training mode only
+            undo.enter_context(torch.random.fork_rng())
+            undo.callback(model.model.eval)
+            model.model.train()
+        undo.enter_context(model.using(stack, 1))
+        count = undo.enter_context(counting(model))
+        stack.begin([(len(batch), model.width(batch))])
+        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+    return count.peak - count.live, count.live
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    losses = []  # keeps the graph alive, so that no storage is freed and its address reused while bytes are counted
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses.append(model.losses([sample]))
-    return sum(kept.values())
-
-
-def client_bytes(model: MLLM, kept: int, batch_size: int) -> int:
-    """Bytes that a client takes beside the frozen weights, if a forward pass keeps `kept` of its longest sample."""
+def adapter_bytes(model: MLLM, train: TrainTable) -> tuple[int, int]:
+    """Bytes of a client's adapter with its gradients and what an algorithm's rule may add (the received values, strengths, an
+    offset, observed gradients), and of the state of its optimizer."""
     entries = sum(p.numel() for p in model.adapter.parameters.values())
-    # Values, gradients, two moments, and what a rule may add: the start, strengths, an offset, observed gradients.
-    return kept * batch_size + 8 * 4 * entries
+    moments = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    return 6 * 4 * entries, moments * 4 * entries
 
 
-def training_bytes(model: MLLM, kept: int, batch_size: int) -> int:
+def client_bytes(model: MLLM, of_sample: int, train: TrainTable) -> int:
+    """Bytes that a client takes beside the frozen weights, if a pass over its longest sample takes `of_sample`."""
+    return of_sample * train.batch_size + sum(adapter_bytes(model, train))
+
+
+def training_bytes(model: MLLM, of_sample: int, train: TrainTable) -> int:
     """Bytes that training takes on a client's own device: as `client_bytes`, with the frozen weights. The masks for
     padding that a batch of samples of unequal length has are not in it: a fifth at most in the tests."""
-    frozen = sum(int(p.nbytes) for p in model.model.parameters() if not p.requires_grad)
-    return frozen + client_bytes(model, kept, batch_size)
+    return frozen_bytes(model) + client_bytes(model, of_sample, train)
 
 
 def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most: int) -> int:
@@ -83,10 +94,15 @@ def cohort_size(model: MLLM, samples: Iterable[Encoded], train: TrainTable, most
     held = list(samples)
     if not held or most == 1:
         return 1
-    kind = model.backbone.device.type
-    kept = bytes_kept(model, max(held, key=lambda sample: sample.length))
-    memory = _SHARE.get(kind, 0.25) * device_memory(model.backbone.device)
-    fit_in_memory = memory / client_bytes(model, kept, train.batch_size)
-    client_tokens = train.batch_size * sum(sample.length for sample in held) / len(held)
+    device = model.backbone.device
+    of_sample, _ = pass_bytes(model, [max(held, key=lambda sample: sample.length)], train)
+    tokens = train.batch_size * sum(sample.length for sample in held) / len(held)
+    return cohort_that_fits(device.type, device_memory(device), client_bytes(model, of_sample, train), tokens, most)
+
+
+def cohort_that_fits(kind: str, memory: float, of_client: float, client_tokens: float, most: int) -> int:
+    """Clients per pass on a device ("cpu" or "cuda") with `memory` bytes, if each takes so many bytes and a step of it has so
+    many tokens."""
+    fit_in_memory = _SHARE.get(kind, 0.25) * memory / of_client
     speed_up = _ENOUGH_TOKENS.get(kind, 4096) / client_tokens
     return max(1, min(most, int(fit_in_memory), round(speed_up)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ def train_cohort(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[
     A tensor that a step's samples do not use (an adapter on the vision tower if no sample has a picture) gets the gradient 0.
     The model's own adapter and the global random generator are left unchanged. Raises ValueError if the rules train no
     tensor or different ones, or if this kind of adapter trains only one client at a time.
+
+    If the memory of a GPU is full, fewer clients train in one pass, and then fewer samples of each, from their start: nothing
+    is left of the failed attempt. Raises RunError if one sample is too much.
     """
     names, factor = trainable(model, works[0]), works[0].rule.lr_factor
     if any(trainable(model, work) != names or work.rule.lr_factor != factor for work in works[1:]):
@@ -65,8 +69,15 @@ def train_cohort(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[
         works = _after_probing(model, works, train)
     train = train.model_copy(update={"lr": train.lr * factor})
     order = sorted(range(len(works)), key=lambda i: -len(works[i].steps))
-    results = _Cohort(model, [works[i] for i in order], names, train).train()
+    limits, largest = model.limits, max((len(batch) for work in works for step in work.steps for batch in step), default=0)
+    compute = partial(_train_side_by_side, model, names, train)
+    smaller = lambda: limits.samples.halve(limits.samples.size(largest))  # noqa: E731 (as short as it is)
+    results = list(limits.in_parts(limits.clients, [works[i] for i in order], compute, smaller))
     return [results[order.index(i)] for i in range(len(works))]
+
+
+def _train_side_by_side(model: MLLM, names: Sequence[str], train: TrainTable, works: Sequence[Work]) -> list[LocalResult]:
+    return _Cohort(model, works, names, train).train()
 
 
 def _after_probing(model: MLLM, works: Sequence[Work], train: TrainTable) -> list[Work]:
@@ -88,7 +99,7 @@ def loss_before(model: MLLM, work: Work) -> float:
         model.model.eval()  # training switches to its own mode and back to this one
     batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
     with model.stacked([work.received]):
-        total = sum(float(model.losses(batch).sum()) for batch in batches)
+        total = sum(float(model.losses(batch[part]).sum()) for batch in batches for part in _parts(model, len(batch)))
     return total / max(sum(map(len, batches)), 1)
 
 
@@ -119,6 +130,12 @@ def base_gradient(model: MLLM, work: Work) -> Tensors:
     return gradient
 
 
+def _parts(model: MLLM, samples: int) -> list[slice]:
+    """The parts in which so many samples of a client are computed; one if they fit in memory."""
+    size = model.limits.samples.size(samples)
+    return [slice(i, i + size) for i in range(0, samples, size)] if size < samples else [slice(None)]
+
+
 def _optimizer(parameters: Sequence[nn.Parameter], train: TrainTable) -> torch.optim.Optimizer:
     """A fused optimizer over the parameters."""
     decay = train.weight_decay
@@ -135,7 +152,12 @@ class _Cohort:
         self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
         self._base = [base_gradient(model, work) if work.rule.observe_base else None for work in works]
         self._stack = stack = Stack(
-            model.adapter, [w.received for w in works], names, [w.seed for w in works], [w.share for w in works]
+            model.adapter,
+            [w.received for w in works],
+            names,
+            [w.seed for w in works],
+            [w.share for w in works],
+            train.checkpointing,
         )
         self._optimizer = _optimizer(stack.rows, train)
         rules = [work.rule for work in works]
@@ -177,8 +199,8 @@ class _Cohort:
 
     def _step(self, steps: Sequence[Step], number: int) -> None:
         active = len(steps)
-        for rows, weights, extents in self._micros(steps):
-            self._stack.begin(extents)
+        for rows, weights, extents, part in self._micros(steps):
+            self._stack.begin(extents, part)
             losses = self._model.losses(rows).view(active, -1)
             if losses.requires_grad:
                 (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
@@ -211,27 +233,30 @@ class _Cohort:
             values.copy_(self._start[:active].where(self._frozen[:active], values))
         grads.zero_()
 
-    def _micros(self, steps: Sequence[Step]) -> Iterator[tuple[list[Encoded], Tensor, list[Extent]]]:
-        """(rows, weights (clients, samples), extents) of each forward pass of a step, with equally many rows per client.
+    def _micros(self, steps: Sequence[Step]) -> Iterator[tuple[list[Encoded], Tensor, list[Extent], slice]]:
+        """(rows, weights (clients, samples), extents, part) of each forward pass of a step, with equally many rows per client.
 
-        A client with fewer micro-batches or samples is filled up with rows of weight 0 that repeat the shortest sample.
+        A client with fewer micro-batches or samples is filled up with rows of weight 0 that repeat the shortest sample. A
+        micro-batch that does not fit in memory is computed in parts.
         """
         totals = [sum(len(batch) for batch in step) for step in steps]
         for i in range(max(len(step) for step in steps)):
             batches = [step[i] if i < len(step) else [] for step in steps]
             samples = max(map(len, batches))
             filler = min((sample for batch in batches for sample in batch), key=lambda sample: sample.length)
-            rows: list[Encoded] = []
+            padded: list[list[Encoded]] = []
             weights: list[list[float]] = []
             for batch, total in zip(batches, totals, strict=True):
                 missing = samples - len(batch)
-                rows += [*batch, *[filler] * missing]
+                padded.append([*batch, *[filler] * missing])
                 weights.append([1 / total] * len(batch) + [0.0] * missing)
-            longest = max(sample.length for sample in rows)
+            longest = max(sample.length for batch in batches for sample in batch)
             for client in range(len(steps)):
                 self._slots[client] += samples * longest
             extents = [(len(batch), self._model.width(batch)) for batch in batches]
-            yield rows, torch.tensor(weights, device=self._loss.device), extents
+            for part in _parts(self._model, samples):
+                rows = [sample for of_client in padded for sample in of_client[part]]
+                yield rows, torch.tensor([row[part] for row in weights], device=self._loss.device), extents, part
 
     def _result(self, client: int) -> LocalResult:
         work, stack, table = self._works[client], self._stack, self._table
