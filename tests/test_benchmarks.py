@@ -83,6 +83,15 @@ def test_ratios_are_computed_within_a_repeat(outcomes: peers.Repeat, capsys: pyt
     assert "3.00 × (3.00–3.00)" in capsys.readouterr().out
 
 
+def test_goals_are_printed_as_reached_or_missed(outcomes: peers.Repeat, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"a": 32.0, "c": 2.5, "d": 2.25, "e": 2.0}  # (a)/(e) 16, goal 15; (d)/(c) 0.9, goal 0.8
+    peers.print_table([{letter: replace(outcomes[letter], train_seconds=t) for letter, t in seconds.items()}])
+    lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines() if "(" in line}
+    assert lines["(a)/(e)", "training"].endswith("goal at least 15: reached")
+    assert lines["(d)/(c)", "training"].endswith("goal at most 0.8: MISSED")
+    assert "goal" not in lines["(a)/(d)", "training"]
+
+
 @pytest.mark.slow
 def test_flower_does_the_same_work(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
