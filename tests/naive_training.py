@@ -31,8 +31,9 @@ def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
             parameters.values(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     else:
+        betas = (settings.beta1, settings.beta2)
         optimizer = torch.optim.AdamW(
-            parameters.values(), settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+            parameters.values(), settings.lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
     observed = {name: torch.zeros_like(adapter.part(name, p, rank)) for name, p in parameters.items()}
     total, examples = 0.0, 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ import peers
 from contenders import bare, ours, ours_cohort, published
 from contenders.experiment import make_workload
 from contenders.workload import Outcome, Size, Workload, average
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
 
 RUNS = {"a": published.run, "c": bare.run, "d": ours.run, "e": ours_cohort.run}
 pytestmark = [
@@ -81,6 +86,42 @@ def test_ratios_are_computed_within_a_repeat(outcomes: peers.Repeat, capsys: pyt
     assert peers.paired([fast, slow], "a", "d", peers.training) == [3.0, 3.0]
     peers.print_table([fast, slow])
     assert "3.00 × (3.00–3.00)" in capsys.readouterr().out
+
+
+def test_goals_are_printed_as_reached_or_missed(outcomes: peers.Repeat, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"a": 32.0, "c": 2.5, "d": 2.25, "e": 2.0}  # (a)/(e) 16, goal 15; (d)/(c) 0.9, goal 0.8
+    peers.print_table([{letter: replace(outcomes[letter], train_seconds=t) for letter, t in seconds.items()}])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training  " in line]
+    of = {line.split()[0]: line for line in lines}
+    assert of["(a)/(e)"].endswith("goal at least 15: reached")
+    assert of["(d)/(c)"].endswith("goal at most 0.8: MISSED")
+    assert "goal" not in of["(a)/(d)"]
+
+
+def test_flower_does_the_same_work_without_ray(
+    workload: Workload, outcomes: peers.Repeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's messages and FedAvg and the app of the clients, called in this process."""
+    pytest.importorskip("flwr")
+    from flwr.app import Context, RecordDict
+
+    from contenders import flowertune
+    from grids import DirectGrid
+
+    def simulate(server: ServerApp, client: ClientApp, count: int, backend_config: object) -> None:
+        grid = DirectGrid(client, {1 + number: {"partition-id": number} for number in range(count)})
+        server(grid, Context(0, 0, {}, RecordDict(), {}))
+
+    monkeypatch.setattr(flowertune, "run_simulation", simulate)
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            outcome = flowertune.run(workload)
+    finally:
+        torch.set_num_threads(threads)
+    losses, adapters = peers.disagreement(outcome, outcomes["d"], workload.initial)
+    assert losses < 1e-5
+    assert adapters < 1e-3
 
 
 @pytest.mark.slow

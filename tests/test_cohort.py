@@ -29,7 +29,7 @@ from fedmllm.training.cohort import Work, train_cohort
 from helpers import COMBINATIONS, built, quick
 from naive_training import train_naively
 
-ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01)
+ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01, eps=1e-5)
 SGD = TrainTable(optimizer="sgd", lr=0.5, weight_decay=0.01, momentum=0.5, clip=0.3)
 WORDS = ("red", "blue", "green")
 COUNTS = (7, 0, 3, 12, 5)

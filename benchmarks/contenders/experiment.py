@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from contenders.workload import ALPHA, BATCH, BETAS, CLIP, LR, MAX_NEW_TOKENS, RANK, Item, Size, Workload
+from contenders.workload import ALPHA, BATCH, BETAS, CLIP, EPS, LR, MAX_NEW_TOKENS, RANK, Item, Size, Workload
 from fedmllm.config import Experiment, validate
 from fedmllm.data.prompts import prompts, render
 from fedmllm.experiment.parts import build
@@ -19,8 +19,8 @@ def experiment(size: Size, cohort: int | str = 1) -> Experiment:
     """The experiment that (d) and (e) run."""
     train: dict[str, Any] = {
         "rounds": size.rounds, "clients_per_round": size.clients, "batch_size": BATCH,
-        "lr": LR, "schedule": "constant", "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": 0.0, "clip": CLIP,
-        "cohort": cohort,
+        "lr": LR, "schedule": "constant", "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": 0.0,
+        "clip": CLIP, "cohort": cohort,
     }  # fmt: skip
     task = {"name": "easy-vqa", "train_samples": size.clients * size.samples, "test_samples": size.questions}
     return validate(

@@ -54,7 +54,10 @@ class SampleWeightedTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         labels = inputs.pop("labels")[:, 1:]
         outputs = model(**inputs, use_cache=False)
-        losses = functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        # One row per position: with the classes in the second of three dimensions, PyTorch sums over the vocabulary with ten
+        # times the rounding error.
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        losses = functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
         loss = (losses.sum(1) / (labels != -100).sum(1)).mean()
         return (loss, outputs) if return_outputs else loss
 

@@ -18,7 +18,10 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 BATCH = 4
 RANK, ALPHA = 8, 16.0
-LR, BETAS, EPS, CLIP = 3e-3, (0.9, 0.95), 1e-8, 1.0
+LR, BETAS, EPS, CLIP = 3e-3, (0.9, 0.95), 1e-6, 1.0
+"""EPS is above the rounding error of a gradient, here up to 1e-7. With AdamW's usual 1e-8, the first step of a round moves an
+entry by the learning rate in the direction of its gradient even if rounding decides its sign, and a few such entries part
+equal contenders by a hundredth of the trained distance."""
 MAX_NEW_TOKENS = 8
 
 

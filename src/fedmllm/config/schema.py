@@ -79,6 +79,8 @@ class TrainTable(Table):
     weight_decay: Annotated[float, Field(ge=0), at_most(100, "because it must stay far below 1 / lr")] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """AdamW moves a gradient of about this size by half the learning rate, however small the others are."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip: Annotated[float, Field(ge=0), at_most(1_000_000, "which no usable gradient exceeds; 0 disables clipping")] = 1.0
     """The maximum gradient norm; 0 disables clipping."""

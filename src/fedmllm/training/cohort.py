@@ -141,7 +141,8 @@ def _optimizer(parameters: Sequence[nn.Parameter], train: TrainTable) -> torch.o
     decay = train.weight_decay
     if train.optimizer == "sgd":
         return torch.optim.SGD(parameters, train.lr, momentum=train.momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(parameters, train.lr, betas=(train.beta1, train.beta2), weight_decay=decay, fused=True)
+    betas = (train.beta1, train.beta2)
+    return torch.optim.AdamW(parameters, train.lr, betas=betas, eps=train.eps, weight_decay=decay, fused=True)
 
 
 class _Cohort:
