@@ -40,6 +40,7 @@ _PROPERTIES = {
     "unequal_ranks": "unequal ranks",
     "personal": "personal",
     "needs_lora": "needs LoRA",
+    "needs_core": "needs LoRA-XS",
     "refactors": "new factors",
 }
 """Field of `Algorithm` -> the name of the property in the table."""

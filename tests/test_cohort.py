@@ -243,16 +243,16 @@ def test_training_leaves_the_model_unchanged(model: MLLM, dataset: Path) -> None
     train_naively(model, work_of(model, dataset, 0, 2, 2, 1, LocalRule()), ADAMW)  # no hook is left
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "ia3", "prompt-tuning"])
+@pytest.mark.parametrize("kind", ["rslora", "lora-xs", "dora", "ia3", "prompt-tuning"])
 def test_other_adapters(tiny: Path, dataset: Path, kind: str) -> None:
-    """rsLoRA trains in cohorts, as LoRA does. The others train one client at a time, by the same code."""
+    """rsLoRA and LoRA-XS train in cohorts, as LoRA does. The others train one client at a time, by the same code."""
     model = load(tiny, kind)
     initial = model.adapter.get()
     works = [replace(work_of(model, dataset, c, 5, 2, 1, LocalRule()), received=initial) for c in range(2)]
     for work in works:
         assert_same(train_cohort(model, [work], ADAMW)[0], train_naively(model, work, ADAMW))
     train = TrainTable(cohort=4)
-    if kind == "rslora":
+    if kind in ("rslora", "lora-xs"):
         assert_same(train_cohort(model, works, ADAMW)[1], train_naively(model, works[1], ADAMW))
         assert cohort_size(model, [], train, 3) == 3
     else:

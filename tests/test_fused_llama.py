@@ -151,3 +151,12 @@ def test_bfloat16_is_left_to_transformers(tiny: Path) -> None:
 
 def test_the_pocket_model_is_fused() -> None:
     assert load("pocket").fused
+
+
+def test_lora_xs_is_fused(tiny: Path, samples: list[Encoded]) -> None:
+    model = load(tiny, "lora-xs")
+    assert model.fused
+    text_only = [sample for sample in samples if sample.picture is None]  # this model does not know the pictures
+    starts = [random_adapter(model, seed) for seed in range(len(text_only))]
+    gradients = assert_same_training(model, text_only, starts, list(model.adapter.parameters))
+    assert bool((gradients.abs().amax(1) > 0).all())

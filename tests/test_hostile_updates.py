@@ -88,6 +88,10 @@ def test_every_attack_is_found_under_every_algorithm(parts: tuple[str, str, str]
     assert screen(honest, algorithm, state, info, 100.0, PLAN.declared) == (honest, [])
     for name, attack in ATTACKS.items():
         updates = [attack(u) if u.client == LIAR else u for u in honest]
+        restored = [[algorithm.restored(u, state, info).groups for u in some] for some in (updates, honest)]
+        if name != "heavy" and all(same(a, b) for a, b in zip(*restored, strict=True)):
+            assert parts[0] == "fed-sb", "only there is the change 0 in the first round, whatever int8 and top-k multiply it by"
+            continue
         valid, refused = screen(updates, algorithm, state, info, 100.0, PLAN.declared)
         assert [row["client"] for row in refused] == [LIAR], name
         assert valid == [u for u in honest if u.client != LIAR], name

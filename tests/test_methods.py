@@ -66,10 +66,11 @@ COMPOSED = [
     {"algorithm__name": "fedsa-lora", "compression__name": "top-k"},
     {"algorithm__name": "fedilora", "clients__rank": "[1, 2, 2]", "regularization__name": "adaptive"},
     {"algorithm__name": "fedadam", "model__adapter__kind": "prompt-tuning"},
+    {"algorithm__name": "scaffold", "model__adapter__kind": "lora-xs", "compression__name": "int8"},
 ]
 
 
-NEEDED = {"modality-aware": {"model__lora__target": r".*\.q_proj"}}
+NEEDED = {"modality-aware": {"model__lora__target": r".*\.q_proj"}, "fed-sb": {"model__adapter__kind": "lora-xs"}}
 """What an algorithm needs besides its name: `modality-aware` adapts the vision tower."""
 
 # Three of four clients a round: some come back, and what they remember is read again.

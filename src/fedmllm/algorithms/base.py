@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone
 
 
-def _no_base() -> State:
+def _no_base() -> Any:
     raise ValueError("the adapter has no base weights to start from")
 
 
@@ -37,6 +37,8 @@ class AdapterInfo:
     principal: Callable[[], State] = field(default=_no_base, compare=False)
     """The server's state in which the adapter holds the largest singular values of the base weights, and the fold takes them
     out of the base, so that the model is unchanged: W₀ − s B₀ A₀ + s B₀ A₀, with B₀ = U √(Σ / s) and A₀ = √(Σ / s) Vᵀ."""
+    basis: Callable[[], Tensors] = field(default=_no_base, compare=False)
+    """The factors A: (r, d_in) and B: (d_out, r) between which a LoRA-XS adapter has its R, by LoRA's names."""
 
     def scale(self, rank: int) -> float:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -103,6 +105,9 @@ class LocalRule:
     """Ask for `LocalResult.mean_gradient`."""
     observe_loss: bool = False
     """Ask for `LocalResult.loss_before`, which costs one more forward pass over the client's samples."""
+    observe_base: bool = False
+    """Ask for `LocalResult.base_gradient`, which costs one more pass over the client's samples, and memory for a gradient of
+    every weight that has an adapter."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,10 @@ class LocalResult:
     training, and "padding", the share of token slots that were padding.
 
     `mean_gradient` is the average of the raw gradients, before clipping and before the rule changed them. `loss_before` is the
-    mean loss of the received adapter over the samples of its steps, each counted once. Both are None unless the rule asked for
-    them. `own` is the client's own adapter after its training, if it has one (`Algorithm.own`).
+    mean loss of the received adapter over the samples of its steps, each counted once. `base_gradient` has the gradient of the
+    base model's mean loss over the same samples with respect to each weight with an adapter, as factors of the adapter's rank,
+    by LoRA's names. All three are None unless the rule asked for them. `own` is the client's own adapter after its training,
+    if it has one (`Algorithm.own`).
     """
 
     received: Tensors
@@ -141,6 +148,7 @@ class LocalResult:
     metrics: Mapping[str, float]
     momentum: float = 0.0
     loss_before: float | None = None
+    base_gradient: Tensors | None = None
     own: Tensors | None = None
 
 
@@ -218,6 +226,8 @@ class Algorithm:
     changes."""
     needs_lora: bool = False
     """The algorithm works on LoRA's factors A and B, which other adapters do not have."""
+    needs_core: bool = False
+    """The algorithm chooses the frozen factors of LoRA-XS, which other adapters do not have."""
     needs_layers: bool = False
     """The algorithm treats layers differently, so the adapter's tensors must belong to layers."""
     needs_modalities: bool = False

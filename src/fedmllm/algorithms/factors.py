@@ -16,8 +16,9 @@ from fedmllm.algorithms.base import AdapterInfo, Update
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone
 
-A, B = ".lora_A.weight", ".lora_B.weight"
+A, B, R = ".lora_A.weight", ".lora_B.weight", ".lora_R.weight"
 FOLD_A, FOLD_B, FOLD = ".fold_A", ".fold_B", ".fold"
+BASIS_A, BASIS_B = ".basis_A", ".basis_B"
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """module -> (left: (d_out, k), right: (k, d_in)), which stand for their product."""
@@ -110,7 +111,7 @@ def principal_state(weights: Mapping[str, Tensor], rank: int, scale: float) -> S
     for m, weight in weights.items():
         u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         roots = (sigma[:rank] / scale).sqrt()
-        signs = torch.sign(vt[:rank].gather(1, vt[:rank].abs().argmax(dim=1, keepdim=True)))
+        signs = _signs(vt[:rank])
         pair = with_rank(m, (roots[:, None] * vt[:rank] * signs).float(), (u[:, :rank] * roots * signs.T).float(), rank)
         pair = {name: factor.contiguous() for name, factor in pair.items()}
         adapter |= pair
@@ -149,9 +150,27 @@ def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor
     u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
     k = min(rank, sigma.numel())
     a = vt[:k] @ q_right.T
-    signs = torch.sign(a.gather(1, a.abs().argmax(dim=1, keepdim=True)))
-    signs[signs == 0] = 1
+    signs = _signs(a)
     return q_left @ u[:, :k] * sigma[:k] * signs.T, a * signs
+
+
+def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U: (d_out, r), Σ: (r) and Vᵀ: (r, d_in) of the largest singular values of a matrix, in its precision, by subspace
+    iteration from a random start (Halko et al. 2011, 0909.4061), which draws from torch's global generator.
+
+    The largest entry of each row of Vᵀ is positive. In float64, machines differ by less than the rounding of float32, unless
+    singular values coincide.
+    """
+    u, sigma, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=4)
+    vt = v[:, :rank].T
+    signs = _signs(vt)
+    return u[:, :rank] * signs.T, sigma[:rank], vt * signs
+
+
+def _signs(rows: Tensor) -> Tensor:
+    """(rows, 1): the sign of the largest entry of each row, 1 for a row of zeros."""
+    signs = torch.sign(rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)))
+    return signs.masked_fill(signs == 0, 1)
 
 
 def folded(fold: Tensors, change: Factors) -> Tensors:

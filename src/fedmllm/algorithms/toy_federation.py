@@ -23,7 +23,7 @@ from fedmllm.algorithms.base import (
     complete,
     own_adapter,
 )
-from fedmllm.algorithms.factors import A, B, modules, principal_state
+from fedmllm.algorithms.factors import A, B, best_factors, modules, principal_state, with_rank
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, clone, flatten, zeros_like
 
@@ -51,9 +51,18 @@ def principal() -> State:
     return principal_state(weights, 2, 3.0 / 2)
 
 
+def base_gradient(client: int) -> Tensors:
+    """`LocalResult.base_gradient` of a toy client: factors of rank 2 of a random matrix (4, 3) for each base weight."""
+    gradient: Tensors = {}
+    for m in modules(lora_adapter()):
+        b, a = best_factors(target(client, m, (4, 3)).double(), torch.eye(3, dtype=torch.float64), 2)
+        gradient |= with_rank(m, a.float(), b.float(), 2)
+    return gradient
+
+
 _LAYER = {name: int(name.split(".")[5]) for name in lora_adapter()}
 _MODALITY = {name: {0: "image", 1: "text"}[layer] for name, layer in _LAYER.items() if layer < 2}
-ADAPTER_INFO = AdapterInfo(layers=6, layer=_LAYER, alpha=3.0, modality=_MODALITY, principal=principal)
+ADAPTER_INFO = AdapterInfo(layers=6, layer=_LAYER, alpha=3.0, modality=_MODALITY, principal=principal, basis=lora_adapter)
 
 
 def round_info(
@@ -121,6 +130,7 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, m
         lr=lr,
         metrics={"loss": sum(losses) / len(losses), "padding": 0.0},
         loss_before=losses[0] if rule.observe_loss else None,
+        base_gradient=base_gradient(client) if rule.observe_base else None,
     )
 
 

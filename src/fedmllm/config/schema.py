@@ -51,8 +51,8 @@ class LoraTable(Table):
 
 
 class AdapterTable(Table):
-    kind: Literal["lora", "rslora", "dora", "ia3", "prompt-tuning"] = "lora"
-    """The kind of adapter that is trained. The first three use the settings of `model.lora`."""
+    kind: Literal["lora", "rslora", "dora", "lora-xs", "ia3", "prompt-tuning"] = "lora"
+    """The kind of adapter that is trained. The first four use the settings of `model.lora`."""
     virtual_tokens: Annotated[Positive, at_most(4096, "because every prompt becomes longer by this many tokens")] = 8
     """The number of trained vectors before every prompt, for "prompt-tuning"."""
 

@@ -28,6 +28,21 @@ def check_ranks(config: Experiment, algorithm: Algorithm) -> None:
             f"algorithm.name: {name!r} works on LoRA's factors A and B alone, and model.adapter.kind = {kind!r} has others; "
             'set the kind to "lora" or "rslora", or choose an algorithm for any adapter, such as "fedavg".'
         )
+    if algorithm.needs_core and kind != "lora-xs":
+        raise ConfigError(
+            f"algorithm.name: {name!r} chooses what is around the matrices R of LoRA-XS, and model.adapter.kind = {kind!r} has "
+            'none; set the kind to "lora-xs".'
+        )
+    if algorithm.needs_core and config.model.quantize != "none":
+        raise ConfigError(
+            f"algorithm.name: {name!r} needs gradients of the base weights, and model.quantize = {config.model.quantize!r} "
+            'stores weights that have none; set it to "none", or choose "fedavg", which needs no gradient.'
+        )
+    if config.clients.rank and kind == "lora-xs":
+        raise ConfigError(
+            'clients.rank: model.adapter.kind = "lora-xs" averages matrices R of one size; leave clients.rank out, or set the '
+            'kind to "lora" or "rslora".'
+        )
     if config.clients.rank and kind not in PLAIN_LORA:
         raise ConfigError(f'clients.rank: model.adapter.kind = {kind!r} has no rank to vary; set it to "lora" or "rslora".')
     ranks = {config.rank_of(client) for client in range(config.partition.clients)}

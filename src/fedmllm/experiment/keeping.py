@@ -62,7 +62,7 @@ def _without_model(config: Experiment, algorithm: Algorithm) -> str:
             f'train.keep = "mean" averages the adapters of several rounds, and algorithm.name = {name!r} makes new factors in '
             'each, whose entries mean something else; choose another algorithm, or keep "best" or "last"'
         )
-    if keep == "mean" and any("fold" in state for *_, state, _ in run_rounds(algorithm, rounds=1)):
+    if keep == "mean" and not algorithm.needs_core and any("fold" in state for *_, state, _ in run_rounds(algorithm, rounds=1)):
         return (
             f'train.keep = "mean" averages adapters, and algorithm.name = {name!r} also changes the base weights, by what is '
             'right for a single adapter; choose another algorithm, or keep "best" or "last"'

@@ -18,8 +18,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from fedmllm.algorithms import AdapterInfo
-from fedmllm.algorithms.factors import FOLD_A, FOLD_B, A, B, is_a, is_b, modules, principal_state, rank_of
+from fedmllm.algorithms.factors import BASIS_A, BASIS_B, FOLD_A, FOLD_B, A, B, R, is_a, is_b, modules, principal_state, rank_of
 from fedmllm.errors import ConfigError, RunError
+from fedmllm.models.core import cores
 from fedmllm.models.fold import branch_hook, dense_change, factors_with_fold
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.state_file import load_verified, with_digest
@@ -39,7 +40,8 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     embeddings = sorted(name for name in named if "lora_embedding" in name)
     if embeddings:
         raise ConfigError(f"model.lora.target matches an embedding ({embeddings[0]!r}); let it match linear layers only.")
-    return {name: by_storage[t.data_ptr()] for name, t in sorted(named.items())}
+    trained = {name.replace(".lora_B.core", R): t for name, t in named.items() if t.data_ptr() in by_storage}
+    return {name: by_storage[t.data_ptr()] for name, t in sorted(trained.items())}
 
 
 class Adapter:
@@ -54,16 +56,22 @@ class Adapter:
         self.config = model.peft_config["default"]
         self.parameters = adapter_parameters(model)
         self._layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        self.plain_lora = isinstance(self.config, LoraConfig) and not self.config.use_dora
-        self.rank: int = self.config.r if self.plain_lora else 0
+        self.cores = cores(model)
+        """module -> A and B of a LoRA-XS adapter, which has R in between; empty for any other."""
+        self.low_rank = isinstance(self.config, LoraConfig) and not self.config.use_dora
+        """Whether the adapter adds products of LoRA factors, `factors`, and nothing else."""
+        self.plain_lora = self.low_rank and not self.cores
+        """Whether those factors are its tensors."""
+        self.rank: int = self.config.r if self.low_rank else 0
         self._share = 1.0
         in_text = self.parameters.keys() <= info.layer.keys() and all(p.dim() == 2 for p in self.parameters.values())
-        self.stacks = self.plain_lora and in_text
+        self.stacks = self.low_rank and in_text
         """Whether the adapters of several clients can be stacked (`Stack`). This requires the rows of a batch to stay separate,
         as they do in the linear layers of the text model; a vision tower may join the patches of all pictures."""
         self.fold: Tensors = {}
         """The fold that was set last. As long as this is the same object, the base weights are unchanged."""
         self._original: dict[str, Tensor] = {}
+        self._own_basis = {m: (a.clone(), b.clone()) for m, (a, b) in self.cores.items()}
         self._branches: dict[str, Any] = {}
 
     # The adapter's tensors
@@ -87,10 +95,22 @@ class Adapter:
         return rank
 
     def pairs(self) -> list[tuple[nn.Module, str, str]]:
-        """(base layer, name of its A, name of its B) of each LoRA layer."""
+        """(base layer, name of its A in `factors`, name of its B) of each LoRA layer."""
+        if self.cores:
+            return [(self.model.get_submodule(m).get_base_layer(), m + A, m + B) for m in self.cores]
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         layers = [(layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]) for layer in self._layers]
         return [(base, names[id(a.weight)], names[id(b.weight)]) for base, a, b in layers]
+
+    def factors(self, tensors: Tensors) -> Tensors:
+        """LoRA's factors A: (…, r, d_in) and B: (…, d_out, r), of which tensors (…, *shape) of this adapter consist."""
+        if not self.cores:
+            return tensors
+        new: Tensors = {}
+        for m, (a, b) in self.cores.items():
+            core = tensors[m + R]
+            new |= {m + A: a.to(core.device).expand(*core.shape[:-2], *a.shape), m + B: b.to(core.device) @ core}
+        return new
 
     def get(self) -> Tensors:
         """A float32 copy on the CPU, names sorted: `….q_proj.lora_A.weight`: (r, d_in), `….lora_B.weight`: (d_out, r)."""
@@ -159,6 +179,11 @@ class Adapter:
         rank = int(self.config.r)
         return principal_state(weights, rank, self.info.scale(rank))
 
+    @property
+    def basis(self) -> Tensors:
+        """`AdapterInfo.basis`: copies on the CPU of the factors that belong to the base weights."""
+        return {m + side: t.cpu() for m, pair in self._own_basis.items() for side, t in zip((A, B), pair, strict=True)}
+
     # The fold
 
     @torch.no_grad()
@@ -168,10 +193,15 @@ class Adapter:
         Names are `<module>.fold_A`: (k, d_in) and `<module>.fold_B`: (d_out, k), or `<module>.fold`: (d_out, d_in); the LoRA
         scale is already included. Weights in float32 are changed in place. The precision of other weights (bfloat16,
         quantised) is too coarse for a fold, so it is computed in a separate branch next to these layers.
+
+        `<module>.basis_A` and `<module>.basis_B` change no base: they replace the frozen factors of a LoRA-XS adapter.
         """
         if fold is self.fold:
             return
-        folded = {name.rpartition(".")[0] for name in fold}
+        for m, factors in self.cores.items():
+            for factor, own, name in zip(factors, self._own_basis[m], (m + BASIS_A, m + BASIS_B), strict=True):
+                factor.copy_(fold.get(name, own))
+        folded = {name.rpartition(".")[0] for name in fold if not name.endswith((BASIS_A, BASIS_B))}
         for branch in self._branches.values():
             branch.remove()
         self._branches.clear()
@@ -192,12 +222,12 @@ class Adapter:
     def export(self, folder: Path, base_name: str) -> None:
         """Write a standard PEFT adapter folder, which loads with `PeftModel.from_pretrained(base, folder)`.
 
-        A fold is included in the LoRA factors, as one equivalent adapter of higher rank.
+        A fold is included in the LoRA factors, as one equivalent adapter of higher rank. LoRA-XS is written as LoRA.
         """
-        tensors, config = self.get(), self.config.to_dict()
+        tensors, config = self.factors(self.get()), self.config.to_dict()
         if self.plain_lora:
             config["r"] = self.rank
-        if self.fold:
+        if self.fold or self.cores:
             tensors = factors_with_fold(tensors, self.fold, self.info.scale(self.rank))
             config |= {"r": rank_of(tensors), "lora_alpha": rank_of(tensors), "use_rslora": False}
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
@@ -208,10 +238,11 @@ class Adapter:
         write_atomically(folder / "adapter_config.json", text.encode())
 
     def load(self, folder: Path) -> None:
-        """Set an adapter that `export` wrote. Raises RunError if the folder does not contain an adapter of this kind."""
+        """Set an adapter that `export` wrote: one with a fold, or of LoRA-XS, is set as a fold, and the rest of it is 0. Raises
+        RunError if the folder does not contain an adapter of this kind."""
         tensors = read_adapter(folder)
         try:
-            if self.plain_lora and rank_of(tensors) > self.config.r:  # exported with a fold
+            if self.cores or (self.plain_lora and rank_of(tensors) > self.config.r):
                 fold = {m + FOLD_A: tensors[m + A] for m in modules(tensors)}
                 fold |= {m + FOLD_B: tensors[m + B] for m in modules(tensors)}
                 self.set_fold(fold)

@@ -10,6 +10,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfi
 
 from fedmllm.config import ModelTable
 from fedmllm.errors import ConfigError
+from fedmllm.models.core import insert_cores
 from fedmllm.models.families import Family
 from fedmllm.rng import seed_for
 
@@ -45,7 +46,10 @@ def attach(model: Any, settings: ModelTable, family: Family, seed: int) -> PeftM
         warnings.filterwarnings("error", message=".*tie_word_embeddings.*", category=UserWarning)
         torch.manual_seed(seed_for(seed, "adapter"))
         try:
-            return get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
+            adapted = get_peft_model(model, config).eval()  # PEFT's dropout would otherwise act during evaluation
+            if settings.adapter.kind == "lora-xs":
+                insert_cores(adapted, settings.lora.rank, settings.lora.target)
+            return adapted
         except UserWarning:  # a fold would change both layers at once, and a merged head would differ from the trained one
             raise ConfigError(
                 f"model.lora.target = {settings.lora.target!r} matches the embedding or the head, which share one weight in "

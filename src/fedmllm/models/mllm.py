@@ -48,6 +48,7 @@ class MLLM:
             rank_stabilised=settings.adapter.kind == "rslora",
             modality={name: "image" for name in layers if backbone.family.only_pictures(name)},
             principal=lambda: self.adapter.principal,
+            basis=lambda: self.adapter.basis,
         )
         self.adapter = Adapter(self.model, self.info)
         vectors = self.adapter.parameters.get(VIRTUAL)

@@ -51,9 +51,9 @@ class Stack:
             self._frozen[name] = torch.stack(padded).to(self._device)
         self._shares = shares or [1.0] * len(starts)
         pairs = zip(self.ranks, self._shares, strict=True)
-        scales = [share * adapter.info.scale(rank) for rank, share in pairs] if adapter.plain_lora else []
+        scales = [share * adapter.info.scale(rank) for rank, share in pairs] if adapter.low_rank else []
         self._scales = torch.tensor(scales, device=self._device)
-        self._dropout: float = adapter.config.lora_dropout if adapter.plain_lora and dropout else 0.0
+        self._dropout: float = adapter.config.lora_dropout if adapter.low_rank and dropout else 0.0
         self.has_dropout = self._dropout > 0
         """Whether inputs of LoRA layers are dropped at random."""
         self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in dropout]
@@ -114,7 +114,8 @@ class Stack:
         """Start a batch with the extent of each client's part. Gradients of the batch are added to `grads`."""
         self._extents = extents
         if self._adapter.stacks:
-            self.current = self._views(self._leaf) | {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
+            frozen = {name: tensor[: len(extents)] for name, tensor in self._frozen.items()}
+            self.current = self._adapter.factors(self._views(self._leaf) | frozen)
 
     @property
     def scales(self) -> Tensor:

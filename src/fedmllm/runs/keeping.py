@@ -100,5 +100,5 @@ class Keeping:
         models = list(self.models.values())
         kept = models[-1]
         if len(models) > 1:
-            kept = {"adapter": weighted_mean([model["adapter"] for model in models], [1.0] * len(models))}
+            kept = {**kept, "adapter": weighted_mean([model["adapter"] for model in models], [1.0] * len(models))}
         return {**{group: tensors for group, tensors in state.items() if group not in _MODEL}, **kept}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm.algorithms import LocalResult, LocalRule
+from fedmllm.algorithms.factors import A, B, leading_directions
 from fedmllm.config import TrainTable
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
@@ -91,6 +92,33 @@ def loss_before(model: MLLM, work: Work) -> float:
     return total / max(sum(map(len, batches)), 1)
 
 
+def base_gradient(model: MLLM, work: Work) -> Tensors:
+    """`LocalResult.base_gradient` over the client's first pass: factors A: (r, d_in) and B: (d_out, r) by LoRA's names, which
+    are 0 if it has no samples."""
+    model.model.eval()
+    batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
+    weights = {a.removesuffix(A): base.weight for base, a, _ in model.adapter.pairs()}
+    totals = {m: torch.zeros(weight.shape) for m, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with model.adapter.disabled():
+            for batch in batches:
+                grads = torch.autograd.grad(model.loss(batch), list(weights.values()), allow_unused=True)
+                for total, grad in zip(totals.values(), grads, strict=True):
+                    total += 0 if grad is None else grad.to("cpu", torch.float32)
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    gradient: Tensors = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(work.seed)
+        for m, total in totals.items():
+            u, sigma, vt = leading_directions(total.double() / max(sum(map(len, batches)), 1), model.adapter.rank)
+            gradient |= {m + A: vt.float().contiguous(), m + B: (u * sigma).float().contiguous()}
+    return gradient
+
+
 def _optimizer(parameters: Sequence[nn.Parameter], train: TrainTable) -> torch.optim.Optimizer:
     """A fused optimizer over the parameters."""
     decay = train.weight_decay
@@ -105,6 +133,7 @@ class _Cohort:
     def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], train: TrainTable) -> None:
         self._model, self._works, self._table = model, works, train
         self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
+        self._base = [base_gradient(model, work) if work.rule.observe_base else None for work in works]
         self._stack = stack = Stack(
             model.adapter, [w.received for w in works], names, [w.seed for w in works], [w.share for w in works]
         )
@@ -217,4 +246,5 @@ class _Cohort:
             metrics={"loss": float(self._loss[client]) / max(len(samples), 1), "padding": padding},
             momentum=table.momentum if table.optimizer == "sgd" else 0.0,
             loss_before=self._before[client],
+            base_gradient=self._base[client],
         )
