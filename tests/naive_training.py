@@ -10,6 +10,7 @@ from torch import nn
 from fedmllm.algorithms import LocalResult
 from fedmllm.config import TrainTable
 from fedmllm.models.mllm import MLLM
+from fedmllm.tensors import Tensors
 from fedmllm.training.cohort import Work
 
 
@@ -35,13 +36,17 @@ def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
         )
     observed = {name: torch.zeros_like(adapter.part(name, p, rank)) for name, p in parameters.items()}
     total, examples = 0.0, 0
-    for step in work.steps:
+    for number, step in enumerate(work.steps):
         samples = [sample for batch in step for sample in batch]
         optimizer.zero_grad()
         for sample in samples:
             loss = model.loss([sample])
             total += loss.item()
             (loss / len(samples)).backward()
+        penalty: Tensors = {}
+        if rule.penalty is not None:
+            current = {name: adapter.part(name, p.detach(), rank) for name, p in parameters.items()}
+            penalty = rule.penalty(current, {name: work.received[name] for name in current}, number / len(work.steps))
         for name, p in parameters.items():
             assert p.grad is not None
             gradient, start = adapter.part(name, p.grad, rank), work.received[name]
@@ -50,6 +55,8 @@ def train_naively(model: MLLM, work: Work, settings: TrainTable) -> LocalResult:
                 gradient += rule.proximal.get(name, 0.0) * (adapter.part(name, p, rank) - start)
                 if rule.offset is not None and name in rule.offset:
                     gradient += rule.offset[name]
+                if name in penalty:
+                    gradient += penalty[name]
                 if rule.frozen is not None and name in rule.frozen:
                     gradient *= 1 - rule.frozen[name]
         if settings.clip:

@@ -17,7 +17,7 @@ from fedmllm.errors import RunError
 from fedmllm.models.adapter import VIRTUAL
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.scoring import option_scores
-from fedmllm.tensors import digest, distance
+from fedmllm.tensors import Tensors, digest, distance
 from fedmllm.training.cohort import Work, train_cohort
 from tiny_models import CLOSED, OPEN, last_logits, load_adapted, perturb, plain_peft
 
@@ -137,7 +137,11 @@ def test_a_lower_rank_trains_as_a_model_of_that_rank(
     # Moderate values: with larger ones, the rounding of B's scale (one part in 10⁷) alone grows past 1e-5 in three steps.
     start = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in small.adapter.get().items()}
     offset = {n: 0.01 * torch.ones_like(t) for n, t in start.items()}
-    rule = LocalRule(proximal=dict.fromkeys(start, 0.3), offset=offset, observe_gradient=True)
+
+    def penalty(w: Tensors, received: Tensors, done: float) -> Tensors:
+        return {n: 0.1 * (t - 2 * received[n]) for n, t in w.items()}
+
+    rule = LocalRule(proximal=dict.fromkeys(start, 0.3), offset=offset, penalty=penalty, observe_gradient=True)
     results = []
     for model in (small, large):
         batch = model.encode(TALKS, pictures, 200)

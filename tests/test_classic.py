@@ -128,8 +128,11 @@ def test_fedprox_without_strength_is_what_it_wraps(name: str) -> None:
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_fedprox_composes_with_every_algorithm(name: str) -> None:
-    """It adds to the strengths that the algorithm has, and holds what is trained closer to where it started."""
-    inner = algorithms.build(name, {})
+    """It adds to the strengths that the algorithm has, and holds what is trained closer to where it started.
+
+    YOCO's sign term becomes steep near 0, where a step of plain gradient descent may overshoot; not with γ = 1.
+    """
+    inner = algorithms.build(name, {"gamma_max": 1.0} if name == "yoco" else {})
     plain, tied = effect(inner), effect(proximal(inner, 0.5))
     assert {n: s - plain[0][n] for n, s in tied[0].items()} == pytest.approx(dict.fromkeys(lora_adapter(), 0.5))
     assert tied[1:] == plain[1:]

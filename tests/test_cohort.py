@@ -88,6 +88,11 @@ def less_moved(result: LocalResult) -> Tensors:
     return frozen
 
 
+def pulled_home(w: Tensors, received: Tensors, done: float) -> Tensors:
+    """The gradient of a cubic distance that counts more towards the end, of the factors A alone."""
+    return {k: (0.5 + done) * (t - received[k]) * (t - received[k]).abs() for k, t in w.items() if "lora_A" in k}
+
+
 def rule_of(model: MLLM, client: int, trained: str) -> LocalRule:
     """A rule that differs between clients."""
     start = start_of(model)
@@ -98,6 +103,7 @@ def rule_of(model: MLLM, client: int, trained: str) -> LocalRule:
         offset=offset if client % 2 else None,
         lr_factor=0.5,
         frozen={k: (t > 0).float() for k, t in start.items()} if client == 1 else None,
+        penalty=pulled_home if client != 1 else None,
         probe=less_moved if client == 2 else None,
         observe_gradient=client % 3 == 0,
     )

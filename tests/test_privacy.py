@@ -30,6 +30,7 @@ from helpers import ADAPTER_INFO, FakeFleet, lora_adapter, quick, round_info, sa
 ADAPTER = lora_adapter()
 CAPABLE = [
     "fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "ffa-lora", "fedsvd", "rolora", "fedrot-lora", "frlora",
+    "yoco",
 ]  # fmt: skip
 
 

@@ -108,7 +108,9 @@ def test_baselines_have_no_noise_and_no_epsilon(write_experiment: Write, tmp_pat
     assert private["privacy_spent"] is None
 
 
-CAPABLE = "choose one of fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedrot-lora, fedsvd, fedyogi, ffa-lora, frlora, rolora."
+CAPABLE = (
+    "choose one of fedadagrad, fedadam, fedavg, fedavgm, fedprox, fedrot-lora, fedsvd, fedyogi, ffa-lora, frlora, rolora, yoco."
+)
 MEAN = "uses more of the updates than the mean of the adapters, to which noise is added"
 MEMORY = "lets clients remember earlier rounds, which no clip bounds"
 REFUSED: list[tuple[dict[str, object], str]] = [

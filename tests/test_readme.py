@@ -101,7 +101,7 @@ def test_the_guides_sweep_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_names_its_source(name: str) -> None:
     """The paper's arXiv number, or where it appeared, in the line that `fedmllm list` and the documentation show."""
-    assert re.search(r"\((\d{4}\.\d{5}|ICLR 2025)\)\.$", algorithms.describe(name))
+    assert re.search(r"\((\d{4}\.\d{5}|ICLR 2025|NeurIPS 2025)\)\.$", algorithms.describe(name))
 
 
 def test_the_papers_name_files_that_exist() -> None:

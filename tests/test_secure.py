@@ -81,7 +81,8 @@ def test_the_sum_is_exact(name: str, bits: int) -> None:
 def test_a_secure_federation_learns_the_same_as_an_open_one(name: str) -> None:
     ends, records = [], []
     for hidden in (False, True):
-        algorithm = algorithms.build(name, {})
+        # YOCO's sign term is too steep for plain gradient descent with a larger γ, and its changes would be clipped.
+        algorithm = algorithms.build(name, {"gamma_max": 1.0} if name == "yoco" else {})
         fleet = secure(algorithm)[0] if hidden else Clients(algorithm)
         plan = FederationPlan(range(5), 3, 4, 0.1, "constant", 1, 0, ADAPTER_INFO)
         *_, (record, state) = federate(algorithm, fleet, plan, lora_adapter())

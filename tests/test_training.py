@@ -100,18 +100,28 @@ def test_untrained_tensors_stay_bit_for_bit(model: MLLM, samples: list[Encoded])
     assert all(p.requires_grad for p in model.adapter.parameters.values())
 
 
-def test_proximal_and_offset_enter_the_gradient(model: MLLM, samples: list[Encoded]) -> None:
-    """With SGD, w₁ = w₀ − η (g₀ + o) and w₂ = w₁ − η (g₁ + μ (w₁ − w₀) + o), compared with autograd on the complete loss."""
+def test_proximal_offset_and_penalty_enter_the_gradient(model: MLLM, samples: list[Encoded]) -> None:
+    """With SGD, w₁ = w₀ − η (g₀ + o + h(0)) and w₂ = w₁ − η (g₁ + μ (w₁ − w₀) + o + h(½)), compared with autograd on the
+    complete loss. The penalty h is (w − w₀)³ / 3 + 0.1 w² with a factor 1 + the share of the steps that are done."""
+
+    def cubic(w: Tensors, received: Tensors, done: float) -> Tensors:
+        return {k: (1 + done) * ((t - received[k]).square() + 0.2 * t) for k, t in w.items()}
+
     mu, lr = 0.7, SGD.lr
     start = start_of(model)
     offset = {k: torch.full_like(t, 0.01) for k, t in start.items()}
-    rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, observe_gradient=True)
+    rule = LocalRule(proximal=dict.fromkeys(start, mu), offset=offset, penalty=cubic, observe_gradient=True)
     result = train_cohort(model, [Work([[samples]] * 2, start, rule, 0)], SGD)[0]
     model.adapter.set(start)
     parameters = model.adapter.parameters
     raw = {k: torch.zeros_like(t) for k, t in start.items()}
-    for _ in range(2):
-        penalty = sum(mu / 2 * (p - start[k]).square().sum() + (offset[k] * p).sum() for k, p in parameters.items())
+    for step in range(2):
+        penalty = sum(
+            mu / 2 * (p - start[k]).square().sum()
+            + (offset[k] * p).sum()
+            + (1 + step / 2) * ((p - start[k]).pow(3) / 3 + 0.1 * p.square()).sum()
+            for k, p in parameters.items()
+        )
         loss = model.loss(samples) / len(samples)
         plain = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
         complete = torch.autograd.grad(loss + penalty, list(parameters.values()))

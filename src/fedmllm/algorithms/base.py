@@ -87,13 +87,16 @@ class RoundInfo:
 class LocalRule:
     """How local training differs from plain gradient descent, as data that a single client or a stacked cohort can apply.
 
-    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name]`. The learning rate is
-    `lr_factor` times the round's.
+    The gradient of each trainable tensor becomes `g + proximal[name]·(w − w_received) + offset[name] + penalty(…)[name]`. The
+    learning rate is `lr_factor` times the round's.
     """
 
     trainable: Callable[[str], bool] = lambda name: True
     proximal: Mapping[str, float] = field(default_factory=dict)
     offset: Tensors | None = None
+    penalty: Callable[[Tensors, Tensors, float], Tensors] | None = None
+    """`penalty(w, w_received, done)` has the gradient of a further term of the loss, by tensor. It is called at each step with
+    the trainable tensors, which it must not modify, and with the share of the client's steps that are done, 0 at the first."""
     lr_factor: float = 1.0
     frozen: Tensors | None = None
     """1 for each entry of a tensor that stays at its received value, and 0 for the others; neither gradients nor weight decay

@@ -110,7 +110,9 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, m
     lr *= rule.lr_factor
     w, gradients, losses = clone(received), zeros_like(received), []
     steps = steps_of(client) if most is None else min(most, steps_of(client))
-    for _ in range(steps):
+    for step in range(steps):
+        trained, start = ({name: side[name] for name in filter(rule.trainable, side)} for side in (w, received))
+        penalty = rule.penalty(trained, start, step / steps) if rule.penalty is not None else {}
         losses.append(sum(0.5 * float((t - target(client, name, t.shape)).square().sum()) for name, t in w.items()))
         for name in filter(rule.trainable, w):
             g = w[name] - target(client, name, w[name].shape)
@@ -118,6 +120,8 @@ def local_sgd(client: int, received: Tensors, rule: LocalRule, lr: float = LR, m
             g = g + rule.proximal.get(name, 0.0) * (w[name] - received[name])
             if rule.offset is not None and name in rule.offset:
                 g = g + rule.offset[name]
+            if name in penalty:
+                g = g + penalty[name]
             if rule.frozen is not None and name in rule.frozen:
                 g = g * (1 - rule.frozen[name])
             w[name] = w[name] - lr * g

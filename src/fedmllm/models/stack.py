@@ -84,8 +84,12 @@ class Stack:
 
     def tensors(self, client: int, row: Tensor) -> Tensors:
         """One client's row (entries) as named float32 tensors of the client's own rank on the CPU; copies."""
-        views = self._views(row.detach().to("cpu", torch.float32, copy=True).unsqueeze(0))
-        return {n: self._adapter.part(n, t[0], self.ranks[client]).contiguous() for n, t in views.items()}
+        parts = self.parts(client, row.detach().to("cpu", torch.float32, copy=True))
+        return {name: part.contiguous() for name, part in parts.items()}
+
+    def parts(self, client: int, row: Tensor) -> Tensors:
+        """One client's row (entries) as named tensors of the client's own rank, which share the row's memory."""
+        return {n: self._adapter.part(n, t[0], self.ranks[client]) for n, t in self._views(row.unsqueeze(0)).items()}
 
     def trained(self, client: int, received: Tensors) -> Tensors:
         """The complete adapter of a client: the trained tensors, and the others as they were received."""

@@ -142,7 +142,7 @@ class _Cohort:
         # Each of these is None if no client needs it.
         self._observed = torch.zeros_like(stack.values) if any(rule.observe_gradient for rule in rules) else None
         self._start = self._strength = self._offset = self._frozen = None
-        if any(rule.proximal or rule.frozen for rule in rules):
+        if any(rule.proximal or rule.frozen or rule.penalty for rule in rules):
             self._start = stack.values.clone()
         if any(rule.proximal for rule in rules):
             self._strength = stack.constants([rule.proximal for rule in rules])
@@ -171,11 +171,11 @@ class _Cohort:
                     row.grad = self._stack.grads[client] if client < active else None
                 with self._model.using(self._stack, active):
                     for number in range(done, until):
-                        self._step([work.steps[number] for work in self._works[:active]])
+                        self._step([work.steps[number] for work in self._works[:active]], number)
                 done = until
         return [self._result(client) for client in range(len(self._works))]
 
-    def _step(self, steps: Sequence[Step]) -> None:
+    def _step(self, steps: Sequence[Step], number: int) -> None:
         active = len(steps)
         for rows, weights, extents in self._micros(steps):
             self._stack.begin(extents)
@@ -183,12 +183,12 @@ class _Cohort:
             if losses.requires_grad:
                 (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
             self._loss[:active] += (losses.detach() * (weights > 0)).sum(1)
-        self._descend(active)
+        self._descend(active, number)
 
     @torch.no_grad()
-    def _descend(self, active: int) -> None:
-        """g ← g + μ (w − w_received) + offset, clipped per client; take one optimizer step, put frozen entries back, and reset
-        the gradients to 0."""
+    def _descend(self, active: int, number: int) -> None:
+        """g ← g + μ (w − w_received) + offset + penalty, clipped per client; take one optimizer step, put frozen entries back,
+        and reset the gradients to 0."""
         grads, values = self._stack.grads[:active], self._stack.values[:active]
         if self._observed is not None:
             self._observed[:active] += grads
@@ -196,6 +196,11 @@ class _Cohort:
             grads.addcmul_(self._strength[:active], values - self._start[:active])
         if self._offset is not None:
             grads += self._offset[:active]
+        for client, work in enumerate(self._works[:active]):
+            if work.rule.penalty is not None and self._start is not None:
+                w, start, g = (self._stack.parts(client, rows[client]) for rows in (values, self._start, grads))
+                for name, gradient in work.rule.penalty(w, start, number / len(work.steps)).items():
+                    g[name] += gradient
         if self._frozen is not None:
             grads.masked_fill_(self._frozen[:active], 0.0)
         if self._table.clip:
