@@ -28,8 +28,9 @@ from fedmllm.experiment.parts import build, with_defaults
 from fedmllm.federation import FederationPlan, federate, participants, sample_clients
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.kinds import execute
-from fedmllm.runs.session import ClientData, Session
+from fedmllm.runs.session import Session
 from fedmllm.storage.run_dir import RunDir
 from helpers import FakeFleet, lora_adapter, quick, sample
 

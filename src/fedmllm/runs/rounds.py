@@ -15,11 +15,12 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.privacy.user_level import NoisyMean
+from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
-from fedmllm.runs.session import ClientData, Session
+from fedmllm.runs.session import Session
 from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.selection import policy_of
 from fedmllm.storage.run_dir import RunDir

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm.algorithms import LocalResult, LocalRule
-from fedmllm.algorithms.factors import A, B, leading_directions
 from fedmllm.config import TrainTable
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Extent, Stack
 from fedmllm.tensors import Tensors
+from fedmllm.training.observing import base_gradient, loss_before, parts_that_fit
 
 Step = Sequence[Sequence[Encoded]]
 """One optimizer step: micro-batches whose gradients are accumulated."""
@@ -39,6 +39,11 @@ class Work:
     steps_per_pass: int | None = None
     """The number of steps that one pass over the samples takes; None if all steps are one pass."""
     share: float = 1.0
+
+    @property
+    def first_pass(self) -> list[Sequence[Encoded]]:
+        """The batches of one pass over the samples, without empty ones."""
+        return [batch for step in self.steps[: self.steps_per_pass] for batch in step if batch]
 
 
 def trainable(model: MLLM, work: Work) -> tuple[str, ...]:
@@ -90,52 +95,6 @@ def _after_probing(model: MLLM, works: Sequence[Work], train: TrainTable) -> lis
     ]
 
 
-def loss_before(model: MLLM, work: Work) -> float:
-    """The mean loss of the received adapter over the client's first pass, without dropout; 0 if it has no samples.
-
-    Each client is evaluated alone, with no gradient and no random draw, so neither its neighbours nor training is affected.
-    """
-    if not model.adapter.stacks:
-        model.model.eval()  # training switches to its own mode and back to this one
-    batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
-    with model.stacked([work.received]):
-        total = sum(float(model.losses(batch[part]).sum()) for batch in batches for part in _parts(model, len(batch)))
-    return total / max(sum(map(len, batches)), 1)
-
-
-def base_gradient(model: MLLM, work: Work) -> Tensors:
-    """`LocalResult.base_gradient` over the client's first pass: factors A: (r, d_in) and B: (d_out, r) by LoRA's names, which
-    are 0 if it has no samples."""
-    model.model.eval()
-    batches = [batch for step in work.steps[: work.steps_per_pass] for batch in step if batch]
-    weights = {a.removesuffix(A): base.get_parameter("weight") for base, a, _ in model.adapter.pairs()}
-    totals = {m: torch.zeros(weight.shape) for m, weight in weights.items()}
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        with model.adapter.disabled():
-            for batch in batches:
-                grads = torch.autograd.grad(model.loss(batch), list(weights.values()), allow_unused=True)
-                for total, grad in zip(totals.values(), grads, strict=True):
-                    total += 0 if grad is None else grad.to("cpu", torch.float32)
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    gradient: Tensors = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(work.seed)
-        for m, total in totals.items():
-            u, sigma, vt = leading_directions(total.double() / max(sum(map(len, batches)), 1), model.adapter.rank)
-            gradient |= {m + A: vt.float().contiguous(), m + B: (u * sigma).float().contiguous()}
-    return gradient
-
-
-def _parts(model: MLLM, samples: int) -> list[slice]:
-    """The parts in which so many samples of a client are computed; one if they fit in memory."""
-    size = model.limits.samples.size(samples)
-    return [slice(i, i + size) for i in range(0, samples, size)] if size < samples else [slice(None)]
-
-
 def _optimizer(parameters: Sequence[nn.Parameter], train: TrainTable) -> torch.optim.Optimizer:
     """A fused optimizer over the parameters."""
     decay = train.weight_decay
@@ -150,8 +109,10 @@ class _Cohort:
 
     def __init__(self, model: MLLM, works: Sequence[Work], names: Sequence[str], train: TrainTable) -> None:
         self._model, self._works, self._table = model, works, train
-        self._before = [loss_before(model, work) if work.rule.observe_loss else None for work in works]
-        self._base = [base_gradient(model, work) if work.rule.observe_base else None for work in works]
+        self._before = [
+            loss_before(model, work.received, work.first_pass) if work.rule.observe_loss else None for work in works
+        ]
+        self._base = [base_gradient(model, work.first_pass, work.seed) if work.rule.observe_base else None for work in works]
         self._stack = stack = Stack(
             model.adapter,
             [w.received for w in works],
@@ -255,7 +216,7 @@ class _Cohort:
             for client in range(len(steps)):
                 self._slots[client] += samples * longest
             extents = [(len(batch), self._model.width(batch)) for batch in batches]
-            for part in _parts(self._model, samples):
+            for part in parts_that_fit(self._model, samples):
                 rows = [sample for of_client in padded for sample in of_client[part]]
                 yield rows, torch.tensor([row[part] for row in weights], device=self._loss.device), extents, part
 
