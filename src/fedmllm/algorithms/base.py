@@ -24,9 +24,29 @@ from fedmllm.registry import Registry
 from fedmllm.tensors import State, Tensors, clone
 
 __all__ = [
-    "AdapterInfo", "Algorithm", "ClientInfo", "LocalResult", "LocalRule", "Message", "OwnTraining", "RoundInfo", "Update",
-    "algorithms", "changed_rule", "complete", "compressions", "failed", "fraction", "groups", "in_order", "not_negative",
-    "Wrapper", "own_adapter", "positive", "regularizations", "send_adapter",
+    "AdapterInfo",
+    "Algorithm",
+    "ClientInfo",
+    "LocalResult",
+    "LocalRule",
+    "Message",
+    "OwnTraining",
+    "RoundInfo",
+    "Update",
+    "Wrapper",
+    "algorithms",
+    "changed_rule",
+    "complete",
+    "compressions",
+    "failed",
+    "fraction",
+    "groups",
+    "in_order",
+    "not_negative",
+    "own_adapter",
+    "positive",
+    "regularizations",
+    "send_adapter",
 ]  # fmt: skip
 
 
