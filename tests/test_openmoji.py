@@ -74,7 +74,7 @@ def test_sequences_are_drawn_as_a_text_shaper_draws_them(everything: dict[str, l
 @pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="another Pillow carries another FreeType")
 def test_the_pictures_are_the_same_bytes_everywhere(everything: dict[str, list[Sample]]) -> None:
     total = hashlib.sha256()
-    for s in everything["train"] + everything["test"]:
+    for s in [*everything["train"], *everything["test"]]:
         assert isinstance(s.image, bytes)
         total.update(s.image)
     assert total.hexdigest() == "094bd962c7966cec7de1aa20118332b84ed22190e3c8ae25be45b3039aee08b0"

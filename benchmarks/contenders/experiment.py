@@ -41,7 +41,7 @@ def make_workload(size: Size) -> Workload:
     dataset, model = build(config).prepare(), MLLM.load(config.model, config.seed)
     by_id = {sample.id: sample for sample in dataset.train}
     train = [by_id[holding.sample_id] for holding in dataset.manifest]
-    samples = train + dataset.test
+    samples = [*train, *dataset.test]
     conversations = [render(s, s.modalities, prompts.build(config.prompt.name, {})) for s in samples]
     encoded = model.encode(conversations, [s.image for s in samples], config.train.max_length)
     items = [
