@@ -176,7 +176,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
         with pytest.raises(DataError) as caught:
             load(path, "skip")
-        assert str(caught.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file."
+        assert (
+            str(caught.value) == f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines or CSV file."
+        )
 
 
 @pytest.mark.parametrize(

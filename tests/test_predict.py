@@ -107,6 +107,9 @@ def test_a_file_may_leave_answers_and_ids_out(finished: Callable[..., Path], dat
     shutil.copy(dataset / "red.png", tmp_path)
     file.write_text('{"image": "red.png", "question": "name the color."}\n\n{"text": "x", "question": "q", "answer": "y"}\n')
     assert [(row["id"], row.get("reference")) for row in asked(finished(), "--data", file)] == [("1", None), ("3", "y")]
+    (tmp_path / "questions.csv").write_text("image,question,answer\nred.png,name the color.,\n,q,y\n")
+    rows = asked(finished(), "--data", tmp_path / "questions.csv")
+    assert [(row["id"], row["shown"], row.get("reference")) for row in rows] == [("2", ["image"], None), ("3", [], "y")]
     printed = invoke("predict", finished(), "--data", file, "--trust-config", "--baseline").stdout
     assert "of 1 answers of the untrained model are the reference" in printed
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedmllm.data.files import EntryError, json_lines, parse_choices, path_inside
+from fedmllm.data.files import EntryError, parse_choices, path_inside
 from fedmllm.data.images import Images
 from fedmllm.data.loading import read_split
 from fedmllm.data.samples import Problem, Sample, Task
-from fedmllm.data.tasks.jsonl import KEYS, sample_of
+from fedmllm.data.tasks.jsonl import KEYS, entries_of, sample_of
 from fedmllm.errors import DataError, suggest
 
 UNKNOWN = "?"
@@ -72,13 +72,13 @@ def question(
 
 
 def read_questions(path: Path, usual: Usual) -> tuple[list[Sample], frozenset[str]]:
-    """The questions of a JSON-lines file in its order, and the ids of those whose right answer it gives.
+    """The questions of a JSON-lines or CSV file in its order, and the ids of those whose right answer it gives.
 
     The keys are those of the task `jsonl`; the answer and the id are optional, and the question is if the task asks always the
     same. Raises DataError for the first line that cannot be used.
     """
     samples, known = [], set()
-    for entry in json_lines(path):
+    for entry in entries_of(path):
         if isinstance(entry, Problem):
             raise DataError(f"{entry}.")
         line = dict(entry.values)

@@ -2,7 +2,7 @@
 `{"id", "image"? or "images"?, "text"?, "question"?, "choices"?, "answer", "label"?, "source"?}`.
 
 Image paths are relative to the folder of the file and must stay inside it; `images` is a list of them. A line that cannot be
-parsed or lacks a key is a bad sample.
+parsed or lacks a key is a bad sample. Tables (CSV) with these columns and chats (`messages`) are read as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmllm.data.files import Entry, EntryError, is_file, json_lines, parse_choices, path_inside, samples_of
+from fedmllm.data.other_formats import csv_rows, from_chat
 from fedmllm.data.samples import Problem, Sample, Split, Task, clean
 from fedmllm.data.tasks import check_positive, tasks
 from fedmllm.errors import DataError, suggest
@@ -60,7 +61,7 @@ def _images(line: Mapping[str, Any], picture: Callable[[str], Path]) -> tuple[Pa
 
 def sample_of(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> Sample:
     """The sample of one line; `picture` has the path for the name of a picture. Raises EntryError."""
-    line = entry.values
+    line = from_chat(entry.values, entry.index) if "messages" in entry.values else entry.values
     _check_values(line)
     choices = parse_choices(line["choices"], "the key 'choices'") if line.get("choices") is not None else None
     if not line.get("question") and not (lettered and choices):
@@ -79,12 +80,17 @@ def sample_of(entry: Entry, picture: Callable[[str], Path], lettered: bool) -> S
     )
 
 
+def entries_of(path: Path) -> Iterator[Entry | Problem]:
+    """The lines of a file, or the rows of one whose name ends in .csv. Raises DataError."""
+    return csv_rows(path) if path.suffix.lower() == ".csv" else json_lines(path)
+
+
 def read_lines(path: Path, lettered: bool) -> Iterator[Sample | Problem]:
     """The samples of one file. Raises DataError if there is no such file."""
     if not is_file(path):
-        raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines file.")
+        raise DataError(f"task.jsonl: {path} is missing or cannot be read; give the path of a JSON-lines or CSV file.")
     picture = lru_cache(1 << 12)(partial(path_inside, path.parent))  # many samples may show one
-    return samples_of(json_lines(path), lambda entry: sample_of(entry, picture, lettered))
+    return samples_of(entries_of(path), lambda entry: sample_of(entry, picture, lettered))
 
 
 @tasks.register("jsonl")
