@@ -12,7 +12,6 @@ import numpy as np
 from fedmllm.evaluation.clients import modality_group
 from fedmllm.report.convergence import speeds
 from fedmllm.report.curves import Line, curves, mean_line
-from fedmllm.report.grids import reading
 from fedmllm.report.html_page import HtmlPage
 from fedmllm.report.page import Page
 from fedmllm.report.scores import UNKNOWN
@@ -70,13 +69,12 @@ def add_curves(page: Page, chapter: Chapter) -> None:
 def _worst_tenth(chapter: Chapter, run: str) -> list[tuple[float, float]]:
     """(rounds, score in percent) at each evaluation; empty if it is not known of all."""
     result, line = _result(chapter, run), list[tuple[float, float]]()
-    with reading(chapter.folder / run):
-        for record in RunDir(chapter.folder / run).rounds():
-            if metrics := record.get("metrics"):
-                scores = expected_scores(result, metrics)
-                if not scores:
-                    return []
-                line.append((record["round"] + 1.0, 100 * tenths(scores)[0]))
+    for record in RunDir(chapter.folder / run).rounds():
+        if metrics := record.get("metrics"):
+            scores = expected_scores(result, metrics)
+            if not scores:
+                return []
+            line.append((record["round"] + 1.0, 100 * tenths(scores)[0]))
     return line
 
 
@@ -105,8 +103,7 @@ def add_clients(page: Page, chapter: Chapter) -> None:
 
 
 def _result(chapter: Chapter, run: str) -> dict[str, Any]:
-    with reading(chapter.folder / run):
-        return RunDir(chapter.folder / run).result()
+    return RunDir(chapter.folder / run).result()
 
 
 def add_holdings(page: HtmlPage, chapter: Chapter) -> None:

@@ -16,7 +16,6 @@ from fedmllm.data.dataset import Source, open_source, splits_of
 from fedmllm.data.images import Picture, decode
 from fedmllm.data.samples import Sample
 from fedmllm.errors import DataError, UserError, brief, xml_text
-from fedmllm.report.grids import reading
 from fedmllm.report.html_page import HtmlPage
 from fedmllm.storage.run_dir import RunDir
 
@@ -37,10 +36,9 @@ def add_gallery(page: HtmlPage, runs: Mapping[str, RunDir], open_samples: bool) 
     answers: dict[str, Answers] = {}
     positive = ""
     for name, run in runs.items():
-        with reading(run.path):
-            positive = run.result().get("positive") or positive
-            for line in run.predictions():
-                answers.setdefault(str(line["id"]), {}).setdefault((name, str(line["pattern"])), []).append(line)
+        positive = run.result().get("positive") or positive
+        for line in run.predictions():
+            answers.setdefault(str(line["id"]), {}).setdefault((name, str(line["pattern"])), []).append(line)
     if not answers:
         return
     order = sorted(answers, key=lambda sample: _share_right(answers[sample]))

@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?")
 def inline(text: str) -> str:
     """A paragraph's text as HTML. Data is escaped; of Markdown, links inside the page and code become elements."""
     if not isinstance(text, Markdown):
-        return xml_text(text.strip())
+        return xml_text(text).strip()
     parts, end = [], 0
     for match in _LINK_OR_CODE.finditer(text):  # data in it is escaped, so that it has neither
         parts.append(_unescaped(text[end : match.start()]))

@@ -48,10 +48,11 @@ def html_report(folders: Sequence[Path], baseline: str | None = None, open_sampl
         _add_runs(page, runs, baseline, open_samples)
 
     def more(chapter: Chapter) -> None:
-        add_curves(page, chapter)
-        add_clients(page, chapter)
-        add_holdings(page, chapter)
-        add_gallery(page, _first_runs(chapter), open_samples)
+        with reading(chapter.folder):
+            add_curves(page, chapter)
+            add_clients(page, chapter)
+            add_holdings(page, chapter)
+            add_gallery(page, _first_runs(chapter), open_samples)
 
     sweeps = [folder for folder in folders if (folder / INDEX).is_file()]
     add_sweeps(page, sweeps, baseline, more)
@@ -98,7 +99,7 @@ def _add_runs(page: HtmlPage, runs: dict[str, RunDir], baseline: str | None, ope
         add_kept(page, chapter)
         add_transfer(page, chapter)
         add_suites(page, chapter, None)
-    add_gallery(page, runs, open_samples)
+        add_gallery(page, runs, open_samples)
 
 
 def _add_table(page: HtmlPage, table: Table, names: Sequence[str] = ()) -> None:
@@ -143,6 +144,8 @@ def _add_rounds(page: HtmlPage, runs: dict[str, RunDir], results: dict[str, Any]
                     {"worst tenth of clients": parts[0], "best tenth of clients": parts[-1]} if parts[0] < parts[-1] else {}
                 )
             for label, score in scores.items():
+                if not (math.isnan(score) or 0 <= score <= 1):
+                    raise ValueError(f"the score {score} is not between 0 and 1")
                 if not math.isnan(score):
                     lines.setdefault(label, []).append((at, 100 * score))
         panels: dict[str, dict[str, Line]] = {"rounds": dict(lines)} if any(len(line) > 1 for line in lines.values()) else {}
