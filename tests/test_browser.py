@@ -56,7 +56,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in [*sweep.glob("federated-*"), *other.glob("federated-*")]:
         change(run, per_client=CLIENTS)
         lines = run / "predictions.jsonl"
-        lines.write_text(lines.read_text().replace('"answer": "a"', f'"answer": "{"unbroken" * 20}"'))
+        lines.write_text(lines.read_text().replace('"predicted": "b"', f'"predicted": "{"unbroken" * 20}"'))
     file = root / "page.html"
     file.write_text(html_report([sweep, other, *(path.parent for path in root.glob("*/result.json"))]))
     return file

@@ -271,7 +271,7 @@ def test_samples_are_opened_only_if_asked(write_experiment: Callable[..., Path],
     closed = out.read_text()
     assert "<img" not in closed
     assert "a red thing" not in closed
-    assert "are shown with `--samples`" in html.unescape(closed)
+    assert "are shown with <code>--samples</code>" in closed
     assert "All 2 test samples" in closed
     assert closed.index("test-00") < closed.index("test-01"), "the wrong ones come first"
     assert 'class="wrong" data-run="0" data-pattern="both"' in closed
@@ -313,7 +313,7 @@ def test_clients_own_models_share_a_cell(tmp_path: Path) -> None:
     line = {"pattern": "both", "id": "s", "answer": "a", "closed": True, "failed": False}
     said = [line | {"client": i, "predicted": "a" if i else "b", "correct": bool(i)} for i in range(3)]
     (tmp_path / "run" / "predictions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in said))
-    assert 'a<span class="hint"> right</span> <small>2 of 3 clients right</small>' in html_report([tmp_path / "run"])
+    assert 'a<span class="hint"> right</span> <small>2 of 3 right</small>' in html_report([tmp_path / "run"])
 
 
 def test_a_picture_that_cannot_be_decoded() -> None:

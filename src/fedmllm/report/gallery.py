@@ -17,10 +17,12 @@ from fedmllm.data.images import Picture, decode
 from fedmllm.data.samples import Sample
 from fedmllm.errors import DataError, UserError, brief, xml_text
 from fedmllm.report.html_page import HtmlPage
+from fedmllm.report.page import Markdown
 from fedmllm.storage.run_dir import RunDir
 
 MOST_RUNS = 8
 _MOST_WRONG, _MOST_RIGHT = 40, 20
+_CLOSED = Markdown("Pictures, texts and questions are shown with `--samples`, which opens the data of the runs.")
 _PIXELS, _LETTERS = 192, 400
 _WORDS = {"both": "both", "image": "image only", "text": "text only"}
 Lines = Sequence[Mapping[str, Any]]
@@ -46,7 +48,7 @@ def add_gallery(page: HtmlPage, runs: Mapping[str, RunDir], open_samples: bool) 
     page.heading(3, "Samples", _selection(len(chosen), len(order)))
     samples, note = _opened(runs, set(chosen)) if open_samples else ({}, "")
     if note or not open_samples:
-        page.paragraph(note or "Pictures, texts and questions are shown with `--samples`, which opens the data of the runs.")
+        page.paragraph(note or _CLOSED)
     patterns = list(dict.fromkeys(pattern for sample in chosen for _, pattern in answers[sample]))
     page.lines += [_filters(list(runs), patterns), '<div class="gallery">']
     page.lines += [_card(name, samples.get(name), answers[name], list(runs), patterns, positive) for name in chosen]
@@ -137,7 +139,7 @@ def _cell(run: int, pattern: str, lines: Lines, positive: str) -> str:
     line = next(line for line in lines if str(line["predicted"]) == said)
     right = sum(bool(line["correct"]) for line in lines)
     outcome, mark = ("right", "✓") if 2 * right > len(lines) else ("wrong", "✗")
-    details = [f"{right} of {len(lines)} clients right"] if len(lines) > 1 else []
+    details = [f"{right} of {len(lines)} right"] if len(lines) > 1 else []
     if len(lines) == 1 and isinstance(line.get("probability"), int | float):
         details.append(f"{100 * line['probability']:.0f} %")
     elif len(lines) == 1 and isinstance(line.get("score"), int | float):
