@@ -308,6 +308,15 @@ def test_only_some_samples_are_shown(tmp_path: Path) -> None:
     assert "Of 100 test samples, the 40 that most models get wrong and the 20 that most get right." in page
 
 
+def test_runs_on_other_data_are_left_out_of_the_gallery(tmp_path: Path) -> None:
+    for draw in (0, 1):
+        make_run(tmp_path / f"run-{draw}", {"both": 0.5}, config={"task": {"name": "jsonl", "draw": draw}})
+    page = html_report([tmp_path / "run-0", tmp_path / "run-1"])
+    assert "Left out here: 1, on other data or beyond the 8 that are shown." in page
+    assert '<th scope="row">run-0</th><td class="right"' in page
+    assert '<th scope="row">run-1</th><td class="right"' not in page
+
+
 def test_clients_own_models_share_a_cell(tmp_path: Path) -> None:
     make_run(tmp_path / "run", {"both": 0.5})
     line = {"pattern": "both", "id": "s", "answer": "a", "closed": True, "failed": False}

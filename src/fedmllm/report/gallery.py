@@ -34,7 +34,9 @@ Answers = dict[tuple[str, str], list[Mapping[str, Any]]]
 def add_gallery(page: HtmlPage, runs: Mapping[str, RunDir], open_samples: bool) -> None:
     """The samples that these runs answer worst and best, by name of the run. With `open_samples`, their pictures and texts are
     read from the data that the runs' own settings name."""
-    runs = dict(list(runs.items())[:MOST_RUNS])
+    first = _data_of(next(iter(runs.values()), None))
+    same = {name: run for name, run in runs.items() if _data_of(run) == first}  # one id may be another question elsewhere
+    runs, left_out = dict(list(same.items())[:MOST_RUNS]), len(runs) - min(len(same), MOST_RUNS)
     answers: dict[str, Answers] = {}
     positive = ""
     for name, run in runs.items():
@@ -46,6 +48,8 @@ def add_gallery(page: HtmlPage, runs: Mapping[str, RunDir], open_samples: bool) 
     order = sorted(answers, key=lambda sample: _share_right(answers[sample]))
     chosen = order if len(order) <= _MOST_WRONG + _MOST_RIGHT else [*order[:_MOST_WRONG], *order[-_MOST_RIGHT:]]
     page.heading(3, "Samples", _selection(len(chosen), len(order)))
+    if left_out:
+        page.paragraph(f"Left out here: {left_out}, on other data or beyond the {MOST_RUNS} that are shown.")
     samples, note = _opened(runs, set(chosen)) if open_samples else ({}, "")
     if note or not open_samples:
         page.paragraph(note or _CLOSED)
@@ -53,6 +57,12 @@ def add_gallery(page: HtmlPage, runs: Mapping[str, RunDir], open_samples: bool) 
     page.lines += [_filters(list(runs), patterns), '<div class="gallery">']
     page.lines += [_card(name, samples.get(name), answers[name], list(runs), patterns, positive) for name in chosen]
     page.lines.append("</div>")
+
+
+def _data_of(run: RunDir | None) -> Any:
+    """What the test samples of a run depend on."""
+    settings = run.settings() if run is not None else {}
+    return settings.get("task"), settings.get("eval", {}).get("split")
 
 
 def _selection(shown: int, every: int) -> str:
