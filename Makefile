@@ -6,7 +6,7 @@ CONSTRAINTS := requirements/constraints.txt
 # Processes of the test run; 0 runs the tests in pytest itself, as a debugger needs.
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
-TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not browser"
+TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-all errors fuzz lint format bench bench-gpu gpu-wheels tables docs results hashes pocket clean
@@ -24,7 +24,7 @@ test: $(VENV)/installed
 	$(TEST)
 
 test-all: $(VENV)/installed  ## with the slow tests: the demo's margins on three seeds, kills at random instants, a long run
-	$(BIN)/python -m pytest -m "not gpu and not browser"
+	$(BIN)/python -m pytest -m "not gpu"
 
 errors: $(VENV)/installed  ## docs/errors.md again, from a run of the test suite
 	$(TEST) --errors-page=docs/errors.md

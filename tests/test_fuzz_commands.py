@@ -86,6 +86,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compare by pattern": ("compare", "grid", "--by-pattern"),
     "compare runs": ("compare", "grid/FedAvg-0", "grid/FedProx-1", "grid/local-1", "--baseline", "grid/FedAvg-0"),
     "report": ("report", "grid", "--out", "../page.md"),
+    "report as HTML": ("report", "grid", "grid/FedAvg-0", "grid/FedProx-0", "--out", "../page.html"),
     "sweep": ("sweep", "sweep.toml", "--dry-run", "--pilot", "grid", "--baseline", "FedAvg", "--effect", "10"),
     "eval": ("eval", "grid/FedAvg-0", "--patterns", "both,text"),
 }

@@ -227,7 +227,7 @@ def test_the_baseline_is_zero_shot_else_the_first_cell(folder: Path, tmp_path: P
     assert choose_baseline(read_grid(other), None) == "none"
 
 
-@pytest.mark.parametrize("kind", ["file", "empty", "run", "twice", "html"])
+@pytest.mark.parametrize("kind", ["file", "empty", "run", "twice", "text"])
 def test_folders_and_names_that_are_rejected(folder: Path, tmp_path: Path, kind: str) -> None:
     make_run(tmp_path / "run", {"both": 0.5})
     empty = (
@@ -238,9 +238,9 @@ def test_folders_and_names_that_are_rejected(folder: Path, tmp_path: Path, kind:
         "run": ([tmp_path / "run"], "is not a sweep's folder"),
         "empty": ([empty], "has no axis, or no complete run"),
         "twice": ([folder, folder], "another of the folders is also a sweep named 'made'"),
-        "html": ([folder], "give a name that ends in .md"),
+        "text": ([folder], "give a name that ends in .md or .html"),
     }[kind]
-    done = call("report", *arguments, "--out", tmp_path / ("page.html" if kind == "html" else "page.md"))
+    done = call("report", *arguments, "--out", tmp_path / ("page.txt" if kind == "text" else "page.md"))
     assert done.exit_code == 2
     assert message in done.stderr
     assert not (tmp_path / "page.md").exists()

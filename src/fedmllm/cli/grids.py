@@ -103,29 +103,50 @@ def _compare_runs(directories: list[Path], names: list[Path], baseline: str | No
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="SWEEP_DIR...", help="Folders that sweeps wrote, or their archives.", show_default=False),
+        typer.Argument(
+            metavar="DIR...", help="Sweeps' folders or archives; for a page in HTML, also runs.", show_default=False
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.md", help="The page; its pictures are written to figures/.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="FILE.html: one file with everything; FILE.md: pictures in figures/.")
+    ],
     baseline: Annotated[
         str | None,
         typer.Option("--baseline", metavar="NAME", help="The cell to test against; by default zero-shot or the first."),
     ] = None,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
+    ] = False,
 ) -> None:
-    """Write sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
-    from fedmllm.report.writeup import page
+    """Write runs and sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
     from fedmllm.storage.atomic import write_atomically
 
     check_folder(out.parent)
-    if out.suffix != ".md":
-        raise RunError(f"--out {out}: the page is Markdown; give a name that ends in .md.")
+    if out.suffix not in (".md", ".html"):
+        raise RunError(f"--out {out}: the page is Markdown or HTML; give a name that ends in .md or .html.")
+    if samples and out.suffix == ".md":
+        raise ConfigError("--samples is for a page in HTML; give --out a name that ends in .html.")
     with archive.opened(directories) as folders:
-        written = page(folders, baseline)
-    (out.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for name, picture in written.pictures.items():
+        contents, pictures = _page(folders, out, baseline, samples)
+    if pictures:
+        (out.parent / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
         write_atomically(out.parent / name, picture.encode())
-    write_atomically(out, "\n".join(written.lines).encode())
+    write_atomically(out, contents.encode())
     with standing(f"the page is in {out}"):
-        show(f"{out} and {len(written.pictures)} pictures")
+        show(f"{out} and {len(pictures)} pictures" if out.suffix == ".md" else f"{out}: {len(contents.encode()):,} bytes")
+
+
+def _page(folders: list[Path], out: Path, baseline: str | None, samples: bool) -> tuple[str, dict[str, str]]:
+    """(the page, its pictures by file)."""
+    if out.suffix == ".html":
+        from fedmllm.report.html_report import html_report
+
+        return html_report(folders, baseline, samples), {}
+    from fedmllm.report.writeup import page
+
+    written = page(folders, baseline)
+    return "\n".join(written.lines), written.pictures
 
 
 class SweepFleet(StrEnum):

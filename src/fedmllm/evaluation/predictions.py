@@ -23,7 +23,8 @@ class Prediction:
     `option` is the index of the chosen option, None for a free answer; an option is `correct` if it is the reference's own, not
     if it reads like it. `score` is the probability of the task's positive answer, None if the sample's choices do not include
     it. `failed` means that the model gave no readable answer. `judged` is a judge's verdict on an open answer, None without a
-    readable one. `probabilities` are those of the options; they are for suites and not stored.
+    readable one. `probabilities` are those of the options; they are for suites and not stored. `probability`, that of the
+    chosen option to three digits, is.
     """
 
     pattern: str
@@ -37,6 +38,10 @@ class Prediction:
     judged: bool | None = None
     option: int | None = None
     probabilities: tuple[float, ...] = field(default=(), compare=False)
+    probability: float | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "probabilities"}
+        line = {name: value for name, value in asdict(self).items() if name != "probabilities"}
+        if self.probability is None:  # as for free answers
+            del line["probability"]
+        return line

@@ -205,7 +205,7 @@ def _prediction(pattern: str, sample: Sample, answer: Answer, match: Match) -> P
     failed = not answer.text.strip()
     return Prediction(
         pattern, sample.id, sample.answer, answer.text, correct, sample.is_closed, failed, answer.score, None, answer.option,
-        answer.probabilities,
+        answer.probabilities, round(max(answer.probabilities), 3) if answer.probabilities else None,
     )  # fmt: skip
 
 

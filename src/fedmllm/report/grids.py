@@ -136,7 +136,11 @@ def reading(where: object) -> Iterator[None]:
 
 def read_grid(folder: Path) -> Grid:
     """Raises RunError if the folder is not a sweep's or a run in it is not what a run writes."""
-    index = read_index(folder)
+    return grid_of(folder, read_index(folder))
+
+
+def grid_of(folder: Path, index: Mapping[str, Any]) -> Grid:
+    """The grid of an index whose `id`s are paths relative to the folder. Raises RunError if a run is not what a run writes."""
     entries: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for entry in index["cells"]:
         entries.setdefault(tuple(entry["axes"].values()), []).append(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import quote
 
 from fedmllm.errors import printable
@@ -15,6 +16,7 @@ _MARKS = re.compile(
     r"|(?<![^\W_])[*_~](?=\S)"  # emphasis; not the star behind a score, or the line inside a name
     r"|\A[#>+=-](?!\d)"  # headings, quotes, lists
 )
+Shade = Literal["", "heat", "bars"]
 _NAMED = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
@@ -50,6 +52,10 @@ class Page:
     def paragraph(self, text: str) -> None:
         self.lines += ["", escaped(text)]
 
+    def continued(self, text: str) -> None:
+        """A line that belongs to the paragraph before it."""
+        self.lines.append(escaped(text))
+
     def items(self, texts: Sequence[str]) -> None:
         """A list with a point for each text."""
         self.lines += ["", *(f"- {escaped(text)}" for text in texts)]
@@ -59,11 +65,17 @@ class Page:
         self.pictures[file] = svg
         self.paragraph(Markdown("![{caption}]({file})").filled(caption=caption, file=Markdown(quote(file))))
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-        """A table whose first `left` columns are text and whose other columns are numbers."""
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, shade: Shade = "") -> None:
+        """A table whose first `left` columns are text and whose other columns are numbers. Where the page has colours, `shade`
+        says how numbers are drawn: as "heat" on one scale, or as "bars", from 0 to the largest of their column."""
         self.lines += ["", _table_row(head)]
         self.lines.append("|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|")
         self.lines += [_table_row(row) for row in rows]
+
+
+def anchor(heading: str) -> str:
+    """The anchor that Markdown renderers give to a heading of plain letters, as nearly all sweeps' names are."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
 
 
 def _table_row(cells: Sequence[str]) -> str:

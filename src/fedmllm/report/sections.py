@@ -12,7 +12,7 @@ from fedmllm.report.best import Best
 from fedmllm.report.comparisons import HEAD, Comparisons, comparable, conclusions, figures, interval
 from fedmllm.report.gap_closed import BASELINES, COMPARED, GapClosed, gaps_by_place, gaps_by_scenario
 from fedmllm.report.grids import Cells, Grid, GridRow, row_score
-from fedmllm.report.page import Markdown, Page, escaped
+from fedmllm.report.page import Markdown, Page
 from fedmllm.report.radar import radar
 from fedmllm.report.scores import UNKNOWN, Spread, mean, score
 from fedmllm.report.sentences import points
@@ -54,14 +54,15 @@ def add_scores(page: Page, chapter: Chapter) -> None:
     first = next(row for row in grid.rows if row.ids)
     if first.pattern in first.ceiling:
         best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first.ceiling.items())
-        page.lines.append(escaped(f"The best that any model can reach is known: {best}."))
+        page.continued(f"The best that any model can reach is known: {best}.")
     means = {name: [rows[c].spread.mean if c in rows else None for c in columns] for name, rows in methods.items()}
     several = len(columns) > 1
     table = []
     for name, rows in methods.items():
         average = Spread(None if grid.mixed_metrics else mean(means[name]))
         table.append([*name, *(row_score(rows.get(c)) for c in columns), *([score(average)] if several else [])])
-    page.table([*chapter.downs, *(c or "score" for c in columns), *(["mean"] if several else [])], table, len(chapter.downs))
+    head = [*chapter.downs, *(c or "score" for c in columns), *(["mean"] if several else [])]
+    page.table(head, table, len(chapter.downs), shade="heat")
     if len(columns) > 2:
         lines = {" · ".join(name): [None if v is None else 100 * v for v in values] for name, values in means.items()}
         picture = radar(f"{grid.name}: {first.metric}, %", columns, lines)
@@ -160,7 +161,7 @@ def add_patterns(page: Page, chapter: Chapter) -> None:
         for column, row in trained.items():
             spreads = (*(row.patterns.get(pattern) for pattern in names), row.worst_decile)
             table.append([*name, column, *(score(spread, row.missing) for spread in spreads)])
-    page.table([*chapter.downs, "trained in", *names, "worst tenth"], table, len(chapter.downs) + 1)
+    page.table([*chapter.downs, "trained in", *names, "worst tenth"], table, len(chapter.downs) + 1, shade="heat")
 
 
 def add_transfer(page: Page, chapter: Chapter) -> None:
@@ -175,7 +176,7 @@ def add_transfer(page: Page, chapter: Chapter) -> None:
         spreads = [row.transfer[task].spread if task in row.transfer else None for task in metrics]
         table.append([*name, *([column] if chapter.across else []), *(score(spread, row.missing) for spread in spreads)])
     head = [*chapter.downs, *([chapter.across] if chapter.across else [])]
-    page.table([*head, *(f"{task}, {metric}" for task, metric in metrics.items())], table, len(head))
+    page.table([*head, *(f"{task}, {metric}" for task, metric in metrics.items())], table, len(head), shade="heat")
 
 
 def add_cost(page: Page, chapter: Chapter) -> None:
@@ -194,7 +195,7 @@ def add_cost(page: Page, chapter: Chapter) -> None:
         page.table([*downs, *chapter.columns], table, len(downs))
     else:
         head = [*downs, "MB", "seconds", *(["simulated seconds"] if timed else [])]
-        page.table(head, [[*name, *_cost(list(r.values()), timed)] for name, r in methods.items()], len(downs))
+        page.table(head, [[*name, *_cost(list(r.values()), timed)] for name, r in methods.items()], len(downs), "bars")
     _add_parts(page, chapter)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmllm.errors import RunError
@@ -12,7 +11,7 @@ from fedmllm.report.convergence import add_speed
 from fedmllm.report.grids import Grid, read_grid
 from fedmllm.report.kept import add_kept
 from fedmllm.report.modalities import add_modalities
-from fedmllm.report.page import Markdown, Page
+from fedmllm.report.page import Markdown, Page, anchor
 from fedmllm.report.sections import (
     Chapter,
     add_baselines,
@@ -33,7 +32,18 @@ there is one); \\* not all seeds are complete. How methods are compared is in [s
 
 
 def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
-    """One chapter per sweep. Raises RunError if a folder is not a sweep's or has no complete run, or if two share a name."""
+    """One chapter per sweep, in Markdown. Raises what `add_sweeps` raises."""
+    document = Page([HEAD.rstrip()])
+    add_sweeps(document, folders, baseline)
+    document.lines.append("")
+    return document
+
+
+def add_sweeps(
+    document: Page, folders: Sequence[Path], baseline: str | None, more: Callable[[Chapter], None] = lambda chapter: None
+) -> None:
+    """One chapter per sweep, with `more` at its end. Raises RunError if a folder is not a sweep's or has no complete run, or if
+    two share a name."""
     grids: dict[str, tuple[Path, Grid]] = {}
     for folder in folders:
         if not (folder / INDEX).is_file():
@@ -44,19 +54,13 @@ def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
         if not grid.axes or not any(row.ids for row in grid.rows):
             raise RunError(f"{folder} has no axis, or no complete run; run the sweep first.")
         grids[grid.name] = folder, grid
-    document = Page([HEAD.rstrip()])
     if len(grids) > 1:
         line = Markdown("[{name}](#{anchor}): {extent}")
-        document.items([line.filled(name=n, anchor=_anchor(n), extent=_extent(grid)) for n, (_, grid) in grids.items()])
+        document.items([line.filled(name=n, anchor=anchor(n), extent=_extent(grid)) for n, (_, grid) in grids.items()])
     for folder, grid in grids.values():
-        _add_chapter(document, Chapter(folder, grid), choose_baseline(grid, baseline))
-    document.lines.append("")
-    return document
-
-
-def _anchor(heading: str) -> str:
-    """The anchor that Markdown renderers give to a heading of plain letters, as nearly all sweeps' names are."""
-    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
+        chapter = Chapter(folder, grid)
+        _add_chapter(document, chapter, choose_baseline(grid, baseline))
+        more(chapter)
 
 
 def _extent(grid: Grid) -> Markdown:
