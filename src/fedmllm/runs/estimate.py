@@ -235,7 +235,7 @@ def memory_of_experiment(
 
 def memory_lines(experiment: Experiment, memory: dict[str, Any] | None) -> Iterator[str]:
     """The outcome of `memory_of_experiment` as lines of text."""
-    name, train = experiment.model.name, experiment.train
+    name = experiment.model.name
     if memory is None:
         yield f"memory: not estimated, because the config of {name!r} is not on this machine and cannot be downloaded"
         return
