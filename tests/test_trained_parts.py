@@ -43,6 +43,9 @@ PROJECTORS = {
     "llava": _MLP, "llava_next": _MLP, "llava_onevision": _MLP, "internvl": _MLP,
     "qwen2_vl": _MERGER, "qwen2_5_vl": _MERGER, "qwen3_vl": _DEEP,
     "paligemma": ["model.multi_modal_projector.linear"], "paligemma2": ["model.multi_modal_projector.linear"],
+    "qwen3_5": ["model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"],
+    "glm4v": [f"model.visual.merger.{name}" for name in ("proj", "gate_proj", "up_proj", "down_proj")],
+    "gemma4": ["model.embed_vision.embedding_projection"],
     "minicpmv4_6": ["model.merger.mlp.0.linear_1", "model.merger.mlp.0.linear_2"],
     "minicpmv4_7": ["model.merger.mlp.0.linear_1", "model.merger.mlp.0.linear_2"],
 }  # fmt: skip

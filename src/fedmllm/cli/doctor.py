@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -30,7 +29,9 @@ class Row(NamedTuple):
 
 def examine() -> dict[str, Any]:
     """{"works": whether fedmllm can train here, "rows": what was looked at, each with "what", "value", "note", "fine"}."""
-    rows = [*_versions(), *_devices(), *_extras(), _cache(), _hub(), _self_test()]
+    from fedmllm.models.devices import devices
+
+    rows = [*_versions(), *(Row(*device) for device in devices()), *_extras(), _cache(), _hub(), _self_test()]
     return {"works": all(row.fine for row in rows), "rows": [row._asdict() for row in rows]}
 
 
@@ -38,20 +39,6 @@ def _versions() -> Iterator[Row]:
     yield Row("Python", platform.python_version())
     for name in LIBRARIES:
         yield Row(name, version(name))
-
-
-def _devices() -> Iterator[Row]:
-    import torch
-
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    few = "fewer threads than cores: raise OMP_NUM_THREADS if nothing else needs them" if threads < cores // 2 else ""
-    yield Row("processor", f"{cores} cores, {threads} threads, {torch.backends.cpu.get_cpu_capability()}", few)
-    if not torch.cuda.is_available():
-        yield Row("GPU", "none", "real models are slow without one; the pocket model needs none")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        bf16 = "" if torch.cuda.is_bf16_supported() else "no bfloat16: models take twice the memory"
-        yield Row(f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GB", bf16)
 
 
 def _extras() -> Iterator[Row]:

@@ -47,7 +47,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 def _storage(tensor: Tensor) -> int:
     """Tensors that share memory have the same number, also on the meta device, where addresses are 0."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def on_several_devices(parameters: Mapping[str, nn.Parameter]) -> bool:

@@ -11,7 +11,8 @@ import torch
 
 from fedmllm.errors import RunError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
 

@@ -134,7 +134,7 @@ class Pictures:
         inputs = self._pixel_inputs(decode(image), beside)
         with LiveBytes() as count:
             self._image_features(inputs)
-        return count.peak * torch.float32.itemsize // self._backbone.dtype.itemsize
+        return int(count.peak * torch.float32.itemsize // self._backbone.dtype.itemsize)
 
     def _pixel_inputs(self, image: Image.Image, beside: bool) -> dict[str, Tensor]:
         images = [image, image] if beside else [image]

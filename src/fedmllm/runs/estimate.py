@@ -24,6 +24,13 @@ _OWN, _USABLE = 0.6 * GB, 0.9
 """What CUDA takes for itself, and the share of the rest that is usable, because free memory is in pieces: assumptions."""
 
 
+_LABELS = {
+    "weights": "frozen weights", "adapters": "training: adapters", "optimizer": "training: optimizer states",
+    "activations": "training: activations", "features": "training: picture features",
+    "evaluation": "or answering questions", "pictures": "or encoding pictures", "peak": "peak: weights and largest use",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Longest:
     """The samples that take the most memory: one to train on, one batch of `closed` and one of `open` questions to answer;
@@ -72,7 +79,7 @@ class Estimator:
 
     def __init__(self, experiment: Experiment, longest: Longest | None = None, fused: bool = False) -> None:
         self._experiment, self._longest, self._fused = experiment, longest, fused
-        self._config = config_of(experiment.model)
+        self._config: Any = config_of(experiment.model)
         self._made: dict[tuple[str, str], Estimate] = {}
 
     @property
@@ -119,7 +126,9 @@ class Estimator:
     def _tower_bytes(self, sample: Encoded, itemsize: int) -> int:
         """Of one picture as far as its prompt may have tiles of `image_size`: inputs and outputs of the widest products."""
         vision = getattr(self._config, "vision_config", None)
-        sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")]
+        sizes: list[Any] = [
+            getattr(vision, name, None) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")
+        ]
         if not sample.pictures or not all(isinstance(size, int) for size in sizes):
             return 0
         patches = (sizes[0] // sizes[1]) ** 2
@@ -226,14 +235,18 @@ def memory_of_experiment(
 
 def memory_lines(experiment: Experiment, memory: dict[str, Any] | None) -> Iterator[str]:
     """The outcome of `memory_of_experiment` as lines of text."""
-    name, train = experiment.model.name, experiment.train
+    name = experiment.model.name
     if memory is None:
         yield f"memory: not estimated, because the config of {name!r} is not on this machine and cannot be downloaded"
         return
-    yield f"memory in GB, at batches of {train.batch_size} and at most {memory['longest']} tokens:"
-    for where, parts in [*((f"{gpu['gb']:g} GB GPU", gpu["bytes"]) for gpu in memory["gpus"]), ("this CPU", memory["cpu"])]:
-        if parts is not None:
-            yield f"  {where}: " + ", ".join(f"{part} {size / GB:.3g}" for part, size in parts.items())
+    batch = experiment.largest_batches(range(experiment.partition.clients)).batch_size
+    yield f"memory in GB, at batches of {batch} and at most {memory['longest']} tokens:"
+    columns = {f"{gpu['gb']:g} GB GPU": gpu["bytes"] for gpu in memory["gpus"]}
+    if memory["cpu"] is not None:
+        columns["this CPU"] = memory["cpu"]
+    yield " " * 32 + "".join(f"{device:>12}" for device in columns)
+    for part, label in _LABELS.items():
+        yield f"  {label:30}" + "".join(f"{parts[part] / GB:12.3f}" for parts in columns.values())
     for gpu in memory["gpus"]:
         parts, cohort = gpu["bytes"], gpu["cohort"]
         of = f"{parts['peak'] / GB:.3g} GB in cohorts of {cohort}"

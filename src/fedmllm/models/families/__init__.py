@@ -17,7 +17,7 @@ ATTENTION = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\
 _FEEDFORWARD = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.mlp\.down_proj"
 _KEYS_VALUES = r".*\b(text_model|language_model)\.(model\.)?layers\.\d+\.self_attn\.(k_proj|v_proj)"
 _ALL_SAMPLES = re.compile(r"\b(text_model|language_model|lm_head|prompt_embeddings)\b")
-_PROJECTOR = re.compile(r"\b(connector|multi_modal_projector|merger|deepstack_merger_list)\b")
+_PROJECTOR = re.compile(r"\b(connector|multi_modal_projector|merger|deepstack_merger_list|embed_vision)\b")
 _LAYER = re.compile(r"\b(?:text_model|language_model)\.(?:model\.)?layers\.(\d+)\.")
 
 
