@@ -100,6 +100,8 @@ def check(
             if as_json:  # the summary shows what is wrong with data that cannot be used
                 print_json(summary | {"splits": splits})
         raise
+    # Before the model is loaded, so that what it takes for a million samples does not add to the model.
+    shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
     with ProgressBars() as progress:
         with memory_all_the_same():
             session = Session(parts, dataset, progress)
@@ -113,7 +115,6 @@ def check(
     taken = memory_of_experiment(parts.config, sizes_of_gpus, longest, session.model)
     left_out = add_problems(splits, session.problems)
     down, up = session.first_messages()
-    shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
     sizes_by_part = session.model.adapter.sizes
     parameters = sum(sizes_by_part.values())
     summary |= {

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
 
+import numpy as np
+
 from fedmllm.algorithms import RoundInfo
 from fedmllm.data import manifest as manifests
 from fedmllm.data.corruptions import OtherTexts, corrupted
@@ -173,7 +175,9 @@ class Session:
 
     def _seen(self, holding: Holding) -> Sample:
         """The sample as bad as its client sees it."""
-        sample = self._samples.find(holding.sample_id)
+        return self._as_bad(self._samples.find(holding.sample_id), holding)
+
+    def _as_bad(self, sample: Sample, holding: Holding) -> Sample:
         for modality, kind, severity in holding.noise:
             others = self._texts if kind == "other-text" else None
             sample = corrupted(sample, modality, kind, severity, self.config.seed, others)
@@ -221,14 +225,17 @@ class Session:
         """
         self.transfer, self.excluded  # noqa: B018 (read and encoded now)
         longest: list[tuple[int, Sample, Modalities]] = []
-        number, every, drawn = 0, max(1, len(self.dataset.manifest) // _TOKENISED), list[int]()
+        manifest = self.dataset.manifest
+        places, number, every, drawn = self._samples.places(manifest.ids), 0, max(1, len(manifest) // _TOKENISED), list[int]()
         for client in self.clients:
             if client % max(1, len(self.clients) // 10) == 0:
                 self.progress("checking prompts", client, len(self.clients), "")
-            holdings = self.dataset.manifest.of_client(client)
-            shown = ((self._seen(h), h.visible) for h in holdings)
+            holdings, first = manifest.of_client(client), int(np.searchsorted(manifest.owner, client))
+            samples = self._samples.take(places[first : first + len(holdings)])  # faster than finding them one by one
+            shown = ((self._as_bad(s, h), h.visible) for s, h in zip(samples, holdings, strict=True))
             for checked in self._each(shown, len(holdings), client, self._check_one):
-                longest = heapq.nlargest(_LONGEST, [*longest, checked], key=lambda entry: entry[0])
+                if len(longest) < _LONGEST or checked[0] > longest[-1][0]:
+                    longest = heapq.nlargest(_LONGEST, [*longest, checked], key=lambda entry: entry[0])
                 number += 1
                 if number % every == 0:
                     drawn.append(self._encode_one(*checked[1:]).length)
