@@ -86,5 +86,11 @@ def _train_in_float32(module: nn.Module) -> None:
         return type(value)(cast(entry, to) for entry in value) if isinstance(value, list | tuple) else value
 
     module.float()
-    module.register_forward_pre_hook(lambda _, inputs: cast(inputs, torch.float32))
+    module.register_forward_pre_hook(
+        lambda _, inputs, named: (
+            cast(inputs, torch.float32),
+            {key: cast(value, torch.float32) for key, value in named.items()},
+        ),
+        with_kwargs=True,
+    )
     module.register_forward_hook(lambda _, inputs, output: cast(output, dtype))
