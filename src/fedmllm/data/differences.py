@@ -22,23 +22,26 @@ _SEERS = {
 }
 
 
-def rounds_shown(manifest: Manifest) -> NDArray[np.int64]:
+def rounds_shown(manifest: Manifest) -> NDArray[np.int32]:
     """(rows, 4): the number of rounds in which each row of the manifest shows both modalities, the image only, the text only,
     and neither; one round in all if nothing changes."""
     schedule = manifest.schedule
-    allowed = np.zeros((manifest.clients, 4), dtype=np.int64)
+    allowed = np.zeros((manifest.clients, 4), dtype=np.int32)
     allowed[:, 0] = schedule.rounds
     for client in {change.client for change in schedule.changes}:
         allowed[client] = 0
         for _, length, visible in schedule.stretches(client):
             allowed[client, _PATTERNS.index(visible)] += length
-    both, image, text, _ = allowed[manifest.owner].T
-    images, texts = manifest.image * (both + image), manifest.text * (both + text)
-    pairs = manifest.image * manifest.text * both
-    return np.stack([pairs, images - pairs, texts - pairs, schedule.rounds - images - texts + pairs], axis=1)
+    both, image, text, _ = allowed.T
+    shown = np.empty((len(manifest), 4), dtype=np.int32)
+    shown[:, 0] = manifest.image * manifest.text * both[manifest.owner]
+    shown[:, 1] = manifest.image * (both + image)[manifest.owner] - shown[:, 0]
+    shown[:, 2] = manifest.text * (both + text)[manifest.owner] - shown[:, 0]
+    shown[:, 3] = schedule.rounds - shown[:, :3].sum(axis=1)
+    return shown
 
 
-def presence(manifest: Manifest, shown: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+def presence(manifest: Manifest, shown: NDArray[np.int32]) -> dict[str, dict[str, float]]:
     """How much the clients differ, over all rounds (`shown`, see `rounds_shown`); clients without samples are left out.
 
     {"clients": {both, either, image, text, none: number of clients}, "image": {"least", "median", "most": share of a client's
@@ -85,7 +88,7 @@ def noise_rows(manifest: Manifest) -> dict[Modality, dict[str, NDArray[np.bool_]
     return {m: {name: rows[of, name] for of, name in sorted(rows) if of == m} for m in MODALITIES}
 
 
-def noise_shares(manifest: Manifest, shown: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+def noise_shares(manifest: Manifest, shown: NDArray[np.int32]) -> dict[str, dict[str, float]]:
     """modality -> kind and severity -> the share of the visible pictures or texts that are corrupted this way, over all rounds
     (`shown`, see `rounds_shown`)."""
     shares: dict[str, dict[str, float]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import entropy
 
 from fedmllm.data.differences import difference_lines, noise_shares, presence, rounds_shown, schedule_counts
@@ -123,27 +124,28 @@ def modality_shares(manifest: Manifest, samples: Sequence[Sample], scenario: Sce
         "drawn": _shares(drawn),
         "expected": expected,
         "dropped": dropped,
-        "absence": absence(manifest, samples),
+        "absence": absence(manifest, samples, shown),
         "presence": presence(manifest, shown),
         "changes": schedule_counts(manifest),
         "noise": noise_shares(manifest, shown),
     }
 
 
-def absence(manifest: Manifest, samples: Sequence[Sample]) -> dict[str, float] | None:
+def absence(manifest: Manifest, samples: Sequence[Sample], shown: NDArray[np.int32] | None = None) -> dict[str, float] | None:
     """How well the visible modalities of a sample alone predict its class, over the rounds: {"majority": share of the largest
     class, "accuracy": share of the samples in the largest class of their pattern, "information": mutual information of pattern
     and class as a share of the entropy of the class}. All are of the samples at hand, so the last two are slightly optimistic.
-    None for fewer than two classes.
+    None for fewer than two classes. `shown` is `rounds_shown(manifest)`, if it is at hand.
     """
     stored, numbers = Samples.of(samples).ordered(), dict[str, int]()
-    labels = np.fromiter((numbers.setdefault(s.label, len(numbers)) for s in stored), np.int64, len(stored))
+    labels = np.fromiter((numbers.setdefault(s.label, len(numbers)) for s in stored), np.int32, len(stored))
     classes = sorted(numbers)
     if len(classes) < 2:
         return None
     sorted_place = np.argsort([numbers[label] for label in classes])
     columns = sorted_place[labels][stored.places(manifest.ids)]
-    counts = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in rounds_shown(manifest).T])
+    shown = rounds_shown(manifest) if shown is None else shown
+    counts = np.stack([np.bincount(columns, weights=rounds, minlength=len(classes)) for rounds in shown.T])
     joint = counts / counts.sum()
     by_pattern, by_class = (float(entropy(joint.sum(axis=axis))) for axis in (1, 0))
     information = (by_pattern + by_class - float(entropy(joint.ravel()))) / by_class if by_class else 0.0

@@ -128,9 +128,10 @@ def _card(
 
 def _shown(sample: Sample) -> list[str]:
     parts = []
-    if sample.image is not None:
+    for number, picture in enumerate(sample.pictures, start=1):
+        which = f"picture {number}" if len(sample.pictures) > 1 else "the picture"
         try:
-            parts.append(f'<img src="{thumbnail(sample.image)}" alt="the picture of sample {_text(sample.id)}">')
+            parts.append(f'<img src="{thumbnail(picture)}" alt="{which} of sample {_text(sample.id)}">')
         except DataError as error:
             parts.append(f"<p>{xml_text(str(error))}</p>")
     parts.append(f'<p class="question">{_text(sample.question)}</p>')
