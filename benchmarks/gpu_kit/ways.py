@@ -92,10 +92,7 @@ class Bench:
 
     def checkpointed(self, clients: int) -> Done:
         """As `ours`, with layers that are computed again in the backward pass."""
-        if "checkpointing" in TrainTable.model_fields:
-            return self.ours(clients, TABLE.model_copy(update={"checkpointing": True}))
-        with checkpointing(self.model):
-            return self.ours(clients)
+        return self.ours(clients, TABLE.model_copy(update={"checkpointing": True}))
 
     # Answering: every way says as many tokens as the answer has
 
@@ -169,19 +166,6 @@ def _picture(path: Path, size: int, number: int) -> Path:
     colours = stream(0, "gpu", number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     Image.fromarray(colours).resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
     return path
-
-
-@contextmanager
-def checkpointing(model: MLLM) -> Iterator[None]:
-    """Inside, the layers of the text model keep only their inputs for the backward pass, which computes the rest again."""
-    hf, layers = model.backbone.model, model.backbone.model.get_decoder().layers
-    hf.activation_checkpointing_enable({"use_reentrant": False})
-    layers.train()  # only layers in training do so; nothing in these models is dropped at random
-    try:
-        yield
-    finally:
-        hf.activation_checkpointing_disable()
-        layers.eval()
 
 
 @contextmanager

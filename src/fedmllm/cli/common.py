@@ -28,6 +28,10 @@ File = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue this experiment's latest run that is not complete.")]
+TrustConfig = Annotated[
+    bool,
+    typer.Option("--trust-config", help="Take the model from a path, or run its code, if the run's config.toml says so."),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", metavar="FILE.py", help="A file that registers parts of your own; repeatable."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import File, Out, Resume, Set, load_experiment, silence_libraries
+from fedmllm.cli.common import File, Out, Resume, Set, TrustConfig, load_experiment, silence_libraries
 from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, say, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
@@ -206,10 +206,7 @@ def evaluate(
         list[str] | None, typer.Option("--suite", metavar="NAME", help="Examine the model as well; `fedmllm list suites`.")
     ] = None,
     overrides: Set = None,
-    trust_config: Annotated[
-        bool,
-        typer.Option("--trust-config", help="Take the model from a path, or run its code, if the run's config.toml says so."),
-    ] = False,
+    trust_config: TrustConfig = False,
     as_json: Json = False,
 ) -> None:
     """Test a finished run's adapter again: under other modality patterns, by suites, or on another task with --set

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import silence_libraries
+from fedmllm.cli.common import TrustConfig, silence_libraries
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError, UserError
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
 Client = Annotated[int | None, typer.Option("--client", metavar="K", help="Whose adapter, if every client has its own.")]
-TrustConfig = Annotated[
-    bool,
-    typer.Option("--trust-config", help="Take the model from a path, or run its code, if the run's config.toml says so."),
-]
 
 
 def predict(

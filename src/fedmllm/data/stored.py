@@ -175,10 +175,10 @@ class Samples(Sequence[Sample]):
     def places(self, ids: pa.StringArray) -> NDArray[np.int64]:
         """The index of the sample with each of these ids. Raises KeyError."""
         if len(ids) == len(self):  # all of them in another order, as a manifest has them: sorting takes less than a hash table
-            order, own = _numbers(pc.array_sort_indices(ids), np.uint64), _numbers(pc.array_sort_indices(self.ids), np.uint64)
-            if ids.take(arrow(order.astype(np.int64))).equals(self.ids.take(arrow(own.astype(np.int64)))):
+            order = _numbers(pc.array_sort_indices(ids), np.uint64).astype(np.int64)
+            if ids.take(arrow(order)).equals(self.ordered().ids):
                 places = np.empty(len(ids), np.int64)
-                places[order] = own
+                places[order] = np.arange(len(ids)) if self._order is None else self._order
                 return places
         found = pc.index_in(ids, value_set=self.ids)
         if found.null_count:
