@@ -62,6 +62,8 @@ class Estimate:
     features: int
     evaluation: int
     pictures: int
+    stacks: bool
+    """Whether several clients can train in one pass (`Adapter.stacks`)."""
 
     @property
     def client(self) -> int:
@@ -115,6 +117,7 @@ class Estimator:
             features,
             answering_bytes(model, longest, config.eval.max_new_tokens, config.eval.batch_size),
             at_once * (longest.picture * itemsize // 4 or self._tower_bytes(longest.sample, itemsize)),
+            model.adapter.stacks,
         )
 
     def _outline(self, kind: str, config: Experiment) -> MLLM:
@@ -138,7 +141,7 @@ class Estimator:
     def cohort(self, estimate: Estimate, kind: str, memory: float) -> int:
         """How many clients train in one pass on a device with so many bytes."""
         train, tokens = self._experiment.train, (self._longest or Longest.allowed(self._experiment)).tokens
-        if self._experiment.model.adapter.kind not in ("lora", "rslora"):
+        if not estimate.stacks:
             return 1
         if train.cohort != "auto":
             return min(train.cohort, train.clients_per_round)
