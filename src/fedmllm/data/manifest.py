@@ -9,7 +9,6 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fedmllm.data.samples import MODALITIES, Sample
+from fedmllm.data.samples import MODALITIES, VISIBLE, Sample
 from fedmllm.data.scenarios import Modalities, Noise
 from fedmllm.data.schedule import NOTHING_CHANGES, Schedule
 from fedmllm.data.stored import Samples
@@ -29,12 +28,7 @@ _NOISE = "noise"
 """A fifth column, of manifests with samples that are there but bad."""
 _CHUNK = 1 << 14
 """Rows that are converted to Python objects at a time when all rows are iterated over."""
-_VISIBLE: dict[tuple[bool, bool], Modalities] = {
-    (image, text): frozenset(m for m, present in zip(MODALITIES, (image, text), strict=True) if present)
-    for image, text in product((False, True), repeat=2)
-}
-"""(has image, has text) -> the modalities."""
-_DIGESTED = {flags: str(sorted(visible)) for flags, visible in _VISIBLE.items()}
+_DIGESTED = {flags: str(sorted(visible)) for flags, visible in VISIBLE.items()}
 """(has image, has text) -> the modalities as they enter the digest."""
 
 
@@ -105,7 +99,7 @@ class Manifest:
 
     def _holdings(self, start: int, stop: int) -> Iterator[Holding]:
         for sample_id, client, image, text in self._rows(start, stop):
-            yield Holding(sample_id, client, _VISIBLE[image, text], self.noise.get(sample_id, ()))
+            yield Holding(sample_id, client, VISIBLE[image, text], self.noise.get(sample_id, ()))
 
     def of_client(self, client: int) -> list[Holding]:
         start, stop = np.searchsorted(self.owner, (client, client + 1)).tolist()

@@ -12,6 +12,13 @@ from fedmllm.data.images import Images, Picture, pictures_of
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+VISIBLE: Mapping[tuple[bool, bool], frozenset[Modality]] = {
+    (False, False): frozenset(),
+    (True, False): frozenset(("image",)),
+    (False, True): frozenset(("text",)),
+    (True, True): frozenset(MODALITIES),
+}
+"""(whether there is an image, whether there is a text) -> the modalities."""
 Split = Literal["train", "test"]
 ProblemKind = Literal[
     "missing picture", "undecodable picture", "picture too large", "path outside the folder", "unreadable entry", "wrong value",
@@ -74,7 +81,7 @@ class Sample:
     @property
     def modalities(self) -> frozenset[Modality]:
         """The modalities of the sample itself, before a scenario removes any."""
-        return frozenset(m for m in MODALITIES if getattr(self, m) is not None)
+        return VISIBLE[self.image is not None, self.text is not None]
 
     def showing(self, modalities: frozenset[Modality]) -> Sample:
         """The sample without its other modalities."""

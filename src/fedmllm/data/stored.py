@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import tempfile
 import weakref
@@ -92,7 +92,7 @@ class Samples(Sequence[Sample]):
         starts, sizes, image, has_text, id_ends = array("q"), array("i"), array("i"), array("b"), array("i", [0])
         for s in samples:
             rest = (s.question, s.answer, s.text, s.choices, s.lettered, s.label, s.source, s.where, s.closed)
-            record = json.dumps(rest).encode()
+            record = marshal.dumps(rest)
             starts.append(texts.size)
             sizes.append(len(record))
             texts.append(record)
@@ -140,7 +140,7 @@ class Samples(Sequence[Sample]):
     __hash__ = None  # type: ignore[assignment]
 
     def _sample(self, sample_id: str, start: int, size: int, number: int) -> Sample:
-        question, answer, text, choices, *rest = json.loads(self._texts.read(start, size).decode())
+        question, answer, text, choices, *rest = marshal.loads(self._texts.read(start, size))
         image = self.images[number] if number >= 0 else None
         return Sample(sample_id, question, answer, image, text, None if choices is None else tuple(choices), *rest)
 
@@ -160,7 +160,7 @@ class Samples(Sequence[Sample]):
         """The indices in the order of ids, in which equal ids keep theirs; None if the samples are in it."""
         if pc.all(pc.less_equal(self.ids[:-1], self.ids[1:])).as_py():
             return None
-        return _numbers(pc.array_sort_indices(self.ids), np.uint64).astype(np.int64)
+        return _numbers(pc.array_sort_indices(self.ids), np.int64)
 
     def ordered(self) -> Samples:
         """The samples in the order of their ids; equal ids keep theirs."""
@@ -169,14 +169,15 @@ class Samples(Sequence[Sample]):
     def repeated(self) -> NDArray[np.int64]:
         """The indices of the samples whose id an earlier one has."""
         ids = self.ordered().ids
-        twice = _numbers(pc.indices_nonzero(pc.equal(ids[1:], ids[:-1])), np.uint64).astype(np.int64) + 1
+        twice = _numbers(pc.indices_nonzero(pc.equal(ids[1:], ids[:-1])), np.int64) + 1
         return twice if self._order is None else self._order[twice]
 
     def places(self, ids: pa.StringArray) -> NDArray[np.int64]:
         """The index of the sample with each of these ids. Raises KeyError."""
         if len(ids) == len(self):  # all of them in another order, as a manifest has them: sorting takes less than a hash table
-            order = _numbers(pc.array_sort_indices(ids), np.uint64).astype(np.int64)
-            if ids.take(arrow(order)).equals(self.ordered().ids):
+            order, own = _numbers(pc.array_sort_indices(ids), np.int64), self.ordered().ids
+            parts = (slice(first, first + _CHUNK) for first in range(0, len(ids), _CHUNK))
+            if all(ids.take(arrow(order[part])).equals(own[part]) for part in parts):
                 places = np.empty(len(ids), np.int64)
                 places[order] = np.arange(len(ids)) if self._order is None else self._order
                 return places
@@ -216,6 +217,6 @@ def arrow(indices: NDArray[np.int64]) -> pa.Int64Array:
 
 
 def _numbers(column: pa.Array, dtype: type[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """An Arrow column of numbers of this type, none of them null."""
+    """An Arrow column of numbers as wide as this type, none of them null; indices, which it has unsigned, fit either way."""
     whole = np.frombuffer(column.buffers()[1], dtype) if len(column) else np.empty(0, dtype)
     return whole[column.offset : column.offset + len(column)]

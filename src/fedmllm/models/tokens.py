@@ -77,7 +77,7 @@ class Tokens:
         letters = conversation.user + conversation.answer
         if not letters.isascii() or self._text.has_control(letters):
             return None
-        frame = self.prompt(replace(conversation, user=_LETTER), pictures, sizes)
+        frame = self.prompt(Conversation(_LETTER, "", conversation.image), pictures, sizes)
         if pictures and (self._always_decode or frame.has_pixels):
             return None
         return len(frame.ids) + len(letters) + sum(map(len, self._backbone.answer_frame)) + _AT_EDGES

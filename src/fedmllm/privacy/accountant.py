@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 _MOST_NOISE = 2.0**10
 
@@ -42,6 +41,8 @@ def epsilon_after(rounds: int, noise: float, probability: float, delta: float) -
 @lru_cache(maxsize=64)
 def plan_noise(epsilon: float, delta: float, probability: float, rounds: int) -> float:
     """The noise with which `rounds` rounds spend `epsilon`, or up to 0.2 % less. Raises ValueError if it is absurd."""
+
+    from scipy.optimize import brentq  # thirty megabytes that only runs with [privacy] need
 
     def excess(log_noise: float) -> float:
         spent = epsilon_after(rounds, math.exp(log_noise), probability, delta)

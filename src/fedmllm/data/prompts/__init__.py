@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from fedmllm.data.samples import LETTERS, Modality, Sample
@@ -54,25 +55,24 @@ class Conversation:
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.user}]}]
 
 
-def format_answer(sample: Sample, answer: str) -> str:
-    """The answer as the assistant words it: "(B) hateful" for a sample with lettered choices, otherwise the plain answer."""
-    if sample.lettered and sample.choices and answer in sample.choices:
-        return f"({LETTERS[sample.choices.index(answer)]}) {answer}"
-    return answer
+@lru_cache(1 << 12)  # a data set has few different lists of choices
+def lettered(choices: tuple[str, ...]) -> dict[str, str]:
+    """choice -> the choice as the assistant words it if the prompt gives it a letter: "hateful" -> "(B) hateful"."""
+    return {choice: f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)}
 
 
 def render(sample: Sample, visible: frozenset[Modality], strategy: Strategy) -> Conversation:
     """The conversation for `sample` if only the modalities in `visible` may be shown."""
-    shown = visible & sample.modalities
+    shown, choices = visible & sample.modalities, sample.choices or ()
+    worded = lettered(choices) if sample.lettered else {}
     lines = []
     if "text" in shown and sample.text is not None:
         lines.append(f"Text: {sample.text}" if sample.lettered else sample.text)
-    if sample.lettered and sample.choices:
-        lines.append(strategy(sample.question or DEFAULT_QUESTION, shown))
-        lines += [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(sample.choices)]
+    if worded:
+        lines += [strategy(sample.question or DEFAULT_QUESTION, shown), *worded.values()]
         lines.append("Answer with the letter of the right option.")
     elif sample.question:
         lines.append(sample.question)
-    options = tuple(format_answer(sample, choice) for choice in sample.choices or ())
-    answer = format_answer(sample, sample.answer)
-    return Conversation("\n".join(lines), answer, len(sample.pictures) if "image" in shown else 0, options, "text" in shown)
+    answer = worded.get(sample.answer, sample.answer)
+    pictures = len(sample.pictures) if "image" in shown else 0
+    return Conversation("\n".join(lines), answer, pictures, tuple(worded.values()) or choices, "text" in shown)
