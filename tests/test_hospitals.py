@@ -23,7 +23,8 @@ SCRIPT = ROOT / "examples" / "hospitals" / "run.py"
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("example") / "hospitals"
-    subprocess.run([sys.executable, str(SCRIPT), "--out", str(out), "--prepare"], check=True, capture_output=True)
+    for_containers = ["--prepare", "--host", "server", "--port", "9092"]
+    subprocess.run([sys.executable, str(SCRIPT), "--out", str(out), *for_containers], check=True, capture_output=True)
     return out
 
 
@@ -31,6 +32,7 @@ def test_each_folder_contains_what_its_machine_would(hospitals: Path, monkeypatc
     for name, counts in {"north": (300, 300, 0), "south": (150, 0, 150), "east": (450, 300, 150)}.items():
         files = {path.name for path in (hospitals / name).iterdir()}
         assert files == {"ca.crt", f"{name}.key", f"{name}.pub", "pictures", "site.toml", "train.jsonl"}
+        assert 'superlink = "server:9092"' in (hospitals / name / "site.toml").read_text()
         report = run("client", hospitals / name / "site.toml", "--check")
         assert (report["samples"], report["image"], report["text"]) == counts
     private = {path.name for path in (hospitals / "server").rglob("*.key")}

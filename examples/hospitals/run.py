@@ -1,10 +1,10 @@
 """Run three hospitals with different modalities and a server on this machine, set up as they would be on four machines.
 
-    python examples/hospitals/run.py [--out DIR] [--rounds 4] [--prepare]
+    python examples/hospitals/run.py [--out DIR] [--rounds 4] [--prepare [--host NAME --port NUMBER]]
 
 `DIR/server`, `DIR/north`, `DIR/south` and `DIR/east` stand for four machines: no process reads another one's folder, and only
 public keys (to the server) and the authority's certificate (to the sites) are copied between them. `--prepare` only writes
-the folders.
+the folders, for a server that the sites reach at this name and port.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SITES = {"north": ["image"], "south": ["text"], "east": ["image", "text"]}
 """name -> modalities of the site. In this order the sites are clients 0, 1 and 2."""
 PICTURES, TEXTS, TEST = 300, 150, 100
 """Numbers of samples: questions about pictures and about texts per site, and of each kind in the server's test set."""
+LOCAL = "127.0.0.1"
 FEDMLLM = [sys.executable, "-m", "fedmllm"]
 
 
@@ -62,7 +63,7 @@ def divide(split: str) -> Iterator[tuple[list[Sample], list[Sample]]]:
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOCAL, 0))
         return int(probe.getsockname()[1])
 
 
@@ -70,10 +71,10 @@ def fedmllm(*arguments: object) -> None:
     subprocess.run([*FEDMLLM, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def prepare(out: Path, rounds: int) -> None:
+def prepare(out: Path, rounds: int, host: str, port: int) -> None:
     """Do what each party would do on its own machine, in the order of docs/deploy.md."""
-    server, port, shares = out / "server", free_port(), divide("train")
-    fedmllm("keys", server / "keys", "--host", "127.0.0.1")
+    server, shares = out / "server", divide("train")
+    fedmllm("keys", server / "keys", "--host", host)
     for name, modalities in SITES.items():
         site, (pictures, texts) = out / name, next(shares)
         write_data(site, "train", (pictures if "image" in modalities else []) + (texts if "text" in modalities else []))
@@ -81,13 +82,15 @@ def prepare(out: Path, rounds: int) -> None:
         shutil.copy(site / f"{name}.pub", server / "keys")
         shutil.copy(server / "keys" / "ca.crt", site)
         (site / "site.toml").write_text(
-            f'name = "{name}"\nsuperlink = "127.0.0.1:{port}"\nca = "ca.crt"\nkey = "{name}.key"\n'
+            f'name = "{name}"\nsuperlink = "{host}:{port}"\nca = "ca.crt"\nkey = "{name}.key"\n'
             f'jsonl = "train.jsonl"\nmodalities = {json.dumps(modalities)}\n'
         )
     pictures, texts = next(divide("test"))
     write_data(server, "test", pictures[:TEST] + texts[:TEST])
     shutil.copy(HERE / "experiment.toml", server)
-    federation = (HERE / "federation.toml").read_text().replace("0.0.0.0:9092", f"127.0.0.1:{port}")
+    federation = (
+        (HERE / "federation.toml").read_text().replace("0.0.0.0:9092", f"{LOCAL if host == LOCAL else '0.0.0.0'}:{port}")
+    )
     (server / "federation.toml").write_text(federation)
     text = (server / "experiment.toml").read_text().replace("rounds = 4", f"rounds = {rounds}")
     (server / "experiment.toml").write_text(text)
@@ -119,11 +122,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/hospitals"))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prepare", action="store_true", help="only write the folders")
+    parser.add_argument("--host", default=LOCAL, help="with --prepare, the name or address by which sites reach the server")
+    parser.add_argument("--port", type=int, help="with --prepare, the server's port; by default one that is free here")
     arguments = parser.parse_args()
     if arguments.out.exists():
         print(f"{arguments.out} exists already; remove it, or choose another --out", file=sys.stderr)
         return 2
-    prepare(arguments.out, arguments.rounds)
+    if (arguments.host != LOCAL or arguments.port) and not arguments.prepare:
+        parser.error("--host and --port are for --prepare: without it, all processes run on this machine")
+    prepare(arguments.out, arguments.rounds, arguments.host, arguments.port or free_port())
     return 0 if arguments.prepare else start(arguments.out)
 
 
