@@ -47,8 +47,10 @@ def execute(kind: RunKind, session: Session, directory: RunDir, backend: FleetBa
     run = prepare_run(kind, session, directory, backend)
     with directory.claimed():
         begin(run)
-        result = result_of(run, KINDS[kind](run))
-        directory.finish(result)
+        with run.tracking.following(directory):
+            result = result_of(run, KINDS[kind](run))
+            directory.finish(result)
+            run.tracking.end(result)
     return result
 
 

@@ -21,6 +21,7 @@ from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
+from fedmllm.runs.tracking import Tracking, live
 from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.selection import policy_of
 from fedmllm.storage.run_dir import RunDir
@@ -38,6 +39,7 @@ class Run:
     directory: RunDir
     backend: FleetBackend
     evaluator: Evaluator
+    tracking: Tracking
     cohort: int = 1
     prepare_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -130,7 +132,9 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
             if mechanism.rounds < session.config.train.rounds:
                 spent = f"the budget ends after {mechanism.rounds} of {session.config.train.rounds} rounds, and so does the run"
                 session.progress("note", 0, 0, spent)
-    run = Run(kind, session, directory, backend if kind == "federated" else IN_PROCESS, Evaluator(session, directory))
+    tracking = live(session.config.track, directory, session.progress)
+    where = backend if kind == "federated" else IN_PROCESS
+    run = Run(kind, session, directory, where, Evaluator(session, directory), tracking)
     began = time.monotonic()
     session.transfer  # noqa: B018 (read and encoded now)
     if run.kind == "centralised":
@@ -224,6 +228,8 @@ def train_rounds(
     keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
     if checkpoint:
         session.progress(stage, done, plan.rounds, "resumed")
+        for earlier in directory.rounds()[:done]:
+            run.tracking.round(earlier)
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
     rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:
@@ -237,6 +243,7 @@ def train_rounds(
         keeping.add(record.round, score, state)
         record = replace(record, stopped=keeping.exhausted and done < plan.rounds)
         directory.save_round(asdict(record), {**state, **keeping.groups}, session.config.digest())
+        run.tracking.round(asdict(record))
         note += f"  {record.clock['began'] + record.clock['seconds']:.0f} simulated s" if record.clock else ""
         lost = len(record.clock.get("lost", ()))
         note += f"  {lost} clients lost" if lost else ""
