@@ -137,7 +137,7 @@ def test_rounds_as_a_frame(tmp_path: Path) -> None:
 
 def test_a_frame_needs_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="to_pandas: there is no frame 'round'; did you mean 'rounds'?"):
+    with pytest.raises(ConfigError, match=r"to_pandas: there is no frame 'round'; did you mean 'rounds'\?"):
         fedmllm.Result(tmp_path, {}).to_pandas("round")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'pandas is not installed; run pip install "fedmllm\[pandas\]"'):
         fedmllm.Result(tmp_path, {}).to_pandas()

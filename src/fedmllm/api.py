@@ -48,8 +48,8 @@ class Result:
 
         "metrics": a row per task, pattern and metric, with `value`, the ends `low` and `high` of its 95 % interval (NaN if it
         has none) and the number of samples `n`. "rounds": a row per round, with the figures that trackers are told, such as
-        `train/loss` and `eval/both/accuracy`, which is NaN after rounds that were not scored. Raises ConfigError for another name
-        or if pandas is not installed, RunError if the records of the rounds are damaged.
+        `train/loss` and `eval/both/accuracy`, which is NaN after rounds that were not scored. Raises ConfigError for another
+        name or if pandas is not installed, RunError if the records of the rounds are damaged.
         """
         if of not in ("metrics", "rounds"):
             raise ConfigError(f"to_pandas: there is no frame {of!r}; {suggest(of, ('metrics', 'rounds'))}")

@@ -27,6 +27,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": start.init,
+    "new": start.new,
     "doctor": start.doctor,
     "run": experiments.run,
     "baseline": experiments.baseline,
