@@ -18,6 +18,7 @@ from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
+from fedmllm.runs.hints import of_settings
 from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
@@ -78,6 +79,12 @@ def smaller_steps(config: Experiment) -> str:
     return advice + "".join(f", or raise {key} = {values[key]}" for key in raised)
 
 
+def hints(session: Session, plan: FederationPlan) -> list[str]:
+    """What is allowed in the settings of the federation and rarely meant."""
+    sizes, tested = session.dataset.manifest.sizes(), len(session.dataset.test)
+    return list(of_settings(session.config, sizes, participants(plan), session.excluded, tested))
+
+
 def solo_rounds(session: Session) -> int:
     """Rounds of a client that trains alone: as many as it would take part in, on average, in the federation."""
     train = session.config.train
@@ -125,6 +132,8 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     if kind == "federated":
         check_secure_backend(session, backend)
         plan = federation_plan(session)
+        for hint in hints(session, plan):
+            session.progress("note", 0, 0, hint)
         if session.parts.attack is not None:
             attackers = check_attackers(session, plan)
         if (mechanism := session.parts.mechanism) is not None:
