@@ -67,8 +67,9 @@ def check(
     )
     from fedmllm.experiment.parts import build
     from fedmllm.runs.estimate import Longest, memory_lines, memory_of_experiment
+    from fedmllm.runs.hints import of_federation
     from fedmllm.runs.progress import ProgressBars
-    from fedmllm.runs.rounds import federation_plan, hints
+    from fedmllm.runs.rounds import federation_plan
     from fedmllm.runs.session import Session
 
     silence_libraries()
@@ -108,7 +109,7 @@ def check(
             session = Session(parts, dataset, progress)
         sample, tokens = session.check_prompts()
         session.model.check_cache()
-        hinted = hints(session, federation_plan(session))
+        hinted = of_federation(session, federation_plan(session))
         for hint in hinted:
             progress("note", 0, 0, hint)
     longest = None

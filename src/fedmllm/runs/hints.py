@@ -7,11 +7,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedmllm.config import Experiment
+from fedmllm.federation import FederationPlan, participants
+from fedmllm.runs.session import Session
 
 _USUAL_LR = (1e-6, 0.03)
 """Outside of it, AdamW hardly moves an adapter, or tears it apart; published LoRA runs lie between 1e-5 and 1e-2."""
 _COARSE = 0.1
 _Z = 1.96
+
+
+def of_federation(session: Session, plan: FederationPlan) -> list[str]:
+    """The notes on a federation that was planned."""
+    sizes, tested = session.dataset.manifest.sizes(), len(session.dataset.test)
+    return list(of_settings(session.config, sizes, participants(plan), session.excluded, tested))
 
 
 def of_settings(

@@ -18,11 +18,11 @@ from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
-from fedmllm.runs.hints import of_settings
+from fedmllm.runs.hints import of_federation
 from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
-from fedmllm.runs.tracking import Tracking, live
+from fedmllm.runs.tracking import Tracking, live, untracked
 from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.selection import policy_of
 from fedmllm.storage.run_dir import RunDir
@@ -40,10 +40,10 @@ class Run:
     directory: RunDir
     backend: FleetBackend
     evaluator: Evaluator
-    tracking: Tracking
     cohort: int = 1
     prepare_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    tracking: Tracking = field(default_factory=untracked)
 
 
 def federation_plan(session: Session) -> FederationPlan:
@@ -77,12 +77,6 @@ def smaller_steps(config: Experiment) -> str:
     values = {**options, "train.lr": config.train.lr}
     advice = "lower " + " or ".join(f"{key} = {values[key]}" for key in (*lower, "train.lr"))
     return advice + "".join(f", or raise {key} = {values[key]}" for key in raised)
-
-
-def hints(session: Session, plan: FederationPlan) -> list[str]:
-    """What is allowed in the settings of the federation and rarely meant."""
-    sizes, tested = session.dataset.manifest.sizes(), len(session.dataset.test)
-    return list(of_settings(session.config, sizes, participants(plan), session.excluded, tested))
 
 
 def solo_rounds(session: Session) -> int:
@@ -132,7 +126,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     if kind == "federated":
         check_secure_backend(session, backend)
         plan = federation_plan(session)
-        for hint in hints(session, plan):
+        for hint in of_federation(session, plan):
             session.progress("note", 0, 0, hint)
         if session.parts.attack is not None:
             attackers = check_attackers(session, plan)
@@ -141,9 +135,8 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
             if mechanism.rounds < session.config.train.rounds:
                 spent = f"the budget ends after {mechanism.rounds} of {session.config.train.rounds} rounds, and so does the run"
                 session.progress("note", 0, 0, spent)
-    tracking = live(session.config.track, directory, session.progress)
-    where = backend if kind == "federated" else IN_PROCESS
-    run = Run(kind, session, directory, where, Evaluator(session, directory), tracking)
+    run = Run(kind, session, directory, backend if kind == "federated" else IN_PROCESS, Evaluator(session, directory))
+    run.tracking = live(session.config.track, directory, session.progress)
     began = time.monotonic()
     session.transfer  # noqa: B018 (read and encoded now)
     if run.kind == "centralised":

@@ -159,6 +159,11 @@ def _begin(name: TrackerName, table: TrackTable, project: str, run: Path) -> Any
     return tracker
 
 
+def untracked() -> Tracking:
+    """Tracking by nobody."""
+    return Tracking(TrackTable(), lambda name, reason: None)
+
+
 def live(table: TrackTable, run: RunDir, progress: ProgressCallback) -> Tracking:
     """Tracking while the run goes on: a tracker that fails is reported as a note."""
 
