@@ -319,6 +319,13 @@ def test_an_unfinished_run_is_told_as_far_as_it_is(tmp_path: Path) -> None:
     assert not any(tag.startswith("final/") for tag in curves)
 
 
+def test_a_run_of_another_shape_is_one_sentence(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    (run.path / "rounds.jsonl").write_text("".join(json.dumps({"round": n, "sampled": 5}) + "\n" for n in range(2)))
+    with pytest.raises(RunError, match=r"run: a file is not as a run writes it \(TypeError: "):
+        tracking.replay(run, TrackTable(**{"with": "tensorboard"}))
+
+
 def test_the_table_is_no_part_of_the_experiment(tmp_path: Path) -> None:
     """Neither of what identifies it, nor of what a site is sent or would use; the processes that execute a run do get it."""
     from fedmllm.remote.serverapp import experiment_for_sites

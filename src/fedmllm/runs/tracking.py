@@ -7,7 +7,6 @@ server has about all clients together: no sample, text or id, and nothing about 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -22,6 +21,8 @@ from fedmllm.storage.run_dir import RunDir, new_run
 
 _RUN_NAME = {"clearml": "task_name", "mlflow": "run_name", "swanlab": "experiment_name", "trackio": "name", "wandb": "name"}
 """The argument for the name of the run at each tracker whose first argument is the project."""
+_LARGEST = 1e300
+"""NaN, infinity and integers that no float holds are not below it."""
 
 
 def settings_of(table: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
@@ -75,7 +76,7 @@ def _numbers(value: Any, key: str = "") -> dict[str, float]:
         return {name: number for numbers in inner for name, number in numbers.items()}
     if isinstance(value, list | tuple) and len(value) == 2:
         return _numbers(value[0], f"{key}_low") | _numbers(value[1], f"{key}_high")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
     return {key: float(value)} if is_number else {}
 
 
@@ -176,12 +177,14 @@ def live(table: TrackTable, run: RunDir, progress: ProgressCallback) -> Tracking
 
 def replay(run: RunDir, table: TrackTable) -> int:
     """Tell trackers afterwards about a run, finished or not; the number of its rounds. Raises RunError if the directory is not
-    a run directory, a file is damaged, or a tracker fails."""
+    a run directory, a file is damaged or of another shape, or a tracker fails."""
+    from fedmllm.report.grids import reading
+
     if not (run.exists or run.complete):
         raise RunError(f"{run.path} is not a run directory.")
     failures: list[str] = []
     tracking, rounds = Tracking(table, lambda name, reason: failures.append(f"{name} failed ({reason})")), run.rounds()
-    with tracking.following(run):
+    with reading(run.path), tracking.following(run):
         for record in rounds:
             tracking.round(record)
         if run.complete:
