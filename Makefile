@@ -85,7 +85,7 @@ RESULTS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,mai
 results: $(VENV)/installed  ## docs/results.md again, from the runs in results/ alone
 	$(BIN)/fedmllm report $(RESULTS) $(wildcard results/study-*.tar.xz) --out docs/results.md
 
-EXTRAS := flower ray secure privacy gpu hub openmoji track
+EXTRAS := flower ray secure privacy gpu hub openmoji track pandas
 hashes: $(VENV)/installed  ## requirements/hashes.txt again: the tested versions with the digests of all their files
 	$(BIN)/uv pip compile pyproject.toml $(EXTRAS:%=--extra %) -c $(CONSTRAINTS) --universal --python-version 3.11 --generate-hashes \
 		--quiet --no-annotate --output-file requirements/hashes.txt \

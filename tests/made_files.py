@@ -220,6 +220,7 @@ TABLES: dict[str, Any] = {
               "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target": "q_proj"}},
     "train": {"rounds": 3, "clients_per_round": 2, "batch_size": 4, "lr": 5e-3, "optimizer": "sgd", "max_norm_ratio": 10.0},
     "eval": {"every": 1, "patterns": ["both", "image"], "split": "test", "match": "squad", "transfer": [{"name": "shapes-qa"}]},
+    "track": {"with": ["tensorboard"], "project": "made", "folder": "board", "options": {"wandb": {"mode": "offline"}}},
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmllm.testing.new import TEMPLATES, NewKind, files_of
 from plugin_process import commands, python
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -34,10 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_three_parts_with_a_test_each() -> None:
-    parts = {"trimmed_mean.py", "uneven.py", "color_squares.py"}
+    parts = {"trimmed_mean.py", "uneven_rates.py", "color_squares.py"}
     assert NAMED.keys() == parts | {f"test_{name}" for name in parts} | {"mine.toml"}
     for name in parts:
         assert len([line for line in NAMED[f"test_{name}"].splitlines()[1:] if line]) == 4, "two imports and two lines"
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_templates_are_the_files_of_the_page(kind: NewKind) -> None:
+    files = files_of(kind, TEMPLATES[kind].name)
+    assert {name: f"# {name}\n{text}" for name, text in files.items()}.items() <= NAMED.items()
 
 
 def test_the_tests_of_the_page_pass(folder: Path) -> None:

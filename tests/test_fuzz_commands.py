@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hypothesis.strategies import SearchStrategy
 import made_files as made
 from commands import call
 from fedmllm.errors import RunError
-from fedmllm.runs import reevaluate
+from fedmllm.runs import reevaluate, tracking
 from test_fuzz_files import check_sentence, files_in, restored
 
 METHODS = {"zero-shot": "zero-shot", "local": "local", "FedAvg": "federated", "FedProx": "federated"}
@@ -63,6 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(reevaluate, "Session", stop)
+        patch.setattr(tracking, "_begin", lambda *_: MagicMock())
         yield root
 
 
@@ -88,6 +90,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "grid", "--out", "../page.md"),
     "report as HTML": ("report", "grid", "grid/FedAvg-0", "grid/FedProx-0", "--out", "../page.html"),
     "sweep": ("sweep", "sweep.toml", "--dry-run", "--pilot", "grid", "--baseline", "FedAvg", "--effect", "10"),
+    "track": ("track", "grid/FedAvg-0", "grid/FedAvg-1", "grid/local-1"),
     "eval": ("eval", "grid/FedAvg-0", "--patterns", "both,text"),
 }
 

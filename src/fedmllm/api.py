@@ -7,12 +7,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, suggest
 from fedmllm.kinds import RunKind
 
 if TYPE_CHECKING:
+    import pandas
+
     from fedmllm.config import Experiment, Setting
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
@@ -40,6 +42,22 @@ class Result:
         """{pattern: {metric: value}}; metrics are shares of 1, each with its 95 % interval under `…_ci`."""
         metrics: Mapping[str, Mapping[str, Any]] = self.json["metrics"]
         return metrics
+
+    def to_pandas(self, of: Literal["metrics", "rounds"] = "metrics") -> pandas.DataFrame:
+        """The run as a tidy data frame, such that those of several runs can be concatenated.
+
+        "metrics": a row per task, pattern and metric, with `value`, the ends `low` and `high` of its 95 % interval (NaN if it
+        has none) and the number of samples `n`. "rounds": a row per round, with the figures that trackers are told, such as
+        `train/loss` and `eval/both/accuracy`, which is NaN after rounds that were not scored. Raises ConfigError for another
+        name or if pandas is not installed, RunError if the records of the rounds are damaged.
+        """
+        if of not in ("metrics", "rounds"):
+            raise ConfigError(f"to_pandas: there is no frame {of!r}; {suggest(of, ('metrics', 'rounds'))}")
+        need("pandas", "pandas")
+        from fedmllm.runs.frames import metrics_frame, rounds_frame
+        from fedmllm.storage.run_dir import RunDir
+
+        return metrics_frame(self.json, self.path.name) if of == "metrics" else rounds_frame(RunDir(self.path))
 
 
 class Model:

@@ -9,3 +9,6 @@ BaselineKind = Literal["zero-shot", "local", "centralised"]
 RunKind = Literal["federated", BaselineKind]
 Match = Literal["exact", "squad"]
 """When two answers are the same (`evaluation.matching`)."""
+
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+"""The trackers of Accelerate, named as the modules that they import."""

@@ -14,6 +14,7 @@ import typer
 from fedmllm import __version__
 from fedmllm.cli import experiments, grids, remote, start, trained
 from fedmllm.cli import list as listing
+from fedmllm.cli import track as tracking
 from fedmllm.cli.common import guarded
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": start.init,
+    "new": start.new,
     "doctor": start.doctor,
     "run": experiments.run,
     "baseline": experiments.baseline,
@@ -34,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": experiments.evaluate,
     "predict": trained.predict,
     "export": trained.export,
+    "track": tracking.track,
     "compare": grids.compare,
     "report": grids.report,
     "sweep": grids.sweep,

@@ -67,7 +67,9 @@ def check(
     )
     from fedmllm.experiment.parts import build
     from fedmllm.runs.estimate import Longest, memory_lines, memory_of_experiment
+    from fedmllm.runs.hints import of_federation
     from fedmllm.runs.progress import ProgressBars
+    from fedmllm.runs.rounds import federation_plan
     from fedmllm.runs.session import Session
 
     silence_libraries()
@@ -107,6 +109,9 @@ def check(
             session = Session(parts, dataset, progress)
         sample, tokens = session.check_prompts()
         session.model.check_cache()
+        hinted = of_federation(session, federation_plan(session))
+        for hint in hinted:
+            progress("note", 0, 0, hint)
     longest = None
     if sample is not None:
         questions = session.test_set.longest(parts.config.eval.batch_size)
@@ -123,7 +128,7 @@ def check(
         "test_samples": len(dataset.test),
         "skipped_samples": session.skipped,
         "splits": splits,
-        "notes": list(dataset.notes),
+        "notes": [*dataset.notes, *hinted],
         "clients": client_rows(dataset.manifest),
         "modalities": shares,
         "model": parts.config.model.name,

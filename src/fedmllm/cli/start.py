@@ -1,4 +1,4 @@
-"""The commands for the first steps: `init` and `doctor`."""
+"""The commands for the first steps: `init`, `new` and `doctor`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def init(
     show(f"{folder} has an experiment that runs, its data and a README. Next:")
     show(f"  cd {folder}")
     show("  fedmllm run experiment.toml")
+
+
+def new(
+    kind: Annotated[Literal["algorithm", "scenario", "task"], typer.Argument(show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+) -> None:
+    """Write a part of your own and its test into this folder, to start from; both work as they are."""
+    from fedmllm.testing.new import write_part
+
+    for line in write_part(kind, name, Path()):
+        show(line)
 
 
 def doctor(as_json: Json = False) -> None:

@@ -21,9 +21,11 @@ from fedmllm.config.schema import (
     TaskTable,
     TrainTable,
 )
+from fedmllm.config.track import TrackTable
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
-    "PartitionTable", "Positive", "ScenarioTable", "Seed", "Setting", "Table", "TaskTable", "TrainTable",
+    "PartitionTable", "Positive", "ScenarioTable", "Seed", "Setting", "Table", "TaskTable",
+    "TrackTable", "TrainTable",
     "apply_settings", "blaming", "flattened", "keys_at", "parse_override", "read", "validate",
 ]  # fmt: skip

@@ -184,4 +184,4 @@ def keys_at(path: tuple[int | str, ...], model: type[BaseModel] = Experiment) ->
         if not inner:
             return {}
         model = inner[0]
-    return model.model_fields
+    return {field.alias or name: field for name, field in model.model_fields.items()}

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from fedmllm.config.base import BatchSize, Epochs, FolderName, Named, Positive, Rounds, Seed, Table, at_most
 from fedmllm.config.clients import ClientsTable
 from fedmllm.config.model import ModelTable
+from fedmllm.config.track import TrackTable
 from fedmllm.kinds import Match, Pattern
 
 _LOWER_OR_RAISE = "lower the first or raise the second."
@@ -162,6 +163,7 @@ class Experiment(Table):
     eval: EvalTable = EvalTable()
     judge: Named = Named(name="none")
     fleet: Named = Named(name="in-process")
+    track: TrackTable = TrackTable()
 
     @model_validator(mode="before")
     @classmethod
@@ -215,11 +217,14 @@ class Experiment(Table):
         return max(map(self.train_of, clients), key=lambda table: table.batch_size, default=self.train)
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values, including defaults; keys that are None are left out."""
-        return {key: _without_none(value) for key, value in self.model_dump(mode="json").items() if value is not None}
+        """All settings but those of [track] as plain values, including defaults; keys that are None are left out."""
+        dumped = self.model_dump(mode="json", exclude={"track"})
+        return {key: _without_none(value) for key, value in dumped.items() if value is not None}
 
-    def toml(self) -> str:
-        return tomli_w.dumps(self.resolved())
+    def toml(self, *, track: bool = False) -> str:
+        """The resolved settings as a file; with `track` those of [track] too, for a process that executes the run."""
+        extra = {"track": _without_none(self.track.model_dump(mode="json", by_alias=True))} if track else {}
+        return tomli_w.dumps(self.resolved() | extra)
 
     def digest(self) -> str:
         """SHA-256 of the resolved settings: two files that describe the same experiment have the same digest."""

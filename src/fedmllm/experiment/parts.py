@@ -138,6 +138,7 @@ def build(config: Experiment) -> Parts:
     """Build every part of the experiment; reads no data and no model. Raises ConfigError for the first part that is invalid or
     cannot be combined with the others."""
     config = with_defaults(config)
+    config.track.check()
     deal = partitions.build(config.partition.name, config.partition.options)
     scenario = build_scenario(config.scenario)
     strategy = prompts.build(config.prompt.name, config.prompt.options)

@@ -263,7 +263,7 @@ class Sweeper:
 
     def _execute(self, planned: PlannedRun, launcher: Launcher) -> None:
         file, out = self._out / f"{planned.id}.toml", self._out / planned.id
-        write_atomically(file, planned.experiment.toml().encode())
+        write_atomically(file, planned.experiment.toml(track=True).encode())
         command = ["run"] if planned.kind == "federated" else ["baseline", planned.kind]
         status, message = launcher.run([*command, str(file), "--out", str(out), "--resume", "--json"], file)
         if status:

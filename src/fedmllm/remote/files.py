@@ -226,3 +226,5 @@ class FederationFile:
             for key in PATHS:
                 if isinstance(table.get(key), str):
                     table[key] = str(Path(table[key]).absolute())
+        if isinstance(folder := raw.get("track", {}).get("folder"), str):
+            raw["track"] = {**raw["track"], "folder": str(Path(folder).absolute())}

@@ -50,7 +50,7 @@ class Server:
         with locked(state / "lock", RunError(f"another `fedmllm server` is running in {state}; stop it first.")):
             self._check_port()
             remove_leftovers(state)
-            write_atomically(self._experiment, self._federation.experiment.toml().encode())
+            write_atomically(self._experiment, self._federation.experiment.toml(track=True).encode())
             shutil.rmtree(self._app, ignore_errors=True)
             # A copy in a folder of its own, because Flower sends every file of the folder to the sites.
             self._app.mkdir()

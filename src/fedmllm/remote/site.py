@@ -54,9 +54,10 @@ def site_dataset(parts: Parts, site: SiteData) -> Dataset:
 def parts_at(text: str, site: SiteData | None) -> Parts:
     """The experiment of the server's TOML text, as far as the site's file allows it. Opens nothing; raises ConfigError.
 
-    Of what the server names, a site uses no data, no judge and no device. It opens a model only as its file says.
+    Of what the server names, a site uses no data, no judge, no tracker and no device. It opens a model only as its file says.
     """
     raw = tomllib.loads(text)
+    raw.pop("track", None)
     if site is None:
         return build(validate(raw, "the server's experiment"))
     raw["task"] = site.task.model_dump(mode="json", exclude_none=True)

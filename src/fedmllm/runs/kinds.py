@@ -21,6 +21,7 @@ from fedmllm.federation import FederationPlan, each_alone
 from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
+from fedmllm.runs.hints import of_result
 from fedmllm.runs.result import Outcome, result_of
 from fedmllm.runs.rounds import (
     Run,
@@ -47,8 +48,12 @@ def execute(kind: RunKind, session: Session, directory: RunDir, backend: FleetBa
     run = prepare_run(kind, session, directory, backend)
     with directory.claimed():
         begin(run)
-        result = result_of(run, KINDS[kind](run))
-        directory.finish(result)
+        with run.tracking.following(directory):
+            result = result_of(run, KINDS[kind](run))
+            directory.finish(result)
+            run.tracking.end(result)
+    for hint in of_result(result):
+        session.progress("note", 0, 0, hint)
     return result
 
 

@@ -18,9 +18,11 @@ from fedmllm.privacy.user_level import NoisyMean
 from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
+from fedmllm.runs.hints import of_federation
 from fedmllm.runs.keeping import Keeping, scores_of
 from fedmllm.runs.meta import describe
 from fedmllm.runs.session import Session
+from fedmllm.runs.tracking import Tracking, live, untracked
 from fedmllm.simulation.clock import Simulation
 from fedmllm.simulation.selection import policy_of
 from fedmllm.storage.run_dir import RunDir
@@ -41,6 +43,7 @@ class Run:
     cohort: int = 1
     prepare_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    tracking: Tracking = field(default_factory=untracked)
 
 
 def federation_plan(session: Session) -> FederationPlan:
@@ -123,6 +126,8 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
     if kind == "federated":
         check_secure_backend(session, backend)
         plan = federation_plan(session)
+        for hint in of_federation(session, plan):
+            session.progress("note", 0, 0, hint)
         if session.parts.attack is not None:
             attackers = check_attackers(session, plan)
         if (mechanism := session.parts.mechanism) is not None:
@@ -131,6 +136,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
                 spent = f"the budget ends after {mechanism.rounds} of {session.config.train.rounds} rounds, and so does the run"
                 session.progress("note", 0, 0, spent)
     run = Run(kind, session, directory, backend if kind == "federated" else IN_PROCESS, Evaluator(session, directory))
+    run.tracking = live(session.config.track, directory, session.progress)
     began = time.monotonic()
     session.transfer  # noqa: B018 (read and encoded now)
     if run.kind == "centralised":
@@ -224,6 +230,8 @@ def train_rounds(
     keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
     if checkpoint:
         session.progress(stage, done, plan.rounds, "resumed")
+        for earlier in directory.rounds()[:done]:
+            run.tracking.round(earlier)
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
     rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:
@@ -237,6 +245,7 @@ def train_rounds(
         keeping.add(record.round, score, state)
         record = replace(record, stopped=keeping.exhausted and done < plan.rounds)
         directory.save_round(asdict(record), {**state, **keeping.groups}, session.config.digest())
+        run.tracking.round(asdict(record))
         note += f"  {record.clock['began'] + record.clock['seconds']:.0f} simulated s" if record.clock else ""
         lost = len(record.clock.get("lost", ()))
         note += f"  {lost} clients lost" if lost else ""
