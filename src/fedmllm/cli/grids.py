@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmllm.cli.common import Set, silence_libraries
+from fedmllm.cli.common import Set, Verbose, showing
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError
+from fedmllm.progress import DETAIL
 from fedmllm.storage import archive
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import check_folder
@@ -176,30 +177,32 @@ def sweep(
     effect: Annotated[float, typer.Option("--effect", metavar="POINTS", help="With --pilot: the difference to find.")] = 1.0,
     power: Annotated[float, typer.Option("--power", help="With --pilot: the probability of finding it.")] = 0.8,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Run a grid of experiments, skipping complete runs and resuming interrupted ones."""
     from fedmllm.cli.remote import sweep_over_ray
     from fedmllm.experiment.sweep import Sweeper, plan_sweep
     from fedmllm.report.grid_tables import cells_table
 
-    silence_libraries()
     # So that SIGTERM to this process alone ends the runs as well, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    plan, runs = plan_sweep(file, overrides or [])
-    folder = out or Path("runs") / plan.name
-    check_folder(folder)
-    sweeper = Sweeper(plan, runs, folder, lambda done, total, text: say(f"{done}/{total}  {text}"))
-    if address and fleet != SweepFleet.ray:
-        raise ConfigError("--address needs --fleet ray.")
+    with showing(verbose) as progress:
+        plan, runs = plan_sweep(file, overrides or [])
+        folder = out or Path("runs") / plan.name
+        check_folder(folder)
+        sweeper = Sweeper(plan, runs, folder, progress)
+        if address and fleet != SweepFleet.ray:
+            raise ConfigError("--address needs --fleet ray.")
+        progress(DETAIL, 0, 0, f"{len(runs)} cells, whose runs are in {folder}")
+        if dry_run or pilot is not None:
+            rows = sweeper.rows()
+        elif fleet == SweepFleet.ray:
+            rows = sweep_over_ray(sweeper, jobs, address)
+        else:
+            rows = sweeper.run(jobs or 1)
     if pilot is not None:
         _plan_replicates(runs, pilot, baseline, effect / 100, power, as_json)
         return
-    if dry_run:
-        rows = sweeper.rows()
-    elif fleet == SweepFleet.ray:
-        rows = sweep_over_ray(sweeper, jobs, address)
-    else:
-        rows = sweeper.run(jobs or 1)
     failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
     for run, error in failed.items():
         say(f"failed: {folder / run}: {error}")

@@ -15,6 +15,7 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.privacy.user_level import NoisyMean
+from fedmllm.progress import DETAIL
 from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
@@ -153,6 +154,9 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
 def begin(run: Run) -> None:
     """Write what is known beforehand. Raises RunError if the directory holds another experiment's run."""
     show_notes(run)
+    run.session.progress(DETAIL, 0, 0, f"the files of the run are in {run.directory.path}")
+    if run.kind != "zero-shot" and run.backend.local:
+        run.session.progress(DETAIL, 0, 0, f"up to {run.cohort} clients train in one pass")
     directory, config, manifest = run.directory, run.session.config, run.session.dataset.manifest
     if directory.exists:
         meta = directory.meta()
@@ -199,7 +203,7 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: ClientData) -> Fleet:
 
     transport = LocalTransport(secure, algorithm, fleet, run_id) if backend.local else fleet
     assert isinstance(transport, SecureTransport), "FleetBackend.secure promises it"
-    return SecureFleet(secure, algorithm, fleet, transport, run_id)
+    return SecureFleet(secure, algorithm, fleet, transport, run_id, session.progress)
 
 
 def _last_rounds(directory: RunDir) -> dict[int, int]:
@@ -222,8 +226,7 @@ def train_rounds(
     done, saved = checkpoint or (0, {"adapter": session.initial})
     scores = scores_of(directory.rounds()[:done], evaluator.score)
     keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
-    if checkpoint:
-        session.progress(stage, done, plan.rounds, "resumed")
+    session.progress(stage, done, plan.rounds, "resumed" if checkpoint else "")
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
     rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:
