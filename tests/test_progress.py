@@ -18,7 +18,7 @@ from fedmllm import progress
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.models.mllm import MLLM
-from fedmllm.progress import Lines, RunLog, TimeLeft, clock, no_progress
+from fedmllm.progress import Lines, ProgressCallback, RunLog, TimeLeft, clock, no_progress
 from fedmllm.runs.progress import ProgressBars
 from fedmllm.training.cohort import _Cohort
 from fedmllm.training.meter import clients_named
@@ -194,14 +194,21 @@ def test_every_command_that_works_for_long_can_be_quiet() -> None:
     )
 
 
-def test_the_command_line_shows_as_much_as_it_is_asked(write_experiment: Callable[..., Path]) -> None:
-    file = write_experiment()
-    assert call("check", file, "--quiet").stderr == ""
-    shown, more = (call("check", file, *option).stderr.splitlines() for option in ((), ("-v",)))
-    assert "encoding questions: 12 to test on" in shown
-    assert not [line for line in shown if line.startswith("detail: ")]
-    assert any("torch" in line and "python" in line for line in more)
-    assert set(shown) <= set(more)
+def test_the_command_line_shows_as_much_as_it_is_asked(
+    write_experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: Any, progress: ProgressCallback, **options: Any) -> None:
+        progress("rounds", 1, 2, "loss 1.0")
+        progress("detail", 0, 0, "cpu")
+        raise ConfigError("stop")
+
+    monkeypatch.setattr("fedmllm.api.run", run)
+    command = "run", write_experiment(), "--set", "task={name='easy-vqa'}"
+    usual = call(*command).stderr.splitlines()
+    assert usual[0].startswith("note: ")
+    assert usual[-2:] == ["rounds 1/2: loss 1.0", "error: stop"]
+    assert call(*command, "--quiet").stderr.splitlines() == ["error: stop"]
+    assert call(*command, "-v").stderr.splitlines() == [*usual[:-1], "detail: cpu", "error: stop"]
 
 
 # Nothing is silent for long
