@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 
 from commands import call
 from fedmllm.cli.experiments import _evaluation_settings
@@ -138,7 +139,7 @@ def test_a_run_whose_output_is_lost_names_its_result(monkeypatch: pytest.MonkeyP
     assert lost.value.closed
     assert lost.value.done == "the run is complete, and its result is in runs/a/result.json"
     with pytest.raises(OutputLost):
-        print_table("a table")
+        print_table(Table("a table"))
 
 
 def test_a_check_goes_on_without_output(write_experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

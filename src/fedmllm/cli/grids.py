@@ -92,7 +92,7 @@ def _compare_runs(directories: list[Path], names: list[Path], baseline: str | No
     differences = runs_against(runs, Path(baseline)) if baseline else {}
     if not as_json:
         with reading(" or ".join(map(str, runs))):
-            table = comparison(results)
+            table = comparison(results, runs)
         print_table(table)
         if baseline:
             print_table(runs_table(differences, Path(baseline)))
