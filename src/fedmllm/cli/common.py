@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from fedmllm.api import read_experiment
+from fedmllm.cli import completion
 from fedmllm.cli.output import OutputLost, fill_closed_streams, say
 from fedmllm.errors import RunError, UserError, failure
 
@@ -25,9 +26,24 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 File = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT.toml", help='The experiment file, or "quickstart".', show_default=False)
+    Path,
+    typer.Argument(
+        metavar="EXPERIMENT.toml",
+        help='The experiment file, or "quickstart".',
+        show_default=False,
+        autocompletion=completion.experiment_files,
+    ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False, autocompletion=completion.run_folders)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting; repeatable.",
+        autocompletion=completion.setting_keys,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue this experiment's latest run that is not complete.")]
 TrustConfig = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import File, Out, Resume, Set, TrustConfig, Verbose, load_experiment, showing
+from fedmllm.cli.common import File, Out, Resume, Run, Set, TrustConfig, Verbose, load_experiment, showing
 from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
@@ -223,7 +223,7 @@ def partition(
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    directory: Run,
     patterns: Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")] = None,
     suites: Annotated[
         list[str] | None, typer.Option("--suite", metavar="NAME", help="Examine the model as well; `fedmllm list suites`.")

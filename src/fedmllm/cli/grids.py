@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmllm.cli.common import Set, Verbose, showing
+from fedmllm.cli.completion import run_folders
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.progress import DETAIL
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)],
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False, autocompletion=run_folders)],
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="NAME", help="Test against this cell of the grid, or this RUN_DIR.")
     ] = None,
@@ -105,7 +106,10 @@ def report(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Sweeps' folders or archives; for a page in HTML, also runs.", show_default=False
+            metavar="DIR...",
+            help="Sweeps' folders or archives; for a page in HTML, also runs.",
+            show_default=False,
+            autocompletion=run_folders,
         ),
     ],
     out: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import TrustConfig, Verbose, showing
+from fedmllm.cli.common import Run, TrustConfig, Verbose, showing
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError, UserError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fedmllm.data.samples import Sample
     from fedmllm.runs.trained import Reply, TrainedModel
 
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
 Client = Annotated[int | None, typer.Option("--client", metavar="K", help="Whose adapter, if every client has its own.")]
 
 
