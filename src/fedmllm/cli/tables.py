@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-_PROSE = 32
-"""A cell that is longer may be wrapped between words; shorter ones, which are figures and names, are not."""
+_PROSE, _NARROW = 32, 20
+"""A longer cell may be wrapped between words, to a width that is no less than the other; figures and names are shorter."""
 
 
 def parts_that_fit(table: Table, console: Console) -> Iterator[Table]:
@@ -37,7 +37,7 @@ def parts_that_fit(table: Table, console: Console) -> Iterator[Table]:
 
 
 def _needed(cell: Measurement) -> int:
-    return cell.maximum if cell.maximum <= _PROSE else max(cell.minimum, _PROSE)
+    return cell.maximum if cell.maximum <= _PROSE else max(cell.minimum, _NARROW)
 
 
 def _widths(needed: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
@@ -45,8 +45,9 @@ def _widths(needed: Sequence[int], natural: Sequence[int], room: int) -> list[in
     widths = list(needed)
     while sum(widths) > max(room, len(widths)):
         widths[widths.index(max(widths))] -= 1
-    for i, wanted in enumerate(natural):
-        widths[i] += max(0, min(wanted - widths[i], room - sum(widths)))
+    for _ in range(room - sum(widths)):
+        lack = [wanted - width for wanted, width in zip(natural, widths, strict=True)]
+        widths[lack.index(max(lack))] += max(lack) > 0
     return widths
 
 
