@@ -122,6 +122,7 @@ def report(
     samples: Annotated[
         bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
     ] = False,
+    verbose: Verbose = None,
 ) -> None:
     """Write runs and sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
     from fedmllm.storage.atomic import write_atomically
@@ -131,7 +132,8 @@ def report(
         raise RunError(f"--out {out}: the page is Markdown or HTML; give a name that ends in .md or .html.")
     if samples and out.suffix == ".md":
         raise ConfigError("--samples is for a page in HTML; give --out a name that ends in .html.")
-    with archive.opened(directories) as folders:
+    with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
+        progress("writing the page", 0, 0, "")
         contents, pictures = _page(folders, out, baseline, samples)
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
@@ -244,10 +246,13 @@ def pack(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A folder that a sweep wrote.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="FILE.tar.xz", help="The archive.")],
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Pack a sweep's complete runs, without adapters and checkpoints, into one small file for report and compare."""
     check_folder(to.parent)
-    runs, size = archive.pack(directory, to)
+    with showing(verbose, models=False) as progress:
+        progress("packing", 0, 0, "")
+        runs, size = archive.pack(directory, to)
     with standing(f"the archive is in {to}"):
         if as_json:
             print_json({"file": str(to), "runs": runs, "bytes": size})

@@ -22,12 +22,16 @@ def parts_that_fit(table: Table, console: Console) -> Iterator[Table]:
     needed = [max([of_column[0].minimum, *map(_needed, of_column[1:])]) for of_column in cells]
     natural = [max(cell.maximum for cell in of_column) for of_column in cells]
     left = len(list(takewhile(lambda column: column.justify == "left", columns)))
-    fits = lambda numbers: sum(needed[i] + frame for i in numbers) < console.width  # noqa: E731 (as short as it is)
-    beside = lambda n: [[*range(n), i] for i in range(n, len(columns))] or [range(n)]  # noqa: E731 (as short as it is)
-    names = next((n for n in range(left, 1, -1) if all(map(fits, beside(n)))), 1)
+
+    def fits(*numbers: int) -> bool:
+        return sum(needed[i] + frame for i in numbers) < console.width
+
+    names = next(
+        (n for n in range(left, 1, -1) if fits(*range(n)) and all(fits(*range(n), i) for i in range(n, len(columns)))), 1
+    )
     groups: list[list[int]] = [[]]
     for i in range(names, len(columns)):
-        if groups[-1] and not fits([*range(names), *groups[-1], i]):
+        if groups[-1] and not fits(*range(names), *groups[-1], i):
             groups.append([])
         groups[-1].append(i)
     for group in groups:

@@ -157,6 +157,7 @@ class TestSet:
             whose = f"model {before + 1} of {total}" if total > 1 else ""
             self._model.progress("testing", before * self.size + answered, total * self.size, whose)
 
+        tell(0)
         try:
             return self._computed(settings, adapters, tell)
         except FloatingPointError as error:

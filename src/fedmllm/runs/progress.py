@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from threading import Lock
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
-from rich.progress import Progress as Bars
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmllm.errors import printable
@@ -39,6 +40,17 @@ class _Time(ProgressColumn):
         return Text(clock(task.finished_time or task.elapsed or 0.0), style="dim")
 
 
+class _Bars(Progress):
+    """Without the steps that have just begun or are over."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        return super().make_tasks_table([task for task in tasks if task.description not in STEPS or _takes_time(task)])
+
+
+def _takes_time(task: Task) -> bool:
+    return not task.finished and (task.elapsed or 0.0) > _SHOWN_AFTER
+
+
 class ProgressBars:
     """A `ProgressCallback` for people. As a context manager, it removes its bars even after an error."""
 
@@ -47,7 +59,7 @@ class ProgressBars:
         self._verbose, self._live = verbose, sys.stderr.isatty() and verbose is not False
         note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
         columns = (TextColumn("{task.description}", markup=False), BarColumn(12), _Count(), _Time(), note)
-        self._bars = Bars(
+        self._bars = _Bars(
             *columns,
             console=Console(stderr=True),
             expand=True,
@@ -59,6 +71,7 @@ class ProgressBars:
         self._uncounted: TaskID | None = None
         self._moved: dict[str, float] = {}
         self._left, self._lines = TimeLeft(), Lines(self._print)
+        self._lock = Lock()  # the runs of a sweep begin in threads
 
     def __enter__(self) -> ProgressBars:
         if self._live:
@@ -69,18 +82,19 @@ class ProgressBars:
         if self._live:
             self._end_uncounted()
             for stage in STEPS & self._tasks.keys():
-                self._bars.update(self._tasks[stage], visible=False)
+                self._bars.remove_task(self._tasks.pop(stage))
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str) -> None:
-        if not self._live or stage in MESSAGES:
-            self._lines(stage, done, total, note)
-        elif total:
+        with self._lock:
+            if not self._live or stage in MESSAGES:
+                self._lines(stage, done, total, note)
+                return
             self._end_uncounted()
-            self._move(stage, done, total, printable(note))  # it may quote the data
-        else:
-            self._end_uncounted()
-            self._uncounted = self._bars.add_task(stage, total=None, note=printable(note), ends=None)
+            if total:
+                self._move(stage, done, total, printable(note))  # it may quote the data
+            else:
+                self._uncounted = self._bars.add_task(stage, total=None, note=printable(note), ends=None)
 
     def _print(self, stage: str, line: str) -> None:
         if self._verbose is False or (stage == DETAIL and not self._verbose):
@@ -98,13 +112,12 @@ class ProgressBars:
     def _move(self, stage: str, done: int, total: int, note: str) -> None:
         left, now = self._left(stage, done, total), time.monotonic()
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note, ends=None, visible=stage not in STEPS)
+            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note, ends=None)
         task = self._bars.tasks[self._bars.task_ids.index(self._tasks[stage])]
         if done < task.completed or total != task.total:
-            self._bars.reset(task.id, total=total, visible=stage not in STEPS)
+            self._bars.reset(task.id, total=total)
         elif stage in STEPS and done < total and now - self._moved.get(stage, 0.0) < 0.5 / _REDRAWS:
             return
         self._moved[stage] = now
-        shown = stage not in STEPS or (done < total and (task.elapsed or 0.0) > _SHOWN_AFTER)
         ends = None if left is None else now + left
-        self._bars.update(task.id, completed=done, note=note, ends=ends, visible=shown)
+        self._bars.update(task.id, completed=done, note=note, ends=ends)

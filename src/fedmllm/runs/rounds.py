@@ -146,6 +146,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
             session.prepare(session.attacked, attackers)
         most = session.config.train.clients_per_round if plan is not None else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
+        session.progress("choosing how many clients train in one pass", 0, 0, "")
         run.cohort = cohort_size(session.model, samples, session.config.largest_batches(clients), most)
     run.prepare_seconds = time.monotonic() - began
     return run

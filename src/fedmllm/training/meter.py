@@ -23,8 +23,8 @@ def clients_named(clients: Sequence[int]) -> str:
 
 
 class Meter:
-    """Calls `progress` after every step of a cohort. `losses` has the sum over each client's samples so far; it is read a few
-    times a second, and what is shown is the mean since the last time."""
+    """Calls `progress` before the first step of a cohort and after every step. `losses` has the sum over each client's samples
+    so far; it is read a few times a second, and what is shown is the mean since the last time."""
 
     def __init__(self, progress: ProgressCallback, clients: Sequence[int], steps: int, losses: Tensor) -> None:
         self._progress, self._losses, self._steps = progress, losses, steps
@@ -32,6 +32,8 @@ class Meter:
         self._began = self._looked = time.monotonic()
         self._samples = self._tokens = 0
         self._sum = 0.0
+        if steps:
+            progress("training", 0, steps, self._whose)
 
     def step(self, done: int, batches: Sequence[Sequence[Encoded]]) -> None:
         """`done` steps are made, the last one on `batches`."""
