@@ -16,6 +16,7 @@ import pytest
 from commands import call, run
 from fedmllm.experiment import sweep
 from fedmllm.experiment.sweep import Sweeper
+from fedmllm.progress import no_progress
 from fedmllm.storage.archive import opened, pack
 from made_runs import index_of, make_run, make_sweep, write_archive
 
@@ -179,7 +180,7 @@ def test_a_sweep_continues_from_an_unpacked_archive(tmp_path: Path) -> None:
 
     def run_in(out: Path) -> list[str]:
         maker = Maker()
-        rows = Sweeper(*sweep.plan_sweep(file), out, lambda done, total, text: None).run(1, maker)
+        rows = Sweeper(*sweep.plan_sweep(file), out, no_progress).run(1, maker)
         assert {row["state"] for row in rows} == {"complete"}
         return maker.made
 

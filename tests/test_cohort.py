@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.rng import stream
 from fedmllm.tensors import State, Tensors, distance, flatten
+from fedmllm.training import meter
 from fedmllm.training.batches import batch_epoch
 from fedmllm.training.capacity import cohort_size, pass_bytes
 from fedmllm.training.cohort import Work, train_cohort
@@ -296,3 +298,22 @@ def test_padding_and_examples_are_counted_per_client(model: MLLM, dataset: Path)
     first, second = train_cohort(model, works, ADAMW)
     assert (first.examples, first.steps, second.examples, second.steps) == (3, 1, 9, 3)
     assert 0 <= first.metrics["padding"] < 1
+
+
+def test_what_is_shown_changes_no_number(model: MLLM, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = [work_of(model, dataset, client, count, 3, 2, LocalRule()) for client, count in ((3, 7), (5, 12))]
+    works = [replace(work, client=client) for work, client in zip(works, (3, 5), strict=True)]
+    silent = train_cohort(model, works, ADAMW)
+    told: list[tuple[str, int, int, str]] = []
+    monkeypatch.setattr(meter, "_PAUSE", 0.0)
+    monkeypatch.setattr(model, "progress", lambda *call: told.append(call))
+    for result, before in zip(train_cohort(model, works, ADAMW), silent, strict=True):
+        assert all(torch.equal(tensor, before.trained[name]) for name, tensor in result.trained.items())
+        assert result.metrics == before.metrics
+    assert [call[:3] for call in told] == [("training", n, 2) for n in range(3)]
+    notes = [re.fullmatch(r"clients 3, 5  loss ([\d.]+)  [\d,]+ tokens/s", note) for *_, note in told[1:]]
+    losses = [float(match[1]) for match in notes if match]
+    steps = [sum(len(batch) for work in works for batch in work.steps[n : n + 1] for batch in batch) for n in (0, 1)]
+    seen = sum(loss * count for loss, count in zip(losses, steps, strict=True)) / sum(steps)
+    total = sum(result.metrics["loss"] * result.examples for result in silent)
+    assert seen == pytest.approx(total / sum(steps), abs=1e-3)

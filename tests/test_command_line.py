@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 
 from commands import call
 from fedmllm.cli.experiments import _evaluation_settings
 from fedmllm.cli.output import OutputLost, print_result, print_table
 from fedmllm.config import parse_override
 from fedmllm.errors import RunError, printable
+from fedmllm.progress import no_progress
 from fedmllm.storage.atomic import check_folder
 from made_runs import make_sweep
 
@@ -137,7 +139,7 @@ def test_a_run_whose_output_is_lost_names_its_result(monkeypatch: pytest.MonkeyP
     assert lost.value.closed
     assert lost.value.done == "the run is complete, and its result is in runs/a/result.json"
     with pytest.raises(OutputLost):
-        print_table("a table")
+        print_table(Table("a table"))
 
 
 def test_a_check_goes_on_without_output(write_experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,16 +182,14 @@ def test_closed_streams_are_replaced_before_a_file_takes_their_number() -> None:
         (["task.test=9", "eval.patterns=['text']"], {**TASK, "test": 9}, []),
     ],
 )  # fmt: skip
-def test_another_task_keeps_nothing_of_the_runs_own(
-    settings: list[str], task: dict[str, Any], dropped: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    parsed = [parse_override(setting) for setting in settings]
-    assert _evaluation_settings({"task": {**TASK}, "eval": {}}, parsed)["task"] == task
-    notes = capsys.readouterr().err.splitlines()
-    assert sorted(note.removeprefix("note: ").split(" ")[0] for note in notes) == dropped
+def test_another_task_keeps_nothing_of_the_runs_own(settings: list[str], task: dict[str, Any], dropped: list[str]) -> None:
+    parsed, notes = [parse_override(setting) for setting in settings], list[str]()
+    raw = _evaluation_settings({"task": {**TASK}, "eval": {}}, parsed, lambda stage, done, total, note: notes.append(note))
+    assert raw["task"] == task
+    assert sorted(note.split(" ")[0] for note in notes) == dropped
 
 
 def test_settings_of_training_cannot_be_changed_afterwards() -> None:
     for setting in ("train.lr=1", "model={name='pocket'}", "seed=1"):
         with pytest.raises(RunError, match=r"only \[task\], \[eval\] and \[prompt\] can be set"):
-            _evaluation_settings({"task": {**TASK}}, [parse_override(setting)])
+            _evaluation_settings({"task": {**TASK}}, [parse_override(setting)], no_progress)

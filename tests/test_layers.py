@@ -16,6 +16,7 @@ ROOT = Path(fedmllm.__file__).parent
 
 FLOORS = [
     {"errors", "kinds", "rng", "tensors"},
+    {"progress"},
     {"registry", "storage"},
     {"config"},
     {"data", "algorithms"},
@@ -37,7 +38,8 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 HEAVY = {"torch", "transformers", "peft"}
 WITHOUT = {
-    "errors": HEAVY, "kinds": HEAVY, "rng": HEAVY, "registry": HEAVY, "config": HEAVY, "data": HEAVY, "report": HEAVY,
+    "errors": HEAVY, "kinds": HEAVY, "progress": HEAVY, "rng": HEAVY, "registry": HEAVY, "config": HEAVY,
+    "data": HEAVY, "report": HEAVY,
     "tensors": {"transformers", "peft"}, "algorithms": {"transformers", "peft"}, "federation": HEAVY, "api": HEAVY,
     "cli": {"torch", "peft"},
 }  # fmt: skip

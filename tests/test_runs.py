@@ -49,7 +49,7 @@ def test_a_run_leaves_what_the_design_promises(write_experiment: Write) -> None:
     assert both["n"] == 12
     assert both["accuracy_ci"][0] <= both["accuracy"] <= both["accuracy_ci"][1]
     files = {p.name for p in folder.path.iterdir()}
-    written = "config.toml meta.json manifest.parquet rounds.jsonl predictions.jsonl checkpoint adapter result.json"
+    written = "config.toml meta.json manifest.parquet rounds.jsonl predictions.jsonl checkpoint adapter result.json run.log"
     assert files == set(written.split())
     records = folder.rounds()
     assert [r["round"] for r in records] == [0, 1, 2]

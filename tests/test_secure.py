@@ -15,6 +15,7 @@ from fedmllm.algorithms import Update, algorithms
 from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, federate
 from fedmllm.secure.clients import change_of
 from fedmllm.secure.fixed import FixedPoint
+from fedmllm.secure.fleet import LocalTransport, SecureFleet
 from fedmllm.secure.settings import PHASES, Phase
 from fedmllm.tensors import State, flatten
 from fedmllm.testing import properties
@@ -28,6 +29,7 @@ from helpers import (
 )
 from secure_rounds import (
     AVERAGING,
+    RUN,
     Clients,
     RecordingTransport,
     clients_of,
@@ -312,3 +314,12 @@ def test_records_count_the_bytes_of_every_phase() -> None:
     assert isinstance(record, RoundRecord)
     assert set(record.bytes_up) == {"keys", "shares", "masked", "unmask"}
     assert set(record.bytes_down) == {"keys", "shares", "adapter", "unmask"}
+
+
+def test_the_phases_of_a_round_are_told() -> None:
+    algorithm, told = algorithms.build("fedavg", {}), list[tuple[str, int, int, str]]()
+    transport = LocalTransport(settings(), algorithm, clients := Clients(algorithm), RUN)
+    fleet = SecureFleet(settings(), algorithm, clients, transport, RUN, lambda *call: told.append(call))
+    info, state = round_info(0, range(4), clients=4), algorithm.init(lora_adapter())
+    fleet.train(info, {client: algorithm.message(state, client, info) for client in info.sampled})
+    assert told == [("secure round", n, 4, f"{PHASES[n]}: 4 clients") for n in range(4)] + [("secure round", 4, 4, "")]

@@ -62,7 +62,7 @@ def test_the_doctor_looks_at_versions_extras_and_a_run(monkeypatch: pytest.Monke
     class Done:
         metrics = {"both": {"n": 30}}  # noqa: RUF012 (read only)
 
-    monkeypatch.setattr(api, "run", lambda experiment, out: Done())
+    monkeypatch.setattr(api, "run", lambda experiment, out, progress: Done())
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -75,7 +75,7 @@ def test_the_doctor_looks_at_versions_extras_and_a_run(monkeypatch: pytest.Monke
 
 
 def test_the_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(experiment: Any, out: Path) -> None:
+    def broken(experiment: Any, out: Path, progress: Any) -> None:
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(api, "run", broken)

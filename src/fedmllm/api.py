@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedmllm.config import Experiment, Setting
     from fedmllm.experiment.parts import Parts
     from fedmllm.fleets.base import FleetBackend
-    from fedmllm.runs.progress import ProgressCallback
+    from fedmllm.progress import ProgressCallback
     from fedmllm.runs.trained import Reply
     from fedmllm.storage.run_dir import RunDir
 
@@ -150,13 +150,15 @@ def run(
 
 def _execute(parts: Parts, kind: RunKind, directory: RunDir, progress: ProgressCallback | None) -> dict[str, Any]:
     from fedmllm.fleets.inprocess import IN_PROCESS
+    from fedmllm.progress import no_progress
     from fedmllm.runs.kinds import execute
-    from fedmllm.runs.progress import no_progress
     from fedmllm.runs.session import Session
 
+    progress = progress or no_progress
+    progress("preparing data", 0, 0, "")
     dataset = parts.prepare()
     with fleet_backend(parts) if kind == "federated" else nullcontext(IN_PROCESS) as backend:
-        return execute(kind, Session(parts, dataset, progress or no_progress), directory, backend)
+        return execute(kind, Session(parts, dataset, progress), directory, backend)
 
 
 def check_fleet(parts: Parts) -> None:

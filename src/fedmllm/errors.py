@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,6 +29,17 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory, a sweep or an archive cannot be used as requested."""
+
+
+def failure(error: BaseException) -> str:
+    """One line about the error that ended a run: the sentence of a `UserError`; of another its type, message and place."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return printable(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})")
 
 
 def printable(message: str) -> str:

@@ -20,7 +20,6 @@ from fedmllm.cli.common import guarded
 app = typer.Typer(
     help="Federated fine-tuning of multimodal language models whose clients hold different modalities.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     suggest_commands=not hasattr(click, "NoSuchCommand"),  # click suggests the closest command itself since it has this error
 )

@@ -6,7 +6,8 @@ import errno
 import inspect
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -14,23 +15,44 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from fedmllm.api import read_experiment
+from fedmllm.cli import completion
 from fedmllm.cli.output import OutputLost, fill_closed_streams, say
-from fedmllm.errors import RunError, UserError
+from fedmllm.errors import RunError, UserError, failure
 
 if TYPE_CHECKING:
     from fedmllm.config import Experiment
+    from fedmllm.progress import ProgressCallback, RunLog
 
 P = ParamSpec("P")
 
 File = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT.toml", help='The experiment file, or "quickstart".', show_default=False)
+    Path,
+    typer.Argument(
+        metavar="EXPERIMENT.toml",
+        help='The experiment file, or "quickstart".',
+        show_default=False,
+        autocompletion=completion.experiment_files,
+    ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False, autocompletion=completion.run_folders)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting; repeatable.",
+        autocompletion=completion.setting_keys,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue this experiment's latest run that is not complete.")]
 TrustConfig = Annotated[
     bool,
     typer.Option("--trust-config", help="Take the model from a path, or run its code, if the run's config.toml says so."),
+]
+Verbose = Annotated[
+    bool | None,
+    typer.Option("--verbose/--quiet", "-v/-q", help="Show more: versions, device, files; or only the result and errors."),
 ]
 Plugins = Annotated[
     list[Path] | None,
@@ -54,7 +76,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                     load_plugin(path)
             command(*args, **kwargs)
         except UserError as error:
-            say(f"error: {error}")
+            say(failure(error))
             raise typer.Exit(2) from None
         except OutputLost as error:
             say(f"note: standard output cannot be written ({error})" + (f", but {error.done}" if error.done else ""))
@@ -68,9 +90,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever the path was opened first
                 say(f"error: {RunError(str(error))}; the name of a file or folder has at most 255 bytes.")
                 raise typer.Exit(2) from None
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = " ".join(str(error).split()) or type(error).__name__
-            say(f"failed: {type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})")
+            say(failure(error))
             if os.environ.get("FEDMLLM_DEBUG"):
                 traceback.print_exc()
             raise typer.Exit(1) from None
@@ -84,17 +104,31 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     return run_guarded
 
 
-def load_experiment(file: Path, overrides: list[str] | None) -> Experiment:
+@contextmanager
+def showing(verbose: bool | None, *, models: bool = True) -> Iterator[RunLog]:
+    """What a command calls while it works, whose bars end with the block. For a command that loads `models`, their libraries
+    are imported first, which takes seconds."""
+    from fedmllm.progress import RunLog
+    from fedmllm.runs.progress import ProgressBars
+
+    with ProgressBars(verbose) as bars:
+        bars("starting", 0, 0, "")
+        if models:
+            _silence_libraries()
+        yield RunLog(bars)
+
+
+def load_experiment(file: Path, overrides: list[str] | None, progress: ProgressCallback) -> Experiment:
     """The experiment of a file, with overrides and all defaults. Raises ConfigError."""
     from fedmllm.config import parse_override
 
     experiment, notes = read_experiment(file, [parse_override(override) for override in overrides or []])
     for note in notes:
-        say(f"note: {note}")
+        progress("note", 0, 0, note)
     return experiment
 
 
-def silence_libraries() -> None:
+def _silence_libraries() -> None:
     """transformers and its hub client have progress bars and advice of their own; those of the commands are enough."""
     from transformers.utils import logging
 

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from fedmllm.progress import ProgressCallback
 
 LIBRARIES = ("fedmllm", "torch", "transformers", "peft", "numpy")
 _DEVELOPMENT = ("dev", "docs", "bench")
@@ -27,11 +30,11 @@ class Row(NamedTuple):
     fine: bool = True
 
 
-def examine() -> dict[str, Any]:
+def examine(progress: ProgressCallback) -> dict[str, Any]:
     """{"works": whether fedmllm can train here, "rows": what was looked at, each with "what", "value", "note", "fine"}."""
     from fedmllm.models.devices import devices
 
-    rows = [*_versions(), *(Row(*device) for device in devices()), *_extras(), _cache(), _hub(), _self_test()]
+    rows = [*_versions(), *(Row(*device) for device in devices()), *_extras(), _cache(), _hub(), _self_test(progress)]
     return {"works": all(row.fine for row in rows), "rows": [row._asdict() for row in rows]}
 
 
@@ -87,14 +90,14 @@ def _hub() -> Row:
     return Row("Hugging Face models", f"{models} in {HF_HUB_CACHE}", offline)
 
 
-def _self_test() -> Row:
+def _self_test(progress: ProgressCallback) -> Row:
     """Two clients learn for one round with the pocket model."""
     from fedmllm import api
 
     began = time.monotonic()
     try:
         with TemporaryDirectory() as folder:
-            result = api.run(api.load(**_SELF_TEST), out=Path(folder) / "run")
+            result = api.run(api.load(**_SELF_TEST), out=Path(folder) / "run", progress=progress)
     except Exception as error:  # whatever is wrong with this machine
         return Row("self-test", "failed", f"{type(error).__name__}: {' '.join(str(error).split())}", fine=False)
     seconds = time.monotonic() - began

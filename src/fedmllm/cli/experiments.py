@@ -9,29 +9,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import File, Out, Resume, Set, TrustConfig, load_experiment, silence_libraries
-from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, say, show, standing
+from fedmllm.cli.common import File, Out, Resume, Run, Set, TrustConfig, Verbose, load_experiment, showing
+from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, show, standing
 from fedmllm.errors import RunError, UserError
 from fedmllm.kinds import BaselineKind, RunKind
 
 if TYPE_CHECKING:
     from fedmllm.config import Setting
+    from fedmllm.progress import ProgressCallback
 
 
-def _execute(kind: RunKind, file: Path, overrides: list[str] | None, out: Path | None, resume: bool, as_json: bool) -> None:
+def _execute(
+    kind: RunKind,
+    file: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    verbose: bool | None,
+) -> None:
     from fedmllm import api
-    from fedmllm.runs.progress import ProgressBars
 
-    silence_libraries()
-    experiment = load_experiment(file, overrides)
-    with ProgressBars() as progress:
+    with showing(verbose) as progress:
+        experiment = load_experiment(file, overrides, progress)
         result = api.run(experiment, kind, out, resume=resume, progress=progress)
     print_result(dict(result.json), result.path, as_json)
 
 
-def run(file: File, overrides: Set = None, out: Out = None, resume: Resume = False, as_json: Json = False) -> None:
+def run(
+    file: File,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
     """Run a federated experiment."""
-    _execute("federated", file, overrides, out, resume, as_json)
+    _execute("federated", file, overrides, out, resume, as_json, verbose)
 
 
 def baseline(
@@ -41,9 +55,10 @@ def baseline(
     out: Out = None,
     resume: Resume = False,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Run a baseline: the untrained model, each client alone, or all data pooled."""
-    _execute(kind, file, overrides, out, resume, as_json)
+    _execute(kind, file, overrides, out, resume, as_json, verbose)
 
 
 def check(
@@ -54,6 +69,7 @@ def check(
         typer.Option("--memory", metavar="GB", help="Memory of a GPU to check; repeatable; by default 24, 80."),
     ] = None,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Validate the settings, the data and the model without training anything."""
     from fedmllm.data.summary import (
@@ -68,26 +84,28 @@ def check(
     from fedmllm.experiment.parts import build
     from fedmllm.runs.estimate import Longest, memory_lines, memory_of_experiment
     from fedmllm.runs.hints import of_federation
-    from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.rounds import federation_plan
     from fedmllm.runs.session import Session
 
-    silence_libraries()
-    parts, sizes_of_gpus = build(load_experiment(file, overrides)), memory or [24.0, 80.0]
+    with showing(verbose) as progress:
+        parts, sizes_of_gpus = build(load_experiment(file, overrides, progress)), memory or [24.0, 80.0]
 
     @contextmanager
-    def memory_all_the_same() -> Iterator[None]:
-        """Where there is no data or no model, memory is estimated for the longest prompts that are allowed."""
+    def memory_all_the_same() -> Iterator[list[Session]]:
+        """Where there is no data or no model, memory is estimated for the longest prompts that are allowed. The block puts the
+        session into the list once there is one."""
+        sessions: list[Session] = []
         try:
-            yield
+            yield sessions
         except UserError:
-            if not as_json:
+            if not as_json and not sessions:
                 with suppress(OutputLost):
                     for line in memory_lines(parts.config, memory_of_experiment(parts.config, sizes_of_gpus)):
                         show(line)
             raise
 
-    with memory_all_the_same():
+    with memory_all_the_same(), showing(verbose) as progress:
+        progress("preparing data", 0, 0, "")
         loaded_splits = parts.read_splits()
     splits = summarise([(part.split, part.loaded) for part in loaded_splits])
     summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
@@ -96,28 +114,29 @@ def check(
             for line in summary_lines(splits):
                 show(line)
     try:
-        dataset = parts.prepare(loaded_splits)
+        with showing(verbose) as progress:
+            progress("preparing data", 0, 0, "")
+            dataset = parts.prepare(loaded_splits)
+            # Before the model is loaded, so that what it takes for a million samples does not add to the model.
+            shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
     except UserError:
         with suppress(OutputLost):
             if as_json:  # the summary shows what is wrong with data that cannot be used
                 print_json(summary | {"splits": splits})
         raise
-    # Before the model is loaded, so that what it takes for a million samples does not add to the model.
-    shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
-    with ProgressBars() as progress:
-        with memory_all_the_same():
-            session = Session(parts, dataset, progress)
+    with memory_all_the_same() as sessions, showing(verbose) as progress:
+        sessions.append(session := Session(parts, dataset, progress))
         sample, tokens = session.check_prompts()
         session.model.check_cache()
-        hinted = of_federation(session, federation_plan(session))
-        for hint in hinted:
+        for hint in (hinted := of_federation(session, federation_plan(session))):
             progress("note", 0, 0, hint)
-    longest = None
-    if sample is not None:
-        questions = session.test_set.longest(parts.config.eval.batch_size)
-        picture = max(map(session.model.pictures.tower_bytes, sample.pictures), default=0)
-        longest = Longest(sample, *questions, tokens, picture)
-    taken = memory_of_experiment(parts.config, sizes_of_gpus, longest, session.model)
+        progress("estimating memory", 0, 0, "")
+        longest = None
+        if sample is not None:
+            questions = session.test_set.longest(parts.config.eval.batch_size)
+            picture = max(map(session.model.pictures.tower_bytes, sample.pictures), default=0)
+            longest = Longest(sample, *questions, tokens, picture)
+        taken = memory_of_experiment(parts.config, sizes_of_gpus, longest, session.model)
     left_out = add_problems(splits, session.problems)
     down, up = session.first_messages()
     sizes_by_part = session.model.adapter.sizes
@@ -171,6 +190,7 @@ def partition(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where the manifest is written.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.html", help="Draw it as well.")] = None,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Write the manifest: which client holds which sample and which modalities it sees."""
     from fedmllm.data.manifest_page import draw_manifest
@@ -178,16 +198,18 @@ def partition(
     from fedmllm.experiment.parts import build
     from fedmllm.storage.atomic import check_folder, write_atomically
 
-    parts = build(load_experiment(file, overrides))
-    path = out or Path(f"{parts.config.name}.manifest.parquet")
-    check_folder(path.parent)
-    check_folder((plot or path).parent)
-    dataset = parts.prepare()
-    manifest = dataset.manifest
-    manifest.write(path)
-    rows, shares = client_rows(manifest), modality_shares(manifest, dataset.train, parts.scenario)
-    if plot:
-        write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name, shares_lines(shares)).encode())
+    with showing(verbose, models=False) as progress:
+        parts = build(load_experiment(file, overrides, progress))
+        path = out or Path(f"{parts.config.name}.manifest.parquet")
+        check_folder(path.parent)
+        check_folder((plot or path).parent)
+        progress("preparing data", 0, 0, "")
+        dataset = parts.prepare()
+        manifest = dataset.manifest
+        manifest.write(path)
+        rows, shares = client_rows(manifest), modality_shares(manifest, dataset.train, parts.scenario)
+        if plot:
+            write_atomically(plot, draw_manifest(manifest, dataset.train, parts.config.name, shares_lines(shares)).encode())
     with standing(f"the manifest is in {path}"):
         if as_json:
             print_json({"manifest": str(path), "manifest_digest": manifest.digest(), "clients": rows, "modalities": shares})
@@ -205,7 +227,7 @@ def partition(
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    directory: Run,
     patterns: Annotated[str | None, typer.Option("--patterns", help="Comma-separated: both, image, text.")] = None,
     suites: Annotated[
         list[str] | None, typer.Option("--suite", metavar="NAME", help="Examine the model as well; `fedmllm list suites`.")
@@ -213,17 +235,16 @@ def evaluate(
     overrides: Set = None,
     trust_config: TrustConfig = False,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Test a finished run's adapter again: under other modality patterns, by suites, or on another task with --set
     task.name=…; what suites find is added to the run's result if nothing else is changed."""
     from fedmllm import config
     from fedmllm.experiment.parts import with_defaults
     from fedmllm.report.tables import metrics_table
-    from fedmllm.runs.progress import ProgressBars
     from fedmllm.runs.reevaluate import reevaluate
     from fedmllm.storage.run_dir import RunDir
 
-    silence_libraries()
     run = RunDir(directory)
     result = run.result()
     settings = [config.parse_override(override) for override in overrides or []]
@@ -232,10 +253,10 @@ def evaluate(
     unchanged = not settings
     if suites:
         settings.append((["eval", "suites"], list(suites)))
-    raw = _evaluation_settings(config.read(run.config), settings)
-    with config.blaming(str(run.config), settings):
-        experiment = with_defaults(config.validate(raw))
-    with ProgressBars() as progress:
+    with showing(verbose) as progress:
+        raw = _evaluation_settings(config.read(run.config), settings, progress)
+        with config.blaming(str(run.config), settings):
+            experiment = with_defaults(config.validate(raw))
         metrics, findings = reevaluate(run, experiment, progress, trusted=trust_config)
     if findings and unchanged:
         run.finish(result | {"suites": (result.get("suites") or {}) | findings})
@@ -247,7 +268,7 @@ def evaluate(
         print_suites(findings)
 
 
-def _evaluation_settings(raw: dict[str, Any], settings: list[Setting]) -> dict[str, Any]:
+def _evaluation_settings(raw: dict[str, Any], settings: list[Setting], progress: ProgressCallback) -> dict[str, Any]:
     """The run's experiment with the settings applied. Raises RunError for one that only matters to training."""
     from fedmllm import config
     from fedmllm.experiment.parts import options_of
@@ -259,8 +280,8 @@ def _evaluation_settings(raw: dict[str, Any], settings: list[Setting]) -> dict[s
         if path == ["task", "name"] and value != raw["task"]["name"]:
             for key in sorted(raw["task"].keys() & {"companion", "train_samples", "test_samples"}):
                 del raw["task"][key]
-                say(f"note: task.{key} belonged to the run's own task and was dropped")
+                progress("note", 0, 0, f"task.{key} belonged to the run's own task and was dropped")
     raw, notes = config.apply_settings(raw, settings, options_of)
     for note in notes:
-        say(f"note: {note}")
+        progress("note", 0, 0, note)
     return raw

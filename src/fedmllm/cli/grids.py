@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmllm.cli.common import Set, silence_libraries
+from fedmllm.cli.common import Set, Verbose, showing
+from fedmllm.cli.completion import run_folders
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError
+from fedmllm.progress import DETAIL
 from fedmllm.storage import archive
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.atomic import check_folder
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False)],
+    directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", show_default=False, autocompletion=run_folders)],
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="NAME", help="Test against this cell of the grid, or this RUN_DIR.")
     ] = None,
@@ -91,7 +93,7 @@ def _compare_runs(directories: list[Path], names: list[Path], baseline: str | No
     differences = runs_against(runs, Path(baseline)) if baseline else {}
     if not as_json:
         with reading(" or ".join(map(str, runs))):
-            table = comparison(results)
+            table = comparison(results, runs)
         print_table(table)
         if baseline:
             print_table(runs_table(differences, Path(baseline)))
@@ -104,7 +106,10 @@ def report(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Sweeps' folders or archives; for a page in HTML, also runs.", show_default=False
+            metavar="DIR...",
+            help="Sweeps' folders or archives; for a page in HTML, also runs.",
+            show_default=False,
+            autocompletion=run_folders,
         ),
     ],
     out: Annotated[
@@ -117,6 +122,7 @@ def report(
     samples: Annotated[
         bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
     ] = False,
+    verbose: Verbose = None,
 ) -> None:
     """Write runs and sweeps up as a page: tables, pictures, significance, cost, and what did not work."""
     from fedmllm.storage.atomic import write_atomically
@@ -126,7 +132,8 @@ def report(
         raise RunError(f"--out {out}: the page is Markdown or HTML; give a name that ends in .md or .html.")
     if samples and out.suffix == ".md":
         raise ConfigError("--samples is for a page in HTML; give --out a name that ends in .html.")
-    with archive.opened(directories) as folders:
+    with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
+        progress("writing the page", 0, 0, "")
         contents, pictures = _page(folders, out, baseline, samples)
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
@@ -176,30 +183,32 @@ def sweep(
     effect: Annotated[float, typer.Option("--effect", metavar="POINTS", help="With --pilot: the difference to find.")] = 1.0,
     power: Annotated[float, typer.Option("--power", help="With --pilot: the probability of finding it.")] = 0.8,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Run a grid of experiments, skipping complete runs and resuming interrupted ones."""
     from fedmllm.cli.remote import sweep_over_ray
     from fedmllm.experiment.sweep import Sweeper, plan_sweep
     from fedmllm.report.grid_tables import cells_table
 
-    silence_libraries()
     # So that SIGTERM to this process alone ends the runs as well, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    plan, runs = plan_sweep(file, overrides or [])
-    folder = out or Path("runs") / plan.name
-    check_folder(folder)
-    sweeper = Sweeper(plan, runs, folder, lambda done, total, text: say(f"{done}/{total}  {text}"))
-    if address and fleet != SweepFleet.ray:
-        raise ConfigError("--address needs --fleet ray.")
+    with showing(verbose) as progress:
+        plan, runs = plan_sweep(file, overrides or [])
+        folder = out or Path("runs") / plan.name
+        check_folder(folder)
+        sweeper = Sweeper(plan, runs, folder, progress)
+        if address and fleet != SweepFleet.ray:
+            raise ConfigError("--address needs --fleet ray.")
+        progress(DETAIL, 0, 0, f"{len(runs)} cells, whose runs are in {folder}")
+        if dry_run or pilot is not None:
+            rows = sweeper.rows()
+        elif fleet == SweepFleet.ray:
+            rows = sweep_over_ray(sweeper, jobs, address)
+        else:
+            rows = sweeper.run(jobs or 1)
     if pilot is not None:
         _plan_replicates(runs, pilot, baseline, effect / 100, power, as_json)
         return
-    if dry_run:
-        rows = sweeper.rows()
-    elif fleet == SweepFleet.ray:
-        rows = sweep_over_ray(sweeper, jobs, address)
-    else:
-        rows = sweeper.run(jobs or 1)
     failed = {row["id"]: row["error"] for row in rows if row["state"] == "failed"}
     for run, error in failed.items():
         say(f"failed: {folder / run}: {error}")
@@ -237,10 +246,13 @@ def pack(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A folder that a sweep wrote.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="FILE.tar.xz", help="The archive.")],
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Pack a sweep's complete runs, without adapters and checkpoints, into one small file for report and compare."""
     check_folder(to.parent)
-    runs, size = archive.pack(directory, to)
+    with showing(verbose, models=False) as progress:
+        progress("packing", 0, 0, "")
+        runs, size = archive.pack(directory, to)
     with standing(f"the archive is in {to}"):
         if as_json:
             print_json({"file": str(to), "runs": runs, "bytes": size})

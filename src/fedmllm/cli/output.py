@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedmllm.errors import printable
 from fedmllm.storage.strict_json import strict
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -75,20 +78,25 @@ def print_json(value: Any) -> None:
     _write(json.dumps(strict(value), indent=2, allow_nan=False))  # JSON escapes control characters itself
 
 
-def print_table(table: Any) -> None:
-    """Print a table of rich. Its strings are data: nothing in them is markup, and they are escaped as by `show`."""
+def print_table(table: Table) -> None:
+    """Print a table of rich, in parts if it is wide. Its strings are data: nothing in them is markup, and they are escaped as
+    by `show`."""
     from rich.console import Console
     from rich.text import Text
+
+    from fedmllm.cli.tables import parts_that_fit
 
     class PlainConsole(Console):
         def render_str(self, text: str, **options: Any) -> Text:  # every string of a table passes here
             return super().render_str(printable(text), **options)
 
-    # Rich cuts tables to 80 columns if stdout is not a terminal; a file can hold more.
-    width = None if sys.stdout and sys.stdout.isatty() else 140
+    # Rich takes 80 columns if stdout is not a terminal; a file can hold more.
+    width = None if "COLUMNS" in os.environ or (sys.stdout and sys.stdout.isatty()) else 140
     console = PlainConsole(width=width, markup=False, emoji=False)
     with console.capture() as printed:
-        console.print(table)
+        for part in (table.title, *parts_that_fit(table, console), table.caption):
+            if part:
+                console.print(part, style="italic" if isinstance(part, str) else None, highlight=False)
     _write(printed.get().removesuffix("\n"))
 
 
@@ -111,7 +119,7 @@ def print_result(result: dict[str, Any], path: Path, as_json: bool) -> None:
         if as_json:
             print_json(result)
             return
-        print_table(comparison([result]))
+        print_table(comparison([result], [path]))
         print_table(metrics_table(result["metrics"], "by modality pattern"))
         print_suites(result.get("suites") or {})
         show(f"run directory: {path}")

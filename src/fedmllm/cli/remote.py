@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedmllm.api import need
-from fedmllm.cli.common import Out, Resume, Set
+from fedmllm.cli.common import Out, Resume, Set, Verbose
 from fedmllm.cli.output import Json, print_json, print_result, say, show, standing
 from fedmllm.errors import ConfigError
 from fedmllm.storage.atomic import check_folder
@@ -80,6 +80,7 @@ def server(
     out: Out = None,
     resume: Resume = False,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Run an experiment over the sites of a federation."""
     need("flwr", "flower")
@@ -91,5 +92,6 @@ def server(
     federation = FederationFile(file, overrides or [])
     config = build(federation.experiment).config
     run = choose_directory(config, "federated", out, resume)
-    result = run.result() if run.complete else Server(federation, run.path, run.exists, say).run()
+    report = (lambda line: None) if verbose is False else say
+    result = run.result() if run.complete else Server(federation, run.path, run.exists, report).run()
     print_result(result, run.path, as_json)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedmllm.cli.common import Verbose, showing
 from fedmllm.cli.output import Json, print_json, print_table, show
 
 
@@ -34,15 +35,14 @@ def new(
         show(line)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, verbose: Verbose = None) -> None:
     """Say what is installed, what this machine has, and whether a small training run works here; about ten seconds."""
     from rich.table import Table
 
-    from fedmllm.cli.common import silence_libraries
     from fedmllm.cli.doctor import examine
 
-    silence_libraries()
-    report = examine()
+    with showing(verbose) as progress:
+        report = examine(progress)
     if as_json:
         print_json(report)
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmllm.cli.common import TrustConfig, silence_libraries
+from fedmllm.cli.common import Run, TrustConfig, Verbose, showing
 from fedmllm.cli.output import Json, print_json, print_table, say, show, standing
 from fedmllm.errors import ConfigError, RunError, UserError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fedmllm.data.samples import Sample
     from fedmllm.runs.trained import Reply, TrainedModel
 
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
 Client = Annotated[int | None, typer.Option("--client", metavar="K", help="Whose adapter, if every client has its own.")]
 
 
@@ -36,6 +35,7 @@ def predict(
     client: Client = None,
     trust_config: TrustConfig = False,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Ask a finished run's model: one question, those of a file, or, without either, one after another at the terminal."""
     from fedmllm.data.questions import question as one_question
@@ -49,22 +49,22 @@ def predict(
         raise ConfigError(f"{given[0]} and --data exclude each other; write the question into the file, or leave --data out.")
     if not given and data is None and (as_json or not sys.stdin.isatty()):
         raise ConfigError("there is nothing to ask; give --image, --text or --question, or a file of questions with --data.")
-    silence_libraries()
-    model = TrainedModel(RunDir(directory), client, trusted=trust_config)
-    if not given and data is None:
+    known: frozenset[str] = frozenset()
+    with showing(verbose) as progress:
+        model = TrainedModel(RunDir(directory), client, trusted=trust_config, progress=progress)
+        if data is not None:
+            samples, known = read_questions(data, model.usual)
+        elif given:
+            samples = [one_question(model.usual, tuple(images or ()), text, question, _split(choices))]
+        replies = _replies(model, samples, baseline) if data is not None or given else []
+    if not replies and data is None:
         _converse(model, baseline)
         return
-    known: frozenset[str] = frozenset()
-    if data is not None:
-        samples, known = read_questions(data, model.usual)
-    else:
-        samples = [one_question(model.usual, tuple(images or ()), text, question, _split(choices))]
-    replies = _replies(model, samples, baseline)
     if as_json:
         rows = [_row(sample, both, sample.id in known) for sample, both in zip(samples, replies, strict=True)]
         print_json({"run": str(directory), "predictions": rows})
     elif data is None:
-        _show(samples[0], replies[0])
+        _show(samples[0], replies[0], quiet=verbose is False)
     else:
         _show_all(samples, replies, known)
 
@@ -86,7 +86,7 @@ def _row(sample: Sample, replies: Replies, known: bool) -> dict[str, Any]:
     return row | ({"reference": sample.answer} if known else {}) | answers
 
 
-def _show(sample: Sample, replies: Replies) -> None:
+def _show(sample: Sample, replies: Replies, quiet: bool = False) -> None:
     """The answer to one question, with the probability of every choice."""
     from rich.table import Table
 
@@ -101,7 +101,8 @@ def _show(sample: Sample, replies: Replies) -> None:
         for choice in sample.choices:
             table.add_row(choice, *(f"{100 * reply.probabilities[choice]:.1f}" for reply in replies.values()))
         print_table(table)
-    say(f"shown to the model: {seen}")
+    if not quiet:
+        say(f"shown to the model: {seen}")
 
 
 def _show_all(samples: Sequence[Sample], replies: Sequence[Replies], known: frozenset[str]) -> None:
@@ -161,6 +162,7 @@ def export(
         str | None, typer.Option("--push", metavar="USER/NAME", help="Upload it to the Hugging Face hub, privately.")
     ] = None,
     trust_config: TrustConfig = False,
+    verbose: Verbose = None,
 ) -> None:
     """Write a finished run's model as a folder that loads without fedmllm, with a model card."""
     from fedmllm.models.processors import has_processor
@@ -170,16 +172,19 @@ def export(
     from fedmllm.storage.atomic import write_atomically
     from fedmllm.storage.run_dir import RunDir
 
-    silence_libraries()
-    run = RunDir(directory)
-    result, config = run.result(), config_of(run, trusted=trust_config)
-    adapter = adapter_folder(run, client, result)
-    if adapter is None:
-        raise RunError(f"{directory} has no adapter to export: its kind is {result['kind']!r}.")
-    if push is not None and not merged and not exports.on_hub(config.model.name):
-        raise ConfigError(f"--push: the base model {config.model.name!r} is not on the Hub, so push the whole: add --merged.")
-    (exports.export_merged if merged else exports.export_adapter)(adapter, config, to)
-    base = config.model.name
+    with showing(verbose) as progress:
+        run = RunDir(directory)
+        result, config = run.result(), config_of(run, trusted=trust_config)
+        adapter = adapter_folder(run, client, result)
+        if adapter is None:
+            raise RunError(f"{directory} has no adapter to export: its kind is {result['kind']!r}.")
+        if push is not None and not merged and not exports.on_hub(config.model.name):
+            raise ConfigError(
+                f"--push: the base model {config.model.name!r} is not on the Hub, so push the whole: add --merged."
+            )
+        progress("writing the model", 0, 0, str(to))
+        (exports.export_merged if merged else exports.export_adapter)(adapter, config, to)
+        base = config.model.name
     tuned = config.model.adapter.kind == "prompt-tuning"
     local = str(to / exports.BASE) if base == "pocket" else base
     snippet = loading(str(to), str(to) if has_processor(to) else local, merged, tuned, local)

@@ -75,7 +75,8 @@ class TestSet:
         # A sample without text looks the same under "both" and "image", so both patterns share one question.
         encoded: dict[tuple[str, frozenset[Modality]], Encoded] = {}
         refused: dict[str, Problem] = {}
-        for _, sample, visible in shown:
+        for number, (_, sample, visible) in enumerate(shown, start=1):
+            model.progress("encoding questions", number, len(shown), "")
             if sample.id not in refused and (sample.id, visible) not in encoded:
                 talk = render(sample, visible, strategy)
                 try:
@@ -113,12 +114,12 @@ class TestSet:
     def answers(self, settings: EvalTable) -> list[Answer]:
         """The current adapter's answer to each distinct question: under one pattern, in the order of the samples. Raises
         RunError if the model computes NaN."""
-        answered = self._answer(settings, 1)[0]
+        answered = self._answer(settings, 1, 0, 1)[0]
         return [answered[index] for index in range(self.size)]
 
     def predict(self, settings: EvalTable) -> list[Prediction]:
         """The predictions of the current adapter, grouped by pattern. Raises RunError if the model computes NaN."""
-        return self._predictions(self._answer(settings, 1)[0], settings.match)
+        return self._predictions(self._answer(settings, 1, 0, 1)[0], settings.match)
 
     def predict_each(self, settings: EvalTable, adapters: Sequence[Tensors]) -> Iterator[list[Prediction]]:
         """The predictions of each adapter.
@@ -132,10 +133,10 @@ class TestSet:
             if len(group) == 1:
                 self._model.adapter.set(group[0])
                 if not self._model.fused:
-                    yield self.predict(settings)
+                    yield self._predictions(self._answer(settings, 1, start, len(adapters))[0], settings.match)
                     continue
             with self._model.stacked(group):
-                answers = self._answer(settings, len(group))
+                answers = self._answer(settings, len(group), start, len(adapters))
             yield from (self._predictions(answered, settings.match) for answered in answers)
 
     def _predictions(self, answers: AnsweredQuestions, match: Match) -> list[Prediction]:
@@ -145,17 +146,27 @@ class TestSet:
             for index in indices
         ]
 
-    def _answer(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
-        """The answers of each stacked adapter, or of the current adapter if `adapters` is 1."""
+    def _answer(self, settings: EvalTable, adapters: int, before: int, total: int) -> list[AnsweredQuestions]:
+        """The answers of each stacked adapter, or of the current adapter if `adapters` is 1. `before` of `total` adapters have
+        answered already."""
+        answered = 0
+
+        def tell(questions: int) -> None:
+            nonlocal answered
+            answered += questions * adapters
+            whose = f"model {before + 1} of {total}" if total > 1 else ""
+            self._model.progress("testing", before * self.size + answered, total * self.size, whose)
+
+        tell(0)
         try:
-            return self._computed(settings, adapters)
+            return self._computed(settings, adapters, tell)
         except FloatingPointError as error:
             raise RunError(
                 f"the test questions cannot be answered, because {error}: if the adapter was trained, it diverged, so "
                 f'lower train.lr, which was {self._lr:g}; if it was not, set model.precision = "fp32".'
             ) from None
 
-    def _computed(self, settings: EvalTable, adapters: int) -> list[AnsweredQuestions]:
+    def _computed(self, settings: EvalTable, adapters: int, tell: Callable[[int], None]) -> list[AnsweredQuestions]:
         by_length = sorted(range(len(self._questions)), key=lambda i: len(self._questions[i].encoded.prompt))
         closed = [i for i in by_length if self._questions[i].encoded.options]
         open_ended = [i for i in by_length if not self._questions[i].encoded.options]
@@ -168,10 +179,12 @@ class TestSet:
             for i, scores in zip(batch, self._in_parts(batch, adapters, self._scores), strict=True):
                 for answered, of_options in zip(answers, scores, strict=True):
                     answered[i] = self._choose(i, of_options)
+            tell(len(batch))
         for batch in _chunks(open_ended, settings.batch_size):
             for i, texts in zip(batch, self._in_parts(batch, adapters, generate), strict=True):
                 for answered, text in zip(answers, texts, strict=True):
                     answered[i] = Answer(text)
+            tell(len(batch))
         return answers
 
     def _in_parts(

@@ -9,7 +9,7 @@ that mean the same run (zero-shot under any algorithm) share it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -38,6 +38,7 @@ from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
 from fedmllm.experiment.sweep_checks import check_file, check_runs
 from fedmllm.kinds import RunKind
+from fedmllm.progress import ProgressCallback
 from fedmllm.registry import explain
 from fedmllm.rng import seed_for
 from fedmllm.storage.archive import INDEX
@@ -213,13 +214,12 @@ class Launcher(Protocol):
 
 
 class Sweeper:
-    """Executes the missing runs of a grid. `progress(done, total, text)` is called after every run."""
+    """Executes the missing runs of a grid; `progress` is called before and after every run."""
 
-    def __init__(
-        self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, progress: Callable[[int, int, str], None]
-    ) -> None:
+    def __init__(self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, progress: ProgressCallback) -> None:
         self._sweep, self._planned, self._out, self._progress = sweep, planned, out, progress
         self._errors: dict[str, str] = {}
+        self._running: list[str] = []
 
     def state(self, planned: PlannedRun) -> str:
         """ "complete", "failed", "cut short" or "new"."""
@@ -243,13 +243,14 @@ class Sweeper:
             remove_leftovers(self._out)
             todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
             self._write_index()
+            self._progress("runs", 0, len(todo), "")
             with ThreadPoolExecutor(max_workers=jobs) as pool:
                 futures = {pool.submit(self._execute, p, launcher): p for p in todo}
                 try:
                     for done, future in enumerate(as_completed(futures), start=1):
                         future.result()
                         planned = futures[future]
-                        self._progress(done, len(todo), f"{planned}: {self._errors.get(planned.id, 'done')}")
+                        self._progress("runs", done, len(todo), f"{planned}: {self._errors.get(planned.id, 'done')}")
                         self._write_index()
                 except BaseException:
                     launcher.stop()
@@ -264,7 +265,10 @@ class Sweeper:
     def _execute(self, planned: PlannedRun, launcher: Launcher) -> None:
         file, out = self._out / f"{planned.id}.toml", self._out / planned.id
         write_atomically(file, planned.experiment.toml(track=True).encode())
+        self._running.append(str(planned))
+        self._progress("running", 0, 0, " | ".join(self._running))
         command = ["run"] if planned.kind == "federated" else ["baseline", planned.kind]
         status, message = launcher.run([*command, str(file), "--out", str(out), "--resume", "--json"], file)
+        self._running.remove(str(planned))
         if status:
             self._errors[planned.id] = f"exit status {status}: {message}"

@@ -38,12 +38,12 @@ class InProcessFleet:
         self._took_part[info.round] = sorted(messages)
         # Clients with similar numbers of steps train together, so that few of them idle while others finish.
         ordered = sorted(messages, key=lambda client: (-self._amount(client, info), client))
-        size = self._context.cohort
-        return [
-            update
-            for start in range(0, len(ordered), size)
-            for update in self._train_cohort(ordered[start : start + size], info, messages)
-        ]
+        size, updates = self._context.cohort, list[Update]()
+        for start in range(0, len(ordered), size):
+            self._context.model.progress("clients", start, len(ordered), f"of round {info.round + 1}")
+            updates += self._train_cohort(ordered[start : start + size], info, messages)
+        self._context.model.progress("clients", len(ordered), len(ordered), "")
+        return updates
 
     def _amount(self, client: int, info: RoundInfo) -> int:
         """How many samples the client trains on."""
@@ -102,7 +102,7 @@ class InProcessFleet:
 
         seed = seed_for(info.seed, "dropout", client, info.round)
         per_pass = len(steps) // table.epochs
-        work = Work(steps[: info.steps.get(client)], received["adapter"], rule, seed, steps_per_pass=per_pass)
+        work = Work(steps[: info.steps.get(client)], received["adapter"], rule, seed, steps_per_pass=per_pass, client=client)
         own = context.algorithm.own(received, memory, info)
         return (fold_of(message), 0.0, work), _own_job(own, work, message) if own else None, finish
 

@@ -31,6 +31,7 @@ from fedmllm.models.pictures import Pictures
 from fedmllm.models.stack import Stack
 from fedmllm.models.tokens import Tokens
 from fedmllm.models.virtual import VirtualTokens
+from fedmllm.progress import ProgressCallback, no_progress
 from fedmllm.tensors import Tensors
 
 
@@ -58,6 +59,8 @@ class MLLM:
         trains_text_only = layers.keys() <= self.info.layer.keys() | {VIRTUAL}
         self.caches = settings.cache_features and backbone.takes_features and trains_text_only
         self.limits = Limits()
+        self.progress: ProgressCallback = no_progress
+        """Called at every step of training and at every batch of questions and pictures."""
         self.pictures = Pictures(backbone, self.caches, self.limits)
         merges = backbone.family.first_position == 0 and hasattr(backbone.model.config, "image_token_id")
         self.fused = self.caches and merges and fused_llama.supports(backbone.model.get_decoder(), self.adapter)
@@ -160,7 +163,7 @@ class MLLM:
 
     def prepare_features(self) -> int:
         """Compute the vision features of every picture known so far, unless a cache file has them; how many were computed."""
-        return self.pictures.prepare()
+        return self.pictures.prepare(self.progress)
 
     # Batches
 

@@ -23,6 +23,7 @@ from fedmllm.models import features
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.halving import Limits
 from fedmllm.models.live_bytes import LiveBytes
+from fedmllm.progress import ProgressCallback, no_progress
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "image_position_ids")
 """Model inputs that cached features replace."""
@@ -82,7 +83,7 @@ class Pictures:
             self._sizes[picture] = upright_size(self._images[picture][0])
         return self._sizes[picture]
 
-    def prepare(self) -> int:
+    def prepare(self, progress: ProgressCallback = no_progress) -> int:
         """Compute the features of every picture numbered so far, unless an earlier experiment did; how many were computed."""
         if not self._caches or not self._images:
             return 0
@@ -92,7 +93,7 @@ class Pictures:
         path = features.cache_folder() / "features" / f"{name}.bin"
         pictures = [self._numbers[key] for key in ordered]
         cached = features.open_features(path)
-        self._features = cached or features.write_features(path, self._encode(pictures))
+        self._features = cached or features.write_features(path, _counted(self._encode(pictures), len(pictures), progress))
         self._index = {picture: index for index, picture in enumerate(pictures)}
         return 0 if cached else len(pictures)
 
@@ -188,6 +189,12 @@ class Pictures:
         self._uncached |= zip(newer, self._encode(newer), strict=True)  # their numbers are newer than the file
         file = self._features
         return [file.record(self._index[p]) if file and p in self._index else self._uncached[p] for p in pictures]
+
+
+def _counted(records: Iterator[Tensor], count: int, progress: ProgressCallback) -> Iterator[Tensor]:
+    for number, record in enumerate(records, start=1):
+        progress("encoding pictures", number, count, "")
+        yield record
 
 
 def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:

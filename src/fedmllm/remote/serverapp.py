@@ -28,13 +28,14 @@ from fedmllm.errors import ConfigError, RunError, UserError
 from fedmllm.experiment.parts import Parts, build, options_of, with_defaults
 from fedmllm.federation import Fleet
 from fedmllm.fleets.base import FleetBackend, FleetContext
+from fedmllm.progress import ProgressCallback, RunLog
 from fedmllm.remote.fleet import RemoteFleet
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, counts_of
 from fedmllm.remote.site import structure
 from fedmllm.remote.transport import FlowerTransport
 from fedmllm.runs.directory import choose_directory
 from fedmllm.runs.kinds import execute
-from fedmllm.runs.progress import ProgressBars, ProgressCallback
+from fedmllm.runs.progress import ProgressBars
 from fedmllm.runs.session import Session
 from fedmllm.storage.atomic import write_atomically
 from fedmllm.storage.lock import locked
@@ -111,7 +112,7 @@ def run(grid: Grid, settings: Mapping[str, Any], progress: ProgressCallback) -> 
         raise ConfigError(
             "fleet.evaluate requires sites with data of their own (fleet.sites) and the same rank for all; set it to false."
         )
-    out = Path(str(settings["out"])) if settings["out"] else None
+    progress, out = RunLog.of(progress), Path(str(settings["out"])) if settings["out"] else None
     directory = choose_directory(config, "federated", out, bool(settings["resume"]))
     if directory.complete:
         return directory.result()

@@ -16,6 +16,7 @@ from fedmllm.report.grids import Grid, GridRow
 from fedmllm.report.protocol import Comparison, common_term, compare, holm, summary
 from fedmllm.report.scores import UNKNOWN
 from fedmllm.report.sentences import best_set, conclusion, points, remarks
+from fedmllm.report.tables import short_names
 from fedmllm.report.units import Rows, UnitReader, read_unit
 from fedmllm.storage.run_dir import RunDir
 
@@ -247,6 +248,6 @@ def runs_table(differences: Mapping[Path, float], baseline: Path) -> Table:
     table = Table(title=f"points above {baseline}; one run each, so without an interval", title_justify="left")
     table.add_column("run")
     table.add_column("difference", justify="right")
-    for directory, difference in differences.items():
-        table.add_row(str(directory), points(difference))
+    for name, difference in zip(short_names(list(differences)), differences.values(), strict=True):
+        table.add_row(name, points(difference))
     return table

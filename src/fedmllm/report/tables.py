@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -31,19 +32,24 @@ def _simulated(result: Mapping[str, Any]) -> float | None:
     return result.get("simulated_seconds")
 
 
-def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per run: the task's metric under each pattern with its 95 % interval, and the cost of the run."""
+def comparison(results: Sequence[Mapping[str, Any]], folders: Sequence[Path] = ()) -> Table:
+    """One row per run: the task's metric under each pattern with its 95 % interval, and the cost of the run. With their
+    `folders`, runs are named by these, seed and method, otherwise by the experiment and the method."""
     patterns = list(dict.fromkeys(pattern for result in results for pattern in result["metrics"]))
     metric = " / ".join(dict.fromkeys(result["primary_metric"] for result in results))
     table = Table(title=f"{metric}, % [95 % interval]", title_justify="left")
     table.add_column("run")
+    for heading in ("seed", "method") if folders else ():
+        table.add_column(heading, justify="right")
     for pattern in patterns:
         table.add_column(pattern, justify="right")
     timed = any(_simulated(result) is not None for result in results)
     for heading in ("rounds", *(["simulated s"] if timed else []), "MB up", "MB down", "seconds"):
         table.add_column(heading, justify="right")
-    for result in results:
+    names = short_names(folders)
+    for number, result in enumerate(results):
         kind = result["kind"] if result["kind"] != "federated" else method(result)
+        named = [names[number], str(result["seed"]), kind] if folders else [f"{result['name']} · {kind}"]
         scores = [
             percent(result["metrics"][pattern], result["primary_metric"]) if pattern in result["metrics"] else NO_SAMPLES
             for pattern in patterns
@@ -51,8 +57,14 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
         seconds = _simulated(result)
         clock = [] if not timed else [UNKNOWN if seconds is None else f"{seconds:.0f}"]
         cost = [_rounds(result), *clock, _megabytes(result["bytes_up"]), _megabytes(result["bytes_down"])]
-        table.add_row(f"{result['name']} · {kind}", *scores, *cost, f"{result['seconds']['total']:.0f}")
+        table.add_row(*named, *scores, *cost, f"{result['seconds']['total']:.0f}")
     return table
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The names of the folders, or their paths if some have the same name."""
+    names = [folder.absolute().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 _WRAPPERS = ("regularization", "compression", "secure", "robust", "privacy", "attack", "asynchronous")

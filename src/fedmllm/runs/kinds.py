@@ -21,6 +21,7 @@ from fedmllm.federation import FederationPlan, each_alone
 from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
+from fedmllm.progress import DETAIL
 from fedmllm.runs.hints import of_result
 from fedmllm.runs.result import Outcome, result_of
 from fedmllm.runs.rounds import (
@@ -48,12 +49,14 @@ def execute(kind: RunKind, session: Session, directory: RunDir, backend: FleetBa
     run = prepare_run(kind, session, directory, backend)
     with directory.claimed():
         begin(run)
-        with run.tracking.following(directory):
-            result = result_of(run, KINDS[kind](run))
-            directory.finish(result)
-            run.tracking.end(result)
-    for hint in of_result(result):
-        session.progress("note", 0, 0, hint)
+        with session.progress.kept_in(directory.log):
+            with run.tracking.following(directory):
+                result = result_of(run, KINDS[kind](run))
+                directory.finish(result)
+                run.tracking.end(result)
+            for hint in of_result(result):
+                session.progress("note", 0, 0, hint)
+            session.progress(DETAIL, 0, 0, f"complete after {result['seconds']['total']} s")
     return result
 
 

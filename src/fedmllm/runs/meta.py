@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import secrets
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedmllm.runs.machine import hardware, versions
 from fedmllm.runs.session import Session
-
-LIBRARIES = ("fedmllm", "torch", "transformers", "peft", "numpy")
-
-
-@cache
-def _versions() -> dict[str, str]:
-    """The versions that this process has loaded, looked up once because reading them takes as long as a round of a tiny run."""
-    return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 @cache
@@ -39,20 +30,14 @@ def _commit() -> str | None:
 
 def describe(session: Session, kind: str) -> dict[str, Any]:
     """`meta.json`: versions, commit and machine behind the run."""
-    backbone = session.model.backbone
     return {
         "kind": kind,
         "run_id": secrets.token_hex(8),
         "config_digest": session.config.digest(),
         "manifest_digest": session.dataset.manifest.digest(),
-        "versions": _versions(),
+        "versions": versions(),
         "git_commit": _commit(),
-        "hardware": {
-            "platform": platform.platform(),
-            "device": str(backbone.device),
-            "threads": torch.get_num_threads(),
-            "precision": str(backbone.dtype).removeprefix("torch."),
-        },
+        "hardware": hardware(session.model),
         "caches_features": session.model.caches,
     }
 

@@ -16,7 +16,7 @@ from fedmllm.evaluation.predictions import Prediction
 from fedmllm.evaluation.summary import summarise
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import build, with_defaults
-from fedmllm.runs.progress import ProgressCallback, no_progress
+from fedmllm.progress import ProgressCallback, no_progress
 from fedmllm.runs.session import Session
 from fedmllm.runs.suites import Use, examine
 from fedmllm.runs.trained import adapters_of, check_model
@@ -43,6 +43,7 @@ def reevaluate(
         single = {"partition": PartitionTable(name="iid", clients=1), "scenario": ScenarioTable(name="aligned")}
         config = config.model_copy(update=single)
     parts = build(config)
+    progress("preparing data", 0, 0, "")
     dataset = parts.prepare()
     if same_data and run.manifest.is_file() and not _same(manifests.read(run.manifest), dataset.manifest, raw, trained):
         raise RunError(f"{run.path}: the data changed since this run; its adapter cannot be compared on it.")

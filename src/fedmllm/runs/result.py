@@ -41,6 +41,7 @@ def result_of(run: Run, outcome: Outcome) -> dict[str, Any]:
     session, evaluator, records = run.session, run.evaluator, outcome.records
     config, task, manifest = session.config, session.dataset.task, session.dataset.manifest
     models = evaluator.judge(outcome.models)
+    session.progress("computing the metrics", 0, 0, "")
     companion = f"+{config.task.companion.name}" if config.task.companion else ""
     metrics = evaluator.summarise(models, judged=config.judge.name != "none")
     scores = client_scores(manifest, metrics, outcome.rows, evaluator.metric)

@@ -15,6 +15,7 @@ from fedmllm.fleets.base import FleetBackend, FleetContext
 from fedmllm.fleets.inprocess import IN_PROCESS
 from fedmllm.kinds import RunKind
 from fedmllm.privacy.user_level import NoisyMean
+from fedmllm.progress import DETAIL
 from fedmllm.runs.client_data import ClientData
 from fedmllm.runs.directory import another_run
 from fedmllm.runs.evaluator import Evaluator
@@ -151,6 +152,7 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
             session.prepare(session.attacked, attackers)
         most = session.config.train.clients_per_round if plan is not None else len(clients)
         samples = (sample for client in clients for sample in session.clients[client])
+        session.progress("choosing how many clients train in one pass", 0, 0, "")
         run.cohort = cohort_size(session.model, samples, session.config.largest_batches(clients), most)
     run.prepare_seconds = time.monotonic() - began
     return run
@@ -159,6 +161,9 @@ def prepare_run(kind: RunKind, session: Session, directory: RunDir, backend: Fle
 def begin(run: Run) -> None:
     """Write what is known beforehand. Raises RunError if the directory holds another experiment's run."""
     show_notes(run)
+    run.session.progress(DETAIL, 0, 0, f"the files of the run are in {run.directory.path}")
+    if run.kind != "zero-shot" and run.backend.local:
+        run.session.progress(DETAIL, 0, 0, f"up to {run.cohort} clients train in one pass")
     directory, config, manifest = run.directory, run.session.config, run.session.dataset.manifest
     if directory.exists:
         meta = directory.meta()
@@ -205,7 +210,7 @@ def open_fleet(run: Run, algorithm: Algorithm, clients: ClientData) -> Fleet:
 
     transport = LocalTransport(secure, algorithm, fleet, run_id) if backend.local else fleet
     assert isinstance(transport, SecureTransport), "FleetBackend.secure promises it"
-    return SecureFleet(secure, algorithm, fleet, transport, run_id)
+    return SecureFleet(secure, algorithm, fleet, transport, run_id, session.progress)
 
 
 def _last_rounds(directory: RunDir) -> dict[int, int]:
@@ -228,10 +233,9 @@ def train_rounds(
     done, saved = checkpoint or (0, {"adapter": session.initial})
     scores = scores_of(directory.rounds()[:done], evaluator.score)
     keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
-    if checkpoint:
-        session.progress(stage, done, plan.rounds, "resumed")
-        for earlier in directory.rounds()[:done]:
-            run.tracking.round(earlier)
+    session.progress(stage, done, plan.rounds, "resumed" if checkpoint else "")
+    for earlier in directory.rounds()[:done]:  # none without a checkpoint
+        run.tracking.round(earlier)
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
     rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:

@@ -29,10 +29,11 @@ from fedmllm.experiment.parts import Parts
 from fedmllm.models.checkpointing import check_layers
 from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
+from fedmllm.progress import DETAIL, ProgressCallback, RunLog, no_progress
 from fedmllm.rng import stream
 from fedmllm.runs.client_data import ClientData
+from fedmllm.runs.machine import details
 from fedmllm.runs.memory import check_enough, longest, memory_of, who_lacks
-from fedmllm.runs.progress import ProgressCallback, no_progress
 from fedmllm.secure.fixed import FixedPoint, size
 from fedmllm.tensors import nbytes
 from fedmllm.training.capacity import pass_bytes, training_bytes
@@ -48,12 +49,15 @@ class Session:
     def __init__(self, parts: Parts, dataset: Dataset, progress: ProgressCallback = no_progress) -> None:
         """Raises ConfigError if the model cannot be loaded or its adapter does not suit the algorithm."""
         began = time.monotonic()
-        self.parts, self.config, self.dataset, self.progress = parts, parts.config, dataset, progress
+        self.parts, self.config, self.dataset, self.progress = parts, parts.config, dataset, RunLog.of(progress)
         for note in dataset.notes:
-            progress("note", 0, 0, note)
-        progress("loading the model", 0, 0, self.config.model.name)
+            self.progress("note", 0, 0, note)
+        self.progress("loading the model", 0, 0, self.config.model.name)
         self.model = MLLM.load(self.config.model, self.config.seed)
-        self.model.limits.tell = partial(progress, "note", 0, 0)
+        self.model.progress = self.progress
+        self.model.limits.tell = partial(self.progress, "note", 0, 0)
+        for detail in details(self.model):
+            self.progress(DETAIL, 0, 0, detail)
         if self.config.train.checkpointing:
             check_layers(self.model.model, self.config.model.name)
         self.initial = self.model.adapter.get()
@@ -62,7 +66,7 @@ class Session:
         self._refused: dict[str, Problem] = {}
         self.clients = ClientData(dataset.manifest, self.encode)
         of_rounds = "" if dataset.of_rounds is None else f", {len(dataset.of_rounds)} to score rounds on"
-        progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on{of_rounds}")
+        self.progress("encoding questions", 0, 0, f"{len(dataset.test)} to test on{of_rounds}")
         patterns, train, bad = self.config.eval.patterns, self.config.train, self.config.task.on_bad_sample
         self.test_set = TestSet(self.model, dataset.task, dataset.test, patterns, parts.strategy, train, bad)
         self.round_set = self.test_set
@@ -151,11 +155,13 @@ class Session:
         """What `do` returns for each of the client's samples but the bad ones, for which it raises EntryError."""
         done: list[T] = []
         problems: dict[str, Problem] = {}
-        for sample, visible in shown:
+        for number, (sample, visible) in enumerate(shown):
+            self.progress("encoding samples", number, count, f"client {client}")
             try:
                 done.append(do(sample, visible))
             except EntryError as error:
                 problems[sample.id] = problem_of(sample, self.dataset.task, str(error), error.kind)
+        self.progress("encoding samples", count, count, f"client {client}")
         if problems:
             nothing_left = f"the model can use none of the {count} samples of client {client}"
             refuse_problems(list(problems.values()), len(done), nothing_left, self.config.task.on_bad_sample)
@@ -208,8 +214,10 @@ class Session:
         count = int(manifest.counts()[list(participants), 0].sum())
         if participants:
             self.progress("encoding samples", 0, 0, f"{count}, of {len(participants)} of {manifest.clients} clients")
-        for client in participants:
+        for number, client in enumerate(participants):
+            self.progress("clients", number, len(participants), "")
             clients[client]
+        self.progress("clients", len(participants), len(participants), "")
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
@@ -228,8 +236,7 @@ class Session:
         manifest = self.dataset.manifest
         places, number, every, drawn = self._samples.places(manifest.ids), 0, max(1, len(manifest) // _TOKENISED), list[int]()
         for client in self.clients:
-            if client % max(1, len(self.clients) // 10) == 0:
-                self.progress("checking prompts", client, len(self.clients), "")
+            self.progress("checking prompts", client, len(self.clients), "")
             holdings, first = manifest.of_client(client), int(np.searchsorted(manifest.owner, client))
             samples = self._samples.take(places[first : first + len(holdings)])  # faster than finding them one by one
             shown = ((self._as_bad(s, h), h.visible) for s, h in zip(samples, holdings, strict=True))

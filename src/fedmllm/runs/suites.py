@@ -68,7 +68,8 @@ def _one_model(session: Session, use: Use) -> OneModel:
 
     def questions(samples: Sequence[Sample], pattern: Pattern) -> Iterator[LivePicture]:
         with use():
-            for sample in samples:
+            for number, sample in enumerate(samples, start=1):
+                session.progress("asking", number, len(samples), f"one by one, {pattern}")
                 talk = render(sample, PATTERNS[pattern], session.parts.strategy)
                 with session.model.forgetting_pictures():
                     question = session.model.encode_one(talk, sample.image, _longest(session), asks=True)
@@ -85,6 +86,7 @@ def _asking(session: Session, predict: Predict) -> Ask:
     def ask(samples: Sequence[Sample], patterns: Sequence[Pattern]) -> dict[Pattern, list[Replies]]:
         replies: dict[Pattern, list[Replies]] = {pattern: [] for pattern in patterns}
         for start in range(0, len(samples), size):
+            session.progress("asking", start, len(samples), "")
             with session.model.forgetting_pictures():
                 chunk, strategy = samples[start : start + size], session.parts.strategy
                 models = predict(TestSet(session.model, session.dataset.task, chunk, patterns, strategy, train, "skip"))
@@ -92,6 +94,7 @@ def _asking(session: Session, predict: Predict) -> Ask:
                 of_models += [{} for _ in range(len(models) - len(of_models))]
                 for of_model, predictions in zip(of_models, models, strict=True):
                     of_model |= {p.id: p for p in predictions if p.pattern == pattern}
+        session.progress("asking", len(samples), len(samples), "")
         return replies
 
     return ask

@@ -17,6 +17,8 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import with_defaults
 from fedmllm.models.mllm import MLLM
+from fedmllm.progress import DETAIL, ProgressCallback, no_progress
+from fedmllm.runs.machine import details
 from fedmllm.storage.run_dir import RunDir
 
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
@@ -36,13 +38,19 @@ class Reply:
 class TrainedModel:
     """A run's model with the adapter of one client, or with the one that all clients share."""
 
-    def __init__(self, run: RunDir, client: int | None = None, *, trusted: bool = False) -> None:
+    def __init__(
+        self, run: RunDir, client: int | None = None, *, trusted: bool = False, progress: ProgressCallback = no_progress
+    ) -> None:
         """Raises RunError if the run is not complete, has no such adapter, or, unless it is `trusted`, names a model that is a
         path or brings code; ConfigError if the model cannot be loaded."""
         self.result, self.config = run.result(), config_of(run, trusted=trusted)
         self.folder = adapter_folder(run, client, self.result)
         self._strategy = prompts.build(self.config.prompt.name, self.config.prompt.options)
+        progress("loading the model", 0, 0, self.config.model.name)
         self.model = MLLM.load(self.config.model, self.config.seed)
+        self.model.progress = progress
+        for detail in details(self.model):
+            progress(DETAIL, 0, 0, detail)
         if self.folder is not None:
             self.model.adapter.load(self.folder)
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 from fedmllm.algorithms import Algorithm, RoundInfo, Update, failed
 from fedmllm.algorithms.combining import as_upload
 from fedmllm.federation import Fleet, TooFewUpdates
+from fedmllm.progress import ProgressCallback, no_progress
 from fedmllm.secure.clients import SecureClients
 from fedmllm.secure.fixed import COUNTS, FixedPoint, size
 from fedmllm.secure.secure_round import SecureRound, TooFew
-from fedmllm.secure.settings import Pairwise, Phase
+from fedmllm.secure.settings import PHASES, Pairwise, Phase
 from fedmllm.secure.transport import SecureTransport
 from fedmllm.tensors import State
 
@@ -35,8 +36,16 @@ class SecureFleet:
     """`fleet` handles everything but training: `forget`, `commit` and `personal`. `transport` carries the requests of the
     protocol and may be the same object. `run` is the run's permanent name, which the clients know as well."""
 
-    def __init__(self, settings: Pairwise, algorithm: Algorithm, fleet: Fleet, transport: SecureTransport, run: str) -> None:
-        self._settings, self._algorithm, self._run = settings, algorithm, run
+    def __init__(
+        self,
+        settings: Pairwise,
+        algorithm: Algorithm,
+        fleet: Fleet,
+        transport: SecureTransport,
+        run: str,
+        progress: ProgressCallback = no_progress,
+    ) -> None:
+        self._settings, self._algorithm, self._run, self._progress = settings, algorithm, run, progress
         self.fleet, self._transport = fleet, transport
         self.forget, self.commit, self.personal = fleet.forget, fleet.commit, fleet.personal
 
@@ -50,12 +59,16 @@ class SecureFleet:
         # Uploads have the shapes of what is sent down, so a message determines them as well as the server's state.
         shapes = self._algorithm.uploads(received, info.sampled[0], info)
         fixed = FixedPoint.of(self._settings, len(info.sampled), self._algorithm.averages)
-        secure_round = SecureRound(
-            self._settings, self._run, info, fixed, lambda phase, requests: self._transport.request(phase, info, requests)
-        )
+
+        def request(phase: Phase, requests: Mapping[int, State]) -> Sequence[Update]:
+            self._progress("secure round", PHASES.index(phase), len(PHASES), f"{phase}: {len(requests)} clients")
+            return self._transport.request(phase, info, requests)
+
+        secure_round = SecureRound(self._settings, self._run, info, fixed, request)
         try:
             total, present = secure_round.run(messages, shapes)
             mean, sums = fixed.decode(total, shapes, len(present))
+            self._progress("secure round", len(PHASES), len(PHASES), "")
         except (TooFew, ValueError) as error:
             self.fleet.forget(info.round, sorted(info.sampled))
             raise TooFewUpdates(str(error)) from None

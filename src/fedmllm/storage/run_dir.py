@@ -53,6 +53,7 @@ class RunDir:
         self.adapter = path / "adapter"
         self.adapters = path / "adapters"
         self.checkpoint = path / "checkpoint"
+        self.log = path / "run.log"
         self._result = path / "result.json"
         self._meta = path / "meta.json"
         self._rounds = path / "rounds.jsonl"

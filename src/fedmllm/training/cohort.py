@@ -21,6 +21,7 @@ from fedmllm.models.encoded import Encoded
 from fedmllm.models.mllm import MLLM
 from fedmllm.models.stack import Extent, Stack
 from fedmllm.tensors import Tensors
+from fedmllm.training.meter import Meter
 from fedmllm.training.observing import base_gradient, loss_before, parts_that_fit
 
 Step = Sequence[Sequence[Encoded]]
@@ -30,7 +31,7 @@ Step = Sequence[Sequence[Encoded]]
 @dataclass(frozen=True)
 class Work:
     """One client's training: from the adapter `received`, through `steps`, under `rule`. Only dropout uses `seed`. The model
-    computes with `share` times the adapter."""
+    computes with `share` times the adapter. `client` is for people only."""
 
     steps: Sequence[Step]
     received: Tensors
@@ -39,6 +40,7 @@ class Work:
     steps_per_pass: int | None = None
     """The number of steps that one pass over the samples takes; None if all steps are one pass."""
     share: float = 1.0
+    client: int = 0
 
     @property
     def first_pass(self) -> list[Sequence[Encoded]]:
@@ -137,6 +139,8 @@ class _Cohort:
         # Kept as tensors: reading a number from a GPU would wait for it at every step.
         self._loss = torch.zeros(len(works), device=stack.values.device)
         self._slots = [0] * len(works)
+        longest = max(len(work.steps) for work in works)
+        self._meter = Meter(model.progress, [work.client for work in works], longest, self._loss)
 
     def train(self) -> list[LocalResult]:
         counts = [len(work.steps) for work in self._works]
@@ -155,7 +159,9 @@ class _Cohort:
                     row.grad = self._stack.grads[client] if client < active else None
                 with self._model.using(self._stack, active):
                     for number in range(done, until):
-                        self._step([work.steps[number] for work in self._works[:active]], number)
+                        steps = [work.steps[number] for work in self._works[:active]]
+                        self._step(steps, number)
+                        self._meter.step(number + 1, [batch for step in steps for batch in step])
                 done = until
         return [self._result(client) for client in range(len(self._works))]
 

@@ -26,7 +26,10 @@ def loss_before(model: MLLM, received: Tensors, batches: Sequence[Sequence[Encod
     if not model.adapter.stacks:
         model.model.eval()  # training switches to its own mode and back to this one
     with model.stacked([received]):
-        total = sum(float(model.losses(batch[part]).sum()) for batch in batches for part in parts_that_fit(model, len(batch)))
+        total = 0.0
+        for number, batch in enumerate(batches, start=1):
+            total += sum(float(model.losses(batch[part]).sum()) for part in parts_that_fit(model, len(batch)))
+            model.progress("measuring", number, len(batches), "the loss before training")
     return total / max(sum(map(len, batches)), 1)
 
 
@@ -40,7 +43,8 @@ def base_gradient(model: MLLM, batches: Sequence[Sequence[Encoded]], seed: int) 
         for weight in weights.values():
             weight.requires_grad_(True)
         with model.adapter.disabled():
-            for batch in batches:
+            for number, batch in enumerate(batches, start=1):
+                model.progress("measuring", number, len(batches), "the gradient of the base")
                 grads = torch.autograd.grad(model.loss(batch), list(weights.values()), allow_unused=True)
                 for total, grad in zip(totals.values(), grads, strict=True):
                     total += 0 if grad is None else grad.to("cpu", torch.float32)
