@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,8 @@ _BUFFER = 1 << 20
 """Bytes of text that stay in memory; data sets with more are in a file."""
 _CHUNK = 1 << 12
 """Samples whose columns are converted to Python objects at a time when all are iterated over."""
+
+N = TypeVar("N", bound=np.integer[Any])
 
 _MODALITIES = (NONE, IMAGE, TEXT, BOTH)
 
@@ -216,7 +218,7 @@ def arrow(indices: NDArray[np.int64]) -> pa.Int64Array:
     return pa.Int64Array.from_buffers(pa.int64(), len(indices), [None, pa.py_buffer(np.ascontiguousarray(indices))])
 
 
-def _numbers(column: pa.Array, dtype: type[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+def _numbers(column: pa.Array, dtype: type[N]) -> NDArray[N]:
     """An Arrow column of numbers as wide as this type, none of them null; indices, which it has unsigned, fit either way."""
     whole = np.frombuffer(column.buffers()[1], dtype) if len(column) else np.empty(0, dtype)
     return whole[column.offset : column.offset + len(column)]
