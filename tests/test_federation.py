@@ -20,7 +20,7 @@ from fedmllm.federation import FederationPlan, RoundRecord, TooFewUpdates, each_
 from fedmllm.runs.rounds import smaller_steps
 from fedmllm.storage.state_file import load_state, save_state
 from fedmllm.tensors import State, nbytes
-from helpers import ADAPTER_INFO, COMBINATIONS, FakeFleet, built, lora_adapter, same, update
+from helpers import ADAPTER_INFO, IN_TURN, FakeFleet, built, lora_adapter, same, update
 
 PLAN = FederationPlan(tuple(range(8)), 3, 4, 0.1, "cosine", 1, seed=0, adapter=ADAPTER_INFO)
 ADAPTER = lora_adapter()
@@ -321,7 +321,7 @@ def test_the_remedy_has_the_settings_of_the_servers_step(name: str, options: dic
 # Going on
 
 
-@pytest.mark.parametrize("parts", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("parts", IN_TURN, ids="-".join)
 def test_resuming_is_the_same_as_never_stopping(tmp_path: Path, parts: tuple[str, str, str]) -> None:
     whole = run(FakeFleet(built(*parts)))
     for done in (1, 2, 3):
