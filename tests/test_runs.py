@@ -116,12 +116,21 @@ def die_in_round(after: int, when: str) -> None:
     RunDir.save_round = save_and_die  # type: ignore[method-assign]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Any]:
+    """The result of the experiment that is killed below; filled by the first test that has its file."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("after", "when"), [(0, "written"), (1, "written"), (1, "being written"), (1, "between record and checkpoint")]
 )
-def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int, when: str) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    write_experiment: Write, uninterrupted: dict[str, Any], after: int, when: str
+) -> None:
     file = write_experiment(name="killed")
-    whole = run("run", file, "--out", "whole")
+    whole = uninterrupted or run("run", file, "--out", "whole")
+    uninterrupted.update(whole)
     with forked(Path("stderr"), "run", file, prepare=partial(die_in_round, after, when)) as process:
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
