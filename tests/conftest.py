@@ -173,7 +173,7 @@ SLOWEST = (
     "test_plugin",
     "test_cohort",
     "test_sweep",
-    "test_runs",
+    "test_runs_resumed",
     "test_estimate",
 )
 """The files that take longest: they come first, so that one worker does not work on its last file while the other is idle."""

@@ -43,12 +43,9 @@ def weights_of(model: MLLM) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in frozen}.values())
 
 
-@pytest.mark.parametrize("name", ["pocket", "llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["pocket", "idefics3", "llava", "qwen2_vl"])
 def test_the_estimate_is_within_a_fifth_of_what_a_run_holds(name: str, dataset: Path, tmp_path: Path) -> None:
-    """Two steps of training with AdamW, with and without checkpointing; scoring of options; written answers.
-
-    The pocket model is an Idefics3.
-    """
+    """Two steps of training with AdamW, with and without checkpointing; scoring of options; written answers."""
     if name != "pocket":
         with without_torchvision_and_num2words():
             save(name, tmp_path / name)
