@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ def run(*arguments: object) -> dict[str, Any]:
     return result
 
 
+def settings(**values: object) -> list[str]:
+    """`algorithm__name="flora"` as `--set algorithm.name=flora`."""
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
 @contextmanager
 def forked(stderr: Path, *arguments: object, prepare: Callable[[], None] | None = None) -> Iterator[BaseProcess]:
     """The command in a process of its own, with its standard error in a file; `prepare` is called there first.
 
-    The process is forked, as a sweep's runs are, from a server that has imported torch and transformers already.
+    The process is forked, as a sweep's runs are, from a server that has imported torch and transformers already. If it is a
+    sweep, its runs are forked from the same server.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(processes.PRELOAD)
@@ -49,6 +56,8 @@ def forked(stderr: Path, *arguments: object, prepare: Callable[[], None] | None 
 
 
 def _prepared(prepare: Callable[[], None] | None, stderr: Path, command: list[str]) -> None:
+    # Python would start a second server, which imports everything again, though this process knows the one it comes from.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     if prepare is not None:
         prepare()
     processes._run(command, str(stderr), threads=1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,19 +20,15 @@ os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 import hypothesis
 import pytest
-import torch
 from PIL import Image
-from transformers.utils import logging
 
 from fedmllm.config import AdapterTable, LoraTable, ModelTable
-from fedmllm.models import mllm
-from fedmllm.models.backbone import Backbone
-from fedmllm.models.mllm import MLLM
-from recipes.pocket import architecture as parts
 
-logging.disable_progress_bar()
-# The tiny model gains nothing from a second thread, and loses much where another process wants the core.
-torch.set_num_threads(1)
+# PyTorch and transformers are imported by the fixtures: the process that only hands tests to its workers does without them.
+if TYPE_CHECKING:
+    from fedmllm.models.backbone import Backbone
+    from fedmllm.models.mllm import MLLM
+
 # A shell ignores SIGINT for what it starts in the background, and what a test starts to interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +38,16 @@ hypothesis.settings.register_profile("tests", _PLAIN, max_examples=120, derandom
 hypothesis.settings.register_profile("fuzz", _PLAIN, max_examples=4000, print_blob=True)
 hypothesis.settings.load_profile("tests")
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quietly_on_one_thread() -> None:
+    """The tiny model gains nothing from a second thread, and loses much where another process wants the core."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,6 +69,10 @@ def _without_fsync() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder in Hugging Face format: the pocket architecture, two narrow layers, random weights."""
+    import torch
+
+    from recipes.pocket import architecture as parts
+
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = parts.build_tokenizer(documents=60, vocabulary=420)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,7 +90,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _backbones(tiny: Path) -> Iterator[None]:
     """The two models that most tests load are read from disk once per test process; each load after that gets a copy."""
-    load, loaded = mllm.load_backbone, dict[str, Backbone]()
+    from fedmllm.models import mllm
+
+    load, loaded = mllm.load_backbone, dict[str, "Backbone"]()
 
     def load_copy(settings: ModelTable) -> Backbone:
         if settings.name not in ("pocket", str(tiny)) or settings.trust_remote_code:
@@ -100,6 +114,8 @@ def settings(tiny: Path) -> ModelTable:
 
 @pytest.fixture
 def model(settings: ModelTable) -> MLLM:
+    from fedmllm.models.mllm import MLLM
+
     return MLLM.load(settings, seed=0)
 
 
@@ -150,15 +166,28 @@ def write_experiment(tiny: Path, dataset: Path, tmp_path: Path) -> Callable[...,
 SLOWEST = (
     "test_sites",
     "test_ray",
-    "test_methods",
     "test_families",
-    "test_cohort",
-    "test_admission",
+    "test_methods_resumed",
+    "test_methods",
+    "test_algorithms",
     "test_plugin",
-    "test_runs",
+    "test_cohort",
     "test_sweep",
+    "test_runs_resumed",
+    "test_estimate",
 )
 """The files that take longest: they come first, so that one worker does not work on its last file while the other is idle."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays, and to look through it for garbage takes a quarter of the time of collecting."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "ADAPTER_INFO",
     "CLIENTS",
     "COMBINATIONS",
+    "IN_TURN",
     "LR",
     "FakeFleet",
     "a_round",
@@ -70,6 +71,18 @@ COMBINATIONS = [(*pair, "none") for pair in product(algorithms.names(), regulari
     if compression != "none" and not algorithms.build(name, {}).packed
 ]
 """(algorithm, regularisation, compression): every algorithm in every wrapper that takes it."""
+
+
+def _in_turn() -> list[tuple[str, ...]]:
+    chosen: list[tuple[str, ...]] = []
+    for number, name in enumerate(algorithms.names()):
+        alone, wrapped = (name, "none", "none"), [c for c in COMBINATIONS if c[0] == name and set(c[1:]) != {"none"}]
+        chosen += [alone, wrapped[number % len(wrapped)]]
+    return chosen
+
+
+IN_TURN = _in_turn()
+"""Every algorithm alone and in one wrapper, each wrapper in its turn: for tests that take too long for all combinations."""
 
 
 def png(color: tuple[int, int, int] = (200, 30, 30)) -> bytes:

@@ -28,7 +28,7 @@ from fedmllm.training import meter
 from fedmllm.training.batches import batch_epoch
 from fedmllm.training.capacity import cohort_size, pass_bytes
 from fedmllm.training.cohort import Work, train_cohort
-from helpers import COMBINATIONS, built, quick
+from helpers import IN_TURN, built, quick
 from naive_training import train_naively
 
 ADAMW = TrainTable(optimizer="adamw", lr=1e-2, weight_decay=0.01, eps=1e-5)
@@ -155,7 +155,7 @@ def run_rounds(
     return [state for _, state in federate(algorithm, fleet, plan, context.initial)], sizes
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("combination", IN_TURN, ids="+".join)
 def test_every_algorithm_is_the_same_in_cohorts(tiny: Path, dataset: Path, tmp_path: Path, combination: Sequence[str]) -> None:
     model = load(tiny, "lora-xs" if built(*combination).needs_core else "lora")
     alone, sizes_alone = run_rounds(model, dataset, tmp_path / "alone", combination, 1)

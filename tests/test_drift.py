@@ -148,7 +148,7 @@ def test_a_constant_schedule_trains_the_static_scenario(
     """Clients that never see one modality train as in `cross`, bit for bit; clients that lose it later do not."""
     monkeypatch.chdir(tmp_path)
     file = write_experiment(rounds=2)
-    task = ("task.name=pocket-memes", "task.train_samples=24", "task.test_samples=8")
+    task = ("task.name=pocket-memes", "task.n=24", "task.test=8")
     settings = [part for setting in task for part in ("--set", setting)]
     cross = run("run", file, *settings, "--set", "scenario.name=cross", "--out", "cross")
     has = {row["client"]: "image" if row["image"] else "text" for row in cross["per_client"]}

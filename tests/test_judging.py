@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,7 +51,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     @staticmethod
@@ -127,15 +126,16 @@ def test_a_retry_reaches_a_server_that_recovers(server: Server) -> None:
 
 
 def test_a_server_that_does_not_reply_in_time(server: Server) -> None:
+    given_up = threading.Event()
+
     def slow(prompt: str) -> tuple[int, bytes]:
-        time.sleep(1.0)
-        return 200, Server.reply("yes")
+        given_up.wait(60)
+        return 200, Server.reply("yes")  # which whoever waits for it takes for an answer
 
     server.behave = slow
-    began = time.monotonic()
     with pytest.raises(RunError, match="gave no usable answer"):
         build(server, timeout_seconds=0.1, retries=1)("how?")
-    assert time.monotonic() - began < 0.9
+    given_up.set()
 
 
 def test_an_unreachable_server() -> None:

@@ -133,7 +133,7 @@ def test_bad_data_at_a_site_is_told_there_and_not_here(federation: Path, tmp_pat
     sites = Sites(federation)
     grid = sites.grid()
     with pytest.raises(RuntimeError, match="missing: south; a node reported: the site's data cannot be used; its own log"):
-        run(grid, settings(federation, overrides=("fleet.wait=3.0",)), no_progress)
+        run(grid, settings(federation, overrides=("fleet.wait=0.3",)), no_progress)
     assert any("patient-17" in line for line in sites.log)
     assert not [m for m in grid.received if b"patient-17" in pack(m.content)]
 
@@ -142,7 +142,7 @@ def test_a_site_runs_code_of_a_model_only_where_its_file_says_so(federation: Pat
     with pytest.raises(RuntimeError, match="runs code that comes with the model, and this site's file does not allow it"):
         run(
             Sites(federation).grid(),
-            settings(federation, overrides=("model.trust_remote_code=true", "fleet.wait=3.0")),
+            settings(federation, overrides=("model.trust_remote_code=true", "fleet.wait=0.3")),
             no_progress,
         )
 
@@ -161,7 +161,7 @@ def test_data_that_changed_between_two_halves_of_a_run_ends_it(federation: Path,
     sites = Sites(federation)
     grid = sites.grid()
     grid.lose = lambda message: message.metadata.message_type == "train" and message.metadata.group_id != "0"
-    short = ("fleet.timeout=2.0",)
+    short = ("fleet.timeout=0.3",)
     with pytest.raises(TooFewUpdates):
         run(grid, settings(federation, overrides=short), no_progress)
     assert len(RunDir(federation.with_name("out")).rounds()) == 1
@@ -174,7 +174,7 @@ def test_data_that_changed_between_two_halves_of_a_run_ends_it(federation: Path,
 def test_a_run_goes_on_without_a_site_that_is_not_back_yet(federation: Path, tmp_path: Path) -> None:
     grid = Sites(federation).grid()
     grid.lose = lambda message: message.metadata.message_type == "train" and message.metadata.group_id != "0"
-    short = ("fleet.timeout=2.0", "fleet.wait=3.0", "fleet.absent=1.0", "train.min_updates=2")
+    short = ("fleet.timeout=0.3", "fleet.wait=0.3", "fleet.absent=0.1", "train.min_updates=2")
     with pytest.raises(TooFewUpdates):
         run(grid, settings(federation, overrides=short), no_progress)
     again = Sites(federation).grid()

@@ -19,10 +19,10 @@ import pytest
 from commands import call, run
 from federations import adapter, close, commands, is_open, wait_for
 from fedmllm import api
-from fedmllm.api import fleet_backend
 from fedmllm.config import read, validate
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build
+from fedmllm.fleets.base import FleetBackend
 from fedmllm.fleets.memory import ClientMemory
 from fedmllm.fleets.options import RayOptions
 from fedmllm.remote.actors import ATTEMPTS, ActorTransport, Packed, on_ray, split
@@ -44,10 +44,10 @@ pytestmark = [
 Write = Callable[..., Path]
 FLEET = '[fleet]\nname = "ray"\nactors = 2\ncpus = 0.5\n'
 ONE_ACTOR = FLEET.replace("actors = 2", "actors = 1")
-"""Each actor imports torch and transformers for itself, which takes longer than everything else it does here."""
 NICENESS = {"RAY_worker_niceness": "0"}
 """Ray's own 15 would let an actor wait for every other process of the machine, such as those of tests beside these."""
 SCAFFOLD = '[algorithm]\nname = "scaffold"\n'
+MEMORY = Path("memory")
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +59,11 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_actor_left() -> Iterator[None]:
+def _no_actor_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """They are ended by a message, on which a busy machine takes seconds to act."""
     yield
-    wait_for(lambda: not actor_pids(), 60)
+    if "actors" not in request.fixturenames:
+        wait_for(lambda: not actor_pids(), 60)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,18 @@ def cluster() -> Iterator[str]:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(30)
         shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def actors(cluster: str) -> Iterator[FleetBackend]:
+    """Two actors that serve several runs, one after the other: starting them takes longer than all that they do here.
+
+    This process stays connected to the cluster, so a test that connects itself must come before those that use the actors.
+    """
+    with on_ray(RayOptions(actors=2, cpus=0.5, address=cluster)) as started:
+        # The actors belong to a folder for the clients' memory, here one of that name in each test's working folder.
+        yield replace(started, open=lambda context: started.open(replace(context, memory=MEMORY)))
+    wait_for(lambda: not actor_pids(), 60)
 
 
 def actor_pids() -> list[int]:
@@ -178,100 +191,26 @@ def test_clients_and_runs_on_other_machines_load_the_plugin_files(
 # Runs
 
 
-@pytest.mark.parametrize(("name", "own"), [("scaffold", True), ("fedsa-lora", False)])
-def test_a_run_in_actors_equals_the_run_in_one_process(
-    write_experiment: Write, name: str, own: bool, request: pytest.FixtureRequest
-) -> None:
-    """Bit for bit with cohorts of one, for algorithms with client memory; on a cluster of its own with one actor, and on a
-    running one with two."""
-    cluster = None if own else request.getfixturevalue("cluster")  # two clusters at a time would need many processes
-    options = ["--set", f"fleet.address={cluster}" if cluster else "fleet.actors=1"]
-    extra = f'[algorithm]\nname = "{name}"\n'
-    single = run("run", write_experiment(extra), "--out", "single", "--set", "train.cohort=1")
-    ray = run("run", write_experiment(extra + FLEET), "--out", "ray", "--set", "train.cohort=1", *options)
+def test_a_run_in_actors_equals_the_run_in_one_process(write_experiment: Write) -> None:
+    """Bit for bit with cohorts of one, for an algorithm with client memory, on a cluster of its own with one actor."""
+    single = run("run", write_experiment(SCAFFOLD), "--out", "single", "--set", "train.cohort=1")
+    ray = run("run", write_experiment(SCAFFOLD + ONE_ACTOR), "--out", "ray", "--set", "train.cohort=1")
     for key in ("metrics", "per_client", "rounds", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256"):
         assert ray[key] == single[key], key
-    single_files, ray_files = (
-        {p.relative_to(folder): p.read_bytes() for p in (folder / "checkpoint/clients").rglob("*") if p.is_file()}
-        for folder in (Path("single"), Path("ray"))
-    )
-    assert ray_files
-    assert ray_files.items() <= single_files.items(), "the clients' memory is in the run's directory"
-    assert not cluster or is_open(int(cluster.rpartition(":")[2])), "a running cluster is left alone"
+    expected, memories = (memories_in(Path(name, "checkpoint", "clients")) for name in ("single", "ray"))
+    assert memories == expected != {}, "the clients' memory is in the run's directory"
 
 
-DEVICES = {"clients": {"profile": ["phone", "laptop", "workstation"], "dropout": [0.0, 0.2]}}
-SERVERS: dict[str, dict[str, Any]] = {
-    "fedbuff": DEVICES | {"asynchronous": {"name": "fedbuff", "buffer": 2}, "algorithm": {"name": "fedadam"}},
-    "fedasync, sign-flip": DEVICES | {"asynchronous": {"name": "fedasync"}, "attack": {"name": "sign-flip", "share": 0.25}},
-    "drift under privacy, whose budget ends early": {
-        "privacy": {"name": "user-level", "epsilon": 4.0, "noise": 1.0, "delta": 0.01},
-        "scenario": {"name": "drift", "at": 0.6},
-    },
-    "alie": {"attack": {"name": "alie", "share": 0.5, "start": 1}, "robust": {"name": "geometric-median"}},
-    "label-flip": {"attack": {"name": "label-flip", "share": 0.5, "start": 1}, "algorithm": {"name": "scaffold"}},
-    "modality-swap": {"attack": {"name": "modality-swap", "share": 0.5}, "scenario": {"name": "aligned"}},
-}
-
-
-def test_servers_that_do_not_wait_or_trust_do_the_same_with_actors(write_experiment: Write, cluster: str) -> None:
-    """Asynchronous, private and attacked runs, each interrupted and resumed. One pair of actors serves all of them."""
-
-    def interrupt(stage: str, done: int, total: int, note: str) -> None:
-        if stage == "rounds" and done == 2:
-            raise KeyboardInterrupt
-
-    base, memory = read(write_experiment(FLEET, rounds=5)), Path("memory")
-    base["train"] |= {"cohort": 1, "clients_per_round": 3}
-    with on_ray(RayOptions(actors=2, cpus=0.5, address=cluster)) as started:
-        backend = replace(started, open=lambda context: started.open(replace(context, memory=memory)))
-        for name, tables in SERVERS.items():
-            parts, single, ray = build(validate(base | tables)), RunDir(Path(name, "single")), RunDir(Path(name, "ray"))
-            expected = execute("federated", Session(parts, parts.prepare()), single)
-            with pytest.raises(KeyboardInterrupt):
-                execute("federated", Session(parts, parts.prepare(), interrupt), ray, backend)
-            result = execute("federated", Session(parts, parts.prepare()), ray, backend)
-            for key in ("metrics", "per_client", "bytes_up", "bytes_down", "adapter_sha256", "privacy_spent"):
-                assert result[key] == expected[key], (name, key)
-            records = [[{**record, "seconds": 0.0} for record in run.rounds()] for run in (single, ray)]
-            assert repr(records[0]) == repr(records[1]), name  # in which NaN equals itself
-            shutil.rmtree(memory, ignore_errors=True)
-
-
-class ActorKiller(RunDir):
-    """Kills an actor after the first round."""
-
-    killed = 0
-
-    def save_round(self, record: Any, *arguments: Any) -> None:
-        super().save_round(record, *arguments)
-        if record["round"] == 0:
-            threading.Thread(target=self._kill).start()
-
-    def _kill(self) -> None:
-        for pid in actor_pids()[:1]:
-            os.kill(pid, signal.SIGKILL)
-            self.killed += 1
-
-
-def test_a_dead_actor_is_replaced_and_its_clients_train_again(
-    write_experiment: Write, cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the cluster that `fleet.address = "auto"` finds."""
-    monkeypatch.setenv("RAY_ADDRESS", cluster)  # "auto" reads it before the traces of `ray start` in /tmp/ray
-    run("run", write_experiment(SCAFFOLD), "--out", "single", "--set", "train.cohort=1")
-    config = validate(read(write_experiment(f'{SCAFFOLD}{ONE_ACTOR}address = "auto"\n')))
-    config = config.model_copy(update={"train": config.train.model_copy(update={"cohort": 1})})
-    parts, directory = build(config), ActorKiller(Path("ray"))
-    with fleet_backend(parts) as backend:
-        result = execute("federated", Session(parts, parts.prepare()), directory, backend)
-    assert directory.killed == 1
-    assert result["refused_updates"] == 0
-    assert close(adapter(Path("single")), adapter(Path("ray")))
+def memories_in(folder: Path) -> dict[str, bytes]:
+    """The newest file of each client."""
+    files = sorted(folder.glob("client-*/round-*.safetensors"), key=lambda path: int(path.stem.removeprefix("round-")))
+    return {path.parent.name: path.read_bytes() for path in files}
 
 
 def test_an_actor_that_always_dies_costs_only_its_own_clients_the_round(tmp_path: Path, cluster: str) -> None:
     import ray
+
+    replies_of = [to_bytes(Reply(0, examples=clients)) for clients in range(4)]  # made here, where PyTorch is imported already
 
     class FakeActor:
         def __init__(self, dies: bool) -> None:
@@ -280,7 +219,7 @@ def test_an_actor_that_always_dies_costs_only_its_own_clients_the_round(tmp_path
         def answer(self, work: list[Packed]) -> list[Packed]:
             if self.dies:
                 os._exit(1)
-            return [(to_bytes(Reply(0, examples=len(work))), memory) for _, memory in work]
+            return [(replies_of[len(work)], memory) for _, memory in work]
 
     started: list[int] = []
     with connected(cluster):
@@ -298,10 +237,13 @@ def test_an_actor_that_always_dies_costs_only_its_own_clients_the_round(tmp_path
         transport.stop()
 
 
-def test_a_round_ends_after_the_timeout(write_experiment: Write, cluster: str) -> None:
-    completed = call("run", write_experiment(f'{ONE_ACTOR}timeout = 0.01\naddress = "{cluster}"\n'), "--out", "out")
+def test_a_round_ends_after_the_timeout(write_experiment: Write, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the cluster that `fleet.address = "auto"` finds, which is left alone."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster)  # "auto" reads it before the traces of `ray start` in /tmp/ray
+    completed = call("run", write_experiment(f'{ONE_ACTOR}timeout = 0.01\naddress = "auto"\n'), "--out", "out")
     assert completed.exit_code == 1
     assert "no answer within 0.01 s" in completed.stderr
+    assert is_open(int(cluster.rpartition(":")[2]))
 
 
 # Sweeps
@@ -340,3 +282,75 @@ def test_bad_options_of_a_sweep_give_one_sentence(write_experiment: Write, clust
         completed = call("sweep", "grid.toml", *options)
         assert completed.exit_code == 2, completed.output
         assert reason in completed.stderr
+
+
+# Runs on actors that are started once
+
+DEVICES = {"clients": {"profile": ["phone", "laptop", "workstation"], "dropout": [0.0, 0.2]}}
+SERVERS: dict[str, dict[str, Any]] = {
+    "fedbuff": DEVICES | {"asynchronous": {"name": "fedbuff", "buffer": 2}, "algorithm": {"name": "fedadam"}},
+    "fedasync, sign-flip": DEVICES | {"asynchronous": {"name": "fedasync"}, "attack": {"name": "sign-flip", "share": 0.25}},
+    "drift under privacy, whose budget ends early": {
+        "privacy": {"name": "user-level", "epsilon": 4.0, "noise": 1.0, "delta": 0.01},
+        "scenario": {"name": "drift", "at": 0.6},
+    },
+    "alie": {"attack": {"name": "alie", "share": 0.5, "start": 1}, "robust": {"name": "geometric-median"}},
+    "label-flip": {"attack": {"name": "label-flip", "share": 0.5, "start": 1}, "algorithm": {"name": "scaffold"}},
+    "fedsa-lora": {"algorithm": {"name": "fedsa-lora"}},
+    "modality-swap": {"attack": {"name": "modality-swap", "share": 0.5}, "scenario": {"name": "aligned"}},
+}
+
+REMEMBERING = ("label-flip", "fedsa-lora")
+"""Those whose clients remember something."""
+
+
+def test_runs_of_many_kinds_are_the_same_in_actors(write_experiment: Write, actors: FleetBackend) -> None:
+    """Asynchronous, private, attacked and personalised runs, each interrupted and resumed."""
+
+    def interrupt(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "rounds" and done == 2:
+            raise KeyboardInterrupt
+
+    base = read(write_experiment(FLEET, rounds=5))
+    base["train"] |= {"cohort": 1, "clients_per_round": 3}
+    for name, tables in SERVERS.items():
+        parts, single, ray = build(validate(base | tables)), RunDir(Path(name, "single")), RunDir(Path(name, "ray"))
+        expected = execute("federated", Session(parts, parts.prepare()), single)
+        with pytest.raises(KeyboardInterrupt):
+            execute("federated", Session(parts, parts.prepare(), interrupt), ray, actors)
+        result = execute("federated", Session(parts, parts.prepare()), ray, actors)
+        for key in ("metrics", "per_client", "bytes_up", "bytes_down", "manifest_digest", "adapter_sha256", "privacy_spent"):
+            assert result[key] == expected[key], (name, key)
+        records = [[{**record, "seconds": 0.0} for record in run.rounds()] for run in (single, ray)]
+        assert repr(records[0]) == repr(records[1]), name  # in which NaN equals itself
+        memories = memories_in(MEMORY)
+        assert memories == memories_in(single.path / "checkpoint" / "clients"), name
+        assert bool(memories) == (name in REMEMBERING), name
+        shutil.rmtree(MEMORY, ignore_errors=True)
+
+
+class ActorKiller(RunDir):
+    """Kills an actor after the first round."""
+
+    killed = 0
+
+    def save_round(self, record: Any, *arguments: Any) -> None:
+        super().save_round(record, *arguments)
+        if record["round"] == 0:
+            threading.Thread(target=self._kill).start()
+
+    def _kill(self) -> None:
+        for pid in actor_pids()[:1]:
+            os.kill(pid, signal.SIGKILL)
+            self.killed += 1
+
+
+def test_a_dead_actor_is_replaced_and_its_clients_train_again(write_experiment: Write, actors: FleetBackend) -> None:
+    run("run", write_experiment(SCAFFOLD), "--out", "single", "--set", "train.cohort=1")
+    raw = read(write_experiment(SCAFFOLD + FLEET))
+    raw["train"] |= {"cohort": 1}
+    parts, directory = build(validate(raw)), ActorKiller(Path("ray"))
+    result = execute("federated", Session(parts, parts.prepare()), directory, actors)
+    assert directory.killed == 1
+    assert result["refused_updates"] == 0
+    assert close(adapter(Path("single")), adapter(Path("ray")))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fedmllm.algorithms import algorithms
+from fedmllm.algorithms import Algorithm, RoundInfo, Update, algorithms
 from fedmllm.federation import FederationPlan, federate
-from fedmllm.tensors import flatten, unflatten
+from fedmllm.tensors import State, flatten, unflatten
 from fedmllm.testing import check_robust
 from helpers import ADAPTER_INFO, CLIENTS, FakeFleet, a_round, built, lora_adapter, round_info, rounds_of, same
 from robust_rounds import METHODS, robust
@@ -18,19 +19,21 @@ from robust_rounds import METHODS, robust
 AVERAGING = [n for n in algorithms.names() if built(n).averages and not built(n).personal]
 
 
+@cache
+def first_round(name: str, compression: str) -> tuple[Algorithm, State, list[Update], RoundInfo]:
+    """The algorithm, its state, and the updates of seven clients, computed once for all methods."""
+    options = {} if name in ("feddyn", "scaffold") else {"weighting": "uniform"}
+    algorithm, info = built(name, compression=compression, **options), round_info(1, sampled=range(7))
+    state = algorithm.init(lora_adapter())
+    return algorithm, state, a_round(algorithm, state, {}, info), info
+
+
 @pytest.mark.parametrize("compression", ["none", "int8", "top-k"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", AVERAGING)
 def test_around_every_algorithm_that_averages(name: str, method: str, compression: str) -> None:
     """A method that excludes nothing gives the algorithm's own aggregate; any gives one without a hostile client."""
-    algorithm, info = (
-        built(name, compression=compression, weighting="uniform")
-        if name not in ("feddyn", "scaffold")
-        else built(name, compression=compression),
-        round_info(1, sampled=range(7)),
-    )
-    state = algorithm.init(lora_adapter())
-    updates = a_round(algorithm, state, {}, info)
+    algorithm, state, updates, info = first_round(name, compression)
     neutral = {"norm-clip": {"bound": 1e9, "factor": 1e9}, "centered-clip": {"bound": 1e9}, "trimmed-mean": {"share": 0.0}}
     if method in neutral:
         combined = robust(method, **neutral[method]).combine(updates, algorithm, state, info)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from commands import call, forked, run
+from commands import call, run
 from fedmllm.cli.list import PartKinds
 from fedmllm.runs import kinds
-from fedmllm.storage import checkpoint
 from fedmllm.storage.run_dir import RunDir
-from fedmllm.tensors import State
 from made_files import RESULT
 
 Write = Callable[..., Path]
@@ -96,62 +90,6 @@ def test_two_runs_started_at_the_same_moment(write_experiment: Write, monkeypatc
     assert sorted(p.name for p in Path("runs").iterdir()) == [folder.path.name for folder in folders]
 
 
-def die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_in_round(after: int, when: str) -> None:
-    """From here on this process is killed in that round, when its record and checkpoint are written or before."""
-    save = RunDir.save_round
-
-    def save_and_die(self: RunDir, record: Mapping[str, Any], state: State, digest: str) -> None:
-        if record["round"] == after and when == "between record and checkpoint":
-            checkpoint.save_state = die  # type: ignore[assignment]
-        save(self, record, state, digest)
-        if record["round"] == after:
-            if when == "written":
-                self.rounds()
-            die()
-
-    RunDir.save_round = save_and_die  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize(
-    ("after", "when"), [(0, "written"), (1, "written"), (1, "being written"), (1, "between record and checkpoint")]
-)
-def test_killed_and_resumed_equals_uninterrupted(write_experiment: Write, after: int, when: str) -> None:
-    file = write_experiment(name="killed")
-    whole = run("run", file, "--out", "whole")
-    with forked(Path("stderr"), "run", file, prepare=partial(die_in_round, after, when)) as process:
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
-    folder = RunDir(Path("runs/killed-federated-seed0"))
-    assert not folder.complete
-    assert len(folder.rounds()) in ((after + 1,) if when == "written" else (after, after + 1))
-    resumed = run("run", file, "--resume")
-    assert folder.complete
-    assert resumed["adapter_sha256"] == whole["adapter_sha256"]
-    assert resumed["metrics"] == whole["metrics"]
-    assert resumed["bytes_up"] == whole["bytes_up"]
-    assert run("run", file, "--out", folder.path, "--resume") == resumed
-
-
-def test_interrupted_is_130_and_resumable(write_experiment: Write) -> None:
-    file = write_experiment(rounds=200, name="stopped")
-    folder, deadline = RunDir(Path("stopped")), time.monotonic() + 120
-    with forked(Path("stderr"), "run", file, "--out", "stopped") as process:
-        while folder.load_checkpoint() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGINT)
-        process.join(60)
-        assert process.exitcode == 130
-    stderr = Path("stderr").read_text()
-    assert "--resume" in stderr
-    assert "Traceback" not in stderr
-    assert folder.load_checkpoint() is not None
-
-
 @pytest.mark.parametrize("scenario", ["aligned", "missing", "cross", "hybrid"])
 def test_every_scenario_by_set(write_experiment: Write, scenario: str) -> None:
     result = run("run", write_experiment(rounds=1), "--set", f"scenario.name={scenario}")
@@ -173,24 +111,6 @@ def test_baselines(write_experiment: Write) -> None:
     pooled = run("baseline", "centralised", file)
     assert pooled["rounds"] == 2
     assert [row["samples"] for row in pooled["per_client"]] == [30]
-
-
-def test_local_goes_on_with_the_client_it_was_at(write_experiment: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_experiment()
-    whole = run("baseline", "local", file, "--out", "whole")
-    save = RunDir.save_part
-
-    def save_then_fail(self: RunDir, name: str, value: dict[str, Any]) -> None:
-        save(self, name, value)
-        if name == "client-1":
-            raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_part", save_then_fail)
-        failed = call("baseline", "local", file)
-    assert failed.exit_code == 1
-    assert "the disk is full" in failed.stderr
-    assert run("baseline", "local", file, "--resume")["metrics"] == whole["metrics"]
 
 
 def test_one_client_equals_centralised(write_experiment: Write) -> None:
@@ -339,14 +259,6 @@ def test_a_full_directory_is_left_alone(write_experiment: Write) -> None:
     assert done.exit_code == 2
     assert "full is not empty" in done.stderr
     assert [p.name for p in Path("full").iterdir()] == ["precious"]
-
-
-def test_resume_refuses_another_experiment(write_experiment: Write) -> None:
-    file = write_experiment(rounds=1)
-    run("run", file, "--out", "a")
-    done = call("run", file, "--out", "a", "--resume", "--set", "seed=4")
-    assert done.exit_code == 2
-    assert "another experiment's run" in done.stderr
 
 
 def test_not_a_run_directory() -> None:

@@ -150,15 +150,14 @@ def table(name: str, *then: dict[str, object], **options: object) -> Scenario:
 
 def test_missing_over_hybrid_removes_from_what_the_clients_see() -> None:
     hybrid, laid = table("hybrid", presence=0.6), table("hybrid", {"name": "missing", "rate": 0.25}, presence=0.6)
-    before, after = (
-        np.stack([drawn(scenario, seed=seed).patterns().sum(axis=0) for seed in range(5)]) for scenario in (hybrid, laid)
-    )
+    drawings = [[drawn(scenario, seed=seed) for seed in range(5)] for scenario in (hybrid, laid)]
+    before, after = (np.stack([manifest.patterns().sum(axis=0) for manifest in manifests]) for manifests in drawings)
     both, image, text, none = (before.sum(axis=0) / before.sum()).tolist()
     assert none == 0
     expected = (0.5625 * both, 0.75 * image + 0.1875 * both, 0.75 * text + 0.1875 * both, 0.25 * (image + text) + 0.0625 * both)
     assert (after.sum(axis=0) / after.sum()).tolist() == pytest.approx(expected, abs=0.02)
-    for seed in range(3):  # who holds what, and what is seen at most, is that of the first scenario
-        first, both_laid = {h.sample_id: h for h in drawn(hybrid, seed=seed)}, drawn(laid, seed=seed)
+    for manifest, both_laid in zip(*drawings, strict=True):  # who holds what, and what is seen at most, is as in the first
+        first = {h.sample_id: h for h in manifest}
         assert all(h.client == first[h.sample_id].client and h.visible <= first[h.sample_id].visible for h in both_laid)
 
 

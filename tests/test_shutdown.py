@@ -170,7 +170,7 @@ def test_a_process_whose_parent_is_gone_already_does_not_begin() -> None:
 
 
 def test_all_processes_share_one_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "PATIENCE", 0.5)
+    monkeypatch.setattr(supervisor, "PATIENCE", 1.0)
 
     def command(name: str) -> list[str]:
         return ["sh", "-c", f"trap '' TERM; : > {tmp_path / name}; while :; do sleep 0.05; done"]
@@ -181,5 +181,5 @@ def test_all_processes_share_one_patience(tmp_path: Path, monkeypatch: pytest.Mo
     wait_for(lambda: len(list(tmp_path.iterdir())) == len(processes), 20)
     began = time.monotonic()
     supervisor.stop(*processes)
-    assert 0.5 <= time.monotonic() - began < 1.5, "not one after the other"
+    assert 1.0 <= time.monotonic() - began < 4.0, "not one after the other"
     assert all(process.process is None for process in processes)

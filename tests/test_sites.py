@@ -93,6 +93,18 @@ def expected(federation: Path, root: Path) -> dict[str, torch.Tensor]:
     return adapter(root / "in-one")
 
 
+def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
+    """As soon as the process of its run has started. The next test shows that the sites wait for another server."""
+    run = f"flwr-serverapp --runtime-api-address 127.0.0.1:{FederationFile(federation, []).port}"
+    with serving(federation, sites, root / "interrupted") as server:
+        wait_for(lambda: [line for line in commands().values() if run in line], 300)
+        server.popen.send_signal(signal.SIGINT)
+        status, _ = server.result(300)
+    assert status == 130
+    assert "interrupted: the same command with --resume" in server.output()
+    wait_for(lambda: not [line for line in commands().values() if str(federation.parent) in line or run in line], 30)
+
+
 def test_killed_processes_cost_time_and_do_not_change_the_run(
     root: Path, federation: Path, sites: dict[str, Process], expected: dict[str, torch.Tensor]
 ) -> None:
@@ -134,17 +146,6 @@ def test_flwr_run_submits_the_shipped_app_to_a_running_superlink(
         subprocess.run(command, env=environment(state / "flower"), check=True, capture_output=True, timeout=600)
         wait_for((out / "result.json").is_file, 1500)
     assert close(adapter(out), expected)
-
-
-def test_an_interrupted_server_stops_what_it_started(root: Path, federation: Path, sites: dict[str, Process]) -> None:
-    """In its first round, which shows that the sites serve a second run."""
-    with serving(federation, sites, root / "interrupted") as server:
-        wait_for(lambda: (root / "interrupted" / "meta.json").is_file(), 600)
-        server.popen.send_signal(signal.SIGINT)
-        status, _ = server.result(300)
-    assert status == 130
-    assert "interrupted: the same command with --resume" in server.output()
-    wait_for(lambda: not [line for line in commands().values() if str(federation.parent) in line], 30)
 
 
 @pytest.mark.slow

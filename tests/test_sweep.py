@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 import pytest
 
 import layouts
-from commands import call, run
+from commands import call, forked, run
+from federations import wait_for
 from fedmllm.config import Experiment, read, validate
 from fedmllm.experiment import sweep
 from fedmllm.experiment.parts import build
@@ -164,16 +163,13 @@ def test_a_cell_that_was_cut_short_goes_on(write_sweep: Write) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_ends_its_runs_and_can_go_on(write_sweep: Write, number: signal.Signals) -> None:
     file = write_sweep(METHOD, rounds=500)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedmllm", "sweep", str(file)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(Path("runs/grid").glob("federated-*/checkpoint/server.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)  # to the parent alone
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
+    with forked(Path("stderr"), "sweep", file) as process:
+        wait_for(lambda: list(Path("runs/grid").glob("federated-*/checkpoint/server.safetensors")), 120)
+        assert process.pid is not None
+        os.kill(process.pid, number)  # to the parent alone
+        process.join(60)
+        assert process.exitcode == 130
+    assert "Traceback" not in Path("stderr").read_text()
     states = {row["state"] for row in run("sweep", file, "--dry-run")["cells"]}
     assert "cut short" in states
     for folder in Path("runs/grid").glob("federated-*/"):
@@ -196,8 +192,7 @@ def test_a_killed_run_fails_alone(write_sweep: Write) -> None:
         return thread
 
     threads = [launch("killed", ["run"], one.experiment)]
-    while not Path("runs/killed/rounds.jsonl").exists():
-        time.sleep(0.05)
+    wait_for(Path("runs/killed/rounds.jsonl").exists, 120)
     [child] = launcher._children
     threads.append(launch("other", ["baseline", "zero-shot"], other.experiment))
     child.kill()

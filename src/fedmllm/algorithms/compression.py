@@ -87,9 +87,10 @@ def int8() -> Wrapper:
         steps: Tensors = {}
         for name, tensor in sorted(change.items()):
             step = tensor.abs().max() / 127
-            noise = stream(info.seed, "int8", client, info.round, name).random(tuple(tensor.shape), dtype="float32")
-            scaled = tensor / step if step > 0 else torch.zeros_like(tensor)
-            codes[name] = (scaled + torch.from_numpy(noise)).floor().clamp(-127, 127).to(torch.int8)
+            codes[name] = torch.zeros_like(tensor, dtype=torch.int8)
+            if step > 0:  # in `uploads`, which asks for the shapes alone, all numbers are 0
+                noise = stream(info.seed, "int8", client, info.round, name).random(tuple(tensor.shape), dtype="float32")
+                codes[name] = (tensor / step + torch.from_numpy(noise)).floor().clamp(-127, 127).to(torch.int8)
             steps[name] = step.reshape(1)
         return {"int8": codes, "step": steps}
 
