@@ -19,8 +19,8 @@ from fedmllm.config.schema import (
     PartitionTable,
     ScenarioTable,
     TaskTable,
-    TrainTable,
 )
+from fedmllm.config.train import TrainTable
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
