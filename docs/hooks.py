@@ -24,7 +24,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to the root's pages to those that were added; keep the tables of results, a third of all text, out of the search."""
+    """Lead links to the pages of the root to those that were added; keep the tables of results out of the search."""
     for name in PAGES:
         markdown = markdown.replace(f"](../{name}", f"]({name.lower()}")
     if page.file.src_uri == "results.md":

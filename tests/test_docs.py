@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -84,6 +85,19 @@ def test_every_key_has_a_description() -> None:
     models = [*SOURCES.schema["$defs"].items(), ("Experiment", SOURCES.schema)]
     keys = [(model, key, schema) for model, tables_ in models for key, schema in tables_["properties"].items()]
     assert [(model, key) for model, key, schema in keys if "$ref" not in schema and "description" not in schema] == []
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = (DOCS.parent / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\nplugins:")[0]
+    named = re.findall(r"([\w-]+\.md)$", nav, re.MULTILINE)
+    generated = {"changelog.md", "contributing.md", "security.md"}
+    assert sorted(named) == sorted({page.name for page in tables.pages()} | generated)
+
+
+def test_every_extra_is_on_the_page_about_installing() -> None:
+    extras = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = set(re.findall(r"^\| `(\w+)` \|", (DOCS / "install.md").read_text(), re.MULTILINE))
+    assert rows == extras.keys() - {"dev", "docs", "bench"}
 
 
 def test_every_command_is_on_the_page_with_its_options() -> None:
