@@ -1,7 +1,7 @@
 """What the README and the pages show is executed: commands, Python and TOML, one page after another as a reader would.
 
 A block that cannot be executed has a comment before it in the page's source, `<!-- not run: REASON -->`. Its commands are
-still parsed. docs/extending.md is executed by test_extending.py.
+still parsed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ LEFT_OUT = ("results", "log", "errors")
 """Generated pages, and the log of what was done at its time."""
 PAGES = {path.stem: path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if path.stem not in LEFT_OUT}
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+ELSEWHERE = {"extending": "test_extending.py", "api": "test_api.py"}
+"""Pages that another test executes."""
 _FILES = {"tutorial": "experiment.toml"}
 """Where a page says that a reader saves the TOML that it shows."""
 
@@ -57,7 +59,7 @@ def blocks_of(page: str) -> list[Block]:
 BLOCKS = [block for page in sorted(PAGES) for block in blocks_of(page)]
 SHELL = ("sh", "bash")
 COMMANDS = [(b.page, words) for b in BLOCKS if b.language in SHELL for words in b.commands if words[0] == "fedmllm"]
-RUN = sorted({b.page for b in BLOCKS if b.language in (*SHELL, "python") and b.reason is None} - {"extending"})
+RUN = sorted({b.page for b in BLOCKS if b.language in (*SHELL, "python") and b.reason is None} - ELSEWHERE.keys())
 
 
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
