@@ -63,8 +63,10 @@ class Result:
 class Model:
     """The model of a finished run, loaded once, to which any number of questions can be put.
 
+    ```python
     model = fedmllm.Model("runs/quickstart-federated-seed0")
     model.predict(image="photo.png", question="what shape is in the image?", choices=["circle", "square"]).answer
+    ```
     """
 
     def __init__(self, run: Result | str | Path, *, client: int | None = None, trust_config: bool = False) -> None:

@@ -19,9 +19,9 @@ from fedmllm.config.schema import (
     PartitionTable,
     ScenarioTable,
     TaskTable,
-    TrainTable,
 )
 from fedmllm.config.track import TrackTable
+from fedmllm.config.train import TrainTable
 
 __all__ = [
     "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",

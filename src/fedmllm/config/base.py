@@ -23,7 +23,7 @@ def at_most(limit: int, why: str) -> AfterValidator:
 
 
 Positive = Annotated[int, Field(ge=1)]
-Rounds = Annotated[int, Field(ge=0), at_most(1_000_000, "which take more than a week at a second each")]
+most_rounds = at_most(1_000_000, "which take more than a week at a second each")
 Seed = Annotated[int, Field(ge=0), at_most(2**63 - 1, "the largest integer of TOML")]
 Epochs = Annotated[int, Field(ge=1), at_most(1000, "because a client repeats its data this often in every round")]
 BatchSize = Annotated[int, Field(ge=1), at_most(65_536, "because a batch is in memory at once")]
@@ -34,16 +34,18 @@ FolderName = Annotated[str, AfterValidator(usable_as_folder)]
 
 
 class Table(BaseModel):
-    """A table with a fixed set of keys."""
+    """A table with a fixed set of keys. The text under a key is its description in docs/experiments.md and in the JSON
+    schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Named(BaseModel):
     """A table {name, …} that names a part: keys that are not fields of the table are options of that part."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
     name: str
+    """The part; all other keys that are not listed here are its options."""
 
     @property
     def options(self) -> dict[str, Any]:

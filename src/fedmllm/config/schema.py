@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedmllm.config.base import BatchSize, Epochs, FolderName, Named, Positive, Rounds, Seed, Table, at_most
+from fedmllm.config.base import BatchSize, FolderName, Named, Positive, Seed, Table, at_most, most_rounds
 from fedmllm.config.clients import ClientsTable
 from fedmllm.config.model import ModelTable
 from fedmllm.config.track import TrackTable
+from fedmllm.config.train import TrainTable
 from fedmllm.kinds import Match, Pattern
 
 _LOWER_OR_RAISE = "lower the first or raise the second."
@@ -25,99 +26,65 @@ _LOWER_OR_RAISE = "lower the first or raise the second."
 
 class TaskTable(Named):
     train_samples: Positive | None = None
-    """Keep only this many training samples, drawn at random; by default all. The draw does not depend on the seed."""
+    """Keep only this many training samples, drawn at random; by default all. The draw does not depend on the seed, so that
+    different seeds are compared on the same data."""
     test_samples: Positive | None = None
+    """In the same way, of the test samples."""
     draw: Annotated[int, Field(ge=0)] | None = None
-    """Another draw of the training and test samples; for a task with an option `seed`, that seed. A companion follows."""
+    """Another draw of the training and test samples, in which every label keeps its share; for a task with an option `seed`,
+    that seed. A companion follows. Sweeps with [replicates](statistics.md) set it."""
     on_bad_sample: Literal["error", "skip"] = "error"
+    """`"skip"` leaves [bad samples](data.md#what-is-a-bad-sample) out and counts them."""
     companion: TaskTable | None = None
-    """A second task whose samples are added, such as a text-only companion of an image task."""
+    """A second task, written as a table like this one, whose samples are added, such as the text-only source of a benchmark
+    with pictures. It may lack a test split."""
 
 
 class PartitionTable(Named):
     clients: Annotated[Positive, at_most(1_000_000, "because each has its own state and its own row in the result")] = 10
+    """The number of clients."""
     min_samples: Positive = 1
+    """Every client gets at least this many samples; no sample is dropped."""
 
 
 class ScenarioTable(Named):
     then: Annotated[tuple[Named, ...], Field(strict=False)] = ()
-    """Further scenarios that are laid over this one, each on what the one before it left of a sample."""
-
-
-class TrainTable(Table):
-    rounds: Annotated[Rounds, Field(ge=1)] = 10
-    clients_per_round: Positive = 2
-    min_updates: Positive = 1
-    """A round fails if fewer usable updates than this are returned."""
-    selection: Literal["uniform", "available", "power-of-choice"] = "uniform"
-    """Which clients are sampled: any, those that can be reached at the simulated time, or those with the largest loss."""
-    candidates: Positive | None = None
-    """The clients that "power-of-choice" draws and compares, by default twice `clients_per_round`."""
-    over_select: Annotated[float, Field(ge=0), at_most(10, "because every client of it takes time")] = 0.0
-    """The share of clients that are sampled on top; the first `clients_per_round` to answer are used."""
-    deadline: Annotated[float, Field(gt=0)] | None = None
-    """Simulated seconds after which a round ends without the clients that have not answered."""
-    late: Literal["drop", "partial"] = "drop"
-    """A client that cannot finish before the deadline is not used, or makes as many optimizer steps as fit."""
-    max_norm_ratio: Annotated[float, Field(ge=0), at_most(1_000_000, "which would refuse nothing; 0 disables it")] = 100.0
-    """An update whose change of the adapter is more than this many times as long as the round's median is refused; 0: none."""
-    epochs: Epochs = 1
-    batch_size: BatchSize = 4
-    accumulate: BatchSize = 1
-    """The number of batches whose gradients are accumulated for one optimizer step."""
-    batching: Literal["random", "by-length"] = "random"
-    """"by-length" forms batches of similar length within each modality pattern, which pads less; both mix patterns alike."""
-    cohort: BatchSize | Literal["auto"] = "auto"
-    """The number of clients trained in one pass, with the same results as one after another. "auto": as many as fit in memory
-    and still speed up training."""
-    checkpointing: bool = False
-    """Keep only the inputs of layers and compute the layers again in the backward pass: less memory, the same numbers."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0), at_most(100, "because training diverges far below that")] = 1e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    first_round_factor: Annotated[float, Field(gt=0), at_most(100, "because training diverges far below that")] = 1.0
-    """The learning rate of the first round is multiplied by it."""
-    weight_decay: Annotated[float, Field(ge=0), at_most(100, "because it must stay far below 1 / lr")] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """AdamW moves a gradient of about this size by half the learning rate, however small the others are."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip: Annotated[float, Field(ge=0), at_most(1_000_000, "which no usable gradient exceeds; 0 disables clipping")] = 1.0
-    """The maximum gradient norm; 0 disables clipping."""
-    max_length: Annotated[Positive, at_most(1_000_000, "because no supported model reads longer prompts")] = 1200
-    """A longer prompt is a bad sample."""
-    keep: Literal["last", "best", "mean"] = "last"
-    """Which model a run ends with: that of the last round, that of the best score, or the mean of the last ones."""
-    mean_of: Annotated[Positive, at_most(100, "because each of them is in every checkpoint")] | None = None
-    """The rounds whose models "mean" averages, by default 5."""
-    patience: Positive | None = None
-    """Stop after this many evaluations without a better score than the best one before."""
+    """Further scenarios that are [laid over this one](scenarios.md#options-and-rules), each on what the one before it
+    left."""
 
 
 class EvalTable(Table):
-    every: Rounds = 0
+    every: Annotated[int, Field(ge=0), most_rounds] = 0
     """Evaluate after every this many rounds and at the end; 0: only at the end."""
     every_split: Literal["same", "validation"] = "same"
-    """Where rounds are scored: on the data of the final test, or on held-out training data."""
+    """Where rounds are scored: on the data of the final test, or on held-out training data, by which [a model can be
+    chosen](keeping.md). `rounds.jsonl` and the curves of a report then have these scores."""
     every_samples: Positive | None = None
-    """Score rounds on a random subset of this size."""
+    """Score rounds on a random subset of this size, the same in every round, which makes `every = 1`
+    [cheap](performance.md#what-evaluating-every-round-costs)."""
     patterns: Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)] = ("both",)
+    """Test with `"both"` modalities, with the `"image"` alone, or with the `"text"` alone. A pattern that no test sample has
+    is refused."""
     split: Literal["test", "validation"] = "test"
-    """"validation" evaluates on held-out training data instead of the test set, for choosing settings."""
+    """`"validation"` evaluates on held-out training data instead of the test set, for choosing settings."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of the training data that is held out for `split` or `every_split`, the same samples for both."""
     batch_size: BatchSize = 64
+    """Questions per forward pass."""
     match: Match = "exact"
-    """When a free answer is right, and which answers are of one class (`evaluation.matching`)."""
+    """[When a free answer is right](scoring.md#when-two-answers-are-the-same), and which answers are of one class."""
     bootstrap: Annotated[Positive, at_most(100_000, "because more change no printed digit of an interval")] = 1000
     """Without effect since intervals have closed forms; accepted because older files set it."""
     max_new_tokens: Annotated[Positive, at_most(32_768, "because every open answer may become this long")] = 16
+    """The longest open answer, in tokens."""
     clients: Positive | None = None
-    """If every client has its own model, evaluate only this many clients, drawn from the seed; by default all."""
+    """If every client has its own model (`local`, personalised methods), evaluate only this many clients, drawn from the
+    seed; by default all. `local` then trains only these."""
     transfer: Annotated[tuple[TaskTable, ...], Field(strict=False, min_length=1)] | None = None
-    """Other tasks on whose test sets the final model is also evaluated, without training on them."""
+    """Other tasks, each written as `[task]` is, on whose test sets the final model is also evaluated, without training on
+    them: `transfer = [{ name = "shapes-qa", test_samples = 300 }]`."""
     suites: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
-    """The suites that examine the final model, by name."""
+    """The [suites](suites.md) that examine the final model, by name: `suites = ["corruption", "attribution"]`."""
 
     @property
     def holds_out(self) -> bool:
@@ -144,7 +111,9 @@ class Experiment(Table):
     """A whole experiment file. `Experiment.model_json_schema()` documents it for editors."""
 
     name: FolderName = "experiment"
+    """Used in the name of the run directory, so without `/` and at most 200 bytes long."""
     seed: Seed = 0
+    """Determines all randomness: partition, scenario, client sampling, order of batches, dropout, and the initial adapter."""
     task: TaskTable
     partition: PartitionTable = PartitionTable(name="iid")
     scenario: ScenarioTable = ScenarioTable(name="aligned")

@@ -14,13 +14,16 @@ from fedmllm.kinds import TrackerName
 
 class TrackTable(Table):
     trackers: Annotated[tuple[TrackerName, ...], Field(alias="with", strict=False)] = ()
-    """The key `with`, which is a word of Python's own."""
+    """The trackers of Accelerate that show the run, one or several. TensorBoard comes with the extra `track`; the others are
+    installed by their own names, and read addresses and keys from their own environment variables and files."""
     project: FolderName | None = None
-    """The project, or experiment in the words of MLflow, by default the name of the experiment."""
+    """The project, which MLflow and Aim call the experiment; by default `name`. The run is named after its directory."""
     folder: str | None = None
-    """Where trackers that write files do so, by default the run's directory."""
+    """Where trackers that write files do so; by default the run's directory. TensorBoard's are in `RUN/tensorboard`, or with
+    `folder` in `FOLDER/RUN`."""
     options: dict[TrackerName, dict[str, Any]] = Field(default_factory=dict)
-    """tracker -> further arguments of the function that begins a run, such as `wandb.init`."""
+    """For each tracker, further arguments of the function that begins a run: `{ wandb = { mode = "offline" } }` is for
+    `wandb.init`."""
 
     @field_validator("trackers", mode="before")
     @classmethod
