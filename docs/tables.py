@@ -205,7 +205,8 @@ def _command(name: str, command: Any) -> str:
         value = "" if getattr(option, "is_flag", False) else kind(option)
         default = option.default
         shown = "required" if option.required else "" if default in (None, False) else f"`{getattr(default, 'value', default)}`"
-        rows.append([f"`{', '.join([*option.opts, *option.secondary_opts])}`", value, shown, option.help or ""])
+        words = ", ".join(f"`{word}`" for word in (*option.opts, *option.secondary_opts))
+        rows.append([words, value, shown, option.help or ""])
     lines = [f"## {name}", " ".join(command.help.split()), f"```text\n{usage}\n```"]
     return "\n\n".join([*lines, table(["argument or option", "value", "default", "meaning"], rows)])
 
