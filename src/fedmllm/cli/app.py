@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedmllm import __version__
-from fedmllm.cli import experiments, grids, remote, start, trained
+from fedmllm.cli import checking, experiments, grids, remote, start, trained
 from fedmllm.cli import list as listing
 from fedmllm.cli import track as tracking
 from fedmllm.cli.common import guarded
@@ -30,7 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": start.doctor,
     "run": experiments.run,
     "baseline": experiments.baseline,
-    "check": experiments.check,
+    "check": checking.check,
     "partition": experiments.partition,
     "eval": experiments.evaluate,
     "predict": trained.predict,

@@ -1,17 +1,15 @@
-"""The commands for one experiment: `run`, `baseline`, `check`, `partition`, `eval`."""
+"""The commands for one experiment: `run`, `baseline`, `partition`, `eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedmllm.cli.common import File, Out, Resume, Run, Set, TrustConfig, Verbose, load_experiment, showing
-from fedmllm.cli.output import Json, OutputLost, print_json, print_result, print_suites, print_table, show, standing
-from fedmllm.errors import RunError, UserError
+from fedmllm.cli.output import Json, print_json, print_result, print_suites, print_table, show, standing
+from fedmllm.errors import RunError
 from fedmllm.kinds import BaselineKind, RunKind
 
 if TYPE_CHECKING:
@@ -59,129 +57,6 @@ def baseline(
 ) -> None:
     """Run a baseline: the untrained model, each client alone, or all data pooled."""
     _execute(kind, file, overrides, out, resume, as_json, verbose)
-
-
-def check(
-    file: File,
-    overrides: Set = None,
-    memory: Annotated[
-        list[float] | None,
-        typer.Option("--memory", metavar="GB", help="Memory of a GPU to check; repeatable; by default 24, 80."),
-    ] = None,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Validate the settings, the data and the model without training anything."""
-    from fedmllm.data.summary import (
-        add_problems,
-        client_rows,
-        count_line,
-        modality_shares,
-        shares_lines,
-        summarise,
-        summary_lines,
-    )
-    from fedmllm.experiment.parts import build
-    from fedmllm.runs.estimate import Longest, memory_lines, memory_of_experiment
-    from fedmllm.runs.hints import of_federation
-    from fedmllm.runs.rounds import federation_plan
-    from fedmllm.runs.session import Session
-
-    with showing(verbose) as progress:
-        parts, sizes_of_gpus = build(load_experiment(file, overrides, progress)), memory or [24.0, 80.0]
-
-    @contextmanager
-    def memory_all_the_same() -> Iterator[list[Session]]:
-        """Where there is no data or no model, memory is estimated for the longest prompts that are allowed. The block puts the
-        session into the list once there is one."""
-        sessions: list[Session] = []
-        try:
-            yield sessions
-        except UserError:
-            if not as_json and not sessions:
-                with suppress(OutputLost):
-                    for line in memory_lines(parts.config, memory_of_experiment(parts.config, sizes_of_gpus)):
-                        show(line)
-            raise
-
-    with memory_all_the_same(), showing(verbose) as progress:
-        progress("preparing data", 0, 0, "")
-        loaded_splits = parts.read_splits()
-    splits = summarise([(part.split, part.loaded) for part in loaded_splits])
-    summary: dict[str, Any] = {"name": parts.config.name, "config_digest": parts.config.digest()}
-    if not as_json:
-        with suppress(OutputLost):  # the exit status still says whether the experiment is valid
-            for line in summary_lines(splits):
-                show(line)
-    try:
-        with showing(verbose) as progress:
-            progress("preparing data", 0, 0, "")
-            dataset = parts.prepare(loaded_splits)
-            # Before the model is loaded, so that what it takes for a million samples does not add to the model.
-            shares = modality_shares(dataset.manifest, dataset.train, parts.scenario)
-    except UserError:
-        with suppress(OutputLost):
-            if as_json:  # the summary shows what is wrong with data that cannot be used
-                print_json(summary | {"splits": splits})
-        raise
-    with memory_all_the_same() as sessions, showing(verbose) as progress:
-        sessions.append(session := Session(parts, dataset, progress))
-        sample, tokens = session.check_prompts()
-        session.model.check_cache()
-        for hint in (hinted := of_federation(session, federation_plan(session))):
-            progress("note", 0, 0, hint)
-        progress("estimating memory", 0, 0, "")
-        longest = None
-        if sample is not None:
-            questions = session.test_set.longest(parts.config.eval.batch_size)
-            picture = max(map(session.model.pictures.tower_bytes, sample.pictures), default=0)
-            longest = Longest(sample, *questions, tokens, picture)
-        taken = memory_of_experiment(parts.config, sizes_of_gpus, longest, session.model)
-    left_out = add_problems(splits, session.problems)
-    down, up = session.first_messages()
-    sizes_by_part = session.model.adapter.sizes
-    parameters = sum(sizes_by_part.values())
-    summary |= {
-        "manifest_digest": dataset.manifest.digest(),
-        "train_samples": len(dataset.train),
-        "test_samples": len(dataset.test),
-        "skipped_samples": session.skipped,
-        "splits": splits,
-        "notes": [*dataset.notes, *hinted],
-        "clients": client_rows(dataset.manifest),
-        "modalities": shares,
-        "model": parts.config.model.name,
-        "adapter_parameters": parameters,
-        "adapter_bytes": 4 * parameters,
-        "adapter_parameters_by_part": sizes_by_part,
-        "bytes_down": down,
-        "bytes_up": up,
-        "caches_features": session.model.caches,
-        "memory": taken,
-        "round_samples": len(dataset.test if dataset.of_rounds is None else dataset.of_rounds),
-        "privacy_spent": parts.mechanism.to_json(parts.mechanism.rounds) if parts.mechanism else None,
-    }
-    if as_json:
-        print_json(summary)
-        return
-    for split, kinds in left_out.items():
-        show(f"{split}: bad samples that the model cannot take {count_line(kinds)}")
-    sizes = dataset.manifest.sizes()
-    received, sent = (f"{sum(groups.values()) / 1e6:.2f} MB" for groups in (down, up))
-    show(f"{file} is valid: {len(dataset.train)} training samples, {len(dataset.test)} test samples,")
-    show(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {session.skipped} samples skipped,")
-    by_part = ", ".join(f"{part} {count}" for part, count in sizes_by_part.items())
-    in_parts = f" ({by_part})" if set(sizes_by_part) != {"text"} else ""
-    show(f"an adapter of {parameters} parameters{in_parts}; client 0 receives {received} in the first round and sends {sent}.")
-    if parts.config.eval.every:
-        among = "test" if parts.config.eval.every_split == "same" else "held-out training"
-        show(f"every {parts.config.eval.every} rounds, the model is scored on {summary['round_samples']} {among} samples.")
-    for line in shares_lines(shares):
-        show(line)
-    for line in memory_lines(parts.config, taken):
-        show(line)
-    if parts.mechanism:
-        show(f"privacy: {parts.mechanism.summary()}")
 
 
 def partition(
