@@ -58,6 +58,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have the width that they have off a terminal, whatever the shell or a library says of one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _without_fsync() -> Iterator[None]:
     """Tests kill processes, never the power: what was written is read again without waiting for the disk."""

@@ -108,8 +108,9 @@ class ErrorsPage:
 
     def _note_error(self, error: BaseException | None) -> None:
         # Others, such as OutputLost, are no sentences.
-        if type(error).__module__.startswith("fedmllm.") and isinstance(error, UserError | ValueError | RuntimeError | OSError):
-            self._note(_site(error), str(error))
+        sentences = UserError | ValueError | RuntimeError | OSError
+        if error and type(error).__module__.startswith("fedmllm.") and isinstance(error, sentences) and (site := _site(error)):
+            self._note(site, str(error))
 
     def _install(self) -> None:
         from fedmllm.algorithms import screening
@@ -150,7 +151,7 @@ def _after(owner: Any, name: str, record: Callable[..., object]) -> None:
 
 
 def _site(error: BaseException) -> str:
-    """Where the error was raised, or the first of the errors that it stands for."""
+    """Where the error was raised, or the first of the errors that it stands for; "" if a test raised it itself."""
     while isinstance(error.__context__, UserError):
         error = error.__context__
     site, frame = "", error.__traceback__
@@ -159,6 +160,8 @@ def _site(error: BaseException) -> str:
         if Path(code.co_filename).is_relative_to(PACKAGE):
             module = ".".join(Path(code.co_filename).relative_to(PACKAGE).with_suffix("").parts)
             site = f"{module}:{code.co_name}:{frame.tb_lineno}"
+        elif Path(code.co_filename).is_relative_to(ROOT / "tests"):
+            site = ""
         frame = frame.tb_next
     return site
 
@@ -186,6 +189,7 @@ _VOLATILE = {
     r"\(([\w.]+\.py), line \d+\)": r"(\1, line …)",
     r"line \d+ column \d+ \(char \d+\)": "line … column …",
     r"127\.0\.0\.1:\d+": "127.0.0.1:…",
+    r"<[\w.]+ object at 0x[0-9a-f]+>": "the file",
     r"https://[^\s')]+": "https://…",
     r"(.)\1{19,}": r"\1\1\1…",
 }

@@ -97,8 +97,8 @@ def other_data(folder: Path) -> None:
     directory = RunDir(folder)
     directory.begin("", {"config_digest": "c", "kind": "local", "manifest_digest": "before"})
     dataset = SimpleNamespace(manifest=SimpleNamespace(digest=lambda: "now"))
-    session = SimpleNamespace(config=SimpleNamespace(digest=lambda: "c"), dataset=dataset)
-    begin(SimpleNamespace(directory=directory, session=session, kind="local"))  # type: ignore[arg-type]
+    session = SimpleNamespace(config=SimpleNamespace(digest=lambda: "c"), dataset=dataset, progress=lambda *_: None)
+    begin(SimpleNamespace(directory=directory, session=session, kind="local", backend=SimpleNamespace(local=False)))  # type: ignore[arg-type]
 
 
 def another_adapter(folder: Path) -> None:
