@@ -53,6 +53,8 @@ def export_merged(adapter: Path, config: Experiment, to: Path) -> None:
             model = AutoModelForImageTextToText.from_pretrained(_base(config), dtype="auto", trust_remote_code=trust)
             merged: Any = PeftModel.from_pretrained(model, plain).merge_and_unload()
         merged.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # safetensors lets only their owner read what it writes
+            weights.chmod((folder / "config.json").stat().st_mode)
         _save_processor(config, folder)
 
 
