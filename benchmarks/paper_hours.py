@@ -160,7 +160,8 @@ def distinct_runs(file: Path) -> list[PlannedRun]:
 
 
 def work_of(runs: Sequence[PlannedRun], costs: Costs, pictures: Pictures, data: Mapping[str, Source] = DATA) -> Work:
-    """What the runs take. Every picture is encoded once for all of them; clients are of equal size, as they are on average."""
+    """What the runs take. Every picture is counted as encoded once for all of them, and clients are of equal size, as they are
+    on average."""
     training = answering = tokens = 0.0
     named = {table.name for run in runs for table in (run.experiment.task, run.experiment.task.companion) if table}
     for run in runs:
