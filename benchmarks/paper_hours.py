@@ -4,7 +4,7 @@
 
 The operations of a training step and of an answer are counted by PyTorch in the model's outline, for the number of tokens that
 `DATA` and `MODELS` say; the sweep files say how many steps and answers there are. Hours are operations / (peak × utilisation),
-where the peak is that of the data sheet and the utilisation an assumption, until `benchmarks/gpu.py` has measured it: with
+where the peak is nominal and the utilisation an assumption, until `benchmarks/gpu.py` has measured it: with
 `--measured`, a column has the hours at the rate that its file has for fedmllm with two clients in one pass. Needs neither the
 data, nor the weights, nor a GPU.
 """
@@ -36,13 +36,14 @@ from harness import counted_operations
 
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 PEAKS = {"RTX 4090, 24 GB": 165.2e12, "A100, 80 GB": 312e12}
-"""Operations a second of dense bfloat16 products that are summed in float32, by NVIDIA's data sheets."""
+"""Operations a second of dense bfloat16 products that are summed in float32, as others quote NVIDIA's data sheets."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: published numbers of samples and of pictures, and tokens that are assumed. `question` includes the chat
-    template and is in every prompt, `text` is the text modality; `free` is the share of test questions that are written."""
+    """A data set: its numbers of samples and of pictures, whose origin docs/benchmark.md states, and tokens that are assumed.
+    `question` includes the chat template and is in every prompt, `text` is the text modality; `free` is the share of test
+    questions that are answered freely."""
 
     kind: Modalities
     train: int
