@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from fedmllm.algorithms import LocalRule
@@ -25,7 +24,7 @@ from fedmllm.rng import stream
 from fedmllm.runs.session import Session
 from fedmllm.training.batches import batch_epoch
 from fedmllm.training.cohort import Work, train_cohort
-from harness import experiment_parser, median_and_range, product_rate
+from harness import counted_operations, experiment_parser, median_and_range, product_rate
 
 
 def make_works(session: Session, clients: int, steps: int) -> list[Work]:
@@ -65,7 +64,7 @@ def main() -> None:
     session.prepare(session.clients, range(options.clients))
     works = make_works(session, options.clients, options.steps)
     tokens = sum(sample.length for work in works for step in work.steps for batch in step for sample in batch)
-    with FlopCounterMode(display=False) as counter:
+    with counted_operations() as counter:
         train(session, works, 1, table)
     operations = counter.get_total_flops()
     print(f"{len(works)} clients × {options.steps} steps of {table.batch_size}, threads: {torch.get_num_threads()}")

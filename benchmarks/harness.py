@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedmllm.storage.run_dir import RunDir
 from fedmllm.tensors import State
@@ -74,6 +75,21 @@ def product_rate(size: int, device: torch.device, dtype: torch.dtype, seconds: f
         synchronize(device)
         count += 4
     return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def counted_operations() -> FlopCounterMode:
+    """A context in which `get_total_flops()` counts matrix products and attention, also the attention of CPUs and of outlines,
+    for which PyTorch has no formula: a position attends to all others, whether or not a mask hides some of them."""
+
+    def forward(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    def backward(grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, q, k, v))
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {attention: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from commands import call
 from fedmllm.algorithms import LocalRule
@@ -18,6 +19,7 @@ from fedmllm.config import Experiment, validate
 from fedmllm.data.prompts import Conversation
 from fedmllm.models.live_bytes import LiveBytes
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.outline import META, SHAPES
 from fedmllm.models.scoring import option_log_probabilities
 from fedmllm.runs.estimate import Estimate, Estimator, Longest, memory_lines, memory_of_experiment
 from fedmllm.training.cohort import Work, train_cohort
@@ -89,6 +91,20 @@ def test_the_estimate_is_within_a_fifth_of_what_a_run_holds(name: str, dataset: 
             ratios[what] = (estimate.weights + estimate.evaluation) / (weights_of(model) + peak)
     print(name, {what: round(ratio, 2) for what, ratio in ratios.items()})
     assert all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_built_in_shapes_have_as_many_parameters_as_their_models(name: str) -> None:
+    """SmolVLM-500M is SmolLM2-360M after SigLIP base at 512 pixels, with a head of its own: 507 million by count."""
+    billions = {
+        "HuggingFaceTB/SmolVLM-500M-Instruct": 0.507,
+        "HuggingFaceTB/SmolVLM-Instruct": 2.246,
+        "Qwen/Qwen2.5-VL-3B-Instruct": 3.755,
+    }
+    model_type, table = SHAPES[name]
+    with META:
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **table), dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions[name], abs=0.001)
 
 
 def test_a_view_is_nothing_new() -> None:

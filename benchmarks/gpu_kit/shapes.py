@@ -20,6 +20,7 @@ from fedmllm.config import LoraTable, ModelTable
 from fedmllm.models.backbone import Backbone
 from fedmllm.models.families import family_of
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.outline import SHAPES as PUBLISHED
 from fedmllm.models.processors import NoVideos, picture_processor
 from recipes.pocket import architecture
 
@@ -55,21 +56,14 @@ def _template(picture: str) -> str:
 def smolvlm(tiny: bool) -> Made:
     """SmolVLM-Instruct: 24 layers of width 2048 after a SigLIP of 27. A square picture is cut into four tiles and shown once as
     a whole, 405 tokens in all; the published processor would upscale it to 16 tiles, longer than `train.max_length`."""
-    tokens = _tokenizer()
+    tokens, published = _tokenizer(), PUBLISHED["HuggingFaceTB/SmolVLM-Instruct"][1]
     tile, count = (32, 4) if tiny else (384, 81)
-    text = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
-    vision = {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    }
+    text, vision = dict(published["text_config"]), dict(published["vision_config"])
     if tiny:
-        text, vision = TINY_TEXT, {**TINY_TEXT, "hidden_size": 24, "patch_size": 8}
+        text, vision = {**TINY_TEXT}, {**TINY_TEXT, "hidden_size": 24, "patch_size": 8}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     text |= {"model_type": "llama", "num_key_value_heads": text["num_attention_heads"], **ids}
-    text |= {"vocab_size": len(tokens) if tiny else 49155, "max_position_embeddings": 16384}
+    text |= {"vocab_size": len(tokens) if tiny else text["vocab_size"], "max_position_embeddings": 16384}
     config = hf.Idefics3Config(
         text_config=text, vision_config={**vision, "image_size": tile}, scale_factor=2 if tiny else 3,
         image_token_id=tokens.convert_tokens_to_ids(architecture.IMAGE), pad_token_id=0, tie_word_embeddings=False,
@@ -84,25 +78,15 @@ def smolvlm(tiny: bool) -> Made:
 def qwen(tiny: bool) -> Made:
     """Qwen2.5-VL-3B-Instruct: 36 layers of width 2048 with two key heads after a tower of 32. A picture of 560 × 560 pixels has
     400 tokens."""
-    tokens = _tokenizer(**QWEN_MARKS)
-    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
-    vision = {
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "depth": 32,
-        "num_heads": 16,
-        "patch_size": 14,
-        "window_size": 112,
-    }
-    whole, section, pixels = [7, 15, 23, 31], [16, 24, 24], 1280 * 28 * 28
+    tokens, published = _tokenizer(**QWEN_MARKS), PUBLISHED["Qwen/Qwen2.5-VL-3B-Instruct"][1]
+    text, vision, pixels = dict(published["text_config"]), dict(published["vision_config"]), 1280 * 28 * 28
     if tiny:
-        text = TINY_TEXT
+        rope = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
+        text = {**TINY_TEXT, "num_key_value_heads": 2, "rope_parameters": rope, "vocab_size": len(tokens)}
         vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 8, "window_size": 32}
-        whole, section, pixels = [1], [2, 3, 3], 4096
-    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 1e6}
-    text |= {"num_key_value_heads": 2, "rope_parameters": rope, "vocab_size": len(tokens) if tiny else 151936}
+        vision |= {"out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [1]}
+        pixels = 4096
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
-    vision |= {"out_hidden_size": text["hidden_size"], "fullatt_block_indexes": whole}
     config = hf.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
         **{f"{name}_id": tokens.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()},

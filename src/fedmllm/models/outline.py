@@ -23,6 +23,20 @@ from fedmllm.models.mllm import MLLM
 
 META = torch.device("meta")
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "HuggingFaceTB/SmolVLM-500M-Instruct": (
+        "idefics3",
+        {
+            "text_config": {
+                "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+                "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49280, "pad_token_id": 2,
+            },
+            "vision_config": {
+                "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                "image_size": 512, "patch_size": 16,
+            },
+            "scale_factor": 4, "tie_word_embeddings": False,
+        },
+    ),
     "HuggingFaceTB/SmolVLM-Instruct": (
         "idefics3",
         {
@@ -35,6 +49,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                 "image_size": 384, "patch_size": 14,
             },
             "scale_factor": 3, "tie_word_embeddings": False,
+        },
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        "qwen2_5_vl",
+        {
+            "text_config": {
+                "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+                "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+            },
+            "vision_config": {
+                "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "patch_size": 14,
+                "window_size": 112, "out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            "tie_word_embeddings": True,
         },
     ),
 }  # fmt: skip
