@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from fedmllm.errors import RunError
 from fedmllm.report.comparisons import interval
-from fedmllm.report.contrasts import Judgement, estimate, judge
+from fedmllm.report.contrasts import Judgement, Verdict, estimate, judge
 from fedmllm.report.grids import Grid, GridRow
-from fedmllm.report.hypothesis_file import Hypothesis, Share, read
+from fedmllm.report.hypothesis_file import Hypothesis, Share, Trimmed, read
+from fedmllm.report.kept import trimmed_more
 from fedmllm.report.page import Markdown, Page
 from fedmllm.report.protocol import LEVEL, Comparison, holm
 from fedmllm.report.scores import UNKNOWN
@@ -85,10 +87,13 @@ def _answer(hypothesis: Hypothesis, sweep: str, chapter: Chapter) -> Answer:
         by_cell.setdefault(row.axes.get(hypothesis.axis or "", ""), {})[place] = row
     matched, contrast = chapter.reader.by_place(by_cell), hypothesis.contrast
     scored = (matched.scores, matched.resamples, matched.averaged)
+    if isinstance(contrast, Trimmed):
+        kept = {cell: {place: trimmed_more(chapter, row) for place, row in at.items()} for cell, at in by_cell.items()}
+        scored = (kept, None, matched.averaged)  # updates are no answers to test questions, which could be resampled
     contrasts = contrast.contrasts(places)
     overall = [estimate(wanted, *scored) for wanted in contrasts]
     if lost := [place for comparison in overall for place in comparison.lost]:
-        return _not_run(hypothesis, sweep, f"no common replicate with a score at {', '.join(dict.fromkeys(lost))}")
+        return _not_run(hypothesis, sweep, f"no replicate with the figures of all cells at {', '.join(dict.fromkeys(lost))}")
     judgement = judge(overall, hypothesis.margin[sweep] / 100)
     weakest = overall[judgement.weakest]
     notes = [f"decided by {contrasts[judgement.weakest].label}."] if len(contrasts) > 1 else []
@@ -99,7 +104,7 @@ def _answer(hypothesis: Hypothesis, sweep: str, chapter: Chapter) -> Answer:
         why = "all replicates have the same difference" if weakest.se == 0 else "a test needs two replicates at each place"
         notes.append(f"{why}.")
     if weakest.dropped:
-        notes.append(f"left out: {counted(weakest.dropped, 'replicate')} without a score.")
+        notes.append(f"left out: {counted(weakest.dropped, 'replicate')} that a cell has no figure for.")
     return Answer(hypothesis, sweep, judgement, weakest, notes)
 
 
@@ -137,7 +142,7 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     given = answers(read(file), chapters)
     page.heading(2, "Hypotheses", HOW)
     counts = Counter(answer.judgement.verdict for answer in given)
-    page.paragraph(", ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + ".")
+    page.paragraph(", ".join(f"{verdict}: {counts[verdict]}" for verdict in get_args(Verdict) if verdict in counts) + ".")
     page.table(HEAD, [_row(answer) for answer in given], 3)
     by_name: dict[str, list[Answer]] = {}
     for answer in given:

@@ -106,6 +106,21 @@ class Share(Table):
         return Contrast(f"{self.end} − {self.start}", {self.end: 1.0, self.start: -1.0}, _equal(places))
 
 
+class Trimmed(Table):
+    """Robust aggregation keeps less of the updates of honest clients with one modality than of those with both, on average over
+    these cells of an axis."""
+
+    axis: Text
+    rules: Cells
+
+    @property
+    def cells(self) -> list[str]:
+        return list(self.rules)
+
+    def contrasts(self, places: Mapping[str, Place]) -> list[Contrast]:
+        return [Contrast("kept of paired − of one modality", dict.fromkeys(self.rules, 1 / len(self.rules)), _equal(places))]
+
+
 class Order(Table):
     """The mean score of each group of cells of an axis is above that of the group before it."""
 
@@ -123,8 +138,8 @@ class Order(Table):
         return contrasts
 
 
-Kind = Above | Trend | Lowest | Share | Order
-KINDS = ("above", "trend", "lowest", "share", "order")
+Kind = Above | Trend | Lowest | Share | Trimmed | Order
+KINDS = ("above", "trend", "lowest", "share", "order", "trimmed")
 
 
 class Hypothesis(Table):
@@ -143,6 +158,7 @@ class Hypothesis(Table):
     lowest: Lowest | None = None
     share: Share | None = None
     order: Order | None = None
+    trimmed: Trimmed | None = None
 
     @property
     def contrast(self) -> Kind:
