@@ -17,7 +17,7 @@ from fedmllm.experiment import sweep
 from fedmllm.report.hypotheses import Answer, answers, unknown_cells
 from fedmllm.report.hypothesis_file import KINDS, read
 from fedmllm.report.writeup import page, read_chapters
-from made_runs import replicated, rows_of
+from made_runs import make_sweep, replicated, rows_of
 from test_kept import folder as kept_folder  # noqa: F401
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -146,9 +146,7 @@ def test_a_cell_is_above_another(tmp_path: Path) -> None:
     assert (given.verdict, given.overall.units, given.overall.worst) == ("supported", 8, pytest.approx(0.01))
     assert given.overall.estimate == pytest.approx(0.03)
     assert given.p_holm == given.judgement.p == given.overall.p
-    assert answer(
-        tmp_path, tmp_path / "grid", ABOVE.replace("new", "x").replace("base", "new").replace("x", "base")
-    ).verdict == ("refuted")
+    assert answer(tmp_path, tmp_path / "grid", ABOVE_REVERSED).verdict == "refuted"
 
 
 def test_an_effect_can_be_supported_and_smaller_than_what_matters(tmp_path: Path) -> None:
@@ -278,6 +276,15 @@ def test_notes_on_replicates(
     assert answer(tmp_path, grid(tmp_path, points, replicates=replicates), ABOVE).notes == notes
 
 
+def test_an_index_that_lacks_cells_answers_nothing(tmp_path: Path) -> None:
+    file = grid(tmp_path) / "sweep.json"
+    index = json.loads(file.read_text())
+    cells = [cell for cell in index["cells"] if cell["axes"] != {"setting": "hard", "method": "new"}]
+    file.write_text(json.dumps(index | {"cells": cells}))
+    for kind in (ABOVE, TREND, ORDER):
+        assert answer(tmp_path, file.parent, kind).notes == ["the sweep's index lacks some of the cells."]
+
+
 def test_one_replicate_decides_no_trend(tmp_path: Path) -> None:
     given = answer(tmp_path, grid(tmp_path, replicates=1), TREND)
     assert (given.verdict, given.notes) == ("undecided", ["a test needs two replicates at each place."])
@@ -308,12 +315,20 @@ def test_the_table_comes_first(tmp_path: Path) -> None:
     assert (first[4], first[-2:]) == ("2", ["+1.0", "8"])
     assert second[0] == "a &#124; &lt;b&gt; claim"
     assert third[1:] == ["other", "not run", "–", "1", "–", "–", "–", "–"]
-    assert "supported: 1, undecided: 1, not run: 1." in text
+    assert "supported: 2, not run: 1." in text
     assert "other: the sweep is not among the folders of this page." in text
-    for name in ("page.md", "page.html"):
-        assert call("report", folder, "--hypotheses", file, "--out", tmp_path / name).exit_code == 0
-    shown = (tmp_path / "page.html").read_text()
-    assert shown.index('id="hypotheses"') < shown.index('id="made"')
+    assert call("report", folder, "--hypotheses", file, "--out", tmp_path / "page.md").exit_code == 0
     assert (tmp_path / "page.md").read_text() == text
     assert "Hypotheses" not in "\n".join(page([folder]).lines)
-    assert json.loads((folder / "sweep.json").read_text())["name"] == "made"
+
+
+def test_the_table_comes_first_in_html(tmp_path: Path) -> None:
+    """Before the chapter of single runs, too."""
+    axes = {"setting": ["easy", "hard"], "method": ["base", "new"]}
+    folder = make_sweep(tmp_path / "made", axes, lambda cell, seed, pattern: 0.5 + 0.1 * seed * (cell["method"] == "new"))
+    runs = sorted(path.parent for path in folder.glob("*/result.json"))[:1]
+    file = write(tmp_path, HEAD + ABOVE)
+    assert call("report", folder, *runs, "--hypotheses", file, "--out", tmp_path / "page.html").exit_code == 0
+    shown = (tmp_path / "page.html").read_text()
+    assert shown.index('id="hypotheses"') < shown.index('id="single-runs"') < shown.index('id="made"')
+    assert "h: New is better. (ours)" in shown

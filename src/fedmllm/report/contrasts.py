@@ -44,8 +44,8 @@ def estimate(
     if averaged or overall.lost or not overall.units:
         return overall
     if len(set(contrast.places.values())) > 1 and min(map(len, known.values())) < 2:
-        none = dict.fromkeys(("low", "high", "p", "se", "df", "mde", "margin"), math.nan)
-        overall = replace(overall, **none)
+        n = math.nan
+        overall = replace(overall, low=n, high=n, p=n, se=n, df=n, mde=n, margin=n)
     count = len(contrast.places)
     positive = {place: count * weight for place, weight in contrast.places.items() if weight > 0}
     lowest = min(min(known[place]) / weight for place, weight in positive.items())

@@ -69,10 +69,12 @@ def _not_run(hypothesis: Hypothesis, sweep: str, *missing: str) -> Answer:
 
 def _answer(hypothesis: Hypothesis, sweep: str, chapter: Chapter) -> Answer:
     """Every run that the hypothesis reads must be complete: it was declared for all of them."""
-    missing = list(unknown_cells(hypothesis, {axis: chapter.grid.cells_of(axis) for axis in chapter.grid.axes}))
-    rows = [] if missing else _selected(hypothesis, chapter.grid)
+    axes = {axis: chapter.grid.cells_of(axis) for axis in chapter.grid.axes}
+    rows, missing = _selected(hypothesis, chapter.grid), list(unknown_cells(hypothesis, axes))
     if missing or (missing := _incomplete(rows)):
         return _not_run(hypothesis, sweep, *missing)
+    if len(rows) != math.prod(len(set(hypothesis.selected.get(axis, cells))) for axis, cells in axes.items()):
+        return _not_run(hypothesis, sweep, "the sweep's index lacks some of the cells")
     if len({row.metric for row in rows}) > 1:
         raise RunError(
             f"the hypothesis {hypothesis.name!r}: its cells of {sweep} are scored by different metrics, which have no common "
@@ -119,7 +121,7 @@ def unknown_cells(hypothesis: Hypothesis, axes: Mapping[str, Sequence[str]]) -> 
 
 def _selected(hypothesis: Hypothesis, grid: Grid) -> list[GridRow]:
     selected = hypothesis.selected.items()
-    return [row for row in grid.rows if all(row.axes[axis] in cells for axis, cells in selected)]
+    return [row for row in grid.rows if all(row.axes.get(axis) in cells for axis, cells in selected)]
 
 
 def _incomplete(rows: Sequence[GridRow]) -> list[str]:

@@ -56,16 +56,16 @@ class Trend(Above):
     """
 
     over: Text
-    values: Annotated[tuple[dict[str, float], ...], Field(strict=False, min_length=1)]
+    values: Annotated[tuple[dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]], ...], Field(strict=False, min_length=1)]
 
     def contrasts(self, places: Mapping[str, Place]) -> list[Contrast]:
-        deviations: dict[str, float] = {}
-        for table in self.values:
-            numbers = {name: table[place[self.over]] for name, place in places.items() if place[self.over] in table}
-            deviations |= {name: number - float(np.mean(list(numbers.values()))) for name, number in numbers.items()}
         span = max(max(table.values()) - min(table.values()) for table in self.values)
-        squares = sum(deviation**2 for deviation in deviations.values())
-        weights = {name: span * deviation / squares for name, deviation in deviations.items()}
+        steps: dict[str, float] = {}  # of the widest range, from the mean of the table
+        for table in self.values:
+            numbers = {name: table[place[self.over]] / span for name, place in places.items() if place[self.over] in table}
+            steps |= {name: number - float(np.mean(list(numbers.values()))) for name, number in numbers.items()}
+        squares = sum(step**2 for step in steps.values())
+        weights = {name: step / squares for name, step in steps.items()}
         return [Contrast(f"growth of {self.label}", self.cells, weights)]
 
 
@@ -162,7 +162,8 @@ class Hypothesis(Table):
 
     @property
     def contrast(self) -> Kind:
-        return next(value for name in KINDS if (value := getattr(self, name)) is not None)
+        kinds: list[Kind] = [kind for name in KINDS if (kind := getattr(self, name)) is not None]
+        return kinds[0]
 
     @property
     def axis(self) -> str | None:
