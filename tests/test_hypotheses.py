@@ -18,7 +18,6 @@ from fedmllm.report.hypotheses import Answer, answers, unknown_cells
 from fedmllm.report.hypothesis_file import KINDS, read
 from fedmllm.report.writeup import page, read_chapters
 from made_runs import make_sweep, replicated, rows_of
-from test_kept import folder as kept_folder  # noqa: F401
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHIPPED = EXPERIMENTS / "offline" / "hypotheses.toml"
@@ -32,7 +31,6 @@ TREND = 'trend = { axis = "method", higher = ["new"], lower = ["base"], over = "
 SHARE = 'share = { axis = "method", cell = "new", start = "base", end = "top", at_least = 0.9 }\n'
 LOWEST = 'lowest = { axis = "method", cell = "base", others = ["new", "top"] }\n'
 ORDER = 'where = { method = ["new"] }\norder = { axis = "setting", ascending = [["hard"], ["easy"]] }\n'
-TRIMMED = 'trimmed = { axis = "method", rules = ["new"] }\n'
 
 
 def write(tmp_path: Path, *hypotheses: str) -> Path:
@@ -195,18 +193,6 @@ def test_a_share_of_the_way(tmp_path: Path) -> None:
     none = answer(tmp_path, folder, SHARE.replace('start = "base", end = "top"', 'start = "top", end = "base"'))
     assert (none.verdict, math.isnan(none.p_holm)) == ("undecided", True)
     assert "the 95 % interval of base − top is not above zero" in none.notes[0]
-
-
-def test_what_robust_rules_kept(tmp_path: Path, kept_folder: Path) -> None:  # noqa: F811
-    """One modality: (0.4, 0.5, 0.2), (0.9, 0, 1), 0.5; paired: (1, 0.8), 1, 1. The means are told in test_kept."""
-    given = answer(tmp_path, kept_folder, TRIMMED.replace("method", "defence").replace("new", "robust"))
-    gaps = [0.9 - 1.1 / 3, 1 - 1.9 / 3, 0.5]
-    assert given.overall is not None
-    assert (given.overall.estimate, given.overall.worst) == pytest.approx((sum(gaps) / 3, min(gaps)))
-    assert given.overall.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
-    assert given.overall.common == 0
-    plain = answer(tmp_path, kept_folder, TRIMMED.replace("method", "defence").replace("new", "plain"))
-    assert (plain.verdict, plain.notes) == ("not run", ["no replicate with the figures of all cells at all places."])
 
 
 def test_places_with_the_same_draws_are_one_unit_a_replicate(tmp_path: Path) -> None:
