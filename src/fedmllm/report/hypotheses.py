@@ -13,7 +13,7 @@ from fedmllm.errors import RunError
 from fedmllm.report.comparisons import interval
 from fedmllm.report.contrasts import Judgement, Verdict, estimate, judge
 from fedmllm.report.grids import Grid, GridRow
-from fedmllm.report.hypothesis_file import Hypothesis, Share, Trimmed, read
+from fedmllm.report.hypothesis_file import Hypothesis, Place, Share, Trimmed, read
 from fedmllm.report.kept import trimmed_more
 from fedmllm.report.page import Markdown, Page
 from fedmllm.report.protocol import LEVEL, Comparison, holm
@@ -80,12 +80,17 @@ def _answer(hypothesis: Hypothesis, sweep: str, chapter: Chapter) -> Answer:
             f"the hypothesis {hypothesis.name!r}: its cells of {sweep} are scored by different metrics, which have no common "
             "mean; select those of one metric with `where`."
         )
-    places: dict[str, Mapping[str, str]] = {}
+    return _decided(hypothesis, sweep, chapter, rows)
+
+
+def _decided(hypothesis: Hypothesis, sweep: str, chapter: Chapter, rows: Sequence[GridRow]) -> Answer:
+    """The answer from complete rows, all cells at all places."""
+    places: dict[str, Place] = {}
     by_cell: dict[str, dict[str, GridRow]] = {}
     for row in rows:
-        axes = {axis: cell for axis, cell in row.axes.items() if axis != hypothesis.axis}
-        place = " · ".join(axes.values())
-        places[place] = axes
+        others = {axis: cell for axis, cell in row.axes.items() if axis != hypothesis.axis}
+        place = " · ".join(others.values())
+        places[place] = others
         by_cell.setdefault(row.axes.get(hypothesis.axis or "", ""), {})[place] = row
     matched, contrast = chapter.reader.by_place(by_cell), hypothesis.contrast
     scored = (matched.scores, matched.resamples, matched.averaged)
