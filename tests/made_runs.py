@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 TRUTH = "ab" * 20
@@ -66,6 +68,38 @@ def make_sweep(
     index = {"schema": 1, "name": "made", "axes": list(axes), "cells": rows}
     (folder / "sweep.json").write_text(json.dumps(index))
     return folder
+
+
+def replicated(folder: Path, scores: Callable[[str, str, int], float], *, draws: Callable[[str, str, int], int] | None = None,
+               digests: Callable[[str, int], str] = lambda place, r: f"{place} {r}", replicates: int = 4,
+               places: Sequence[str] = ("easy", "hard"), methods: Sequence[str] = ("base", "new"),
+               margin: float | None = None, resamples: int = 200) -> Path:  # fmt: skip
+    """A sweep's folder with replicates, whose runs are results alone, from `scores(place, method, replicate)`."""
+    folder.mkdir(parents=True)
+    cells = []
+    for (number, place), method, r in itertools.product(enumerate(places), methods, range(replicates)):
+        draw = draws(place, method, r) if draws else 1000 * number + r
+        cells.append({"axes": {"setting": place, "method": method}, "seed": draw, "replicate": r, "draw": draw,
+                      "kind": "federated", "id": f"{method}-{number}-{r}", "state": "complete"})  # fmt: skip
+        score = scores(place, method, r)
+        result = {
+            "schema": 1, "name": "made", "kind": "federated", "algorithm": "fedavg", "primary_metric": "accuracy",
+            "metrics": {"both": {"accuracy": score, "accuracy_ci": [0, 1], "n": 40, "parse_failures": 0}}, "positive": None,
+            "bytes_up": {}, "bytes_down": {}, "seconds": {"total": 36.0}, "test_digest": digests(place, r), "rounds": 1,
+            "bootstrap_scores": {"both": (score + np.random.default_rng(r).normal(0, 0.05, resamples)).tolist()},
+        }  # fmt: skip
+        run_folder = folder / str(cells[-1]["id"])
+        run_folder.mkdir()
+        (run_folder / "result.json").write_text(json.dumps(result))
+        (run_folder / "config.toml").write_text(CONFIG)
+    index = {"schema": 1, "name": "made", "axes": ["setting", "method"], "cells": cells} | (
+        {"margin": margin} if margin else {}
+    )
+    (folder / "sweep.json").write_text(json.dumps(index))
+    return folder
+
+
+CONFIG = 'task.name = "jsonl"\nscenario.name = "aligned"\npartition = { name = "iid", clients = 10 }\n'
 
 
 def write_archive(file: Path, contents: Mapping[str, bytes], link: str = "", special: bytes = b"") -> Path:

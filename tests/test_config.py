@@ -16,7 +16,7 @@ from fedmllm.experiment.parts import build, options_of, with_defaults
 from helpers import apply_overrides, quick
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
-SHIPPED = [path for path in SHIPPED if not path.name.endswith(".sweep.toml")]
+SHIPPED = [path for path in SHIPPED if not path.name.endswith((".sweep.toml", "hypotheses.toml"))]
 MINIMAL: dict[str, Any] = {"task": {"name": "easy-vqa"}}
 HYBRID: dict[str, Any] = {**MINIMAL, "scenario": {"name": "hybrid", "presence": 0.6}}
 

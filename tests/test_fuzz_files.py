@@ -37,6 +37,7 @@ from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.protocol import Job, ProtocolError, Reply, counts_of, parts_of, to_bytes
 from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.wire import NoAnswer, receive
+from fedmllm.report import hypothesis_file
 from fedmllm.report.grids import read_grid
 from fedmllm.storage import archive
 from fedmllm.storage.run_dir import RunDir, unfinished
@@ -85,6 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / f"{split}.jsonl").write_bytes(made.as_lines(made.SAMPLES))
     (folder / "experiment.toml").write_bytes(made.as_toml({"task": made.TASKS[0]}))
     (folder / "good.toml").write_bytes(made.as_toml(made.SWEEP))
+    (folder / "hypotheses.toml").write_bytes(made.as_toml(HYPOTHESES[0]))
     (folder / "server.toml").write_bytes(made.as_toml(made.FEDERATION))
     keys.make(folder / "keys", ["127.0.0.1"], ["north", "south"])
     run = made_run(folder / "run")
@@ -107,6 +109,29 @@ class Kind:
 
 def _experiment(path: Path) -> object:
     return build(api.read_experiment(path, [])[0])
+
+
+PAIR = {"axis": "method", "higher": ["FedAvg"], "lower": ["zero-shot"]}
+LOWEST = {"axis": "method", "cell": "FedAvgM", "others": ["FedAvg", "FedAdam"]}
+CLAIM = {"name": "a", "claim": "b", "source": "c", "margin": {"made": 1.5}, "where": {"place": ["aligned", "β = 0.3"]}}
+HYPOTHESES: list[dict[str, Any]] = [
+    {
+        "hypotheses": [
+            CLAIM | {"above": PAIR},
+            CLAIM | {"name": "d", "lowest": {"axis": "method", "cell": "a", "others": ["b"]}},
+        ]
+    },
+    {"hypotheses": [CLAIM | {"trend": PAIR | {"over": "rate", "values": [{"β = 0.3": 0.3, "β = 0.5": 0.5}]}}]},
+    {"hypotheses": [CLAIM | {"order": {"axis": "scenario", "ascending": [["cross", "hybrid"], ["aligned"]]}}]},
+]
+
+
+def _hypotheses(path: Path) -> object:
+    """With the weights of each claim, at places that are named after the cells."""
+    return [
+        claim.contrast.contrasts({c: dict.fromkeys(claim.selected, c) for cells in claim.selected.values() for c in cells})
+        for claim in hypothesis_file.read(path)
+    ]
 
 
 def _site(path: Path) -> object:
@@ -194,6 +219,7 @@ def state(name: str) -> SearchStrategy[bytes]:
 KINDS: dict[str, Kind] = {
     "an experiment": Kind("other.toml", made.cases(made.experiments(), made.as_toml), _experiment),
     "a sweep": Kind("sweep.toml", made.cases(made.sweeps(), made.as_toml), plan_sweep),
+    "hypotheses": Kind("hypotheses.toml", made.cases(st.sampled_from(HYPOTHESES), made.as_toml), _hypotheses),
     "the base of a sweep": Kind("experiment.toml", made.cases(made.experiments(), made.as_toml),
                                 lambda path: plan_sweep(path.with_name("good.toml"))),
     "a site": Kind("site.toml", made.cases(st.sampled_from(made.SITES), made.as_toml), _site),

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import tomli_w
 from scipy import stats
 
-from fedmllm.report.writeup import page
+from fedmllm.report.hypotheses import answers
+from fedmllm.report.hypothesis_file import read
+from fedmllm.report.writeup import page, read_chapters
 from made_runs import make_run
 
 CLIENTS = [
@@ -78,3 +81,19 @@ def test_sweeps_that_choose_among_no_updates_have_no_such_section(folder: Path) 
         write_rounds(run, [{}, {}])
         (run / "result.json").write_text((run / "result.json").read_text().replace('"rounds": 1', '"rounds": 2'))
     assert "Whose updates are kept" not in "\n".join(page([folder]).lines)
+
+
+@pytest.mark.parametrize("rule", ["robust", "plain"])
+def test_a_claim_about_trimmed_updates(folder: Path, tmp_path: Path, rule: str) -> None:
+    """One modality: (0.4, 0.5, 0.2), (0.9, 0, 1), 0.5; paired: (1, 0.8), 1, 1. A plain mean chooses among no updates."""
+    file = tmp_path / "hypotheses.toml"
+    claim = {"name": "h", "claim": "c", "source": "ours", "margin": {"made": 2.0}}
+    file.write_text(tomli_w.dumps({"hypotheses": [claim | {"trimmed": {"axis": "defence", "rules": [rule]}}]}))
+    (answer,) = answers(read(file), read_chapters([folder]))
+    if rule == "plain":
+        assert (answer.verdict, answer.notes) == ("not run", ["no replicate with the figures of all cells at all places."])
+        return
+    gaps = [0.9 - 1.1 / 3, 1 - 1.9 / 3, 0.5]
+    assert answer.overall is not None
+    assert (answer.overall.estimate, answer.overall.worst) == pytest.approx((sum(gaps) / 3, min(gaps)))
+    assert (answer.overall.p, answer.overall.common) == (pytest.approx(stats.ttest_1samp(gaps, 0).pvalue), 0)

@@ -25,6 +25,7 @@ from fedmllm.experiment.parts import build
 from fedmllm.experiment.sweep import plan_sweep
 from fedmllm.remote.files import FederationTable, SiteTable
 from fedmllm.remote.limits import Limits
+from fedmllm.report import hypothesis_file
 from helpers import HETEROGENEITY, apply_overrides, png
 from made_runs import make_sweep
 
@@ -97,7 +98,8 @@ def test_a_command_parses(page: str, words: list[str]) -> None:
 
 
 def check_toml(table: dict[str, Any], folder: Path) -> None:
-    """Raises if it is no federation file, site file, sweep, entry point, experiment, or part of one of these."""
+    """Raises if it is no federation file, site file, sweep, entry point, experiment, or part of one of these, and no file of
+    hypotheses."""
     if "project" in table:
         assert all(group.startswith("fedmllm.") for group in table["project"]["entry-points"])
     elif "sites" in table:
@@ -106,6 +108,9 @@ def check_toml(table: dict[str, Any], folder: Path) -> None:
         SiteTable.model_validate(table)
     elif "limits" in table:
         Limits.model_validate(table["limits"])
+    elif "hypotheses" in table:
+        (folder / "hypotheses.toml").write_text(tomli_w.dumps(table))
+        assert hypothesis_file.read(folder / "hypotheses.toml")
     elif "base" in table:
         shutil.copy(ROOT / "experiments" / table["base"], folder)
         (folder / "sweep.toml").write_text(tomli_w.dumps(table | ({} if "axes" in table else tomllib.loads(HETEROGENEITY))))
@@ -145,8 +150,9 @@ def world(_few_questions: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name in ("quickstart", "EXPERIMENT.toml", "experiments/quickstart.toml"):
         (folder / name).write_text(quickstart)
     shutil.copy(ROOT / "experiments" / "quickstart.sweep.toml", folder / "experiments")
-    (shown,) = (block.text for block in BLOCKS if block.page == "sweeps" and block.language == "toml")
-    (folder / "experiments" / "first-grid.toml").write_text(shown)
+    shown = [block.text for block in BLOCKS if block.page == "sweeps" and block.language == "toml"]
+    for name, text in zip(("first-grid", "first-grid.hypotheses"), shown, strict=True):
+        (folder / "experiments" / f"{name}.toml").write_text(text)
     for picture in ("photo.png", "meme.png"):
         (folder / picture).write_bytes(png())
     run = api.run(api.load(folder / "quickstart"), out=folder / "runs" / "quickstart-federated-seed0").path

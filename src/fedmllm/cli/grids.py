@@ -119,6 +119,10 @@ def report(
         str | None,
         typer.Option("--baseline", metavar="NAME", help="The cell to test against; by default zero-shot or the first."),
     ] = None,
+    hypotheses: Annotated[
+        Path | None,
+        typer.Option("--hypotheses", metavar="FILE.toml", help="Begin the page with the answers to this file of hypotheses."),
+    ] = None,
     samples: Annotated[
         bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
     ] = False,
@@ -134,7 +138,7 @@ def report(
         raise ConfigError("--samples is for a page in HTML; give --out a name that ends in .html.")
     with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
         progress("writing the page", 0, 0, "")
-        contents, pictures = _page(folders, out, baseline, samples)
+        contents, pictures = _page(folders, out, baseline, samples, hypotheses)
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -144,15 +148,17 @@ def report(
         show(f"{out} and {len(pictures)} pictures" if out.suffix == ".md" else f"{out}: {len(contents.encode()):,} bytes")
 
 
-def _page(folders: list[Path], out: Path, baseline: str | None, samples: bool) -> tuple[str, dict[str, str]]:
+def _page(
+    folders: list[Path], out: Path, baseline: str | None, samples: bool, hypotheses: Path | None
+) -> tuple[str, dict[str, str]]:
     """(the page, its pictures by file)."""
     if out.suffix == ".html":
         from fedmllm.report.html_report import html_report
 
-        return html_report(folders, baseline, samples), {}
+        return html_report(folders, baseline, samples, hypotheses), {}
     from fedmllm.report.writeup import page
 
-    written = page(folders, baseline)
+    written = page(folders, baseline, hypotheses)
     return "\n".join(written.lines), written.pictures
 
 

@@ -177,9 +177,9 @@ def _inner_models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def keys_at(path: tuple[int | str, ...], model: type[BaseModel] = Experiment) -> Mapping[str, Any]:
-    """The fields of the table at `path` of a file whose outermost table is `model`."""
-    for part in path:
-        field = model.model_fields.get(str(part))
+    """The fields of the table at `path` of a file whose outermost table is `model`; a number in it is a place in a list."""
+    for part in (part for part in path if isinstance(part, str)):
+        field = model.model_fields.get(part)
         inner = _inner_models(field.annotation) if field else []
         if not inner:
             return {}

@@ -96,6 +96,10 @@ class Grid:
             cells.setdefault(tuple(row.axes[axis] for axis in downs), {})[row.axes.get(across, "")] = row
         return cells
 
+    def cells_of(self, axis: str) -> list[str]:
+        """The names of the axis's cells."""
+        return list(dict.fromkeys(row.axes[axis] for row in self.rows))
+
     @property
     def mixed_metrics(self) -> bool:
         """Whether the cells have different metrics, so that their scores have no common mean."""

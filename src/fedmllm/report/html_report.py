@@ -15,6 +15,7 @@ from fedmllm.report.curves import Line, curves
 from fedmllm.report.gallery import add_gallery
 from fedmllm.report.grids import grid_of, reading
 from fedmllm.report.html_page import HtmlPage
+from fedmllm.report.hypotheses import add_hypotheses
 from fedmllm.report.kept import add_kept
 from fedmllm.report.modalities import add_modalities
 from fedmllm.report.page import Markdown
@@ -23,7 +24,7 @@ from fedmllm.report.sections import Chapter, add_transfer
 from fedmllm.report.sentences import untested
 from fedmllm.report.suites import add_suites
 from fedmllm.report.tables import comparison, metrics_table
-from fedmllm.report.writeup import add_sweeps
+from fedmllm.report.writeup import add_sweeps, read_chapters
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
 
@@ -35,8 +36,10 @@ _INTRODUCTION = (
 )
 
 
-def html_report(folders: Sequence[Path], baseline: str | None = None, open_samples: bool = False) -> str:
-    """A chapter for all single runs, and one per sweep.
+def html_report(
+    folders: Sequence[Path], baseline: str | None = None, open_samples: bool = False, hypotheses: Path | None = None
+) -> str:
+    """The answers to a file of hypotheses, a chapter for all single runs, and one per sweep.
 
     `baseline` is a cell of the sweeps, or the path of one of the runs. With `open_samples`, the gallery opens the data that the
     runs name; nothing else does. Raises RunError if a folder is neither a run's nor a sweep's.
@@ -44,6 +47,9 @@ def html_report(folders: Sequence[Path], baseline: str | None = None, open_sampl
     page = HtmlPage()
     page.paragraph(Markdown(_INTRODUCTION))
     runs = {name: RunDir(folder) for name, folder in _named([f for f in folders if not (f / INDEX).is_file()]).items()}
+    chapters = read_chapters([folder for folder in folders if (folder / INDEX).is_file()])
+    if hypotheses:
+        add_hypotheses(page, hypotheses, chapters)
     if runs:
         _add_runs(page, runs, baseline, open_samples)
 
@@ -54,9 +60,8 @@ def html_report(folders: Sequence[Path], baseline: str | None = None, open_sampl
             add_holdings(page, chapter)
             add_gallery(page, _first_runs(chapter), open_samples)
 
-    sweeps = [folder for folder in folders if (folder / INDEX).is_file()]
-    add_sweeps(page, sweeps, baseline, more)
-    names = [*runs, *(text for level, _, text in page.contents if level == 2 and text != _RUNS)]
+    add_sweeps(page, chapters, baseline, more)
+    names = [*runs, *(chapter.grid.name for chapter in chapters)]
     return page.html(f"Report: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
 
 

@@ -44,6 +44,16 @@ def add_kept(page: Page, chapter: Chapter) -> None:
     page.table([*chapter.grid.axes, *groups, *differences], table, len(chapter.grid.axes))
 
 
+def trimmed_more(chapter: Chapter, row: GridRow) -> dict[str, float]:
+    """unit -> how much more of the updates of paired clients was kept than of those with one modality, all of them honest, as a
+    share of 1; NaN for a unit without one of the two groups."""
+    gaps = {}
+    for unit, shares in _kept(chapter, row).items():
+        paired, single = shares.get("paired", []), [*shares.get("image only", []), *shares.get("text only", [])]
+        gaps[unit] = fmean(paired) - fmean(single) if paired and single else math.nan
+    return gaps
+
+
 def _kept(chapter: Chapter, row: GridRow) -> dict[str, Shares]:
     """unit -> the shares that its run kept, for the runs that recorded any."""
     by_unit = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ Rows = Mapping[str, GridRow]
 @dataclass(frozen=True)
 class Matched:
     """The scores of several methods on the same units, and their resamples if units share a test set. `places` are the places
-    that all methods have. A unit is the mean over the places if they have the same draws of the data, as settings of an attack
-    have; `shared` says that so have the seeds of runs of earlier versions."""
+    that all methods have. If they have the same draws of the data, as settings of an attack have, a unit is one replicate at
+    all of them, which `averaged` says; `shared` says that so have the seeds of runs of earlier versions."""
 
     scores: Mapping[str, Units]
     resamples: Mapping[str, Resamples] | None
     places: tuple[str, ...]
+    averaged: bool
     shared: bool
 
 
@@ -62,7 +63,19 @@ class UnitReader:
         return [{"": {unit: self._unit(run, row.pattern).score for unit, run in row.units.items()}} for row in rows]
 
     def match(self, methods: Mapping[str, Rows]) -> Matched:
-        """The units of the methods at the places that all of them have.
+        """The units of the methods at the places that all of them have; means over the places if these have the same draws.
+
+        Raises what `by_place` raises.
+        """
+        matched = self.by_place(methods)
+        if not matched.averaged:
+            return matched
+        scores = {name: regrouped(of_method, matched.places) for name, of_method in matched.scores.items()}
+        resamples = {name: regrouped(of_method, matched.places) for name, of_method in (matched.resamples or {}).items()}
+        return replace(matched, scores=scores, resamples=resamples or None)
+
+    def by_place(self, methods: Mapping[str, Rows]) -> Matched:
+        """The units of the methods at each of the places that all of them have.
 
         Raises RunError if the methods were not tested on the same samples of the same draws, or if only some of a place's
         replicates share their test samples.
@@ -89,10 +102,7 @@ class UnitReader:
         resamples = {n: {p: {u: x.resampled for u, x in at.items()} for p, at in by.items()} for n, by in units.items()}
         tested = [{p: by_place[p] for p in places[: 1 if averaged else None]} for by_place in units.values()]
         fixed = shared or _one_test_set(tested)
-        if averaged:
-            scores = {name: regrouped(of_method, places) for name, of_method in scores.items()}
-            resamples = {name: regrouped(of_method, places) for name, of_method in resamples.items()}
-        return Matched(scores, resamples if fixed else None, places, shared)
+        return Matched(scores, resamples if fixed else None, places, averaged, shared)
 
 
 def _check_same(place: str, by_method: Mapping[str, Mapping[str, Any]], what: str) -> None:

@@ -9,6 +9,7 @@ from fedmllm.errors import RunError
 from fedmllm.report.comparisons import against, comparable
 from fedmllm.report.convergence import add_speed
 from fedmllm.report.grids import Grid, read_grid
+from fedmllm.report.hypotheses import add_hypotheses
 from fedmllm.report.kept import add_kept
 from fedmllm.report.modalities import add_modalities
 from fedmllm.report.page import Markdown, Page, anchor
@@ -31,35 +32,42 @@ there is one); \\* not all seeds are complete. How methods are compared is in [s
 """
 
 
-def page(folders: Sequence[Path], baseline: str | None = None) -> Page:
-    """One chapter per sweep, in Markdown. Raises what `add_sweeps` raises."""
-    document = Page([HEAD.rstrip()])
-    add_sweeps(document, folders, baseline)
+def page(folders: Sequence[Path], baseline: str | None = None, hypotheses: Path | None = None) -> Page:
+    """The answers to a file of hypotheses, and one chapter per sweep, in Markdown. Raises what `read_chapters` and
+    `add_hypotheses` raise."""
+    document, chapters = Page([HEAD.rstrip()]), read_chapters(folders)
+    if hypotheses:
+        add_hypotheses(document, hypotheses, chapters)
+    add_sweeps(document, chapters, baseline)
     document.lines.append("")
     return document
 
 
-def add_sweeps(
-    document: Page, folders: Sequence[Path], baseline: str | None, more: Callable[[Chapter], None] = lambda chapter: None
-) -> None:
-    """One chapter per sweep, with `more` at its end. Raises RunError if a folder is not a sweep's or has no complete run, or if
-    two share a name."""
-    grids: dict[str, tuple[Path, Grid]] = {}
+def read_chapters(folders: Sequence[Path]) -> list[Chapter]:
+    """Raises RunError if a folder is not a sweep's or has no complete run, or if two share a name."""
+    chapters: dict[str, Chapter] = {}
     for folder in folders:
         if not (folder / INDEX).is_file():
             raise RunError(f"{folder} is not a sweep's folder; give one that `fedmllm sweep` wrote.")
         grid = read_grid(folder)
-        if grid.name in grids:
+        if grid.name in chapters:
             raise RunError(f"{folder}: another of the folders is also a sweep named {grid.name!r}; give only one of them.")
         if not grid.axes or not any(row.ids for row in grid.rows):
             raise RunError(f"{folder} has no axis, or no complete run; run the sweep first.")
-        grids[grid.name] = folder, grid
-    if len(grids) > 1:
+        chapters[grid.name] = Chapter(folder, grid)
+    return list(chapters.values())
+
+
+def add_sweeps(
+    document: Page, chapters: Sequence[Chapter], baseline: str | None, more: Callable[[Chapter], None] = lambda chapter: None
+) -> None:
+    """A section per sweep, with `more` at its end."""
+    if len(chapters) > 1:
         line = Markdown("[{name}](#{anchor}): {extent}")
-        document.items([line.filled(name=n, anchor=anchor(n), extent=_extent(grid)) for n, (_, grid) in grids.items()])
-    for folder, grid in grids.values():
-        chapter = Chapter(folder, grid)
-        _add_chapter(document, chapter, choose_baseline(grid, baseline))
+        grids = [chapter.grid for chapter in chapters]
+        document.items([line.filled(name=g.name, anchor=anchor(g.name), extent=_extent(g)) for g in grids])
+    for chapter in chapters:
+        _add_chapter(document, chapter, choose_baseline(chapter.grid, baseline))
         more(chapter)
 
 
