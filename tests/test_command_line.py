@@ -147,7 +147,7 @@ def test_a_check_goes_on_without_output(write_experiment: Callable[..., Path], m
         raise OutputLost("it is closed", closed=True)
 
     for function in ("show", "print_json"):
-        monkeypatch.setattr(f"fedmllm.cli.experiments.{function}", lost)
+        monkeypatch.setattr(f"fedmllm.cli.checking.{function}", lost)
     file = write_experiment()
     for options in ([], ["--json"]):
         refused = call("check", file, "--set", "partition.clients=31", *options)
