@@ -71,7 +71,9 @@ def test_the_doctor_looks_at_versions_extras_and_a_run(monkeypatch: pytest.Monke
     assert rows["extra flower"]["value"] == "installed"
     assert "extra dev" not in rows
     assert rows["self-test"]["note"] == "one round, 30 questions answered"
-    assert "All is well." in invoke("doctor").stdout
+    shown = invoke("doctor")
+    assert "All is well." in shown.stdout
+    assert "note:" not in shown.stderr
 
 
 def test_the_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
