@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import fedmllm
 from fedmllm import api
 from fedmllm.cli import doctor
+from fedmllm.progress import ProgressCallback
 from fedmllm.cli.app import app
 from fedmllm.experiment.parts import build
 
@@ -62,7 +63,12 @@ def test_the_doctor_looks_at_versions_extras_and_a_run(monkeypatch: pytest.Monke
     class Done:
         metrics = {"both": {"n": 30}}  # noqa: RUF012 (read only)
 
-    monkeypatch.setattr(api, "run", lambda experiment, out, progress: Done())
+    def run(experiment: object, out: Path, progress: ProgressCallback) -> Done:
+        progress("rounds", 1, 1, "loss 1.0")
+        progress("note", 0, 0, "the scores are low")
+        return Done()
+
+    monkeypatch.setattr(api, "run", run)
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -73,7 +79,8 @@ def test_the_doctor_looks_at_versions_extras_and_a_run(monkeypatch: pytest.Monke
     assert rows["self-test"]["note"] == "one round, 30 questions answered"
     shown = invoke("doctor")
     assert "All is well." in shown.stdout
-    assert "note:" not in shown.stderr
+    assert "rounds 1/1: loss 1.0" in shown.stderr
+    assert "the scores are low" not in shown.stderr
 
 
 def test_the_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
