@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import fedmllm
 from fedmllm import api
 from fedmllm.cli import doctor
-from fedmllm.progress import ProgressCallback
 from fedmllm.cli.app import app
 from fedmllm.experiment.parts import build
+from fedmllm.progress import ProgressCallback
 
 
 def invoke(*arguments: Any) -> Any:
