@@ -21,12 +21,12 @@ from commands import run as command
 from fedmllm.algorithms import RoundInfo
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import TooFewUpdates
+from fedmllm.progress import no_progress
 from fedmllm.remote import clientapp
 from fedmllm.remote.protocol import Job, JobKind, ProtocolError, Reply, parts_of, to_bytes
 from fedmllm.remote.records import HEADER, RecordError, pack, unpack
 from fedmllm.remote.serverapp import experiment_for_sites, load_experiment, manifest_of, run
 from fedmllm.remote.worker import Worker
-from fedmllm.runs.progress import no_progress
 from fedmllm.secure.settings import PHASES
 from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid

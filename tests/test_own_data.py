@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from federations import SITES, adapter, close, in_one_process, with_site_names, write_federation, write_samples
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.federation import TooFewUpdates
+from fedmllm.progress import no_progress
 from fedmllm.remote.files import FederationFile, SiteFile
 from fedmllm.remote.fleet import valid_metrics
 from fedmllm.remote.protocol import Job, Reply, parts_of, to_bytes
@@ -21,7 +22,6 @@ from fedmllm.remote.records import pack, unpack
 from fedmllm.remote.serverapp import run
 from fedmllm.remote.service import ReplyCache
 from fedmllm.remote.worker import Worker
-from fedmllm.runs.progress import no_progress
 from fedmllm.storage.run_dir import RunDir
 from grids import DirectGrid
 

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from fedmllm.data.images import Images
-from fedmllm.data.samples import Sample
-from fedmllm.data.scenarios import BOTH, IMAGE, NONE, TEXT, Modalities
+from fedmllm.data.samples import VISIBLE, Sample
+from fedmllm.data.scenarios import Modalities
 from fedmllm.errors import DataError
 
 _BUFFER = 1 << 20
@@ -28,8 +28,6 @@ _CHUNK = 1 << 12
 """Samples whose columns are converted to Python objects at a time when all are iterated over."""
 
 N = TypeVar("N", bound=np.integer[Any])
-
-_MODALITIES = (NONE, IMAGE, TEXT, BOTH)
 
 
 class _Texts:
@@ -113,7 +111,7 @@ class Samples(Sequence[Sample]):
 
     def modalities(self) -> list[Modalities]:
         """The modalities of each sample."""
-        return [_MODALITIES[code] for code in (self.has_image + 2 * self.has_text).tolist()]
+        return [VISIBLE[shown] for shown in zip(self.has_image.tolist(), self.has_text.tolist(), strict=True)]
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -15,8 +15,6 @@ from rich.text import Text
 
 from fedmllm.errors import printable
 from fedmllm.progress import DETAIL, MESSAGES, STEPS, Lines, TimeLeft, clock
-from fedmllm.progress import ProgressCallback as ProgressCallback
-from fedmllm.progress import no_progress as no_progress
 
 _SHOWN_AFTER = 0.5
 """Seconds after which the bar of a step is shown, so that short ones do not flicker."""

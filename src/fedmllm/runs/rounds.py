@@ -231,11 +231,12 @@ def train_rounds(
     checkpoint = directory.load_checkpoint()
     show_notes(run)
     done, saved = checkpoint or (0, {"adapter": session.initial})
-    scores = scores_of(directory.rounds()[:done], evaluator.score)
+    earlier = directory.rounds()[:done]  # none without a checkpoint
+    scores = scores_of(earlier, evaluator.score)
     keeping, state = Keeping.resumed(session.config.train, plan.rounds, scores, saved)
     session.progress(stage, done, plan.rounds, "resumed" if checkpoint else "")
-    for earlier in directory.rounds()[:done]:  # none without a checkpoint
-        run.tracking.round(earlier)
+    for past in earlier:
+        run.tracking.round(past)
     fleet, resume = open_fleet(run, algorithm, clients), (done, state) if checkpoint else None
     rounds = iter(()) if keeping.exhausted else federate(algorithm, fleet, plan, session.initial, resume)
     for record, state in rounds:
@@ -248,8 +249,9 @@ def train_rounds(
             note += f"  {evaluator.metric} {100 * score:.1f} %"
         keeping.add(record.round, score, state)
         record = replace(record, stopped=keeping.exhausted and done < plan.rounds)
-        directory.save_round(asdict(record), {**state, **keeping.groups}, session.config.digest())
-        run.tracking.round(asdict(record))
+        line = asdict(record)
+        directory.save_round(line, {**state, **keeping.groups}, session.config.digest())
+        run.tracking.round(line)
         note += f"  {record.clock['began'] + record.clock['seconds']:.0f} simulated s" if record.clock else ""
         lost = len(record.clock.get("lost", ()))
         note += f"  {lost} clients lost" if lost else ""

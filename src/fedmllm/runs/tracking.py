@@ -16,7 +16,7 @@ from typing import Any
 from fedmllm.config import TrackTable
 from fedmllm.errors import RunError, brief
 from fedmllm.kinds import TrackerName
-from fedmllm.runs.progress import ProgressCallback
+from fedmllm.progress import ProgressCallback
 from fedmllm.storage.run_dir import RunDir, new_run
 
 _RUN_NAME = {"clearml": "task_name", "mlflow": "run_name", "swanlab": "experiment_name", "trackio": "name", "wandb": "name"}
