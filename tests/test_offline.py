@@ -150,17 +150,3 @@ def test_servers_of_the_stragglers_study_use_the_same_number_of_updates() -> Non
     assert {config.train.rounds * per_step[name] for name, config in cells.items()} == {48}
     assert len({(config.seed, config.task.draw, config.train.lr) for config in cells.values()}) == 1
     assert {config.train.rounds % config.eval.every for config in cells.values()} == {0}
-
-
-def test_algorithms_of_the_uses_study_have_the_rates_that_were_found() -> None:
-    cells = {
-        name: (c.algorithm.name, c.algorithm.options.get("server_lr"), c.train.lr) for name, c in trained_cells("uses").items()
-    }
-    found = {}
-    for grid in ("pocket-memes", "pocket-memes.others"):
-        for planned in plan_sweep(OFFLINE / f"{grid}.sweep.toml")[1]:
-            config = with_defaults(planned.experiment)
-            found[config.algorithm.name] = (config.algorithm.options.get("server_lr"), config.train.lr)
-    assert {name: rates for name, *rates in cells.values() if name in found} == {
-        name: list(found[name]) for name in ("fedavg", "scaffold", "fedadam")
-    }
