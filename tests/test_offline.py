@@ -18,7 +18,9 @@ from helpers import apply_overrides
 OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
 TASKS = ("openmoji", "pocket-memes", "qa")
 PAPER = list(published()["hateful-memes"]["fedyogi"])
-SEARCHES = sorted(OFFLINE.glob("search-*.sweep.toml"))
+GRIDS = ("qa",)
+"""The tasks whose grids have the cells that leave room for differences; the others' are from version 0.1."""
+SEARCH = OFFLINE / "search.sweep.toml"
 
 
 def settings(task: str) -> list[str]:
@@ -30,43 +32,61 @@ def cells_of(file: Path) -> list[PlannedRun]:
     return plan_sweep(file)[1]
 
 
-def method_of(cell: PlannedRun) -> tuple[str, str, str, bool]:
-    """The last entry says whether the federation has one round only."""
-    experiment = cell.experiment
-    return experiment.task.name, cell.kind, experiment.algorithm.name, experiment.train.rounds == 1
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_grid_has_the_papers_settings_and_all_baselines(task: str) -> None:
+@pytest.mark.parametrize("task", GRIDS)
+def test_the_grid_has_the_papers_settings_and_all_baselines_with_draws_of_their_own(task: str) -> None:
     planned = cells_of(OFFLINE / f"{task}.sweep.toml")
     cells = Counter(
         (setting_of(p.experiment.resolved()), p.experiment.algorithm.name) for p in planned if p.kind == "federated"
     )
-    algorithms = {"fedavg", "fedavgm", "fedadagrad", "fedyogi", "fedadam"}
-    assert cells == {(s, a): 3 for s in settings(task) for a in algorithms}
+    algorithms = {"fedavg", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "lora-fair", "frlora"}
+    assert cells == {(s, a): 5 for s in settings(task) for a in algorithms}
     runs = Counter(kind for kind, _ in {(p.kind, p.id) for p in planned})
     many = len(settings(task))
-    assert runs == {"federated": 15 * many, "local": 3 * many, "centralised": 3, "zero-shot": 1}
+    assert runs == {"federated": 35 * many, "local": 5 * many, "centralised": 5 * many, "zero-shot": 5 * many}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_ablation_has_both_strategies_and_five_seeds(task: str) -> None:
+@pytest.mark.parametrize("task", GRIDS)
+def test_the_ablation_varies_nothing_but_the_strategies(task: str) -> None:
     planned = cells_of(OFFLINE / f"{task}.ablation.sweep.toml")
-    strategies = {(p.experiment.prompt.name, p.experiment.regularization.name) for p in planned}
-    assert len(strategies) == (4 if task != "qa" else 2)
-    cells = Counter((setting_of(p.experiment.resolved()), p.axes["strategy"]) for p in planned)
-    assert cells == {(s, a): 5 for s in settings(task) for a in {p.axes["strategy"] for p in planned}}
+    parts = ("prompt", "regularization")
+    strategies = {p.axes["strategy"]: str([p.experiment.resolved()[part] for part in parts]) for p in planned}
+    assert len(strategies) == len(set(strategies.values())) == (5 if task != "qa" else 3)
+    rest = [{key: table for key, table in p.experiment.resolved().items() if key not in parts} for p in planned]
+    assert len({(p.axes["heterogeneity"], p.replicate, str(r)) for p, r in zip(planned, rest, strict=True)}) * len(
+        strategies
+    ) == len(planned)
 
 
-def test_every_method_of_the_grids_has_nine_trials_per_task_on_held_out_data() -> None:
-    files = [OFFLINE / f"{task}.{kind}.toml" for task in TASKS for kind in ("sweep", "others.sweep")]
-    grids = [p for file in (*files, OFFLINE.parent / "studies" / "methods.sweep.toml") for p in cells_of(file)]
-    searched = [p for file in SEARCHES for p in cells_of(file)]
+def test_every_method_has_the_same_nine_trials_on_three_draws_of_held_out_data() -> None:
+    searched = cells_of(SEARCH)
     assert {p.experiment.eval.split for p in searched} == {"validation"}
-    trials = Counter(method_of(p) for p in searched)
     assert len({p.id for p in searched}) == len(searched), "every trial is a run of its own"
-    assert {method_of(p) for p in grids if p.kind != "zero-shot"} <= trials.keys()
-    assert set(trials.values()) == {9}
+    runs = Counter((p.axes["task"], p.kind, p.experiment.algorithm.name) for p in searched)
+    assert set(runs.values()) == {9 * 3}
+    assert len(runs) == 16 * len(TASKS)
+
+
+@pytest.mark.parametrize("task", GRIDS)
+def test_a_cell_of_the_grids_has_the_settings_of_one_of_its_methods_trials(task: str) -> None:
+    def settings_of(planned: PlannedRun) -> tuple[str, str]:
+        experiment = planned.experiment
+        return planned.kind, str([experiment.algorithm, experiment.train, experiment.model])
+
+    trials = {settings_of(p): p for p in cells_of(SEARCH) if p.axes["task"] == task}
+    grids = [p for kind in ("sweep", "others.sweep") for p in cells_of(OFFLINE / f"{task}.{kind}.toml")]
+    trained = [p for p in grids if p.kind != "zero-shot"]
+    assert {settings_of(p) for p in trained} <= trials.keys()
+    assert not {p.experiment.task.draw for p in grids} & {p.experiment.task.draw for p in trials.values()}
+    (of_ablation,) = {settings_of(p) for p in cells_of(OFFLINE / f"{task}.ablation.sweep.toml")}
+    assert of_ablation in {settings_of(p) for p in trained if p.axes["method"] == "FedAvg"}
+
+
+def test_every_method_of_the_study_of_todays_methods_was_searched() -> None:
+    studies = OFFLINE.parent / "studies"
+    searched = Counter(p.axes["trial"].split(",")[0] for p in cells_of(studies / "methods-search.sweep.toml"))
+    assert set(searched.values()) == {9}
+    trained = {p.axes["method"] for p in cells_of(studies / "methods.sweep.toml") if p.kind == "federated"}
+    assert trained == searched.keys()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -74,7 +94,7 @@ def test_a_base_file_has_data(task: str) -> None:
     raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [])
     assert notes == []
     data = build(validate(raw)).prepare()
-    assert len(data.train) >= 400
+    assert len(data.train) >= 200
     assert len(data.test) >= 200
 
 
@@ -82,7 +102,7 @@ def test_the_guide_tells_the_settings_of_the_cells() -> None:
     guide = (OFFLINE.parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("|")]
     told = {row[0].strip("`"): dict(zip(TASKS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(TASKS)}
-    for task in TASKS:
+    for task in GRIDS:
         for kind in ("sweep", "others.sweep"):
             axes = {axis["name"]: axis["cells"] for axis in read(OFFLINE / f"{task}.{kind}.toml")["axes"]}
             for cell in axes["method"]:
@@ -91,7 +111,7 @@ def test_the_guide_tells_the_settings_of_the_cells() -> None:
                 options = {name: value for name, value in cell.get("set", {}).items() if name != "algorithm.name"}
                 found = ", ".join(f"{name.split('.')[1]} {value:g}" for name, value in options.items())
                 name = cell.get("set", {}).get("algorithm.name", cell["name"])
-                assert told[name][task] == found, (task, name)
+                assert set(told[name][task].split(", ")) == set(found.split(", ")), (task, name)
 
 
 def test_a_task_of_the_transfer_study_is_tested_on_the_set_that_the_others_are_asked() -> None:
