@@ -276,6 +276,17 @@ def test_one_replicate_decides_no_trend(tmp_path: Path) -> None:
     assert (given.verdict, given.notes) == ("undecided", ["a test needs two replicates at each place."])
 
 
+def test_a_test_set_whose_luck_is_unknown_decides_nothing(tmp_path: Path) -> None:
+    """All replicates share one test set, and no two resamples of it give each of them a score."""
+    folder = grid(tmp_path, digests=lambda place, r: "one test set")
+    for file in folder.glob("new-*/result.json"):
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {"bootstrap_scores": {"both": [0.5] + [None] * 199}}))
+    given = answer(tmp_path, folder, ABOVE)
+    assert given.verdict == "undecided"
+    assert given.notes == ["fewer than two resamples of the common test set give every replicate a score."]
+
+
 def test_scores_by_different_metrics_are_refused(tmp_path: Path) -> None:
     folder = grid(tmp_path)
     for run in folder.glob("*-1-*"):

@@ -19,7 +19,7 @@ from fedmllm.report.page import Markdown, Page
 from fedmllm.report.protocol import LEVEL, Comparison, holm
 from fedmllm.report.scores import UNKNOWN
 from fedmllm.report.sections import Chapter
-from fedmllm.report.sentences import counted, points
+from fedmllm.report.sentences import counted, points, why_untested
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def _decided(hypothesis: Hypothesis, sweep: str, chapter: Chapter, rows: Sequenc
         judgement = Judgement("undecided", math.nan, 0, False)
         notes.append(f"the 95 % interval of {way.label} is not above zero, so that there is no way to have a share of.")
     elif math.isnan(judgement.p):
-        why = "all replicates have the same difference" if weakest.se == 0 else "a test needs two replicates at each place"
-        notes.append(f"{why}.")
+        notes.append(f"{why_untested(weakest)}.")
     if weakest.dropped:
         notes.append(f"left out: {counted(weakest.dropped, 'replicate')} that a cell has no figure for.")
     return Answer(hypothesis, sweep, judgement, weakest, notes)
