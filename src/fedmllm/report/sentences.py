@@ -60,7 +60,7 @@ def untested(comparison: Comparison, ours: str, baseline: str) -> str:
     if comparison.units == 0:
         return f"{ours} and {baseline} have no replicate in common."
     gap = f"{ours} against {baseline}: {points(comparison.estimate)} points in {counted(comparison.units, 'replicate')}"
-    return f"{gap}; no test, because {why_untested(comparison)}."
+    return f"{gap}; no test: {why_untested(comparison)}."
 
 
 def why_untested(comparison: Comparison) -> str:
