@@ -72,7 +72,7 @@ def test_it_is_for_markdown(tmp_path: Path) -> None:
 
 
 def test_a_page_of_all_grids_and_studies_has_300_lines(tmp_path: Path) -> None:
-    """Three tasks, each with a main grid, an ablation and the other methods, and eight studies as large as ours; 31 claims about
+    """Three tasks, each with a main grid, an ablation and the other methods, and eight studies like ours; 31 claims about
     75 sweeps. Neither runs nor columns take lines, so that each kind of sweep is made once, with few of them."""
     kinds = {"main": (6, 11, 3), "ablation": (3, 5, 3), "others": (4, 9, 3), "study": (2, 5, 6), "attacks": (5, 8, 1),
              "methods": (3, 13, 1)}  # fmt: skip
