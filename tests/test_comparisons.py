@@ -50,7 +50,7 @@ def test_each_method_is_compared_with_the_baseline(folder: Path) -> None:
     shown = call("compare", folder, "--baseline", "zero-shot").stdout
     assert "points above zero-shot" in shown
     assert "+35.0 [" in shown
-    assert "Lazy against zero-shot: +0.0 points in each of 2 replicates; without any spread there is no test." in shown
+    assert "Lazy against zero-shot: +0.0 points in 2 replicates; no test: all replicates have the same difference." in shown
 
 
 def test_replicates_of_all_places_are_units(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_single_runs(tmp_path: Path) -> None:
     page = html_report([tmp_path / "first", tmp_path / "second"])
     assert [row[0] for row in rows(page, "Single runs")] == ["folder", "first", "second"]
     assert rows(page, "Single runs")[1][2] == "90.0 [90.0, 90.0]"
-    assert "second against first: -40.0 points in 1 replicate; an interval needs two of each side." in page
+    assert "second against first: -40.0 points in 1 replicate; no test: a test needs two replicates at each place." in page
     against = html_report([tmp_path / "first", tmp_path / "second"], "second")
     assert "first against second: +40.0 points in 1 replicate" in against
     clients = rows(page, "Clients of first")

@@ -276,6 +276,17 @@ def test_one_replicate_decides_no_trend(tmp_path: Path) -> None:
     assert (given.verdict, given.notes) == ("undecided", ["a test needs two replicates at each place."])
 
 
+def test_a_test_set_whose_luck_is_unknown_decides_nothing(tmp_path: Path) -> None:
+    """All replicates share one test set, and no two resamples of it give each of them a score."""
+    folder = grid(tmp_path, digests=lambda place, r: "one test set")
+    for file in folder.glob("new-*/result.json"):
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {"bootstrap_scores": {"both": [0.5] + [None] * 199}}))
+    given = answer(tmp_path, folder, ABOVE)
+    assert given.verdict == "undecided"
+    assert given.notes == ["fewer than two resamples of the common test set give every replicate a score."]
+
+
 def test_scores_by_different_metrics_are_refused(tmp_path: Path) -> None:
     folder = grid(tmp_path)
     for run in folder.glob("*-1-*"):
@@ -300,7 +311,7 @@ def test_the_table_comes_first(tmp_path: Path) -> None:
     assert first[3].startswith("+3.0 [+")
     assert (first[4], first[-2:]) == ("2", ["+1.0", "8"])
     assert second[0] == "a &#124; &lt;b&gt; claim"
-    assert third[1:] == ["other", "not run", "–", "1", "–", "–", "–", "–"]
+    assert third[1:] == ["other", "not run", "–", "1", "–", "–", "–", "–", "–"]
     assert "supported: 2, not run: 1." in text
     assert "other: the sweep is not among the folders of this page." in text
     assert call("report", folder, "--hypotheses", file, "--out", tmp_path / "page.md").exit_code == 0

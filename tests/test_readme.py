@@ -107,6 +107,13 @@ def test_the_hashes_are_those_of_the_tested_versions() -> None:
         assert "+" not in requirement.split()[0], "a local build"
 
 
+def test_the_readme_counts_the_verdicts_of_the_results() -> None:
+    (counts,) = re.findall(
+        r"^supported: (\d+), refuted: (\d+), .*undecided: (\d+)", (ROOT / "docs" / "results.md").read_text(), re.M
+    )
+    assert re.findall(r"(\d+) support the claim, (\d+) refute it, and (\d+) are undecided", README) == [counts]
+
+
 def test_the_scores_of_the_benchmark_page_are_those_of_the_results() -> None:
     results = (ROOT / "docs" / "results.md").read_text()
     shown = [line.strip("| ").split(" | ") for line in BENCHMARK.splitlines() if line.startswith("| `")]
@@ -114,9 +121,12 @@ def test_the_scores_of_the_benchmark_page_are_those_of_the_results() -> None:
     assert names == ["qa", "pocket-memes", "openmoji"]
     for name, (_, untrained, alone, *best, pooled) in zip(names, shown, strict=True):
         chapter = results.partition(f"## offline-{name}\n")[2].partition("\n## ")[0]
-        rows = [line.strip("| ").split(" | ") for line in chapter.splitlines() if line.startswith("|")]
-        scores = rows[: next(i for i, row in enumerate(rows) if row[0] == "place")]  # the table of scores comes first
-        averages = {row[0]: row[-1] for row in scores}
-        assert [averages[kind] for kind in ("zero-shot", "local", "centralised")] == [untrained, alone, pooled]
-        scenarios = {row[0].split()[0]: row[6] for row in rows if re.fullmatch(r"[a-z]+ \(\d+\)", row[0])}
-        assert [scenarios.get(scenario, "–") for scenario in ("aligned", "missing", "cross", "hybrid")] == best, name
+        head, _, *rows = [line.strip("| ").split(" | ") for line in chapter.splitlines() if line.startswith("|")]
+        scores = {row[0].removesuffix(" †"): dict(zip(head, row, strict=False)) for row in rows}
+        assert [scores[kind]["mean"] for kind in ("zero-shot", "local", "centralised")] == [untrained, alone, pooled]
+        for start, shown_mean in zip(("α", "β", "I:T", "p"), best, strict=True):
+            settings = [
+                float(cell.split()[0]) for setting, cell in scores["FedAvg"].items() if setting.startswith(f"{start} =")
+            ]
+            expected = pytest.approx(sum(settings) / len(settings), abs=0.101) if settings else None  # of rounded scores
+            assert (None if shown_mean == "–" else float(shown_mean)) == expected, (name, start)

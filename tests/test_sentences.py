@@ -58,17 +58,26 @@ def test_conclusions(comparison: Comparison, p: float, declared: float | None, s
         ({}, {"A": {"0": 0.5}}, "FedX and BASE have no replicate in common."),
         (
             {"A": {"0": 0.6}}, {"A": {"0": 0.5}},
-            "FedX against BASE: +10.0 points in 1 replicate; an interval needs two of each side.",
+            "FedX against BASE: +10.0 points in 1 replicate; no test: a test needs two replicates at each place.",
         ),
         (
             {"A": {"0": 0.7, "1": 0.4}}, {"A": {"0": 0.6, "1": 0.3}},
-            "FedX against BASE: +10.0 points in each of 2 replicates; without any spread there is no test.",
+            "FedX against BASE: +10.0 points in 2 replicates; no test: all replicates have the same difference.",
         ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_tested(ours: dict[str, dict[str, float]], baseline: dict[str, dict[str, float]], sentence: str) -> None:
     comparison = compare(ours, baseline)
     assert conclusion(comparison, "FedX", "BASE", comparison.p, 0.5) == sentence
+
+
+def test_a_test_set_whose_luck_is_unknown_is_named_as_the_reason() -> None:
+    """The replicates are enough, but no two resamples of their common test set give all of them a score."""
+    comparison = compare({"A": {"0": 0.7, "1": 0.5}}, {"A": {"0": 0.6, "1": 0.3}}, c=math.nan)
+    assert conclusion(comparison, "FedX", "BASE", comparison.p) == (
+        "FedX against BASE: +15.0 points in 2 replicates; no test: fewer than two resamples of the common test set give every "
+        "replicate a score."
+    )
 
 
 def test_remarks() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,34 @@ def test_ids_follow_the_meaning_not_the_file(write_sweep: Write) -> None:
     other = ids(run("sweep", write_sweep(), "--dry-run", "--set", "train.lr=0.5")["cells"])
     assert other[0] == before[0], "zero-shot has no learning rate"
     assert not {other[1], other[3]} & set(before)
+
+
+class Finished:
+    """In place of a launcher: every run is complete at once."""
+
+    def run(self, command: Sequence[str], file: Path) -> tuple[int, str]:
+        (folder := Path(command[list(command).index("--out") + 1])).mkdir()
+        (folder / "result.json").write_text("{}")
+        return 0, ""
+
+    def stop(self) -> None: ...
+
+
+def test_only_the_named_cells_are_run(write_sweep: Write) -> None:
+    """Names of one axis are alternatives, those of several axes must all hold; the index has every cell all the same."""
+    file = write_sweep(head="seeds = [0, 1]")
+    everything = run("sweep", file, "--dry-run")["cells"]
+    one = run("sweep", file, "--dry-run", "--only", "FedYogi", "--only", "β = 0.3")["cells"]
+    assert one == [row for row in everything if tuple(row["axes"].values()) == ("β = 0.3", "FedYogi")]
+    both = run("sweep", file, "--dry-run", "--only", "β = 0.3", "--only", "α = 0.5")["cells"]
+    assert both == everything
+    plan, runs = sweep.plan_sweep(file)
+    rows = sweep.Sweeper(plan, runs, Path("runs/grid"), lambda *step: None, ["FedYogi", "β = 0.3"]).run(1, Finished())
+    assert ids([row for row in rows if row["state"] == "complete"]) == ids(one)
+    assert ids(json.loads(Path("runs/grid/sweep.json").read_text())["cells"]) == ids(everything)
+    refused = call("sweep", file, "--dry-run", "--only", "FedYog")
+    assert refused.exit_code == 2
+    assert "--only FedYog: the sweep grid has no cell of that name; did you mean 'FedYogi'?" in " ".join(refused.stderr.split())
 
 
 def test_a_grid_is_run_once_and_compared(write_sweep: Write) -> None:

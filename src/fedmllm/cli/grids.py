@@ -123,6 +123,9 @@ def report(
         Path | None,
         typer.Option("--hypotheses", metavar="FILE.toml", help="Begin the page with the answers to this file of hypotheses."),
     ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="In Markdown, one table of scores and differences for each sweep, and nothing else.")
+    ] = False,
     samples: Annotated[
         bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
     ] = False,
@@ -136,9 +139,11 @@ def report(
         raise RunError(f"--out {out}: the page is Markdown or HTML; give a name that ends in .md or .html.")
     if samples and out.suffix == ".md":
         raise ConfigError("--samples is for a page in HTML; give --out a name that ends in .html.")
+    if brief and out.suffix == ".html":
+        raise ConfigError("--brief is for a page in Markdown; give --out a name that ends in .md.")
     with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
         progress("writing the page", 0, 0, "")
-        contents, pictures = _page(folders, out, baseline, samples, hypotheses)
+        contents, pictures = _page(folders, out, baseline, hypotheses, samples, brief)
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -149,7 +154,7 @@ def report(
 
 
 def _page(
-    folders: list[Path], out: Path, baseline: str | None, samples: bool, hypotheses: Path | None
+    folders: list[Path], out: Path, baseline: str | None, hypotheses: Path | None, samples: bool, brief: bool
 ) -> tuple[str, dict[str, str]]:
     """(the page, its pictures by file)."""
     if out.suffix == ".html":
@@ -158,7 +163,7 @@ def _page(
         return html_report(folders, baseline, samples, hypotheses), {}
     from fedmllm.report.writeup import page
 
-    written = page(folders, baseline, hypotheses)
+    written = page(folders, baseline, hypotheses, brief)
     return "\n".join(written.lines), written.pictures
 
 
@@ -170,6 +175,9 @@ class SweepFleet(StrEnum):
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The sweep file.", show_default=False)],
     overrides: Set = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="CELL", help="Run only these cells of an axis; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder; by default runs/NAME.")] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Runs at a time; by default 1, over Ray as many as fit.")
@@ -202,12 +210,12 @@ def sweep(
         plan, runs = plan_sweep(file, overrides or [])
         folder = out or Path("runs") / plan.name
         check_folder(folder)
-        sweeper = Sweeper(plan, runs, folder, progress)
+        sweeper = Sweeper(plan, runs, folder, progress, only or ())
         if address and fleet != SweepFleet.ray:
             raise ConfigError("--address needs --fleet ray.")
-        progress(DETAIL, 0, 0, f"{len(runs)} cells, whose runs are in {folder}")
+        progress(DETAIL, 0, 0, f"{len(sweeper.chosen)} cells, whose runs are in {folder}")
         if dry_run or pilot is not None:
-            rows = sweeper.rows()
+            rows = sweeper.rows(sweeper.chosen)
         elif fleet == SweepFleet.ray:
             rows = sweep_over_ray(sweeper, jobs, address)
         else:

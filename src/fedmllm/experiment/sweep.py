@@ -33,7 +33,7 @@ from fedmllm.config import (
     TrainTable,
 )
 from fedmllm.config.base import at_most
-from fedmllm.errors import ConfigError, RunError
+from fedmllm.errors import ConfigError, RunError, suggest
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from fedmllm.experiment.processes import Processes
 from fedmllm.experiment.sweep_checks import check_file, check_runs
@@ -192,6 +192,17 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
     return sweep, planned
 
 
+def choose(sweep: Sweep, planned: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]:
+    """The runs whose cells are among `only`, on each axis that has one of these names. Raises ConfigError if none has one."""
+    cells = {axis.name: {cell.name for cell in axis.cells} for axis in sweep.axes}
+    known = set[str]().union(*cells.values())
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"--only {name}: the sweep {sweep.name} has no cell of that name; {suggest(name, known)}")
+    chosen = {axis: names & set(only) or names for axis, names in cells.items()}
+    return [run for run in planned if all(cell in chosen[axis] for axis, cell in run.axes.items())]
+
+
 def _draws(sweep: Sweep, experiment: Experiment) -> Iterator[tuple[int | None, Experiment]]:
     """(the number of the replicate, None for seeds; the experiment with its seed and draw)."""
     if sweep.replicates is None:
@@ -214,10 +225,13 @@ class Launcher(Protocol):
 
 
 class Sweeper:
-    """Executes the missing runs of a grid; `progress` is called before and after every run."""
+    """Executes the missing runs of a grid, of those that `choose` leaves; `progress` is called before and after every run."""
 
-    def __init__(self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, progress: ProgressCallback) -> None:
+    def __init__(
+        self, sweep: Sweep, planned: Sequence[PlannedRun], out: Path, progress: ProgressCallback, only: Sequence[str] = ()
+    ) -> None:
         self._sweep, self._planned, self._out, self._progress = sweep, planned, out, progress
+        self.chosen = choose(sweep, planned, only)
         self._errors: dict[str, str] = {}
         self._running: list[str] = []
 
@@ -228,11 +242,11 @@ class Sweeper:
             return "complete"
         return "failed" if planned.id in self._errors else "cut short" if directory.exists else "new"
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The index: one row per cell and seed."""
+    def rows(self, planned: Sequence[PlannedRun] | None = None) -> list[dict[str, Any]]:
+        """The index, or its rows of these runs: one row per cell and seed."""
         return [
             {**p.to_json(), "state": self.state(p)} | ({"error": self._errors[p.id]} if p.id in self._errors else {})
-            for p in self._planned
+            for p in (self._planned if planned is None else planned)
         ]
 
     def run(self, jobs: int, launcher: Launcher | None = None) -> list[dict[str, Any]]:
@@ -241,7 +255,7 @@ class Sweeper:
         refusal = RunError(f"{self._out}: another sweep is running there; wait for it, or give another --out.")
         with locked(self._out / ".lock", refusal):
             remove_leftovers(self._out)
-            todo = list({p.id: p for p in self._planned if self.state(p) != "complete"}.values())
+            todo = list({p.id: p for p in self.chosen if self.state(p) != "complete"}.values())
             self._write_index()
             self._progress("runs", 0, len(todo), "")
             with ThreadPoolExecutor(max_workers=jobs) as pool:

@@ -12,6 +12,7 @@ from typing import get_args
 from fedmllm.errors import RunError
 from fedmllm.report.comparisons import interval
 from fedmllm.report.contrasts import Judgement, Verdict, estimate, judge
+from fedmllm.report.forest import Effect, forest
 from fedmllm.report.grids import Grid, GridRow
 from fedmllm.report.hypothesis_file import Hypothesis, Place, Share, Trimmed, read
 from fedmllm.report.kept import trimmed_more
@@ -19,7 +20,7 @@ from fedmllm.report.page import Markdown, Page
 from fedmllm.report.protocol import LEVEL, Comparison, holm
 from fedmllm.report.scores import UNKNOWN
 from fedmllm.report.sections import Chapter
-from fedmllm.report.sentences import counted, points
+from fedmllm.report.sentences import counted, points, why_untested
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ def _decided(hypothesis: Hypothesis, sweep: str, chapter: Chapter, rows: Sequenc
         judgement = Judgement("undecided", math.nan, 0, False)
         notes.append(f"the 95 % interval of {way.label} is not above zero, so that there is no way to have a share of.")
     elif math.isnan(judgement.p):
-        why = "all replicates have the same difference" if weakest.se == 0 else "a test needs two replicates at each place"
-        notes.append(f"{why}.")
+        notes.append(f"{why_untested(weakest)}.")
     if weakest.dropped:
         notes.append(f"left out: {counted(weakest.dropped, 'replicate')} that a cell has no figure for.")
     return Answer(hypothesis, sweep, judgement, weakest, notes)
@@ -138,9 +138,10 @@ HOW = Markdown(
     "Each claim was declared in a file with the cells that it is about and the margin d, in points, below which an effect does "
     "not matter. Supported: the 95 % interval is on the claimed side of zero; refuted: on the other; no effect: two one-sided "
     "tests (5 %) exclude more than ±d. p is corrected after Holm over all rows of the table. MDE is the effect that would be "
-    "found with 80 %; then the worst replicate. [How this is done](statistics.md#hypotheses)."
+    "found with 80 %; where it is above d, the s.d. of the effect over replicates is too large for their number, which is the "
+    "last column, after the worst replicate. [How this is done](statistics.md#hypotheses)."
 )
-HEAD = ("hypothesis", "sweep", "verdict", "points [95 %]", "d", "p (Holm)", "MDE", "worst", "units")
+HEAD = ("hypothesis", "sweep", "verdict", "points [95 %]", "d", "p (Holm)", "MDE", "s.d.", "worst", "units")
 
 
 def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
@@ -150,6 +151,8 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     page.heading(2, "Hypotheses", HOW)
     counts = Counter(answer.judgement.verdict for answer in given)
     page.paragraph(", ".join(f"{verdict}: {counts[verdict]}" for verdict in get_args(Verdict) if verdict in counts) + ".")
+    title = "The claims, each with its effect in every sweep that it is about"
+    page.picture(f"{title}: the table below as a picture", "figures/hypotheses.svg", forest(title, [*map(_effect, given)]))
     page.table(HEAD, [_row(answer) for answer in given], 3)
     by_name: dict[str, list[Answer]] = {}
     for answer in given:
@@ -157,13 +160,22 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     page.items([_claim(of_one) for of_one in by_name.values()])
 
 
+def _effect(answer: Answer) -> Effect:
+    """As the picture shows it."""
+    overall = answer.overall
+    shares = (overall.estimate, overall.low, overall.high) if overall else (math.nan,) * 3
+    estimate, low, high = (100 * share for share in shares)
+    firm = answer.judgement.verdict not in ("supported", "refuted") or answer.p_holm < LEVEL
+    return Effect(answer.hypothesis.name, answer.sweep, estimate, low, high, answer.margin, answer.judgement.verdict, firm)
+
+
 def _row(answer: Answer) -> list[str]:
     named = [answer.hypothesis.name, answer.sweep, answer.verdict]
     overall, p = answer.overall, answer.p_holm
     if overall is None:
-        return [*named, UNKNOWN, f"{answer.margin:g}", *[UNKNOWN] * 4]
+        return [*named, UNKNOWN, f"{answer.margin:g}", *[UNKNOWN] * 5]
     shown = UNKNOWN if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    figures = [points(overall.mde, ""), points(overall.worst), str(overall.units)]
+    figures = [points(overall.mde, ""), points(overall.sd, ""), points(overall.worst), str(overall.units)]
     return [*named, interval(overall), f"{answer.margin:g}", shown, *figures]
 
 

@@ -47,7 +47,7 @@ class Page:
 
     def heading(self, level: int, text: str, *paragraph: str) -> None:
         """A heading, and the paragraph below it."""
-        self.lines += ["", f"{'#' * level} {escaped(text)}", "", *map(escaped, paragraph)]
+        self.lines += ["", f"{'#' * level} {escaped(text)}", *([""] if paragraph else []), *map(escaped, paragraph)]
 
     def paragraph(self, text: str) -> None:
         self.lines += ["", escaped(text)]
@@ -68,7 +68,8 @@ class Page:
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, shade: Shade = "") -> None:
         """A table whose first `left` columns are text and whose other columns are numbers. Where the page has colours, `shade`
         says how numbers are drawn: as "heat" on one scale, or as "bars", from 0 to the largest of their column."""
-        self.lines += ["", _table_row(head)]
+        below_heading = bool(self.lines) and self.lines[-1].startswith("#")
+        self.lines += [*([] if below_heading else [""]), _table_row(head)]
         self.lines.append("|" + "|".join("---" if i < left else "---:" for i in range(len(head))) + "|")
         self.lines += [_table_row(row) for row in rows]
 

@@ -56,6 +56,12 @@ class Comparison:
     dominant: str | None
     common: float
 
+    @property
+    def sd(self) -> float:
+        """The standard deviation of a unit that gives the standard error, c included, with this number of units: if all places
+        have as many and c = 0, the root of the mean variance within a place."""
+        return self.se * math.sqrt(self.units)
+
 
 def differences(ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By place and unit, NaN where one side lacks the unit."""

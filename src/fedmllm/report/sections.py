@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,23 +50,33 @@ class Chapter:
 
 def add_scores(page: Page, chapter: Chapter) -> None:
     """The table of scores, and a radar chart of three columns or more."""
-    grid, columns, methods = chapter.grid, chapter.columns, chapter.methods
+    grid, columns = chapter.grid, chapter.columns
     first = next(row for row in grid.rows if row.ids)
     if first.pattern in first.ceiling:
         best = ", ".join(f"{100 * value:.1f} ({name})" for name, value in first.ceiling.items())
         page.continued(f"The best that any model can reach is known: {best}.")
-    means = {name: [rows[c].spread.mean if c in rows else None for c in columns] for name, rows in methods.items()}
-    several = len(columns) > 1
-    table = []
-    for name, rows in methods.items():
-        average = Spread(None if grid.mixed_metrics else mean(means[name]))
-        table.append([*name, *(row_score(rows.get(c)) for c in columns), *([score(average)] if several else [])])
-    head = [*chapter.downs, *(c or "score" for c in columns), *(["mean"] if several else [])]
+    head, *table = score_table(chapter)
     page.table(head, table, len(chapter.downs), shade="heat")
     if len(columns) > 2:
+        means = {name: _means(chapter, rows) for name, rows in chapter.methods.items()}
         lines = {" · ".join(name): [None if v is None else 100 * v for v in values] for name, values in means.items()}
         picture = radar(f"{grid.name}: {first.metric}, %", columns, lines)
         page.picture(f"{grid.name}: an axis a setting, a line a method", f"figures/{grid.name}.svg", picture)
+
+
+def score_table(chapter: Chapter) -> list[list[str]]:
+    """The head and the rows of the table of scores, with the mean over the columns if there are several."""
+    several = len(chapter.columns) > 1
+    table = [[*chapter.downs, *(column or "score" for column in chapter.columns), *(["mean"] if several else [])]]
+    for name, rows in chapter.methods.items():
+        average = Spread(None if chapter.grid.mixed_metrics else mean(_means(chapter, rows)))
+        scores = [row_score(rows.get(column)) for column in chapter.columns]
+        table.append([*name, *scores, *([score(average)] if several else [])])
+    return table
+
+
+def _means(chapter: Chapter, rows: Mapping[str, GridRow]) -> list[float | None]:
+    return [rows[column].spread.mean if column in rows else None for column in chapter.columns]
 
 
 def add_baselines(page: Page, chapter: Chapter) -> None:

@@ -56,13 +56,20 @@ def undecided(comparison: Comparison, ours: str, baseline: str, p: float) -> str
 
 
 def untested(comparison: Comparison, ours: str, baseline: str) -> str:
-    """Without a p: no common replicate, a single one, or the same difference in all of them."""
+    """Without a p: no common replicate, or what `why_untested` says."""
     if comparison.units == 0:
         return f"{ours} and {baseline} have no replicate in common."
-    gap = f"{ours} against {baseline}: {points(comparison.estimate)} points"
+    gap = f"{ours} against {baseline}: {points(comparison.estimate)} points in {counted(comparison.units, 'replicate')}"
+    return f"{gap}; no test: {why_untested(comparison)}."
+
+
+def why_untested(comparison: Comparison) -> str:
+    """Why a comparison of at least one replicate has no p."""
     if comparison.se == 0:
-        return f"{gap} in each of {counted(comparison.units, 'replicate')}; without any spread there is no test."
-    return f"{gap} in {counted(comparison.units, 'replicate')}; an interval needs two of each side."
+        return "all replicates have the same difference"
+    if math.isnan(comparison.common):
+        return "fewer than two resamples of the common test set give every replicate a score"
+    return "a test needs two replicates at each place"
 
 
 def best_set(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmllm.errors import RunError
+from fedmllm.report.brief import HOW, add_brief
 from fedmllm.report.comparisons import against, comparable
 from fedmllm.report.convergence import add_speed
 from fedmllm.report.grids import Grid, read_grid
@@ -32,13 +33,18 @@ there is one); \\* not all seeds are complete. How methods are compared is in [s
 """
 
 
-def page(folders: Sequence[Path], baseline: str | None = None, hypotheses: Path | None = None) -> Page:
-    """The answers to a file of hypotheses, and one chapter per sweep, in Markdown. Raises what `read_chapters` and
-    `add_hypotheses` raise."""
+def page(folders: Sequence[Path], baseline: str | None = None, hypotheses: Path | None = None, brief: bool = False) -> Page:
+    """The answers to a file of hypotheses, and one chapter per sweep, in Markdown; if `brief`, each of one table. Raises what
+    `read_chapters` and `add_hypotheses` raise."""
     document, chapters = Page([HEAD.rstrip()]), read_chapters(folders)
     if hypotheses:
         add_hypotheses(document, hypotheses, chapters)
-    add_sweeps(document, chapters, baseline)
+    if brief:
+        document.paragraph(HOW)
+        for chapter in chapters:
+            _add_brief(document, chapter, choose_baseline(chapter.grid, baseline))
+    else:
+        add_sweeps(document, chapters, baseline)
     document.lines.append("")
     return document
 
@@ -72,12 +78,22 @@ def add_sweeps(
 
 
 def _extent(grid: Grid) -> Markdown:
-    complete = [row for row in grid.rows if row.ids]
-    metrics = " or ".join(dict.fromkeys(row.metric for row in complete))
-    cells = f"{sum(not row.missing for row in complete)} of {len(grid.rows)} cells complete"
-    runs = len({run for row in complete for run in row.ids})
-    extent = Markdown("{metrics} under the pattern `{pattern}`; {cells}, {runs} runs")
-    return extent.filled(metrics=metrics, pattern=complete[0].pattern, cells=cells, runs=runs)
+    extent = Markdown("{metrics} under the pattern `{pattern}`; {complete} of {cells} cells complete, {runs} runs")
+    return extent.filled(**_figures(grid))
+
+
+def _figures(grid: Grid) -> dict[str, object]:
+    """What a chapter begins with."""
+    known = [row for row in grid.rows if row.ids]
+    metrics = " or ".join(dict.fromkeys(row.metric for row in known))
+    complete, runs = sum(not row.missing for row in known), len({run for row in known for run in row.ids})
+    return {"metrics": metrics, "pattern": known[0].pattern, "complete": complete, "cells": len(grid.rows), "runs": runs}
+
+
+def _add_brief(document: Page, chapter: Chapter, baseline: str | None) -> None:
+    corner = Markdown("{metrics}, `{pattern}`, {runs} runs").filled(**_figures(chapter.grid))
+    document.heading(2, chapter.grid.name)
+    add_brief(document, chapter, corner, against(chapter.folder, chapter.grid, baseline, chapter.reader) if baseline else None)
 
 
 def _add_chapter(document: Page, chapter: Chapter, baseline: str | None) -> None:
