@@ -82,13 +82,11 @@ docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet
 
 GRIDS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
-# Studies of version 0.1 that no hypothesis is about: their cells cannot be made again, and the short page has no room for them.
-OLDER := $(foreach study,aligned-local breaking-point convergence regularisation rounds transfer,results/study-$(study).tar.xz)
-STUDIES := $(filter-out $(OLDER),$(wildcard results/study-*.tar.xz))
+STUDIES := $(wildcard results/study-*.tar.xz)
 REPORT := $(BIN)/fedmllm report --hypotheses experiments/offline/hypotheses.toml
 results: $(VENV)/installed  ## docs/results.md, its picture and docs/results-full.html again, from the runs in results/ alone
 	$(REPORT) --brief $(GRIDS) $(STUDIES) --out docs/results.md
-	$(REPORT) $(GRIDS) $(STUDIES) $(wildcard $(OLDER)) --out docs/results-full.html
+	$(REPORT) $(GRIDS) $(STUDIES) --out docs/results-full.html
 	$(BIN)/fedmllm report results/study-noise.tar.xz results/study-stragglers.tar.xz --out build/studies.md
 	cp build/figures/study-noise-corruption.svg build/figures/study-stragglers-time.svg docs/figures
 
