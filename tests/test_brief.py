@@ -54,6 +54,19 @@ def test_few_settings_go_down_and_many_methods_across(tmp_path: Path) -> None:
     assert above[1:] == ["", *["+0.0"] * 5], "differences without any spread have no interval"
 
 
+def test_beside_macro_f1_stands_the_mean_accuracy(tmp_path: Path) -> None:
+    folder = replicated(tmp_path / "grid", scores)
+    for file in folder.glob("*/result.json"):
+        result = json.loads(file.read_text())
+        both = result["metrics"]["both"]
+        both["macro_f1"] = both["accuracy"] / 2
+        file.write_text(json.dumps(result | {"primary_metric": "macro_f1"}))
+    head, base, new = rows_of(brief(folder), "## made")
+    assert head[-3:] == ["mean", "accuracy", "above base (MDE)"]
+    assert base[-3:-1] == ["28.7", "57.5"]
+    assert new[-3:-1] == ["30.2", "60.5"]
+
+
 def test_methods_across_are_told_of_in_a_sentence(tmp_path: Path) -> None:
     folder = replicated(tmp_path / "grid", scores)
     index = json.loads((folder / "sweep.json").read_text())

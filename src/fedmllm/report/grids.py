@@ -54,6 +54,8 @@ class GridRow:
     scenario: str = ""
     ceiling: Mapping[str, float] = field(default_factory=dict)
     spread: Spread = NO_SPREAD
+    accuracy: Spread = NO_SPREAD
+    """Under the first test pattern, whatever the task's metric is."""
     patterns: Mapping[str, Spread] = field(default_factory=dict)
     transfer: Mapping[str, TransferScore] = field(default_factory=dict)
     worst_decile: Spread = NO_SPREAD
@@ -208,6 +210,7 @@ def _scores_of(results: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any
         "algorithm": results[-1]["algorithm"],
         "ceiling": {name: v["ceiling"] for name, of_runs in metrics.items() for v in of_runs if "ceiling" in v},
         "spread": Spread.of(scores),
+        "accuracy": Spread.of([values.get("accuracy") for values in metrics.get(pattern, [])]),
         "patterns": {name: Spread.of([v.get(metric) for v in of_runs]) for name, of_runs in metrics.items()},
         "transfer": {task: _transfer_score(of_runs, pattern) for task, of_runs in transfer.items()},
         "worst_decile": Spread.of(worst),

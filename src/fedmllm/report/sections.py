@@ -65,13 +65,17 @@ def add_scores(page: Page, chapter: Chapter) -> None:
 
 
 def score_table(chapter: Chapter) -> list[list[str]]:
-    """The head and the rows of the table of scores, with the mean over the columns if there are several."""
-    several = len(chapter.columns) > 1
-    table = [[*chapter.downs, *(column or "score" for column in chapter.columns), *(["mean"] if several else [])]]
+    """The head and the rows of the table of scores, with the mean over the columns if there are several. Where tasks are scored
+    by macro-F1, which swings with the rarest label, the mean accuracy is told as well."""
+    columns = chapter.columns
+    several, f1 = len(columns) > 1, {row.metric for row in chapter.grid.rows if row.ids} == {"macro_f1"}
+    more = [*(["mean"] if several else []), *(["accuracy"] if f1 else [])]
+    table = [[*chapter.downs, *(column or "score" for column in columns), *more]]
     for name, rows in chapter.methods.items():
         average = Spread(None if chapter.grid.mixed_metrics else mean(_means(chapter, rows)))
-        scores = [row_score(rows.get(column)) for column in chapter.columns]
-        table.append([*name, *scores, *([score(average)] if several else [])])
+        accuracy = Spread(mean([rows[column].accuracy.mean if column in rows else None for column in columns]))
+        means = [*([score(average)] if several else []), *([score(accuracy)] if f1 else [])]
+        table.append([*name, *(row_score(rows.get(column)) for column in columns), *means])
     return table
 
 
