@@ -19,6 +19,7 @@ from recipes.pocket import architecture, batches, losses, pretrain
 from recipes.pocket.architecture import Family
 from recipes.pocket.checkpoints import copy_text, export, load_checkpoint
 from recipes.pocket.families import FAMILIES
+from recipes.pocket.muon import Float32Muon
 from recipes.pocket.recipe import Recipe
 from recipes.pocket.scenes import COLORS
 from recipes.pocket.wording import LETTERS
@@ -108,7 +109,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     made: tuple[Family, PreTrainedTokenizerFast], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, tokenizer = made
-    config = narrow(family, tokenizer)
+    config, recipe = narrow(family, tokenizer), replace(SMALL, float32=family is QWEN2_VL)
     monkeypatch.setattr(architecture, "build_tokenizer", lambda seed, special: tokenizer)
     monkeypatch.setattr(type(family), "build_config", lambda self, tokenizer: config)
     step_loss, stop_at, values = pretrain.step_loss, -1, []
@@ -122,19 +123,42 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         return values[-1]
 
     monkeypatch.setattr(pretrain, "step_loss", interrupted_once)
-    pretrain.pretrain(SMALL, tmp_path / "whole", family)
+    pretrain.pretrain(recipe, tmp_path / "whole", family)
     assert len(values) == SMALL.steps
     assert all(bool(loss.isfinite()) for step_values in values for loss in step_values)
     stop_at = 4
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(SMALL, tmp_path / "cut", family)
-    pretrain.pretrain(SMALL, tmp_path / "cut", family)
+        pretrain.pretrain(recipe, tmp_path / "cut", family)
+    pretrain.pretrain(recipe, tmp_path / "cut", family)
     files = [(tmp_path / name / "pocket" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     (other,) = (f for f in FAMILIES.values() if f is not family)
-    for recipe, changed in ((replace(SMALL, warmup=1), family), (SMALL, other)):
+    for changed, by in (
+        (replace(recipe, warmup=1), family), (replace(recipe, float32=not recipe.float32), family), (recipe, other),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="another recipe"):
-            load_checkpoint(tmp_path / "cut" / "checkpoint.safetensors", torch.nn.Module(), [], recipe, changed)
+            load_checkpoint(tmp_path / "cut" / "checkpoint.safetensors", torch.nn.Module(), [], changed, by)
+
+
+def test_muon_in_float32_takes_the_steps_of_the_library() -> None:
+    """Up to the bfloat16 of the library's; a matrix without a gradient stays."""
+    torch.manual_seed(0)
+    starts = [torch.randn(24, 16), torch.randn(16, 24), torch.randn(8, 8)]
+    matrices = [[torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2)]
+    options = {"lr": 0.1, "weight_decay": 0.5, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [kind(own, **options) for kind, own in zip((Float32Muon, torch.optim.Muon), matrices, strict=True)]
+    for _ in range(3):
+        gradients = [torch.randn(24, 16), torch.randn(16, 24), None]
+        for own, optimizer in zip(matrices, optimizers, strict=True):
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for start, own, expected in zip(starts, *matrices, strict=True):
+        moved = (expected - start).norm()
+        assert (own - expected).norm() <= 0.01 * moved
+    assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    torch.testing.assert_close(states[0], states[1])
 
 
 def test_the_finished_folder_is_a_checkpoint_like_any_other(

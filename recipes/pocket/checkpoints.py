@@ -22,9 +22,10 @@ from recipes.pocket.recipe import Recipe
 
 
 def _written_by(recipe: Recipe, family: Family) -> dict[str, str]:
-    """The entries of a checkpoint that say what wrote it. The first family is the one that is not named."""
+    """The entries of a checkpoint that say what wrote it. It names the family and float32 only if they are not the first's."""
+    settings = {name: value for name, value in vars(recipe).items() if name != "float32" or value}
     named = {} if family.name == DEFAULT else {"family": family.name}
-    return {"recipe": json.dumps(vars(recipe)), **named}
+    return {"recipe": json.dumps(settings), **named}
 
 
 def save_checkpoint(

@@ -164,7 +164,7 @@ def step_loss(
     family: Family, model: Any, heads: Heads, batch: Batch, recipe: Recipe, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The total loss of `step`, and the answer loss and the cell loss within it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not recipe.float32):
         if step < recipe.vision_steps:
             cell_loss = vision_loss(family, model, heads.cells, batch)
             return cell_loss, torch.zeros(()), cell_loss

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, eager_attention_forward
@@ -86,7 +87,8 @@ class Qwen2VL(Family):
         tower = model.model.visual
         # A merged block of patches after another, as the processor orders them.
         blocks = pixels.view(-1, 3, GRID, SHUFFLE, PATCH, GRID, SHUFFLE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        hidden = tower.patch_embed(blocks.reshape(-1, 3 * PATCH**2)).view(len(pixels), PATCHES**2, -1)
+        patches = blocks.reshape(len(pixels), PATCHES**2, 3 * PATCH**2)
+        hidden = functional.linear(patches, tower.patch_embed.proj.weight.flatten(1))  # a convolution is slow in bfloat16
         places = get_vision_position_ids(torch.tensor([[1, PATCHES, PATCHES]]), SHUFFLE)
         rotations = tower.rotary_pos_emb(hidden, places)
         for block in tower.blocks:
