@@ -22,7 +22,7 @@ pixels as {tokens} image tokens. Weights are float16 on disk and float32 in use.
 
 ## How it was made
 
-`python -m recipes.pocket.pretrain --family {family} --out DIR`, seed {seed}: {done}.{start} All pictures and texts are
+`python -m recipes.pocket.pretrain --family {family}{precision} --out DIR`, seed {seed}: {done}.{start} All pictures and texts are
 generated. No picture or question of a benchmark is among them.
 
 | stage | steps | what |
@@ -51,6 +51,7 @@ def card(family: Family, model: Any, recipe: Recipe, step: int) -> str:
         size=scenes.SIZE,
         tokens=IMAGE_TOKENS,
         family=family.name,
+        precision=" --float32" if recipe.float32 else "",
         seed=recipe.seed,
         start="" if recipe.match_steps else " The text model started from that of another pocket model (`--text-from`).",
         done=f"all {recipe.steps} steps" if step == recipe.steps else f"unfinished, {step} of {recipe.steps} steps",

@@ -16,7 +16,7 @@ class Float32Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             momentum, rate = group["momentum"], group["lr"]
             for parameter in (p for p in group["params"] if p.grad is not None):
