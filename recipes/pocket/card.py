@@ -22,8 +22,8 @@ pixels as {tokens} image tokens. Weights are float16 on disk and float32 in use.
 
 ## How it was made
 
-`python -m recipes.pocket.pretrain --family {family}{precision} --out DIR`, seed {seed}: {done}.{start} All pictures and texts are
-generated. No picture or question of a benchmark is among them.
+`python -m recipes.pocket.pretrain --family {family}{precision} --out DIR`, seed {seed}: {done}.{start} All pictures and
+texts are generated. No picture or question of a benchmark is among them.
 
 | stage | steps | what |
 |---|---|---|
