@@ -77,19 +77,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder in Hugging Face format: the pocket architecture, two narrow layers, random weights."""
     import torch
 
-    from recipes.pocket import architecture as parts
+    from recipes.pocket.architecture import build_tokenizer
+    from recipes.pocket.idefics3 import Idefics3
 
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = parts.build_tokenizer(documents=60, vocabulary=420)
+    family, tokenizer = Idefics3(), build_tokenizer(documents=60, vocabulary=420)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = parts.build_config(tokenizer, **small, num_key_value_heads=2)
+    config = family.build_config(tokenizer, **small, num_key_value_heads=2)
     for key, value in {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}.items():
         setattr(config.vision_config, key, value)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = parts.build_model(config)
+        model = family.build_model(config)
     model.save_pretrained(folder)
-    parts.build_processor(tokenizer).save_pretrained(folder)
+    family.build_processor(tokenizer).save_pretrained(folder)
     return folder
 
 

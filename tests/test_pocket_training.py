@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from PIL import Image
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
+from fedmllm.models import processors
+from fedmllm.models.mllm import MLLM
 from recipes.pocket import architecture, batches, losses, pretrain
+from recipes.pocket.architecture import Family
+from recipes.pocket.checkpoints import copy_text, export, load_checkpoint
+from recipes.pocket.families import FAMILIES
+from recipes.pocket.muon import Float32Muon
 from recipes.pocket.recipe import Recipe
 from recipes.pocket.scenes import COLORS
 from recipes.pocket.wording import LETTERS
@@ -32,9 +41,31 @@ SMALL = Recipe(
 """Steps 0 and 1 are of the vision stage, 2 and 3 of matching, 4 and 5 of answers, 6 of presence."""
 
 
+IDEFICS3, QWEN2_VL = FAMILIES["idefics3"], FAMILIES["qwen2-vl"]
+
+
+def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
+    return architecture.build_tokenizer(documents=40, vocabulary=400, special=family.special)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return architecture.build_tokenizer(documents=40, vocabulary=400)
+    return tokenizer_of(IDEFICS3)
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
+def made(request: pytest.FixtureRequest) -> tuple[Family, PreTrainedTokenizerFast]:
+    return request.param, tokenizer_of(request.param)
+
+
+def narrow(family: Family, tokenizer: PreTrainedTokenizerFast, vision_layers: int = 1) -> Any:
+    """The config of a model 32 wide with three layers of text."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = family.build_config(tokenizer, **small, num_hidden_layers=3)
+    small |= {"num_hidden_layers": vision_layers, "embed_dim": 32}
+    for key in small.keys() & {"embed_dim", *vars(config.vision_config), *config.vision_config.attribute_map}:
+        setattr(config.vision_config, key, small[key])
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +74,19 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return architecture.build_tokenizer(documents=200)
 
 
-def test_blocks_are_the_prompts_that_users_send(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_blocks_are_the_prompts_that_users_send(made: tuple[Family, PreTrainedTokenizerFast]) -> None:
     """Blocks of packed rows have the loss of the same conversations alone, written by the chat template."""
+    family, tokenizer = made
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = architecture.build_model(architecture.build_config(tokenizer, num_hidden_layers=2)).eval()
+        model = family.build_model(family.build_config(tokenizer, num_hidden_layers=2)).eval()
     recipe = replace(SMALL, rows=6, text_share=0.6, row_tokens=1000, kept_matches=0)
     rows = [batches.draw_row(recipe, 5, number) for number in range(6)]
     # Pictures, texts that questions share, and questions alone.
     assert {(scene is not None, bool(text)) for scene, text, _ in rows} == {(True, False), (False, True), (False, False)}
-    batch = batches.make_batch(tokenizer, recipe, 5)
-    packed = losses.text_losses(model, losses.Heads(160), batch).answers.item()
-    processor = architecture.build_processor(tokenizer)
+    batch = batches.make_batch(family, tokenizer, recipe, 5)
+    packed = losses.text_losses(family, model, losses.Heads(160), batch).answers.item()
+    processor = family.build_processor(tokenizer)
     total, count = 0.0, 0
     for scene, text, question, answer in ((scene, text, *pair) for scene, text, pairs in rows for pair in pairs):
         length = len(tokenizer(f" {answer}{architecture.END}", add_special_tokens=False)["input_ids"])
@@ -74,39 +106,128 @@ def test_blocks_are_the_prompts_that_users_send(tokenizer: PreTrainedTokenizerFa
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Family, PreTrainedTokenizerFast], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-    config = architecture.build_config(tokenizer, **small, num_hidden_layers=3, num_key_value_heads=2)
-    for key, value in {**small, "num_hidden_layers": 1}.items():
-        setattr(config.vision_config, key, value)
-    monkeypatch.setattr(architecture, "build_tokenizer", lambda seed: tokenizer)
-    monkeypatch.setattr(architecture, "build_config", lambda tokenizer: config)
-    pretrain.pretrain(SMALL, tmp_path / "whole")
-    step_loss, interrupted = pretrain.step_loss, False
+    family, tokenizer = made
+    config, recipe = narrow(family, tokenizer), replace(SMALL, float32=family is QWEN2_VL)
+    monkeypatch.setattr(architecture, "build_tokenizer", lambda seed, special: tokenizer)
+    monkeypatch.setattr(type(family), "build_config", lambda self, tokenizer: config)
+    step_loss, stop_at, values = pretrain.step_loss, -1, []
 
-    def interrupt_once(*arguments: object) -> object:
-        nonlocal interrupted
-        if arguments[-1] == 4 and not interrupted:
-            interrupted = True
+    def interrupted_once(*arguments: Any) -> Any:
+        nonlocal stop_at
+        if arguments[-1] == stop_at:
+            stop_at = -1
             raise KeyboardInterrupt
-        return step_loss(*arguments)  # type: ignore[arg-type]
+        values.append(step_loss(*arguments))
+        return values[-1]
 
-    monkeypatch.setattr(pretrain, "step_loss", interrupt_once)
+    monkeypatch.setattr(pretrain, "step_loss", interrupted_once)
+    pretrain.pretrain(recipe, tmp_path / "whole", family)
+    assert len(values) == SMALL.steps
+    assert all(bool(loss.isfinite()) for step_values in values for loss in step_values)
+    stop_at = 4
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(SMALL, tmp_path / "cut")
-    pretrain.pretrain(SMALL, tmp_path / "cut")
+        pretrain.pretrain(recipe, tmp_path / "cut", family)
+    pretrain.pretrain(recipe, tmp_path / "cut", family)
     files = [(tmp_path / name / "pocket" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
-    with pytest.raises(ValueError, match="another recipe"):
-        pretrain.pretrain(replace(SMALL, warmup=1), tmp_path / "cut")
+    (other,) = (f for f in FAMILIES.values() if f is not family)
+    for changed, by in (
+        (replace(recipe, warmup=1), family), (replace(recipe, float32=not recipe.float32), family), (recipe, other),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="another recipe"):
+            load_checkpoint(tmp_path / "cut" / "checkpoint.safetensors", torch.nn.Module(), [], changed, by)
+
+
+def test_muon_in_float32_takes_the_steps_of_the_library() -> None:
+    """Up to the bfloat16 of the library's; a matrix without a gradient stays."""
+    torch.manual_seed(0)
+    starts = [torch.randn(24, 16), torch.randn(16, 24), torch.randn(8, 8)]
+    matrices = [[torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2)]
+    options = {"lr": 0.1, "weight_decay": 0.5, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [kind(own, **options) for kind, own in zip((Float32Muon, torch.optim.Muon), matrices, strict=True)]
+    for _ in range(3):
+        gradients = [torch.randn(24, 16), torch.randn(16, 24), None]
+        for own, optimizer in zip(matrices, optimizers, strict=True):
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for start, own, expected in zip(starts, *matrices, strict=True):
+        moved = (expected - start).norm()
+        assert (own - expected).norm() <= 0.01 * moved
+    assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_the_finished_folder_is_a_checkpoint_like_any_other(
+    made: tuple[Family, PreTrainedTokenizerFast], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the logits that the model gives to the processor's output, and pictures as many tokens as the recipe does."""
+    family, tokenizer = made
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
+    model = family.build_model(narrow(family, tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as they are stored
+            parameter.copy_(parameter.half())
+    export(family, model, tokenizer, tmp_path, SMALL, SMALL.steps)
+    card = (tmp_path / "README.md").read_text()
+    assert f"--family {family.name}" in card
+    assert f"all {SMALL.steps} steps" in card
+    loaded = MLLM.load(ModelTable(name=str(tmp_path), cache_features=False, precision="fp32"), seed=0)
+    picture = tmp_path / "picture.png"
+    Image.effect_noise((64, 64), 80).convert("RGB").save(picture)
+    (sample,) = loaded.encode([Conversation("what is in it?", "a circle", image=True)], [picture], 300)
+    assert tokenizer.decode(sample.prompt).count(family.image) == architecture.IMAGE_TOKENS
+    with torch.no_grad(), loaded.without_adapter():
+        torch.testing.assert_close(
+            loaded.backbone.model(**loaded.collate([sample], [()])).logits, model(**loaded.collate([sample], [()])).logits
+        )
+
+
+def test_image_tokens_are_in_the_order_of_cells(made: tuple[Family, PreTrainedTokenizerFast]) -> None:
+    """Without layers that mix patches, a change within one cell of the picture changes its image token only."""
+    family, tokenizer = made
+    model = family.build_model(narrow(family, tokenizer, vision_layers=0)).eval()
+    pixels = torch.rand(1 + architecture.IMAGE_TOKENS, 1, 3, 64, 64)
+    pixels[1:] = pixels[0]
+    for cell in range(architecture.IMAGE_TOKENS):
+        row, column = divmod(cell, 4)
+        pixels[1 + cell, :, :, 16 * row + 3, 16 * column + 12] += 1.0
+    with torch.no_grad():
+        first, *others = family.image_tokens(model, pixels)
+    for cell, tokens in enumerate(others):
+        differs = (tokens - first).abs().amax(-1) > 1e-6
+        assert differs.nonzero().flatten().tolist() == [cell]
+
+
+def test_a_text_model_starts_from_that_of_another_family(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """To texts, the two models then give the same logits, whatever ids their tokens have."""
+    source = IDEFICS3.build_model(narrow(IDEFICS3, tokenizer)).eval()
+    export(IDEFICS3, source, tokenizer, tmp_path, SMALL, SMALL.steps)
+    own = tokenizer_of(QWEN2_VL)
+    model = QWEN2_VL.build_model(narrow(QWEN2_VL, own)).eval()
+    with torch.no_grad():
+        model.model.language_model.layers[1].self_attn.k_proj.bias.fill_(1.0)
+    copy_text(model, own, tmp_path)
+    source = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    text = f"{architecture.BEGIN}User: what is in it?{architecture.END}\nAssistant:"
+    ids, own_ids = (t(text, add_special_tokens=False)["input_ids"] for t in (tokenizer, own))
+    assert ids != own_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == own.convert_ids_to_tokens(own_ids)
+    words = [(i, own.get_vocab()[token]) for token, i in tokenizer.get_vocab().items() if token in own.get_vocab()]
+    rows = torch.tensor(words).T
+    with torch.no_grad():
+        expected, logits = source(torch.tensor([ids])).logits, model(torch.tensor([own_ids])).logits
+    torch.testing.assert_close(logits[..., rows[1]], expected[..., rows[0]], rtol=1e-4, atol=1e-5)
 
 
 def test_a_match_row_contains_what_its_labels_ask_for(word_tokenizer: PreTrainedTokenizerFast) -> None:
     """The letter to predict occurs in the tokens that the position may attend to."""
     recipe = replace(SMALL, match_rows=8)
     for step in (2, 3):  # lettered words only; then multiple-choice questions in half the rows
-        batch = batches.make_batch(word_tokenizer, recipe, step)
+        batch = batches.make_batch(IDEFICS3, word_tokenizer, recipe, step)
         assert batch.pixels.numel() == 0
         assert batch.ids.shape[1] % 32 == 0
         for ids, labels, mask in zip(batch.ids, batch.labels, batch.mask[:, 0], strict=True):
@@ -119,7 +240,7 @@ def test_a_match_row_contains_what_its_labels_ask_for(word_tokenizer: PreTrained
 
 def test_look_back_loss_rewards_attention_to_earlier_occurrences(tokenizer: PreTrainedTokenizerFast) -> None:
     """It is 0 if all attention goes to them and grows as it goes elsewhere. Other blocks do not count."""
-    batch = batches.make_batch(tokenizer, replace(SMALL, match_rows=2), 2)
+    batch = batches.make_batch(IDEFICS3, tokenizer, replace(SMALL, match_rows=2), 2)
     image = int(tokenizer.convert_tokens_to_ids(architecture.IMAGE))
     length = batch.ids.shape[1]
     same = (batch.ids[:, :, None] == batch.ids[:, None, :]) & batch.mask[:, 0] & ~torch.eye(length, dtype=torch.bool)
@@ -135,7 +256,7 @@ def test_look_back_loss_rewards_attention_to_earlier_occurrences(tokenizer: PreT
 
 def test_look_at_picture_loss_rewards_attention_to_what_a_token_names(word_tokenizer: PreTrainedTokenizerFast) -> None:
     """Targets: the cells with that colour or shape, or the first token if the picture has none. Other tokens do not count."""
-    batch = batches.make_batch(word_tokenizer, replace(SMALL, rows=12, text_share=0.3, questions=4), 4)
+    batch = batches.make_batch(IDEFICS3, word_tokenizer, replace(SMALL, rows=12, text_share=0.3, questions=4), 4)
     is_image = batch.ids == word_tokenizer.convert_tokens_to_ids(architecture.IMAGE)
     has_things = batch.shown.any(0).any(-1)  # not a word alone
     assert (has_things <= is_image.any(-1)).all()
@@ -163,7 +284,7 @@ def test_look_at_picture_loss_rewards_attention_to_what_a_token_names(word_token
 
 def test_tokens_before_are_within_what_a_block_sees(tokenizer: PreTrainedTokenizerFast) -> None:
     """States that contain the preceding visible tokens have a loss near 0, so no target is in another block."""
-    batch = batches.make_batch(tokenizer, replace(SMALL, match_rows=4), 3)
+    batch = batches.make_batch(IDEFICS3, tokenizer, replace(SMALL, match_rows=4), 3)
     size = len(tokenizer)
     heads = losses.TokensBefore(3 * size)
     states = torch.zeros(*batch.ids.shape, 3 * size)

@@ -1,18 +1,19 @@
-"""The pocket model, its tokenizer and its processor, built from stock transformers classes: Idefics3 with a Llama text model.
+"""What pocket models of all families share: the tokenizer, the chat template, and the sizes of pictures and text model.
 
-Pictures of 64 × 64 pixels, patches of 8 pixels and a pixel shuffle of 2 give 16 image tokens per picture. The model has
-about 2.9 million parameters.
+Pictures of 64 × 64 pixels, patches of 8 pixels and the merging of 2 × 2 patches give 16 image tokens per picture. A family is
+a subclass of `Family`, in a file of its own and in the table of `families.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from fedmllm.rng import stream
 from recipes.pocket import questions, scenes, texts
@@ -20,7 +21,7 @@ from recipes.pocket.words import KINDS, READABLE
 
 PAD, BEGIN, END = "<pad>", "<begin>", "<end_of_utterance>"
 IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-# The processor of this family needs these for pictures that it splits into tiles; it never splits 64 × 64 pictures.
+# The processor of Idefics3 needs these for pictures that it splits into tiles; it never splits 64 × 64 pictures.
 TILES = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 SPECIAL = [PAD, BEGIN, END, IMAGE, AROUND, GLOBAL, *TILES]
 PATCH, SHUFFLE = 8, 2
@@ -54,14 +55,19 @@ def corpus(seed: int, documents: int) -> Iterable[str]:
         yield forms + "\n" + forms.replace(" ", "\n")
 
 
-def build_tokenizer(seed: int = 0, documents: int = 2000, vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: it encodes any text, and the generated texts with about one token per word."""
+def build_tokenizer(
+    seed: int = 0, documents: int = 2000, vocabulary: int = 2048, special: Sequence[str] = SPECIAL
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: it encodes any text, and the generated texts with about one token per word.
+
+    `vocabulary` includes the control tokens of Idefics3. With others (`special`), it splits texts into the same tokens.
+    """
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        vocab_size=vocabulary - len(SPECIAL) + len(special),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -71,22 +77,9 @@ def build_tokenizer(seed: int = 0, documents: int = 2000, vocabulary: int = 2048
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
-    pictures = Idefics3ImageProcessorPil(
-        size={"longest_edge": scenes.SIZE},
-        max_image_size={"longest_edge": scenes.SIZE},
-        do_image_splitting=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return Idefics3Processor(pictures, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
-
-
-def build_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Idefics3Config:
-    """The config of the shipped model. `text` overrides entries of the text model's config (tests build smaller models)."""
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("pad", PAD), ("bos", BEGIN), ("eos", END))}
-    text_config = {
-        "model_type": "llama",
+def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The entries that the text model's config has in every family."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 160,
         "intermediate_size": 416,
@@ -97,34 +90,59 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Idefics3Con
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
         "initializer_range": 0.06,  # near 1/√width; with 0.02, made for far wider models, learning starts late
-        **{f"{name}_token_id": i for name, i in ids.items()},
-        **text,
+        **token_ids(tokenizer),
     }
-    vision_config = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": scenes.SIZE,
-        "patch_size": PATCH,
-        "initializer_range": 0.08,
-    }
-    return Idefics3Config(
-        text_config=text_config,
-        vision_config=vision_config,
-        scale_factor=SHUFFLE,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=True,
-        dtype="float32",
-        **{f"{name}_token_id": i for name, i in ids.items()},
-    )
 
 
-def build_model(config: Idefics3Config) -> Idefics3ForConditionalGeneration:
-    model = Idefics3ForConditionalGeneration(config)
-    for name in ("pad", "bos", "eos"):
-        setattr(model.generation_config, f"{name}_token_id", getattr(config.text_config, f"{name}_token_id"))
-    return model
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The ids of the control tokens that a config names in every family."""
+    pairs = (("pad", PAD), ("bos", BEGIN), ("eos", END))
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in pairs}
+
+
+class Family(ABC):
+    """What depends on the classes of transformers that a model consists of. Image tokens are in the order of `scenes.cells`."""
+
+    name: str
+    title: str
+    """The classes, in words."""
+    special: Sequence[str]
+    """The control tokens, in the order of their ids."""
+    image: str
+    """The control token in whose place the model reads an image token."""
+    mark: str
+    """A picture, as the chat template writes it."""
+    picture: str
+    """A picture, as the processor writes it."""
+    vision: tuple[str, ...]
+    """Parts of the names of the parameters through which only pictures pass."""
+    layers: tuple[str, ...]
+    """Parts of the names of the layers whose matrices are trained with Muon."""
+    model_class: type[Any]
+
+    @abstractmethod
+    def build_config(self, tokenizer: PreTrainedTokenizerFast, **text: Any) -> Any:
+        """The config. `text` overrides entries of the text model's config (tests build smaller models)."""
+
+    @abstractmethod
+    def build_processor(self, tokenizer: PreTrainedTokenizerFast) -> Any: ...
+
+    @abstractmethod
+    def image_tokens(self, model: Any, pixels: Tensor) -> Sequence[Tensor]:
+        """(IMAGE_TOKENS, hidden) of each picture, as the model itself computes them. `pixels`: (pictures, 1, 3, SIZE, SIZE)."""
+
+    def position_ids(self, ids: Tensor, positions: Tensor, image_token: int) -> Tensor:
+        """What the model takes as position ids, for tokens at these places of their prompts; both (rows, length)."""
+        return positions
+
+    def build_model(self, config: Any) -> Any:
+        model = self.model_class(config)
+        for name in ("pad", "bos", "eos"):
+            setattr(model.generation_config, f"{name}_token_id", getattr(config.text_config, f"{name}_token_id"))
+        return model
+
+    def chat_template(self) -> str:
+        return CHAT_TEMPLATE.replace(repr(IMAGE), repr(self.mark))
 
 
 def pixels(images: Iterable[Any]) -> np.ndarray:

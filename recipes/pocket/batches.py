@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmllm.rng import stream
 from recipes.pocket import architecture
+from recipes.pocket.architecture import Family
 from recipes.pocket.questions import BALANCED, MOSTLY_PRESENCE, ask_scene
 from recipes.pocket.recipe import Recipe
 from recipes.pocket.scenes import COLORS, NAMES, SLOTS, Mix, Scene, cells, draw_scene, letter_cells
@@ -123,7 +124,7 @@ def _token_names(tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return table
 
 
-def _collate(tokenizer: PreTrainedTokenizerFast, rows: list[_Row], scenes: list[Scene]) -> Batch:
+def _collate(tokenizer: PreTrainedTokenizerFast, image: str, rows: list[_Row], scenes: list[Scene]) -> Batch:
     """Pad the rows to a multiple of 32 tokens: with few different lengths, a compiled model is rarely compiled again."""
     length = -(-max(len(row.ids) for row in rows) // 32) * 32
 
@@ -135,7 +136,7 @@ def _collate(tokenizer: PreTrainedTokenizerFast, rows: list[_Row], scenes: list[
     mask = same & torch.ones(length, length, dtype=torch.bool).tril()
     ids = padded([row.ids for row in rows], tokenizer.pad_token_id)
     colors, shapes, letters = _cell_labels(scenes)
-    is_image = ids == tokenizer.convert_tokens_to_ids(architecture.IMAGE)
+    is_image = ids == tokenizer.convert_tokens_to_ids(image)
     in_rows = int(is_image.sum()) // architecture.IMAGE_TOKENS
     shown = torch.zeros(2, *ids.shape, dtype=torch.long)
     for numbers, labels in zip(shown, (colors, shapes), strict=True):
@@ -181,35 +182,33 @@ def _question_row(tokenizer: PreTrainedTokenizerFast, picture: str, text: str, p
     return row
 
 
-def make_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
+def make_batch(family: Family, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> Batch:
     """The batch of a step after the vision stage. Labels are −100 except on answers and the end mark after each."""
     if step < recipe.answers_from:
-        return _collate(tokenizer, [_match_row(tokenizer, recipe, step, n) for n in range(recipe.match_rows)], [])
-    image_tokens = architecture.IMAGE * architecture.IMAGE_TOKENS
-    image_part = f"{architecture.AROUND}{architecture.GLOBAL}{image_tokens}{architecture.AROUND}"
-    rows: list[_Row] = []
-    scenes: list[Scene] = []
+        rows = [_match_row(tokenizer, recipe, step, number) for number in range(recipe.match_rows)]
+        return _collate(tokenizer, family.image, rows, [])
+    rows, scenes = [], list[Scene]()
     for number in range(recipe.rows):
         scene, text, pairs = draw_row(recipe, step, number)
         if scene is not None:
             scenes.append(scene)
-        picture = image_part if scene is not None else ""
+        picture = family.picture if scene is not None else ""
         rows.append(_question_row(tokenizer, picture, text, pairs, recipe.row_tokens))
     if step < recipe.presence_from:
         scenes += _scenes_without_text(recipe, step, recipe.more_pictures)
     rows += [_match_row(tokenizer, recipe, step, number) for number in range(recipe.kept_matches)]
-    return _collate(tokenizer, rows, scenes)
+    return _collate(tokenizer, family.image, rows, scenes)
 
 
 class Batches(torch.utils.data.IterableDataset[Batch]):
     """The batches of all steps from `start` on. A DataLoader can produce them in another process, ahead of time."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, start: int) -> None:
-        self.tokenizer, self.recipe, self.start = tokenizer, recipe, start
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, start: int) -> None:
+        self.family, self.tokenizer, self.recipe, self.start = family, tokenizer, recipe, start
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.start, self.recipe.steps):
             if step < self.recipe.vision_steps:
                 yield make_picture_batch(self.recipe, step)
             else:
-                yield make_batch(self.tokenizer, self.recipe, step)
+                yield make_batch(self.family, self.tokenizer, self.recipe, step)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Idefics3ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from recipes.pocket import architecture
+from recipes.pocket.architecture import IMAGE_TOKENS, Family
 from recipes.pocket.batches import Batch
 from recipes.pocket.recipe import Recipe
 from recipes.pocket.scenes import ALPHABET, COLORS, NAMES, SLOTS
@@ -113,8 +113,8 @@ def look_at_picture_loss(attention: Tensor, batch: Batch) -> Tensor:
     return total / len(batch.named)
 
 
-def vision_loss(model: Idefics3ForConditionalGeneration, heads: CellHeads, batch: Batch) -> Tensor:
-    return heads.loss(torch.stack(model.get_image_features(pixel_values=batch.pixels).pooler_output), batch)
+def vision_loss(family: Family, model: Any, heads: CellHeads, batch: Batch) -> Tensor:
+    return heads.loss(torch.stack(list(family.image_tokens(model, batch.pixels))), batch)
 
 
 class TextLosses(NamedTuple):
@@ -128,21 +128,21 @@ class TextLosses(NamedTuple):
     """Losses that supervise the text model's second layer and attention heads; 0 unless requested."""
 
 
-def text_losses(model: Idefics3ForConditionalGeneration, heads: Heads, batch: Batch, *, guided: bool = False) -> TextLosses:
+def text_losses(family: Family, model: Any, heads: Heads, batch: Batch, *, guided: bool = False) -> TextLosses:
     """The losses of a batch with text. Logits are computed at the positions of answers only."""
     cell_loss, encoded = torch.zeros(()), {}
     if len(batch.pixels):
-        features = model.get_image_features(pixel_values=batch.pixels)
-        cell_loss = heads.cells.loss(torch.stack(features.pooler_output), batch)
-        in_rows = int((batch.ids == model.config.image_token_id).sum()) // architecture.IMAGE_TOKENS
-        features.pooler_output = features.pooler_output[:in_rows]
+        tokens = family.image_tokens(model, batch.pixels)
+        cell_loss = heads.cells.loss(torch.stack(list(tokens)), batch)
+        in_rows = int((batch.ids == model.config.image_token_id).sum()) // IMAGE_TOKENS
+        features = BaseModelOutputWithPooling(pooler_output=tokens[:in_rows])
         encoded = {"mm_encoder_outputs": {"image": features}}
     # Eager attention adds the mask to its scores, so a float32 mask would make everything after it float32.
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
     outputs = model.model(
         input_ids=batch.ids,
         attention_mask=torch.zeros(batch.mask.shape, dtype=dtype).masked_fill_(~batch.mask, -torch.inf),
-        position_ids=batch.positions,
+        position_ids=family.position_ids(batch.ids, batch.positions, model.config.image_token_id),
         **encoded,
         use_cache=False,
         output_hidden_states=guided,
@@ -161,13 +161,13 @@ def text_losses(model: Idefics3ForConditionalGeneration, heads: Heads, batch: Ba
 
 
 def step_loss(
-    model: Idefics3ForConditionalGeneration, heads: Heads, batch: Batch, recipe: Recipe, step: int
+    family: Family, model: Any, heads: Heads, batch: Batch, recipe: Recipe, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The total loss of `step`, and the answer loss and the cell loss within it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not recipe.float32):
         if step < recipe.vision_steps:
-            cell_loss = vision_loss(model, heads.cells, batch)
+            cell_loss = vision_loss(family, model, heads.cells, batch)
             return cell_loss, torch.zeros(()), cell_loss
-        answers, cells, guide = text_losses(model, heads, batch, guided=True)
+        answers, cells, guide = text_losses(family, model, heads, batch, guided=True)
         progress = (step - recipe.answers_from) / recipe.answer_steps
         return answers + guide + max(0.0, 1.0 - progress / recipe.cells_until) * cells, answers, cells

@@ -32,6 +32,7 @@ class Recipe:
     weight_decay: float = 0.05
     cells_until: float = 1.0  # fraction of the answer steps over which the weight of the cell loss falls from 1 to 0
     save_every: int = 100
+    float32: bool = False  # instead of bfloat16 autocast, for a CPU without bfloat16 units
     seed: int = 0
 
     @property
