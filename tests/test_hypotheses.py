@@ -21,7 +21,6 @@ from made_runs import make_sweep, replicated, rows_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHIPPED = EXPERIMENTS / "offline" / "hypotheses.toml"
-"""Hypotheses about a cell that no sweep has yet."""
 
 HEAD = 'name = "h"\nclaim = "New is better."\nsource = "ours"\nmargin = { made = 2.0 }\n'
 ABOVE = 'above = { axis = "method", higher = ["new"], lower = ["base"] }\n'
