@@ -106,7 +106,6 @@ def test_messages_of_one_place_are_one_row_with_all_that_makes_them() -> None:
     ]
     assert render(reversed(messages)) == render(messages)
     assert render(messages).partition("## Archives\n")[2].splitlines() == [
-        "",
         "| message | what to do | bad input |",
         "|---|---|---|",
         "| a.tar.xz: 'x&#124;y' leads out &lt;b&gt;. |  | a link |",
