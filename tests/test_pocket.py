@@ -14,13 +14,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import fedmllm
 from fedmllm.config import ModelTable
 from fedmllm.data.prompts import Conversation
-from fedmllm.models.backbone import POCKET
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.shipped import SHIPPED
 from fedmllm.rng import stream
 from recipes.pocket import architecture
 from recipes.pocket.scenes import COLORS, Mix, draw_scene
 from recipes.pocket.wording import lettered
 
+POCKET = SHIPPED["pocket"].folder
 ONE_SHAPE = Mix(single=1.0, word=0.0, objects=0.0)
 
 

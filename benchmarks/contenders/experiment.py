@@ -9,8 +9,8 @@ from fedmllm.config import Experiment, validate
 from fedmllm.data.prompts import prompts, render
 from fedmllm.experiment.parts import build
 from fedmllm.federation import FederationPlan, sample_clients
-from fedmllm.models.backbone import POCKET
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.shipped import source_of
 from fedmllm.rng import stream
 from fedmllm.training.batches import batch_epoch
 
@@ -59,6 +59,6 @@ def make_workload(size: Size) -> Workload:
             epoch = batch_epoch([encoded[i].length for i in indices], BATCH, 1, rng).steps
             by_client.append([[indices[i] for batch in step for i in batch] for step in epoch])
         steps.append(by_client)
-    folder = str(POCKET) if size.model == "pocket" else size.model
+    folder = source_of(size.model)
     target = model.backbone.family.target
     return Workload(size, folder, target, items[: len(train)], items[len(train) :], steps, model.adapter.get())

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fedmllm.models.backbone import POCKET
+from fedmllm.models.shipped import SHIPPED
 from fedmllm.rng import seed_for
 from recipes.pocket import architecture
 from recipes.pocket.architecture import Family
@@ -154,7 +154,7 @@ def main() -> None:
     recipe = Recipe(answer_steps=arguments.answer_steps, rows=arguments.rows, seed=arguments.seed, float32=arguments.float32)
     source = None
     if arguments.text_from is not None:
-        source = POCKET if arguments.text_from == "pocket" else Path(arguments.text_from)
+        source = SHIPPED["pocket"].folder if arguments.text_from == "pocket" else Path(arguments.text_from)
         recipe = replace(recipe, match_steps=0, listing_steps=0)
     family, compiled = FAMILIES[arguments.family], shutil.which("g++") is not None
     pretrain(recipe, arguments.out, family, source, workers=1, compiled=compiled)

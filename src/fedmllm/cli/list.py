@@ -57,11 +57,12 @@ def parts_of(kind: PartKinds) -> list[dict[str, Any]]:
     from fedmllm.evaluation.suites import suites
     from fedmllm.experiment.parts import REGISTRIES
     from fedmllm.models.families import families
+    from fedmllm.models.shipped import SHIPPED
     from fedmllm.simulation.devices import devices
 
     rows: list[dict[str, Any]]
     if kind is PartKinds.models:
-        rows = [{"name": "pocket", "description": "The small model that ships with the package.", "options": []}]
+        rows = [{"name": name, "description": model.description, "options": []} for name, model in SHIPPED.items()]
         for name in families.names():
             rows.append({"name": name, "description": f"Hugging Face ids and folders of model type {name}.", "options": []})
         return rows

@@ -166,6 +166,7 @@ def export(
 ) -> None:
     """Write a finished run's model as a folder that loads without fedmllm, with a model card."""
     from fedmllm.models.processors import has_processor
+    from fedmllm.models.shipped import SHIPPED
     from fedmllm.report.card import loading, model_card
     from fedmllm.runs import export as exports
     from fedmllm.runs.trained import adapter_folder, config_of
@@ -186,7 +187,7 @@ def export(
         (exports.export_merged if merged else exports.export_adapter)(adapter, config, to)
         base = config.model.name
     tuned = config.model.adapter.kind == "prompt-tuning"
-    local = str(to / exports.BASE) if base == "pocket" else base
+    local = str(to / exports.BASE) if base in SHIPPED else base
     snippet = loading(str(to), str(to) if has_processor(to) else local, merged, tuned, local)
     write_atomically(to / "README.md", model_card(result, base, snippet, merged, client).encode())
     with standing(f"the model is in {to}"):

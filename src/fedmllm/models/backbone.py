@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from fedmllm.models.features import digest_of
 from fedmllm.models.placement import check_on_gpus, device_map
 from fedmllm.models.processors import load_processor
 from fedmllm.models.quantized import quantization
+from fedmllm.models.shipped import source_of
 from fedmllm.tensors import digest
 
-POCKET = Path(__file__).parent / "pocket" / "weights"
 _PROBE = "@@answer@@"
 _log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def pick_dtype(precision: str, device: torch.device, width: int) -> torch.dtype:
 
 def load_backbone(settings: ModelTable) -> Backbone:
     """Load the model. Raises ConfigError if it does not exist, accepts no pictures, or needs what the settings do not allow."""
-    source = str(POCKET) if settings.name == "pocket" else settings.name
+    source = source_of(settings.name)
     device = _device(settings.device)
     trust = settings.trust_remote_code
     if trust:

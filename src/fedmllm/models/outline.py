@@ -16,10 +16,11 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fedmllm.config import ModelTable
-from fedmllm.models.backbone import POCKET, Backbone
+from fedmllm.models.backbone import Backbone
 from fedmllm.models.families import family_of
 from fedmllm.models.live_bytes import LiveBytes
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.shipped import source_of
 
 META = torch.device("meta")
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,9 +99,8 @@ def counting(model: MLLM) -> Iterator[LiveBytes]:
 
 def config_of(settings: ModelTable) -> Any | None:
     """The model's config, or that of `SHAPES`; None if neither is on this machine or can be downloaded."""
-    source = str(POCKET) if settings.name == "pocket" else settings.name
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(source_of(settings.name), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError):
         model_type, table = SHAPES.get(settings.name, ("", {}))
         return AutoConfig.for_model(model_type, **table) if model_type else None

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from fedmllm.config import Table
 from fedmllm.errors import ConfigError, brief, printable
+from fedmllm.models.shipped import SHIPPED
 
 GRACE = 60.0
 """Seconds after which a job that cannot be interrupted ends the worker's process, which is then restarted."""
@@ -60,7 +61,7 @@ class Limits(Table):
 
     def check_model(self, name: str) -> None:
         """Raises ConfigError unless the server may name this model."""
-        is_id = name == "pocket" or (_ID.fullmatch(name) is not None and not os.path.lexists(name))
+        is_id = name in SHIPPED or (_ID.fullmatch(name) is not None and not os.path.lexists(name))
         candidate = name if is_id else os.path.realpath(printable(name))
         if not any(fnmatchcase(candidate, pattern) for pattern in self.models if pattern.startswith("/") != is_id):
             what = "an id that" if is_id else "a path or an address, and"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fedmllm.models.shipped import SHIPPED
 from fedmllm.report.page import Markdown, Page
 from fedmllm.report.tables import method, percent
 
@@ -31,10 +32,10 @@ def loading(folder: str, processor: str, merged: bool, prompt_tuning: bool, base
 
 
 def model_card(result: Mapping[str, Any], base: str, snippet: str, merged: bool, client: int | None) -> str:
-    """The card as Markdown with the Hub's header. `base` is the base model's id, or "pocket"."""
+    """The card as Markdown with the Hub's header. `base` is the base model's id, or the name of a shipped model."""
     page = Page()
     header = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "image-text-to-text"}
-    if base != "pocket":
+    if base not in SHIPPED:
         header["base_model"] = base
     page.lines += ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items())]
     page.lines += ["tags:", "- fedmllm", "- federated-learning", "---"]

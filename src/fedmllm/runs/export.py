@@ -18,8 +18,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 from fedmllm.config import Experiment
 from fedmllm.errors import RunError
 from fedmllm.models.adapter import read_adapter
-from fedmllm.models.backbone import POCKET
 from fedmllm.models.processors import NoVideos, load_processor
+from fedmllm.models.shipped import SHIPPED, source_of
 from fedmllm.storage.atomic import check_folder, write_atomically
 
 BASE = "base"
@@ -29,7 +29,7 @@ BASE = "base"
 def export_adapter(adapter: Path, config: Experiment, to: Path) -> None:
     """Copy the adapter of a finished run to the new folder `to`, with what AutoPeftModel and AutoProcessor look for.
 
-    The base model is named by its Hub id, or by the absolute path of its folder; the pocket model is copied into `to`. Raises
+    The base model is named by its Hub id, or by the absolute path of its folder; a shipped model is copied into `to`. Raises
     RunError if the adapter is unreadable or `to` is not an empty folder.
     """
     with _new_folder(to) as folder:
@@ -67,8 +67,8 @@ def _write_adapter(adapter: Path, config: Experiment, folder: Path, to: Path) ->
         model_config = AutoConfig.from_pretrained(base, trust_remote_code=config.model.trust_remote_code)
         base_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(model_config)]
         settings["auto_mapping"] = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    if base == str(POCKET):
-        shutil.copytree(POCKET, folder / BASE)
+    if config.model.name in SHIPPED:
+        shutil.copytree(base, folder / BASE)
         base = str((to / BASE).resolve())
     settings["base_model_name_or_path"] = base
     shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
@@ -77,7 +77,7 @@ def _write_adapter(adapter: Path, config: Experiment, folder: Path, to: Path) ->
 
 def _base(config: Experiment) -> str:
     name = config.model.name
-    return str(POCKET) if name == "pocket" else str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name not in SHIPPED and Path(name).is_dir() else source_of(name)
 
 
 @contextmanager
@@ -107,8 +107,8 @@ def _save_processor(config: Experiment, to: Path) -> None:
 
 
 def on_hub(model: str) -> bool:
-    """Whether a model's name is an id on the Hugging Face hub, rather than that of a folder or of the pocket model."""
-    return model != "pocket" and not Path(model).exists()
+    """Whether a model's name is an id on the Hugging Face hub, rather than that of a folder or of a shipped model."""
+    return model not in SHIPPED and not Path(model).exists()
 
 
 def push(folder: Path, name: str) -> str:

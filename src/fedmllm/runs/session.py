@@ -221,7 +221,9 @@ class Session:
         # If the participants hold most of the data, encode the pictures of the other clients too: another seed samples other
         # clients and then finds the features on disk.
         if 2 * count >= len(manifest):
-            self.model.register_pictures(self._seen(h).pictures for h in manifest if "image" in h.visible)
+            encoded = set(participants)
+            others = (h for h in manifest if h.client not in encoded and "image" in h.visible)
+            self.model.register_pictures(self._seen(holding).pictures for holding in others)
         self.progress("encoding pictures", 0, 0, "once, then kept")
         return self.model.prepare_features()
 

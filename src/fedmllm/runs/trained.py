@@ -17,6 +17,7 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.test_set import TestSet
 from fedmllm.experiment.parts import with_defaults
 from fedmllm.models.mllm import MLLM
+from fedmllm.models.shipped import SHIPPED
 from fedmllm.progress import DETAIL, ProgressCallback, no_progress
 from fedmllm.runs.machine import details
 from fedmllm.storage.run_dir import RunDir
@@ -125,7 +126,7 @@ def config_of(run: RunDir, *, trusted: bool) -> Experiment:
 def check_model(model: ModelTable, file: Path) -> None:
     """Raises RunError if the model is read from a path or runs code of its own: the folder may come from elsewhere."""
     wishes = []
-    if model.name != "pocket" and (not _HUB_ID.fullmatch(model.name) or Path(model.name).exists()):
+    if model.name not in SHIPPED and (not _HUB_ID.fullmatch(model.name) or Path(model.name).exists()):
         wishes.append(f"model.name = {model.name!r}, which is a path and not a model on the Hugging Face hub")
     if model.trust_remote_code:
         wishes.append("model.trust_remote_code = true, which runs code that comes with the model")
