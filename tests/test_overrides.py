@@ -147,6 +147,18 @@ def test_options_given_with_the_new_name_belong_to_it_in_either_order(order: int
     assert notes == ["scenario.presence = 0.6 is an option of 'hybrid' and was dropped"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_task_has_no_companion_but_one_of_its_own(order: int) -> None:
+    raw = {**MINIMAL, "task": {"name": "easy-vqa", "companion": {"name": "shapes-qa", "train": 30}}}
+    overrides = ["task.companion.name=openmoji", "task.name=pocket-memes"]
+    alone, notes = apply_overrides(raw, overrides[1:])
+    assert alone["task"] == {"name": "pocket-memes"}
+    assert notes == ["task.companion is the companion of 'easy-vqa' and was dropped"]
+    assert apply_overrides(raw, overrides[::order]) == (
+        {**raw, "task": {"name": "pocket-memes", "companion": {"name": "openmoji"}}}, notes,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

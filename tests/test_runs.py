@@ -148,7 +148,7 @@ def test_eval_on_another_task(write_experiment: Write, dataset: Path) -> None:
     evaluated = run("eval", "a", "--trust-config", *other)
     assert (evaluated["task"], evaluated["metrics"]["text"]["n"]) == ("shapes-qa", 7)
     assert run("eval", "a", "--trust-config", *other) == evaluated
-    assert "task.companion belonged to the run's own task" in call("eval", "a", "--trust-config", *other).stderr
+    assert "task.companion is the companion of" in call("eval", "a", "--trust-config", *other).stderr
     for wrong, sentence in [
         ("train.lr=1", "the run is trained; only [task], [eval] and [prompt] can be set"),
         ("task.name=shape-qa", "did you mean 'shapes-qa'?"),

@@ -103,6 +103,20 @@ def test_seeds_and_common_settings(plan: Plan, head: str, sentence: str) -> None
     assert f"grid.toml: {sentence}" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ('"task.companion" = { name = "pocket-memes" }', "task.companion: 'pocket-memes' is measured by auc"),
+        ('task = { name = "medalpaca", data_dir = "." }', "task.name: 'medalpaca' has no test split"),
+        ('"eval.transfer" = [{ name = "medalpaca", data_dir = "." }]', "eval.transfer.0.name: 'medalpaca' has no test split"),
+    ],
+)
+def test_a_cell_whose_run_would_be_refused_is_refused_before_any_is_run(plan: Plan, task: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(axis("m", f'name = "A", set = {{ {task} }}'))
+    assert f"grid.toml: the cell A: {sentence}" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["", "../../x", "a/b", "x" * 300, "a\\u0007"])
 def test_a_sweeps_name_is_that_of_a_folder(plan: Plan, tmp_path: Path, name: str) -> None:
     (tmp_path / "grid.toml").write_text(f'name = "{name}"\nbase = "base.toml"\n')

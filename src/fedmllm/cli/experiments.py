@@ -153,7 +153,7 @@ def _evaluation_settings(raw: dict[str, Any], settings: list[Setting], progress:
         if path[0] not in ("task", "eval", "prompt"):
             raise RunError(f"--set {'.'.join(path)}: the run is trained; only [task], [eval] and [prompt] can be set.")
         if path == ["task", "name"] and value != raw["task"]["name"]:
-            for key in sorted(raw["task"].keys() & {"companion", "train_samples", "test_samples"}):
+            for key in sorted(raw["task"].keys() & {"train_samples", "test_samples"}):
                 del raw["task"][key]
                 progress("note", 0, 0, f"task.{key} belonged to the run's own task and was dropped")
     raw, notes = config.apply_settings(raw, settings, options_of)

@@ -109,14 +109,15 @@ def apply_settings(
     """(a copy of `raw` with the settings applied, a note for each option that was dropped). Messages begin with `prefix`.
 
     A setting that changes the name of a part drops the options that only the old part has: `--set scenario.name=cross` on a
-    file with the scenario hybrid drops `presence`. Another task keeps no option, because options of one name are about other
-    data. Misspelt options are kept, so that validation reports them. Raises ConfigError for an unknown part or a path through
-    a value.
+    file with the scenario hybrid drops `presence`. Another task keeps neither options, because options of one name are about
+    other data, nor the companion, which may have another metric. Misspelt options are kept, so that validation reports them.
+    Raises ConfigError for an unknown part or a path through a value.
     """
     result = json.loads(json.dumps(raw, default=str))
     notes: list[str] = []
-    # Names first, so that an option in the same command belongs to the new part, whatever the order of the two.
-    for path, value in sorted(flattened(settings), key=lambda pv: pv[0][-1] != "name"):
+    # Names first, outer ones before inner ones, so that an option in the same command belongs to the new part, whatever their
+    # order.
+    for path, value in sorted(flattened(settings), key=lambda pv: (pv[0][-1] != "name", len(pv[0]))):
         table = result
         for depth, part in enumerate(path[:-1], start=1):
             table = table.setdefault(part, {})
@@ -132,6 +133,8 @@ def apply_settings(
             for option in sorted((obsolete if part == "task" else obsolete - kept) & table.keys()):
                 key = ".".join([*path[:-1], option])
                 notes.append(f"{key} = {table.pop(option)!r} is an option of {old!r} and was dropped")
+            if part == "task" and table.pop("companion", None):
+                notes.append(f"{'.'.join(path[:-1])}.companion is the companion of {old!r} and was dropped")
         table[path[-1]] = value
     return result, notes
 

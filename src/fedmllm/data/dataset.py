@@ -60,38 +60,47 @@ class Dataset:
 
 
 def open_source(table: TaskTable, where: str = "task") -> Source:
-    """Build the task and its companion without reading any sample. Raises ConfigError."""
+    """Build the task and its companion without reading any sample. Raises ConfigError, also if their metrics differ."""
     companion, options = table.companion, table.options
     if table.draw is not None:
         options |= {"seed": table.draw} if "seed" in tasks.option_names(table.name) else {}
         if companion is not None and companion.draw is None:
             companion = companion.model_copy(update={"draw": table.draw})
+    task = tasks.build(table.name, options, where)
     opened = open_source(companion, f"{where}.companion") if companion is not None else None
-    return Source(tasks.build(table.name, options, where), table, where, opened)
+    if opened is not None and opened.task.metric != task.metric:
+        raise ConfigError(
+            f"{opened.where}: {opened.task.name!r} is measured by {opened.task.metric}, "
+            f"{task.name!r} by {task.metric}; choose a companion with the same metric."
+        )
+    return Source(task, table, where, opened)
+
+
+def check_splits(source: Source, splits: Sequence[Split]) -> None:
+    """Raises ConfigError if the task lacks one of the splits. Its companion may lack any."""
+    missing = [split for split in splits if split not in source.task.splits]
+    if missing:
+        remedy = 'use it as the task.companion of another task, or set eval.split = "validation"'
+        if source.where != "task":
+            remedy = "choose a task that has one"
+        raise ConfigError(f"{source.where}.name: {source.table.name!r} has no {missing[0]} split; {remedy}.")
 
 
 def read_splits(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
     """Read the splits of the task and its companion. Raises ConfigError or DataError if a split cannot be read at all."""
+    check_splits(source, splits)
+    return _read(source, splits)
+
+
+def _read(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
     task, table = source.task, source.table
-    missing = [split for split in splits if split not in task.splits]
-    if missing and not source.where.endswith("companion"):
-        remedy = 'use it as the task.companion of another task, or set eval.split = "validation"'
-        if source.where != "task":
-            remedy = "choose a task that has one"
-        raise ConfigError(f"{source.where}.name: {table.name!r} has no {missing[0]} split; {remedy}.")
-    companion = source.companion
-    if companion is not None and companion.task.metric != task.metric:  # checked before any data is read
-        raise ConfigError(
-            f"{companion.where}: {companion.task.name!r} is measured by {companion.task.metric}, "
-            f"{task.name!r} by {task.metric}; choose a companion with the same metric."
-        )
     loaded_splits = []
     for split in splits:
-        if split not in missing:
+        if split in task.splits:
             count = table.train_samples if split == "train" else table.test_samples
             choose = partial(draw_subset, count=count, names=(table.name, split), draw=table.draw)
             loaded_splits.append(LoadedSplit(task, split, table, read_split(task, split, choose)))
-    return loaded_splits if companion is None else loaded_splits + read_splits(companion, splits)
+    return loaded_splits if source.companion is None else loaded_splits + _read(source.companion, splits)
 
 
 def join_tasks(loaded_splits: Sequence[LoadedSplit], split: Split) -> Samples:

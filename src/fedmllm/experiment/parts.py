@@ -12,7 +12,7 @@ from fedmllm.algorithms.asynchronous import Asynchronous, asynchronies
 from fedmllm.algorithms.combining import Robust, robusts
 from fedmllm.attacks.settings import Attack, attacks
 from fedmllm.config import Experiment, Named, ScenarioTable, TaskTable
-from fedmllm.data.dataset import Dataset, LoadedSplit, Source, open_source, prepare, read_splits, splits_of
+from fedmllm.data.dataset import Dataset, LoadedSplit, Source, check_splits, open_source, prepare, read_splits, splits_of
 from fedmllm.data.partitions import Deal, partitions
 from fedmllm.data.prompts import Strategy, prompts
 from fedmllm.data.scenarios import Scenario, composed, scenarios
@@ -165,8 +165,12 @@ def build(config: Experiment) -> Parts:
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
+    source = open_source(config.task)
+    check_splits(source, splits_of(config))
+    for other in transfer.values():
+        check_splits(other, ("test",))
     wrappers = (secure, robust, privacy, attack, asynchronous)
-    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
+    return Parts(config, source, transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
 
 
 def build_scenario(table: ScenarioTable) -> Scenario:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -96,7 +97,7 @@ class PlannedRun:
     experiment: Experiment
     replicate: int | None = None
 
-    @property
+    @cached_property
     def id(self) -> str:
         return f"{self.kind}-{self.experiment.digest()[:12]}"
 
