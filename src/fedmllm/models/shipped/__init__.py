@@ -1,4 +1,4 @@
-"""The models that ship with the package. Nothing here needs torch."""
+"""The models that ship with the package, each in the folder of its name. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class ShippedModel:
 
 
 SHIPPED = {
-    "pocket": ShippedModel(Path(__file__).parent / "pocket" / "weights", "The small model that ships with the package."),
+    name: ShippedModel(Path(__file__).parent / name, description)
+    for name, description in (("pocket", "The small model that ships with the package."),)
 }
 """name -> the model that `model.name` selects by it."""
 
