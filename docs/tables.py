@@ -105,11 +105,14 @@ def _row(registry: Any, name: str) -> list[str]:
 
 def _parts(sources: Sources) -> str:
     """The inventory: every table of the experiment file that names a part, with the names."""
+    from fedmllm.models.shipped import SHIPPED
+
     rows = []
     for kind, page in PAGES.items():
         if kind == "models":
-            names = ["`pocket`, or a Hugging Face id or folder of any image-text-to-text model"]
-            rows.append(["`model`", *names, f"[{page}]({page})"])
+            shipped = ", ".join(f"`{name}`" for name in SHIPPED)
+            names = f"{shipped}, or a Hugging Face id or folder of any image-text-to-text model"
+            rows.append(["`model`", names, f"[{page}]({page})"])
         else:
             registry = sources.registries[kind]
             names = [f"`{name}`" for name in registry.names()]

@@ -96,13 +96,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _backbones(tiny: Path) -> Iterator[None]:
-    """The two models that most tests load are read from disk once per test process; each load after that gets a copy."""
+    """The models that most tests load are read from disk once per test process; each load after that gets a copy."""
     from fedmllm.models import mllm
+    from fedmllm.models.shipped import SHIPPED
 
     load, loaded = mllm.load_backbone, dict[str, "Backbone"]()
 
     def load_copy(settings: ModelTable) -> Backbone:
-        if settings.name not in ("pocket", str(tiny)) or settings.trust_remote_code:
+        if settings.name not in (*SHIPPED, str(tiny)) or settings.trust_remote_code:
             return load(settings)
         key = settings.model_copy(update={"lora": LoraTable(), "adapter": AdapterTable()}).model_dump_json()
         if key not in loaded:

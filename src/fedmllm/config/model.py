@@ -35,7 +35,8 @@ class AdapterTable(Table):
 
 class ModelTable(Table):
     name: str = "pocket"
-    """`"pocket"`, the shipped model; the id of a Hugging Face model; or a local folder. See [models](models.md)."""
+    """`"pocket"` or `"pocket-qwen"`, which are shipped; the id of a Hugging Face model; or a local folder. See
+    [models](models.md)."""
     adapter: AdapterTable = AdapterTable()
     lora: LoraTable = LoraTable()
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -16,7 +16,10 @@ class ShippedModel:
 
 SHIPPED = {
     name: ShippedModel(Path(__file__).parent / name, description)
-    for name, description in (("pocket", "The small model that ships with the package."),)
+    for name, description in (
+        ("pocket", "The small model that ships with the package: Idefics3 with a Llama text model."),
+        ("pocket-qwen", "A second one by the same recipe: Qwen2-VL."),
+    )
 }
 """name -> the model that `model.name` selects by it."""
 
