@@ -18,8 +18,8 @@ from helpers import apply_overrides
 OFFLINE = Path(__file__).parents[1] / "experiments" / "offline"
 TASKS = ("openmoji", "pocket-memes", "qa")
 PAPER = list(published()["hateful-memes"]["fedyogi"])
-GRIDS = ("qa",)
-"""The tasks whose grids have the cells that leave room for differences; the others' are from version 0.1."""
+GRIDS = ("pocket-memes", "qa")
+"""The tasks whose grids have the cells that leave room for differences; openmoji's are from version 0.1."""
 SEARCH = OFFLINE / "search.sweep.toml"
 
 
@@ -101,8 +101,8 @@ def test_a_base_file_has_data(task: str) -> None:
     raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [])
     assert notes == []
     data = build(validate(raw)).prepare()
-    assert len(data.train) >= 400
-    assert len(data.test) >= 200
+    samples = {"openmoji": (400, 200), "pocket-memes": (200, 500), "qa": (600, 600)}
+    assert (len(data.train), len(data.test)) == samples[task]
 
 
 def test_the_guide_tells_the_settings_of_the_cells() -> None:
@@ -177,17 +177,3 @@ def test_servers_of_the_stragglers_study_use_the_same_number_of_updates() -> Non
     assert {config.train.rounds * per_step[name] for name, config in cells.items()} == {48}
     assert len({(config.seed, config.task.draw, config.train.lr) for config in cells.values()}) == 1
     assert {config.train.rounds % config.eval.every for config in cells.values()} == {0}
-
-
-def test_algorithms_of_the_uses_study_have_the_rates_that_were_found() -> None:
-    cells = {
-        name: (c.algorithm.name, c.algorithm.options.get("server_lr"), c.train.lr) for name, c in trained_cells("uses").items()
-    }
-    found = {}
-    for grid in ("pocket-memes", "pocket-memes.others"):
-        for planned in plan_sweep(OFFLINE / f"{grid}.sweep.toml")[1]:
-            config = with_defaults(planned.experiment)
-            found[config.algorithm.name] = (config.algorithm.options.get("server_lr"), config.train.lr)
-    assert {name: rates for name, *rates in cells.values() if name in found} == {
-        name: list(found[name]) for name in ("fedavg", "scaffold", "fedadam")
-    }
