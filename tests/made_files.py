@@ -197,7 +197,8 @@ def of_parquet(columns: Mapping[str, Any], metadata: Mapping[str, str], whole: b
 TASKS: tuple[dict[str, Any], ...] = (
     {"name": "shapes-qa", "train": 40, "test": 20},
     {"name": "jsonl", "train": "train.jsonl", "test": "test.jsonl", "metric": "auc", "positive": "yes"},
-    {"name": "pocket-memes", "companion": {"name": "shapes-qa"}, "train_samples": 9, "on_bad_sample": "skip"},
+    {"name": "easy-vqa", "companion": {"name": "shapes-qa"}, "train_samples": 9, "on_bad_sample": "skip"},
+    {"name": "pocket-memes", "n": 30},
     {"name": "easy-vqa", "draw": 3},
     {"name": "hub", "dataset": "owner/set", "answer": "label", "question": "text"},
 )

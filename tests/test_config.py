@@ -203,6 +203,7 @@ def test_the_digest_depends_only_on_the_settings() -> None:
     [
         (None, "there is no such experiment file"),
         (b"name = ", "not valid TOML"),
+        (b"seed = " + 5000 * b"1", "a number has more than 4,300 digits; write a shorter one"),
         (b"\xff\xfe\x00", "cannot be read as a text file .* save it as UTF-8"),
         (rb'data = "C:\Users\me"', r"not valid TOML: .*; write paths with / or in 'single quotes'"),
         (rb'data = "C:\xyz"', r"not valid TOML: .*; write paths with / or in 'single quotes'"),

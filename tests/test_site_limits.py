@@ -60,6 +60,11 @@ MASKED = {"secure": {"name": "pairwise"}}
 # The experiment
 
 
+def test_a_sites_data_need_no_test_split(tmp_path: Path) -> None:
+    site = replace(site_in(tmp_path), task=TaskTable(name="medalpaca", data_dir=str(tmp_path)))  # type: ignore[call-arg]
+    assert parts_at(experiment(), site).source.task.splits == ("train",)
+
+
 @pytest.mark.parametrize(
     ("tables", "site", "problem"),
     [

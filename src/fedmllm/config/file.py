@@ -35,7 +35,7 @@ def parse_override(text: str) -> Setting:
         raise ConfigError(f"--set {text}: write it as key=value, for example --set train.rounds=5.")
     try:
         value = tomllib.loads(f"value = {text_of_value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a ValueError that is no TOMLDecodeError: a number of more than 4,300 digits
         value = text_of_value.strip()
     _check_text(value, f"--set {'.'.join(path)}")
     return path, value
@@ -155,6 +155,8 @@ def read(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         escape = any(word in str(error) for word in ("Unescaped", "Invalid hex", "Escaped"))
         raise ConfigError(f"{path}: not valid TOML: {error}{f'; {_PATHS}' if escape else ''}.") from None
+    except ValueError:  # Python's limit
+        raise ConfigError(f"{path}: a number has more than 4,300 digits; write a shorter one.") from None
     with blaming(str(path)):
         _check_text(raw, "")
     return raw

@@ -89,6 +89,13 @@ class Parts:
         except ValueError as error:
             raise ConfigError(f"{error}.") from None
 
+    def check_splits(self) -> None:
+        """Raises ConfigError if a task lacks a split that a run in one process reads. A site of a federation may lack the
+        test split."""
+        check_splits(self.source, splits_of(self.config))
+        for source in self.transfer.values():
+            check_splits(source, ("test",))
+
     def read_splits(self) -> list[LoadedSplit]:
         """Read the splits that the experiment uses. Raises ConfigError or DataError if one cannot be read at all."""
         return read_splits(self.source, splits_of(self.config))
@@ -165,12 +172,8 @@ def build(config: Experiment) -> Parts:
     transfer = {
         table.name: open_source(table, f"eval.transfer.{number}") for number, table in enumerate(config.eval.transfer or ())
     }
-    source = open_source(config.task)
-    check_splits(source, splits_of(config))
-    for other in transfer.values():
-        check_splits(other, ("test",))
     wrappers = (secure, robust, privacy, attack, asynchronous)
-    return Parts(config, source, transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
+    return Parts(config, open_source(config.task), transfer, deal, scenario, strategy, algorithm, *wrappers, judge, fleet)
 
 
 def build_scenario(table: ScenarioTable) -> Scenario:

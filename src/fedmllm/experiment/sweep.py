@@ -188,7 +188,9 @@ def plan_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[Sweep, list[P
             merged, _ = files.apply_settings(raw, [*_settings(sweep, cells), *overriding], options_of, prefix="")
             experiment = with_defaults(files.validate(merged))
             for replicate, drawn in _draws(sweep, experiment):
-                planned.append(PlannedRun(axes, drawn.seed, kind, build(essential(drawn, kind)).config, replicate))
+                parts = build(essential(drawn, kind))
+                parts.check_splits()
+                planned.append(PlannedRun(axes, drawn.seed, kind, parts.config, replicate))
     check_runs(str(path), sweep.model_dump(), [(run.axes, run.kind, run.id) for run in planned])
     return sweep, planned
 
