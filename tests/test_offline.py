@@ -20,6 +20,8 @@ TASKS = ("openmoji", "pocket-memes", "qa")
 PAPER = list(published()["hateful-memes"]["fedyogi"])
 GRIDS = ("pocket-memes", "qa")
 """The tasks whose grids have the cells that leave room for differences; openmoji's are from version 0.1."""
+SEARCHED = (*TASKS, "pocket-qwen")
+"""The cells of the search: the tasks, and pocket-memes for the second model."""
 SEARCH = OFFLINE / "search.sweep.toml"
 
 
@@ -67,7 +69,8 @@ def test_every_method_has_the_same_nine_trials_on_three_draws_of_held_out_data()
     assert len({p.id for p in searched}) == len(searched), "every trial is a run of its own"
     runs = Counter((p.axes["task"], p.kind, p.experiment.algorithm.name) for p in searched)
     assert set(runs.values()) == {9 * 3}
-    assert len(runs) == 16 * len(TASKS)
+    assert {task for task, _, _ in runs} == set(SEARCHED)
+    assert len(runs) == 16 * len(SEARCHED)
 
 
 @pytest.mark.parametrize("task", GRIDS)
