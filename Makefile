@@ -81,13 +81,16 @@ tables: $(VENV)/installed  ## the tables of parts and the pictures of scenarios 
 docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet
 
-GRIDS := $(foreach task,openmoji pocket-memes qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
-STUDIES := $(wildcard results/study-*.tar.xz)
-REPORT := $(BIN)/fedmllm report --hypotheses experiments/offline/hypotheses.toml
-results: $(VENV)/installed  ## docs/results.md, its picture and docs/results-full.html again, from the runs in results/ alone
-	$(REPORT) --brief $(GRIDS) $(STUDIES) --out docs/results.md
-	$(REPORT) $(GRIDS) $(STUDIES) --out docs/results-full.html
-	$(BIN)/fedmllm report results/study-noise.tar.xz results/study-stragglers.tar.xz --out build/studies.md
+GRIDS := $(foreach task,openmoji pocket-memes pocket-qwen qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
+CLAIMED := $(wildcard $(foreach study,attacks modality-aware rank skew,results/study-$(study).tar.xz))
+OTHER_STUDIES := $(filter-out $(CLAIMED),$(wildcard results/study-*.tar.xz))
+REPORT := $(BIN)/fedmllm report
+CLAIMS := --hypotheses experiments/offline/hypotheses.toml
+results: $(VENV)/installed  ## docs/results.md, docs/studies.md and docs/results-full.html again, from the runs in results/ alone
+	$(REPORT) $(CLAIMS) --brief $(GRIDS) $(CLAIMED) --out docs/results.md
+	$(REPORT) --brief $(OTHER_STUDIES) --out docs/studies.md
+	$(REPORT) $(CLAIMS) $(GRIDS) $(CLAIMED) $(OTHER_STUDIES) --out docs/results-full.html
+	$(REPORT) results/study-noise.tar.xz results/study-stragglers.tar.xz --out build/studies.md
 	cp build/figures/study-noise-corruption.svg build/figures/study-stragglers-time.svg docs/figures
 
 EXTRAS := flower ray secure privacy gpu hub openmoji track pandas
