@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import call
 from fedmllm import config
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 from fedmllm.experiment.parts import build, options_of, with_defaults
 from helpers import apply_overrides, quick
+from made_runs import replicated
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").rglob("*.toml"))
 SHIPPED = [path for path in SHIPPED if not path.name.endswith((".sweep.toml", "hypotheses.toml"))]
@@ -219,6 +221,33 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"exp\.toml: {message}"):
         config.read(path)
+
+
+SITE, SERVER = 'name = "a"\nsuperlink = "h:1"\n[task]\nname = "qa"', 'experiment = "e.toml"\ncertificate = "c.pem"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "what"),
+    [
+        (["run"], 'base = "e.toml"', "a sweep, where an experiment is needed; `fedmllm sweep` runs it"),
+        (["check"], "hypotheses = []", "a file of hypotheses, where an experiment is needed; `fedmllm report --hypotheses`"),
+        (["run"], SITE, "a site's file, where an experiment is needed; `fedmllm client` reads it"),
+        (["sweep"], '[task]\nname = "qa"', "an experiment, where a sweep is needed; `fedmllm run` runs it"),
+        (["client"], SERVER, "a server's file, where a site's file is needed; `fedmllm server` reads it"),
+        (["server"], SITE, "a site's file, where a server's file is needed; `fedmllm client` reads it"),
+        (["report", "grid", "--out", "page.md", "--hypotheses"], 'base = "e.toml"', "a sweep, where a file of hypotheses"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_from_a_misspelt_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], content: str, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    replicated(Path("grid"), lambda *_: 0.5, replicates=1)
+    Path("file.toml").write_text(content)
+    done = call(*arguments, "file.toml")
+    assert done.exit_code == 2
+    assert f"error: file.toml: this is {what}" in done.stderr
+    assert not Path("runs").exists()
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_have_questions_of_two_lines(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from fedmllm.config.base import FolderName, Named, Positive, Seed, Table
 from fedmllm.config.clients import ClientsTable
 from fedmllm.config.file import (
+    FileKind,
     Setting,
     apply_settings,
     blaming,
@@ -24,7 +25,7 @@ from fedmllm.config.track import TrackTable
 from fedmllm.config.train import TrainTable
 
 __all__ = [
-    "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FolderName", "LoraTable", "ModelTable", "Named",
+    "AdapterTable", "ClientsTable", "EvalTable", "Experiment", "FileKind", "FolderName", "LoraTable", "ModelTable", "Named",
     "PartitionTable", "Positive", "ScenarioTable", "Seed", "Setting", "Table", "TaskTable",
     "TrackTable", "TrainTable",
     "apply_settings", "blaming", "flattened", "keys_at", "parse_override", "read", "validate",

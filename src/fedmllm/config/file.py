@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -139,13 +139,35 @@ def apply_settings(
     return result, notes
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The raw tables of a TOML file. Raises ConfigError if the file does not exist, is not valid TOML, or has a string with a
-    control character."""
+FileKind = Literal["experiment", "sweep", "hypotheses", "site", "federation"]
+_KINDS: Mapping[FileKind, tuple[str, str, str]] = {
+    "sweep": ("base", "a sweep", "`fedmllm sweep` runs it"),
+    "hypotheses": ("hypotheses", "a file of hypotheses", "`fedmllm report --hypotheses` reads it"),
+    "site": ("superlink", "a site's file", "`fedmllm client` reads it"),
+    "federation": ("certificate", "a server's file", "`fedmllm server` reads it"),
+    "experiment": ("task", "an experiment", "`fedmllm run` runs it"),
+}
+"""A key that a file of this kind has at its top, and one of the kinds below it has not; what it is; what it is for."""
+
+
+def read(path: Path, kind: FileKind = "experiment") -> dict[str, Any]:
+    """The raw tables of a TOML file. Raises ConfigError if the file does not exist, is not valid TOML, has a string with a
+    control character, or is of another kind."""
+    raw = _tables(path, kind)
+    found = next((other for other, (key, _, _) in _KINDS.items() if key in raw), kind)
+    if found != kind:
+        _, what, use = _KINDS[found]
+        raise ConfigError(f"{path}: this is {what}, where {_KINDS[kind][1]} is needed; {use}.")
+    with blaming(str(path)):
+        _check_text(raw, "")
+    return raw
+
+
+def _tables(path: Path, kind: FileKind) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such experiment file.") from None
+        raise ConfigError(f"{path}: there is no such {kind} file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error}); save it as UTF-8.") from None
     except OSError as error:
@@ -157,9 +179,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}{f'; {_PATHS}' if escape else ''}.") from None
     except ValueError:  # Python's limit
         raise ConfigError(f"{path}: a number has more than 4,300 digits; write a shorter one.") from None
-    with blaming(str(path)):
-        _check_text(raw, "")
-    return raw
 
 
 def validate(raw: Mapping[str, Any], where: str = "") -> Experiment:

@@ -141,7 +141,7 @@ def essential(experiment: Experiment, kind: RunKind) -> Experiment:
 def read(path: Path) -> Sweep:
     """Raises ConfigError for the first thing that is wrong with the file."""
     try:
-        sweep = Sweep.model_validate(files.read(path))
+        sweep = Sweep.model_validate(files.read(path, "sweep"))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, '', _known_keys)}") from None
     if sweep.replicates is not None and "seeds" in sweep.model_fields_set:

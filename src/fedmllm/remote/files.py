@@ -101,9 +101,9 @@ class FederationTable(Table):
         return sites
 
 
-def _read(table: type[Table], path: Path) -> Any:
+def _read(table: type[Table], path: Path, kind: files.FileKind) -> Any:
     try:
-        return table.model_validate(files.read(path))
+        return table.model_validate(files.read(path, kind))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, '', partial(files.keys_at, model=table))}") from None
 
@@ -140,7 +140,7 @@ class SiteFile:
     """A site file whose paths exist. Raises ConfigError for the first thing that is wrong; reads no data."""
 
     def __init__(self, path: Path) -> None:
-        table: SiteTable = _read(SiteTable, path)
+        table: SiteTable = _read(SiteTable, path, "site")
         if (table.task is None) == (table.jsonl is None):
             raise ConfigError(f"{path}: give either a [task] table or jsonl, the name of a file of samples.")
         if table.jsonl_test and not table.jsonl:
@@ -186,7 +186,7 @@ class FederationFile:
     def __init__(self, path: Path, overrides: list[str]) -> None:
         from fedmllm.remote.keys import is_public_key
 
-        table: FederationTable = _read(FederationTable, path)
+        table: FederationTable = _read(FederationTable, path, "federation")
         self.path, self.address, self.retries = path.resolve(), table.address, table.retries
         self.host, _, port = table.address.rpartition(":")
         self.port = int(port)

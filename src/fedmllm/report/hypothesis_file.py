@@ -188,7 +188,7 @@ class Hypotheses(Table):
 def read(path: Path) -> tuple[Hypothesis, ...]:
     """Raises ConfigError for the first thing that is wrong with the file."""
     try:
-        hypotheses = Hypotheses.model_validate(files.read(path)).hypotheses
+        hypotheses = Hypotheses.model_validate(files.read(path, "hypotheses")).hypotheses
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, '', lambda at: files.keys_at(at, Hypotheses))}") from None
     for number, hypothesis in enumerate(hypotheses):
