@@ -114,7 +114,7 @@ def test_the_guide_tells_the_settings_of_the_cells() -> None:
     told = {row[0].strip("`"): dict(zip(TASKS, row[1:], strict=True)) for row in rows if len(row) == 1 + len(TASKS)}
     for task in TASKS:
         for kind in ("sweep", "others.sweep"):
-            axes = {axis["name"]: axis["cells"] for axis in read(OFFLINE / f"{task}.{kind}.toml")["axes"]}
+            axes = {axis["name"]: axis["cells"] for axis in read(OFFLINE / f"{task}.{kind}.toml", "sweep")["axes"]}
             for cell in axes["method"]:
                 if cell.get("kind") == "zero-shot":
                     continue

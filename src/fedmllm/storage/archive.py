@@ -25,7 +25,7 @@ SUFFIX = ".tar.xz"
 KEPT = ("result.json", "meta.json", "config.toml", "rounds.jsonl", "predictions.jsonl")
 """The files of a run that are packed, in the order of the archive."""
 MAX_MEMBERS, MAX_BYTES = 100_000, 2**30
-"""What an archive may hold when it is unpacked: the largest grids so far have 1,500 members and 70 MB."""
+"""What an archive may hold when it is unpacked: the largest grids so far have 4,000 members and 300 MB."""
 _MAX_HEADER = 2**20  # bytes that are no member's content: a header, the padding before it, the end of the archive
 
 
