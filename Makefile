@@ -88,7 +88,7 @@ REPORT := $(BIN)/fedmllm report
 CLAIMS := --hypotheses experiments/offline/hypotheses.toml
 results: $(VENV)/installed  ## docs/results.md, docs/studies.md and docs/results-full.html again, from the runs in results/ alone
 	$(REPORT) $(CLAIMS) --brief $(GRIDS) $(CLAIMED) --out docs/results.md
-	$(REPORT) --brief $(OTHER_STUDIES) --out docs/studies.md
+	$(REPORT) --title Studies --brief $(OTHER_STUDIES) --out docs/studies.md
 	$(REPORT) $(CLAIMS) $(GRIDS) $(CLAIMED) $(OTHER_STUDIES) --out docs/results-full.html
 	$(REPORT) results/study-noise.tar.xz results/study-stragglers.tar.xz --out build/studies.md
 	cp build/figures/study-noise-corruption.svg build/figures/study-stragglers-time.svg docs/figures

@@ -62,6 +62,14 @@ def test_the_page_shows_the_results_of_the_runs(folder: Path, tmp_path: Path) ->
     assert "figures/made.svg" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "heading"), [("page.md", "# Studies &#124; 2026\n"), ("page.html", "<h1>Studies | 2026</h1>")]
+)
+def test_a_page_has_the_heading_that_it_is_given(folder: Path, tmp_path: Path, name: str, heading: str) -> None:
+    call("report", folder, "--title", "Studies | 2026", "--out", tmp_path / name)
+    assert heading in (tmp_path / name).read_text(encoding="utf-8")
+
+
 def test_costs_that_depend_on_the_setting_are_listed_per_setting(folder: Path) -> None:
     for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
         if cell["axes"] == {"setting": "β = 0.3", "method": "FedAvg"}:

@@ -126,6 +126,7 @@ def report(
     brief: Annotated[
         bool, typer.Option("--brief", help="In Markdown, one table of scores and differences for each sweep, and nothing else.")
     ] = False,
+    title: Annotated[str | None, typer.Option("--title", metavar="TEXT", help="The page's heading.")] = None,
     samples: Annotated[
         bool, typer.Option("--samples", help="In HTML, show test samples from the data that the runs' settings name.")
     ] = False,
@@ -143,7 +144,7 @@ def report(
         raise ConfigError("--brief is for a page in Markdown; give --out a name that ends in .md.")
     with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
         progress("writing the page", 0, 0, "")
-        contents, pictures = _page(folders, out, baseline, hypotheses, samples, brief)
+        contents, pictures = _page(folders, out, baseline, hypotheses, samples, brief, title)
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -154,16 +155,22 @@ def report(
 
 
 def _page(
-    folders: list[Path], out: Path, baseline: str | None, hypotheses: Path | None, samples: bool, brief: bool
+    folders: list[Path],
+    out: Path,
+    baseline: str | None,
+    hypotheses: Path | None,
+    samples: bool,
+    brief: bool,
+    title: str | None,
 ) -> tuple[str, dict[str, str]]:
     """(the page, its pictures by file)."""
     if out.suffix == ".html":
         from fedmllm.report.html_report import html_report
 
-        return html_report(folders, baseline, samples, hypotheses), {}
+        return html_report(folders, baseline, samples, hypotheses, title), {}
     from fedmllm.report.writeup import page
 
-    written = page(folders, baseline, hypotheses, brief)
+    written = page(folders, baseline, hypotheses, brief, title or "Results")
     return "\n".join(written.lines), written.pictures
 
 

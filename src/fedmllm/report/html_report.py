@@ -37,12 +37,17 @@ _INTRODUCTION = (
 
 
 def html_report(
-    folders: Sequence[Path], baseline: str | None = None, open_samples: bool = False, hypotheses: Path | None = None
+    folders: Sequence[Path],
+    baseline: str | None = None,
+    open_samples: bool = False,
+    hypotheses: Path | None = None,
+    title: str | None = None,
 ) -> str:
     """The answers to a file of hypotheses, a chapter for all single runs, and one per sweep.
 
     `baseline` is a cell of the sweeps, or the path of one of the runs. With `open_samples`, the gallery opens the data that the
-    runs name; nothing else does. Raises RunError if a folder is neither a run's nor a sweep's.
+    runs name; nothing else does. The title names the runs and sweeps unless it is given. Raises RunError if a folder is neither
+    a run's nor a sweep's.
     """
     page = HtmlPage()
     page.paragraph(Markdown(_INTRODUCTION))
@@ -62,7 +67,7 @@ def html_report(
 
     add_sweeps(page, chapters, baseline, more)
     names = [*runs, *(chapter.grid.name for chapter in chapters)]
-    return page.html(f"Report: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    return page.html(title or f"Report: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

@@ -26,17 +26,23 @@ from fedmllm.report.sections import (
 from fedmllm.report.suites import add_suites
 from fedmllm.storage.archive import INDEX
 
-HEAD = """# Results
+HEAD = """# {title}
 
 Made by `fedmllm report` from run folders alone; do not edit. Scores are in percent, mean ± s.d. over seeds (no ± where
 there is one); \\* not all seeds are complete. How methods are compared is in [statistics.md](statistics.md).
 """
 
 
-def page(folders: Sequence[Path], baseline: str | None = None, hypotheses: Path | None = None, brief: bool = False) -> Page:
+def page(
+    folders: Sequence[Path],
+    baseline: str | None = None,
+    hypotheses: Path | None = None,
+    brief: bool = False,
+    title: str = "Results",
+) -> Page:
     """The answers to a file of hypotheses, and one chapter per sweep, in Markdown; if `brief`, each of one table. Raises what
     `read_chapters` and `add_hypotheses` raise."""
-    document, chapters = Page([HEAD.rstrip()]), read_chapters(folders)
+    document, chapters = Page([Markdown(HEAD.rstrip()).filled(title=title)]), read_chapters(folders)
     if hypotheses:
         add_hypotheses(document, hypotheses, chapters)
     if brief:
