@@ -170,7 +170,7 @@ def _page(
         return html_report(folders, baseline, samples, hypotheses, title), {}
     from fedmllm.report.writeup import page
 
-    written = page(folders, baseline, hypotheses, brief, title or "Results")
+    written = page(folders, baseline, hypotheses, brief, title)
     return "\n".join(written.lines), written.pictures
 
 

@@ -38,11 +38,11 @@ def page(
     baseline: str | None = None,
     hypotheses: Path | None = None,
     brief: bool = False,
-    title: str = "Results",
+    title: str | None = None,
 ) -> Page:
-    """The answers to a file of hypotheses, and one chapter per sweep, in Markdown; if `brief`, each of one table. Raises what
-    `read_chapters` and `add_hypotheses` raise."""
-    document, chapters = Page([Markdown(HEAD.rstrip()).filled(title=title)]), read_chapters(folders)
+    """The answers to a file of hypotheses, and one chapter per sweep, in Markdown; if `brief`, each of one table. The title is
+    "Results" unless it is given. Raises what `read_chapters` and `add_hypotheses` raise."""
+    document, chapters = Page([Markdown(HEAD.rstrip()).filled(title=title or "Results")]), read_chapters(folders)
     if hypotheses:
         add_hypotheses(document, hypotheses, chapters)
     if brief:
