@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import call, run
-from fedmllm.config import TaskTable
+from fedmllm.config import Experiment, TaskTable
 from fedmllm.data.dataset import load_split, open_source
 from fedmllm.data.samples import Sample
 from fedmllm.data.subsets import draw_stratified, draw_subset
@@ -29,6 +29,29 @@ def test_every_label_keeps_its_share(labels: list[str], data: st.DataObject) -> 
     assert len(set(drawn)) == len(drawn) == count
     chosen, totals = Counter(labels[i] for i in drawn), Counter(labels)
     assert all(abs(chosen[label] - count * total / len(labels)) <= 1 for label, total in totals.items())
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.data())
+def test_a_balanced_draw_has_equally_many_of_each_label_or_all_of_them(labels: list[str], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(labels)))
+    drawn = draw_stratified(labels, count, np.random.default_rng(0), balanced=True)
+    assert len(set(drawn)) == len(drawn) == count
+    chosen, totals = Counter(labels[i] for i in drawn), Counter(labels)
+    assert all(chosen[label] >= min(total, max(chosen.values()) - 1) for label, total in totals.items())
+
+
+def test_a_task_is_balanced_with_and_without_a_draw() -> None:
+    def labels(**options: Any) -> list[int]:
+        settings = TaskTable.model_validate({"name": "easy-vqa", "train_samples": 26, **options})
+        return sorted(Counter(s.label for s in load_split(open_source(settings), "train")[1]).values())
+
+    assert labels(balanced=True) == labels(balanced=True, draw=3) == [2] * 13
+    assert labels(balanced=False) == labels() != [2] * 13
+
+
+def test_a_setting_that_is_left_out_is_not_in_a_runs_id() -> None:
+    """Packed runs of versions before `task.balanced` keep their ids."""
+    assert "balanced" not in Experiment.model_validate({"task": {"name": "openmoji"}}).resolved()["task"]
 
 
 def test_a_draw_is_reproducible_and_differs_from_other_draws() -> None:

@@ -33,6 +33,9 @@ class TaskTable(Named):
     draw: Annotated[int, Field(ge=0)] | None = None
     """Another draw of the training and test samples, in which every label keeps its share; for a task with an option `seed`,
     that seed. A companion follows. Sweeps with [replicates](statistics.md) set it."""
+    balanced: bool | None = None
+    """`true`: `train_samples` and `test_samples` keep equally many samples of every label, and all samples of a label that
+    has fewer. Answering the most frequent label then pays for none of them."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """`"skip"` leaves [bad samples](data.md#what-is-a-bad-sample) out and counts them."""
     companion: TaskTable | None = None

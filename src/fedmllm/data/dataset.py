@@ -98,7 +98,8 @@ def _read(source: Source, splits: Sequence[Split]) -> list[LoadedSplit]:
     for split in splits:
         if split in task.splits:
             count = table.train_samples if split == "train" else table.test_samples
-            choose = partial(draw_subset, count=count, names=(table.name, split), draw=table.draw)
+            names, balanced = (table.name, split), bool(table.balanced)
+            choose = partial(draw_subset, count=count, names=names, draw=table.draw, balanced=balanced)
             loaded_splits.append(LoadedSplit(task, split, table, read_split(task, split, choose)))
     return loaded_splits if source.companion is None else loaded_splits + _read(source.companion, splits)
 
