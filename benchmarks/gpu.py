@@ -1,6 +1,6 @@
-"""What fedmllm reaches on a GPU, at the shapes of SmolVLM-2.2B and Qwen2.5-VL-3B with random weights in bfloat16.
+"""What fedmllm reaches on a GPU, at the shapes of SmolVLM-500M, SmolVLM-2.2B and Qwen2.5-VL-3B with random weights in bfloat16.
 
-    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--shapes smolvlm-2.2b,qwen2.5-vl-3b] [--profile]
+    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--shapes smolvlm-2.2b,…] [--profile]
     python benchmarks/gpu.py --tiny        # the same with models of toy size on a CPU
 
 Trains one client by the published pattern, by a bare PyTorch and PEFT loop and by fedmllm, then cohorts with and without

@@ -88,7 +88,9 @@ class Model:
 
 
 MODELS = {
-    "SmolVLM-500M": Model("HuggingFaceTB/SmolVLM-500M-Instruct", "", Pictures(5 * 64, 5 * 1024), Pictures(13 * 64, 13 * 1024)),
+    "SmolVLM-500M": Model(
+        "HuggingFaceTB/SmolVLM-500M-Instruct", "smolvlm-500m", Pictures(5 * 64, 5 * 1024), Pictures(13 * 64, 13 * 1024)
+    ),
     "SmolVLM-2.2B": Model("HuggingFaceTB/SmolVLM-Instruct", "smolvlm-2.2b", Pictures(405, 5 * 729), Pictures(1053, 13 * 729)),
     "Qwen2.5-VL-3B": Model("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-3b", Pictures(400, 1600), Pictures(37 * 27, 74 * 54)),
 }

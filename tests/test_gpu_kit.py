@@ -40,7 +40,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield make_bench(make(request.param, CPU, torch.float32, tiny=True), folder, PICTURE_SIZE[True])
 
 
-@pytest.mark.parametrize(("shape", "billions"), [("smolvlm-2.2b", 2.25), ("qwen2.5-vl-3b", 3.75)])
+@pytest.mark.parametrize(("shape", "billions"), [("smolvlm-500m", 0.51), ("smolvlm-2.2b", 2.25), ("qwen2.5-vl-3b", 3.75)])
 def test_shapes_have_the_published_number_of_parameters(shape: str, billions: float) -> None:
     model_class, config, _ = SHAPES[shape](False)
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def test_shapes_have_the_published_number_of_parameters(shape: str, billions: fl
 
 
 def test_pictures_have_as_many_tokens_as_the_docstrings_say(tmp_path: Path) -> None:
-    for shape, tokens in {"smolvlm-2.2b": 405, "qwen2.5-vl-3b": 400}.items():
+    for shape, tokens in {"smolvlm-500m": 320, "smolvlm-2.2b": 405, "qwen2.5-vl-3b": 400}.items():
         _, config, processor = SHAPES[shape](False)
         picture = ways._picture(tmp_path / "picture.jpg", PICTURE_SIZE[False], 0)
         with ways.Image.open(picture) as image:
@@ -227,13 +227,13 @@ def test_a_shape_that_cannot_be_built_leaves_the_others_their_turn(tmp_path: Pat
     monkeypatch.setattr(gpu, "make", broken)
     assert run_main(monkeypatch, "--tiny", "--out", str(tmp_path)) == 1
     shapes = json.loads((tmp_path / "gpu.json").read_text())["shapes"]
-    assert [shape["failed"] for shape in shapes.values()] == ["failed: RuntimeError: no kernel"] * 2
+    assert [shape["failed"] for shape in shapes.values()] == ["failed: RuntimeError: no kernel"] * 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tiny", "--shapes", "x"], "'x' is not one of smolvlm-2.2b, qwen2.5-vl-3b"),
+        (["--tiny", "--shapes", "x"], "'x' is not one of smolvlm-500m, smolvlm-2.2b, qwen2.5-vl-3b"),
         ([], "there is no GPU that PyTorch can use"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Models of the shapes of SmolVLM-2.2B and Qwen2.5-VL-3B with random weights, made in the device's memory without any file.
+"""Models of the shapes of SmolVLM-500M, SmolVLM-2.2B and Qwen2.5-VL-3B with random weights, made in memory without any file.
 
 Speed and memory depend on shapes and types of tensors, not on their values. Only the vocabulary is made up: the tokenizer knows
 few words and gives small ids, while the embedding and the head have their published size.
@@ -7,6 +7,7 @@ few words and gives small ids, while the embedding and the head have their publi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,19 +54,22 @@ def _template(picture: str) -> str:
     return architecture.CHAT_TEMPLATE.replace("'<image>'", repr(picture))
 
 
-def smolvlm(tiny: bool) -> Made:
-    """SmolVLM-Instruct: 24 layers of width 2048 after a SigLIP of 27. A square picture is cut into four tiles and shown once as
-    a whole, 405 tokens in all; the published processor would upscale it to 16 tiles, longer than `train.max_length`."""
-    tokens, published = _tokenizer(), PUBLISHED["HuggingFaceTB/SmolVLM-Instruct"][1]
-    tile, count = (32, 4) if tiny else (384, 81)
-    text, vision = dict(published["text_config"]), dict(published["vision_config"])
+def smolvlm(tiny: bool, name: str = "HuggingFaceTB/SmolVLM-Instruct") -> Made:
+    """SmolVLM-Instruct: 24 layers of width 2048 after a SigLIP of 27; SmolVLM-500M-Instruct: 32 of width 960 after a SigLIP of
+    12. A square picture is cut into four tiles and shown once as a whole, 405 and 320 tokens in all; the published processor
+    would upscale it to 16 tiles, longer than `train.max_length`."""
+    tokens, published = _tokenizer(), PUBLISHED[name][1]
+    text, vision, scale = dict(published["text_config"]), dict(published["vision_config"]), published["scale_factor"]
     if tiny:
-        text, vision = {**TINY_TEXT}, {**TINY_TEXT, "hidden_size": 24, "patch_size": 8}
+        text = {**TINY_TEXT, "num_key_value_heads": TINY_TEXT["num_attention_heads"]}
+        vision, scale = {**TINY_TEXT, "hidden_size": 24, "patch_size": 8, "image_size": 32}, 2
+    tile = vision["image_size"]
+    count = (tile // vision["patch_size"] // scale) ** 2
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    text |= {"model_type": "llama", "num_key_value_heads": text["num_attention_heads"], **ids}
+    text |= {"model_type": "llama", **ids}
     text |= {"vocab_size": len(tokens) if tiny else text["vocab_size"], "max_position_embeddings": 16384}
     config = hf.Idefics3Config(
-        text_config=text, vision_config={**vision, "image_size": tile}, scale_factor=2 if tiny else 3,
+        text_config=text, vision_config=vision, scale_factor=scale,
         image_token_id=tokens.convert_tokens_to_ids(architecture.IMAGE), pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     sizes = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
@@ -100,7 +104,11 @@ def qwen(tiny: bool) -> Made:
     return hf.Qwen2_5_VLForConditionalGeneration, config, processor
 
 
-SHAPES: dict[str, Callable[[bool], Made]] = {"smolvlm-2.2b": smolvlm, "qwen2.5-vl-3b": qwen}
+SHAPES: dict[str, Callable[[bool], Made]] = {
+    "smolvlm-500m": partial(smolvlm, name="HuggingFaceTB/SmolVLM-500M-Instruct"),
+    "smolvlm-2.2b": smolvlm,
+    "qwen2.5-vl-3b": qwen,
+}
 """Name -> what builds it; with True at the size of a toy, to try the kit on a CPU."""
 PICTURE_SIZE = {False: 560, True: 64}
 """Width and height of the pictures, by whether the model is a toy."""
