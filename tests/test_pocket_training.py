@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from fedmllm.config import ModelTable
@@ -85,7 +86,7 @@ def test_blocks_are_the_prompts_that_users_send(made: tuple[Family, PreTrainedTo
     # Pictures, texts that questions share, and questions alone.
     assert {(scene is not None, bool(text)) for scene, text, _ in rows} == {(True, False), (False, True), (False, False)}
     batch = batches.make_batch(family, tokenizer, recipe, 5)
-    packed = losses.text_losses(family, model, losses.Heads(160), batch).answers.item()
+    packed = losses.text_losses(family, model, losses.Heads(model.config.text_config.hidden_size), batch).answers.item()
     processor = family.build_processor(tokenizer)
     total, count = 0.0, 0
     for scene, text, question, answer in ((scene, text, *pair) for scene, text, pairs in rows for pair in pairs):
@@ -103,6 +104,17 @@ def test_blocks_are_the_prompts_that_users_send(made: tuple[Family, PreTrainedTo
         total += model(**inputs, labels=labels).loss.item() * length
         count += length
     assert packed == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with few cores
+def test_several_processes_make_the_batches_in_the_same_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = [
+        [batch.pixels if len(batch.pixels) else batch.ids for batch in DataLoader(source, batch_size=None, num_workers=workers)]
+        for workers in (0, 3)
+        for source in [batches.Batches(IDEFICS3, tokenizer, SMALL, 1)]
+    ]
+    assert len(made[0]) == SMALL.steps - 1
+    assert all(torch.equal(alone, of_three) for alone, of_three in zip(*made, strict=True))
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(
@@ -132,7 +144,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     pretrain.pretrain(recipe, tmp_path / "cut", family)
     files = [(tmp_path / name / "pocket" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
-    (other,) = (f for f in FAMILIES.values() if f is not family)
+    other = next(f for f in FAMILIES.values() if f is not family)
     for changed, by in (
         (replace(recipe, warmup=1), family), (replace(recipe, float32=not recipe.float32), family), (recipe, other),
     ):  # fmt: skip

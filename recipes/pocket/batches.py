@@ -8,7 +8,7 @@ that the finished model receives, while the picture is encoded once for all bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -48,6 +48,9 @@ class Batch:
     letters: Tensor
     named: Tensor
     shown: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -201,13 +204,16 @@ def make_batch(family: Family, tokenizer: PreTrainedTokenizerFast, recipe: Recip
 
 
 class Batches(torch.utils.data.IterableDataset[Batch]):
-    """The batches of all steps from `start` on. A DataLoader can produce them in another process, ahead of time."""
+    """The batches of all steps from `start` on. A DataLoader can produce them in other processes, ahead of time: each makes
+    every n-th, in the order in which the loader takes them."""
 
     def __init__(self, family: Family, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, start: int) -> None:
         self.family, self.tokenizer, self.recipe, self.start = family, tokenizer, recipe, start
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.start, self.recipe.steps):
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in range(self.start + first, self.recipe.steps, stride):
             if step < self.recipe.vision_steps:
                 yield make_picture_batch(self.recipe, step)
             else:

@@ -85,6 +85,6 @@ def export(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, out: 
     family.build_processor(tokenizer).save_pretrained(out)
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
-    tensors = {name: p.detach().to(torch.float16).contiguous() for name, p in model.named_parameters()}
+    tensors = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.named_parameters()}
     write_atomically(out / "model.safetensors", serialize(tensors, metadata={"format": "pt"}))
     write_atomically(out / "README.md", card(family, model, recipe, step).encode())

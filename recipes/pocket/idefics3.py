@@ -1,8 +1,8 @@
-"""Idefics3 with a Llama text model: the shipped model, of about 2.9 million parameters."""
+"""Idefics3 with a Llama text model: the shipped model, of about 2.9 million parameters, and one seven times as large."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,20 +33,20 @@ class Idefics3(Family):
     vision = (".vision_model.", ".connector.")
     layers = (".layers.", ".connector.")
     model_class = Idefics3ForConditionalGeneration
+    text_size: Mapping[str, Any] = {}
+    """What differs from `text_settings`."""
+    vision_size: Mapping[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "initializer_range": 0.08,
+    }
 
     def build_config(self, tokenizer: PreTrainedTokenizerFast, **text: Any) -> Idefics3Config:
-        vision_config = {
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": scenes.SIZE,
-            "patch_size": PATCH,
-            "initializer_range": 0.08,
-        }
         return Idefics3Config(
-            text_config={"model_type": "llama", **text_settings(tokenizer), **text},
-            vision_config=vision_config,
+            text_config={"model_type": "llama", **text_settings(tokenizer), **self.text_size, **text},
+            vision_config={**self.vision_size, "image_size": scenes.SIZE, "patch_size": PATCH},
             scale_factor=SHUFFLE,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             tie_word_embeddings=True,
@@ -67,3 +67,25 @@ class Idefics3(Family):
     def image_tokens(self, model: Any, pixels: Tensor) -> Sequence[Tensor]:
         tokens: Sequence[Tensor] = model.get_image_features(pixel_values=pixels).pooler_output
         return tokens
+
+
+class LargeIdefics3(Idefics3):
+    """The same classes with about 21 million parameters. Matrices begin near 1/√width, as those of the small one."""
+
+    name = "idefics3-large"
+    title = "Idefics3 with a Llama text model, seven times as large"
+    text_size: Mapping[str, Any] = {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "initializer_range": 0.05,
+    }
+    vision_size: Mapping[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "initializer_range": 0.06,
+    }

@@ -31,7 +31,7 @@ class CellHeads(torch.nn.Module):
 
     def loss(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Sum of the heads' mean cross-entropies on occupied cells, plus a fifth of those on empty cells."""
-        total = torch.zeros(())
+        total = tokens.new_zeros((), dtype=torch.float32)
         heads: list[tuple[torch.nn.Module, Tensor, float]] = [
             (self.color, batch.colors, 1.0),
             (self.shape, batch.shapes, 1.0),
@@ -55,7 +55,7 @@ class TokensBefore(torch.nn.Module):
 
     def loss(self, states: Tensor, batch: Batch, embeddings: Tensor) -> Tensor:
         """Mean cross-entropy over every third position of each block. `states`: (rows, length, hidden)."""
-        states, total = torch.nn.functional.rms_norm(states, states.shape[-1:]), torch.zeros(())
+        states, total = torch.nn.functional.rms_norm(states, states.shape[-1:]), states.new_zeros((), dtype=torch.float32)
         for places, reading in enumerate(self.readings, 1):
             # A block continues the shared prefix, so the token just before it in the row is not one that it sees.
             is_before = (batch.positions[:, places:] - batch.positions[:, :-places] == places)[:, ::3]
@@ -81,7 +81,7 @@ def _attention_loss(attention: Tensor, targets: Tensor) -> Tensor:
     """
     has_target = targets.any(dim=-1)
     if not has_target.any():
-        return torch.zeros(())
+        return attention.new_zeros((), dtype=torch.float32)
     return -((attention * targets).sum(dim=-1)[has_target].float() + 1e-4).log().mean()
 
 
@@ -91,7 +91,8 @@ def look_back_loss(attention: Tensor, batch: Batch, image_token: int) -> Tensor:
     `attention`: (rows, heads, length, length).
     """
     length = batch.ids.shape[1]
-    same = (batch.ids[:, :, None] == batch.ids[:, None, :]) & batch.mask[:, 0] & ~torch.eye(length, dtype=torch.bool)
+    itself = torch.eye(length, dtype=torch.bool, device=batch.ids.device)
+    same = (batch.ids[:, :, None] == batch.ids[:, None, :]) & batch.mask[:, 0] & ~itself
     is_text = (batch.ids != image_token) & (batch.positions.diff(prepend=batch.positions[:, :1]) != 0)
     heads = LOOK_BACK[1]
     return torch.stack([_attention_loss(attention[:, head], same & is_text[:, :, None]) for head in heads]).mean()
@@ -104,7 +105,7 @@ def look_at_picture_loss(attention: Tensor, batch: Batch) -> Tensor:
     `attention`: (rows, heads, length, length).
     """
     has_things = batch.shown.any(dim=-1).any(dim=0)
-    total = torch.zeros(())
+    total = attention.new_zeros((), dtype=torch.float32)
     for head, named, shown in zip(LOOK_AT_PICTURE[1], batch.named, batch.shown, strict=True):
         targets = (named[:, :, None] == shown[:, None, :]) & (named > 0)[:, :, None]
         absent = (named > 0) & has_things[:, None] & ~targets.any(dim=-1)
@@ -130,7 +131,8 @@ class TextLosses(NamedTuple):
 
 def text_losses(family: Family, model: Any, heads: Heads, batch: Batch, *, guided: bool = False) -> TextLosses:
     """The losses of a batch with text. Logits are computed at the positions of answers only."""
-    cell_loss, encoded = torch.zeros(()), {}
+    device = batch.ids.device
+    cell_loss, encoded = torch.zeros((), device=device), {}
     if len(batch.pixels):
         tokens = family.image_tokens(model, batch.pixels)
         cell_loss = heads.cells.loss(torch.stack(list(tokens)), batch)
@@ -138,17 +140,17 @@ def text_losses(family: Family, model: Any, heads: Heads, batch: Batch, *, guide
         features = BaseModelOutputWithPooling(pooler_output=tokens[:in_rows])
         encoded = {"mm_encoder_outputs": {"image": features}}
     # Eager attention adds the mask to its scores, so a float32 mask would make everything after it float32.
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     outputs = model.model(
         input_ids=batch.ids,
-        attention_mask=torch.zeros(batch.mask.shape, dtype=dtype).masked_fill_(~batch.mask, -torch.inf),
+        attention_mask=torch.zeros(batch.mask.shape, dtype=dtype, device=device).masked_fill_(~batch.mask, -torch.inf),
         position_ids=family.position_ids(batch.ids, batch.positions, model.config.image_token_id),
         **encoded,
         use_cache=False,
         output_hidden_states=guided,
         output_attentions=guided,
     )
-    guide_loss = torch.zeros(())
+    guide_loss = torch.zeros((), device=device)
     if guided:
         guide_loss = heads.before.loss(outputs.hidden_states[TokensBefore.LAYER], batch, model.lm_head.weight)
         guide_loss = guide_loss + 0.5 * look_back_loss(outputs.attentions[LOOK_BACK[0]], batch, model.config.image_token_id)
@@ -164,10 +166,10 @@ def step_loss(
     family: Family, model: Any, heads: Heads, batch: Batch, recipe: Recipe, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The total loss of `step`, and the answer loss and the cell loss within it."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=not recipe.float32):
+    with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=not recipe.float32):
         if step < recipe.vision_steps:
             cell_loss = vision_loss(family, model, heads.cells, batch)
-            return cell_loss, torch.zeros(()), cell_loss
+            return cell_loss, cell_loss.new_zeros(()), cell_loss
         answers, cells, guide = text_losses(family, model, heads, batch, guided=True)
         progress = (step - recipe.answers_from) / recipe.answer_steps
         return answers + guide + max(0.0, 1.0 - progress / recipe.cells_until) * cells, answers, cells
