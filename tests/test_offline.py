@@ -105,7 +105,7 @@ def test_a_base_file_has_data(task: str) -> None:
     raw, notes = apply_overrides(read(OFFLINE / f"{task}.toml"), [])
     assert notes == []
     data = build(validate(raw)).prepare()
-    samples = {"openmoji": (400, 200), "pocket-memes": (200, 500), "qa": (600, 600)}
+    samples = {"openmoji": (300, 300), "pocket-memes": (200, 500), "qa": (600, 600)}
     assert (len(data.train), len(data.test)) == samples[task]
 
 
