@@ -72,6 +72,12 @@ def test_defaults_are_the_documented_ones() -> None:
         ({**MINIMAL, "train": {"min_updates": 3}},
          "train.min_updates = 3 is more than train.clients_per_round = 2; lower the first or raise the second."),
         ({"task": {"name": "easy-vqa", "companion": {"train_samples": 5}}}, "task.companion.name: this key is required."),
+        ({"task": {"name": "easy-vqa", "balanced": True}},
+         "task.balanced = true changes nothing if all samples are used; set task.train_samples or task.test_samples, or leave "
+         "it out."),
+        ({"task": {"name": "easy-vqa", "companion": {"name": "shapes-qa", "balanced": True}}},
+         "task.companion.balanced = true changes nothing if all samples are used; set task.companion.train_samples or "
+         "task.companion.test_samples, or leave it out."),
         ({**MINIMAL, "train": 3}, "train: must be a table, got 3."),
         ({**MINIMAL, "name": 5},
          "name: must be text, which is written in quotes (with --set in two kinds: key='\"text\"'), got 5."),

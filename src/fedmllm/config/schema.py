@@ -159,6 +159,12 @@ class Experiment(Table):
                 f"train.min_updates = {self.train.min_updates} is more than "
                 f"train.clients_per_round = {self.train.clients_per_round}; {_LOWER_OR_RAISE}"
             )
+        for key, table in (("task", self.task), ("task.companion", self.task.companion)):
+            if table and table.balanced and table.train_samples is None and table.test_samples is None:
+                raise ValueError(
+                    f"{key}.balanced = true changes nothing if all samples are used; set {key}.train_samples or "
+                    f"{key}.test_samples, or leave it out."
+                )
         self.model.check()
         if self.clients.shares and len(self.clients.shares) != len(self.clients.profile):
             raise ValueError(
