@@ -55,8 +55,8 @@ bench: $(VENV)/installed-bench  ## ratios: to the peers, of each speed-up, to th
 	$(BIN)/python benchmarks/fleets.py
 	$(BIN)/python benchmarks/secure.py
 
-bench-gpu: $(VENV)/installed  ## on a GPU: speed and memory at the shapes of SmolVLM-2.2B and Qwen2.5-VL-3B; under ten minutes
-	$(BIN)/python benchmarks/gpu.py --out build/gpu
+bench-gpu: $(VENV)/installed  ## on a GPU: speed and memory at the shapes of SmolVLM-500M, SmolVLM-2.2B and Qwen2.5-VL-3B; under ten minutes
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py --out build/gpu
 
 # For a machine with PyTorch, NumPy and Pillow but no network: what benchmarks/gpu.py imports beside them, of the tested versions.
 GPU_PYTHON ?= 3.12

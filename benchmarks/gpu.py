@@ -1,7 +1,7 @@
 """What fedmllm reaches on a GPU, at the shapes of SmolVLM-500M, SmolVLM-2.2B and Qwen2.5-VL-3B with random weights in bfloat16.
 
-    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--shapes smolvlm-2.2b,…] [--profile]
-    python benchmarks/gpu.py --tiny        # the same with models of toy size on a CPU
+    PYTHONPATH=. python benchmarks/gpu.py --out FOLDER [--minutes 9] [--shapes smolvlm-2.2b,…] [--profile]
+    PYTHONPATH=. python benchmarks/gpu.py --tiny        # the same with models of toy size on a CPU
 
 Trains one client by the published pattern, by a bare PyTorch and PEFT loop and by fedmllm, then cohorts with and without
 checkpointing; answers questions by generation and by scoring; compiles the bare loop; and trains on weights in 4 bits if

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,8 +18,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu
-from fedmllm.config import ModelTable
+from fedmllm.algorithms import LocalResult
+from fedmllm.config import ModelTable, TrainTable
 from fedmllm.models import backbone
+from fedmllm.models.mllm import MLLM
+from fedmllm.training.cohort import Work, train_cohort
 from gpu_kit import report, ways
 from gpu_kit.measuring import Measured, measure
 from gpu_kit.shapes import PICTURE_SIZE, SHAPES, make
@@ -101,6 +105,18 @@ def test_weights_in_4_bits_are_loaded_as_by_the_experiment(tmp_path: Path, monke
     assert wanted[0].quantize == "4bit"
     assert next(model.backbone.model.parameters()).is_meta
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_a_cohort_that_does_not_fit_is_not_measured_as_a_smaller_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_in_halves(model: MLLM, works: list[Work], table: TrainTable) -> list[LocalResult]:
+        model.limits.clients.halve(len(works))
+        return train_cohort(model, works, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ways, "train_cohort", train_in_halves)
+        with pytest.raises(torch.OutOfMemoryError):
+            bench.ours(2)
+    assert bench.ours(2).amount == 2 * bench.ours(1).amount, "what a larger way found out does not limit the next"
 
 
 # Measuring
@@ -249,7 +265,8 @@ def test_wrong_arguments_are_refused(
 @pytest.mark.slow
 def test_the_command_with_the_compiled_loop(tmp_path: Path) -> None:
     command = [sys.executable, gpu.__file__, "--tiny", "--profile", "--shapes", "smolvlm-2.2b", "--out", str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    root = Path(gpu.__file__).parents[1]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
     assert process.returncode == 0, process.stdout + process.stderr
     compiled = json.loads((tmp_path / "gpu.json").read_text())["shapes"]["smolvlm-2.2b"]["parts"]["compiled"]
     assert compiled[f"{gpu.BARE}, compiled"]["rates"]

@@ -83,11 +83,16 @@ class Bench:
         return Done(self.length * BATCH * STEPS, loss)
 
     def ours(self, clients: int, table: TrainTable = TABLE) -> Done:
-        """`clients` clients in one pass."""
+        """`clients` clients in one pass. Raises torch.OutOfMemoryError if they trained in several, because memory was full."""
+        limits = (self.model.limits.clients, self.model.limits.samples)
+        for limit in limits:  # a larger way may have set them
+            limit.most = None
         trained = self.encoded[: BATCH * STEPS]
         steps = [[trained[i : i + BATCH]] for i in range(0, len(trained), BATCH)]
         works = [Work(steps, self.start, LocalRule(), client) for client in range(clients)]
         losses = [result.metrics["loss"] for result in train_cohort(self.model, works, table)]
+        if any(limit.most is not None for limit in limits):
+            raise torch.OutOfMemoryError(f"{clients} clients in one pass")
         return Done(clients * self.length * len(trained), sum(losses) / clients)
 
     def checkpointed(self, clients: int) -> Done:
