@@ -69,6 +69,12 @@ def test_every_method_has_the_same_nine_trials_on_three_draws_of_held_out_data()
 
 
 @pytest.mark.parametrize("task", SEARCHED)
+def test_the_winners_share_their_first_three_draws_with_the_search(task: str) -> None:
+    trials = {p.id for p in cells_of(SEARCH)}
+    assert all((p.id in trials) == (p.replicate in (0, 1, 2)) for p in cells_of(OFFLINE / f"{task}.winners.sweep.toml"))
+
+
+@pytest.mark.parametrize("task", SEARCHED)
 def test_a_cell_of_the_grids_has_the_settings_of_one_of_its_methods_trials(task: str) -> None:
     def settings_of(planned: PlannedRun) -> tuple[str, str]:
         experiment = planned.experiment
