@@ -49,7 +49,7 @@ class Batch:
     named: Tensor
     shown: Tensor
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 

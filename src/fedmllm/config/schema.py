@@ -35,7 +35,7 @@ class TaskTable(Named):
     that seed. A companion follows. Sweeps with [replicates](statistics.md) set it."""
     balanced: bool | None = None
     """`true`: `train_samples` and `test_samples` keep equally many samples of every label, and all samples of a label that
-    has fewer. Answering the most frequent label then pays for none of them."""
+    has fewer, so that answering the most frequent label gains nothing."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """`"skip"` leaves [bad samples](data.md#what-is-a-bad-sample) out and counts them."""
     companion: TaskTable | None = None

@@ -22,8 +22,8 @@ from fedmllm.models.outline import META, counting, frozen_bytes
 from fedmllm.models.stack import Stack
 
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""The number of tokens beyond which a larger pass is no faster, as measured (docs/performance.md): on an H100 7,776 for
-SmolVLM-2.2B, 15,008 for Qwen2.5-VL-3B, and more than 25,664 for SmolVLM-500M."""
+"""The number of tokens beyond which a larger pass is no faster (docs/performance.md): measured for the CPU; on an H100 it is
+7,776 for SmolVLM-2.2B, 15,008 for Qwen2.5-VL-3B and unknown for SmolVLM-500M, whose rate still rises at 25,664."""
 _SHARE = {"cpu": 0.25, "cuda": 0.6}
 """The share of the device's memory that a pass may use."""
 
