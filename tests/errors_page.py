@@ -202,7 +202,7 @@ _VOLATILE = {
 def render(messages: Iterable[Message]) -> str:
     """The page. Messages of one place in the code that differ only in names and numbers are one row."""
     rows: dict[tuple[str, str, str], list[Message]] = {}
-    for message in messages:
+    for message in sorted(messages):
         rows.setdefault((message.subject, message.site, _masked(message.text)), []).append(message)
     page = Page([INTRODUCTION])
     for subject in SUBJECTS:
@@ -212,9 +212,8 @@ def render(messages: Iterable[Message]) -> str:
                 text = min((message.text for message in same), key=lambda text: (len(text), text))
                 inputs.setdefault(text, set()).update(message.input for message in same)
         for text in list(inputs):  # what is wrong with a sample is also a part of the message that refuses it
-            whole = next((other for other in inputs if text in other and text != other), None)
-            if whole is not None:
-                inputs[whole] |= inputs.pop(text)
+            if wholes := [other for other in inputs if text in other and text != other]:
+                inputs[min(wholes)] |= inputs.pop(text)
         if inputs:
             page.lines += ["", f"## {subject}"]
             page.table(

@@ -144,7 +144,16 @@ def report(
         raise ConfigError("--brief is for a page in Markdown; give --out a name that ends in .md.")
     with showing(verbose, models=False) as progress, archive.opened(directories) as folders:
         progress("writing the page", 0, 0, "")
-        contents, pictures = _page(folders, out, baseline, hypotheses, samples, brief, title)
+        pictures: dict[str, str] = {}
+        if out.suffix == ".html":
+            from fedmllm.report.html_report import html_report
+
+            contents = html_report(folders, baseline, samples, hypotheses, title)
+        else:
+            from fedmllm.report.writeup import page
+
+            written = page(folders, baseline, hypotheses, brief, title)
+            contents, pictures = "\n".join(written.lines), written.pictures
     if pictures:
         (out.parent / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -152,26 +161,6 @@ def report(
     write_atomically(out, contents.encode())
     with standing(f"the page is in {out}"):
         show(f"{out} and {len(pictures)} pictures" if out.suffix == ".md" else f"{out}: {len(contents.encode()):,} bytes")
-
-
-def _page(
-    folders: list[Path],
-    out: Path,
-    baseline: str | None,
-    hypotheses: Path | None,
-    samples: bool,
-    brief: bool,
-    title: str | None,
-) -> tuple[str, dict[str, str]]:
-    """(the page, its pictures by file)."""
-    if out.suffix == ".html":
-        from fedmllm.report.html_report import html_report
-
-        return html_report(folders, baseline, samples, hypotheses, title), {}
-    from fedmllm.report.writeup import page
-
-    written = page(folders, baseline, hypotheses, brief, title)
-    return "\n".join(written.lines), written.pictures
 
 
 class SweepFleet(StrEnum):
