@@ -33,7 +33,7 @@ def test_a_sweep_is_one_table_with_its_differences(tmp_path: Path) -> None:
     folder = replicated(tmp_path / "grid", scores, methods=("base", "new", "other"), margin=2.0)
     text = brief(folder)
     head, base, new, other = rows_of(text, "## made")
-    assert head == ["accuracy, `both`, 24 runs", "easy", "hard", "mean", "above base (MDE, planned 2)"]
+    assert head == ["accuracy, pattern `both`, 24 runs", "easy", "hard", "mean", "above base (MDE, planned 2)"]
     assert base == ["base", "57.5 ± 6.5", "57.5 ± 6.5", "57.5", ""]
     assert new[:1] == ["new †"], "no other beats it, and it beats base"
     # The differences are 4, 2, 4, 2 at both places: s.d. 1.15, s.e. 1.15 / √8, and t for six degrees of freedom.
@@ -48,7 +48,7 @@ def test_a_sweep_is_one_table_with_its_differences(tmp_path: Path) -> None:
 def test_few_settings_go_down_and_many_methods_across(tmp_path: Path) -> None:
     methods = ("base", *(f"m{i}" for i in range(5)))
     head, easy, hard, mean, above = rows_of(brief(replicated(tmp_path / "grid", scores, methods=methods)), "## made")
-    assert [name.removesuffix(" †") for name in head] == ["accuracy, `both`, 48 runs", *methods]
+    assert [name.removesuffix(" †") for name in head] == ["accuracy, pattern `both`, 48 runs", *methods]
     assert (easy[0], hard[0], mean[0], above[0]) == ("easy", "hard", "mean", "above base (MDE)")
     assert mean[1:] == ["57.5"] * 6
     assert above[1:] == ["", *["+0.0"] * 5], "differences without any spread have no interval"
@@ -74,7 +74,7 @@ def test_methods_across_are_told_of_in_a_sentence(tmp_path: Path) -> None:
         cell["axes"] = {"method": cell["axes"]["method"], "setting": cell["axes"]["setting"]}
     (folder / "sweep.json").write_text(json.dumps(index | {"axes": ["method", "setting"]}))
     text = brief(folder)
-    assert rows_of(text, "## made")[0] == ["accuracy, `both`, 16 runs", "base", "new", "mean"]
+    assert rows_of(text, "## made")[0] == ["accuracy, pattern `both`, 16 runs", "base", "new", "mean"]
     assert "new is above base by 3.0 points [2.0, 4.0] over 2 settings, 8 replicates" in text
 
 

@@ -29,22 +29,23 @@ OPEN = replace(CLEAR, estimate=0.004, low=-0.012, high=0.02, p=0.6, margin=0.017
         (
             OPEN, 1.0, 0.02,
             "FedX against BASE: no effect larger than ±2.0 points (two one-sided tests, 5 %); one of 2.4 would have been found "
-            "with 80 %.",
+            "with a probability of 80 %.",
         ),
         (
             replace(CLEAR, margin=0.04), 0.024, 0.04,
             "FedX is above BASE by 2.1 points [0.5, 3.7] over 4 settings, 20 replicates (p = 0.024). FedX against BASE: no "
-            "effect larger than ±4.0 points (two one-sided tests, 5 %); one of 2.4 would have been found with 80 %.",
+            "effect larger than ±4.0 points (two one-sided tests, 5 %); one of 2.4 would have been found with a "
+            "probability of 80 %.",
         ),
         (
             OPEN, 1.0, 0.01,
             "FedX against BASE is undecided (p = 1.000): effects from -1.2 to +2.0 points fit; only 2.4 or more would be found "
-            "with 80 %.",
+            "with a probability of 80 %.",
         ),
         (
             CLEAR, 0.06, None,
             "FedX against BASE is undecided (p = 0.060): effects from +0.5 to +3.7 points fit; only 2.4 or more would be found "
-            "with 80 %.",
+            "with a probability of 80 %.",
         ),
     ],
 )  # fmt: skip

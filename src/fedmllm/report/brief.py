@@ -12,10 +12,11 @@ from fedmllm.report.sentences import counted, points
 HOW = Markdown(
     "The corner of a sweep's table says by which metric, under which test pattern and in how many runs it was scored. † marks "
     "the methods that no other beats. Differences from the baseline are means over all settings with 95 % intervals. In "
-    "brackets is the MDE, the difference that would be found with 80 %; where it is above the planned one, the s.d. of a "
-    "replicate's difference and the number of replicates say why. The runs of one cell are made again by "
-    "`fedmllm sweep FILE --only METHOD --only SETTING`, where FILE is the sweep file with the name of the section, and "
-    "`fedmllm compare runs/NAME` then prints their score. `fedmllm report` without `--brief` shows everything else."
+    "parentheses is the MDE, the minimum detectable effect, which would be found with a probability of 80 %; where it is above "
+    "the planned one, which is the margin that the sweep declares, the s.d. of a replicate's difference and the number of "
+    "replicates follow. `fedmllm sweep FILE --only METHOD --only SETTING` repeats the runs of one cell, where FILE is the "
+    "sweep file whose `name` is the heading, and `fedmllm compare runs/HEADING` then prints their score. `fedmllm report` "
+    "without `--brief` shows everything else."
 )
 
 

@@ -16,7 +16,7 @@ def grid_table(grid: Grid) -> Table:
     across, downs = grid.axes[0] if grid.axes else "", grid.axes[1:]
     columns = list(dict.fromkeys(row.axes.get(across, "") for row in grid.rows))
     metric = next((row.metric for row in grid.rows if row.metric), "no run is complete")
-    title = f"{grid.name}: {metric}, %, mean ± s.d. over seeds; * not all seeds are complete"
+    title = f"{grid.name}: {metric}, %, mean ± s.d. over replicates or seeds; * not all are complete"
     table = Table(title=title, title_justify="left", caption=grid.source if grid.published else None)
     for axis in downs or [""]:
         table.add_column(axis)
@@ -40,7 +40,7 @@ def pattern_table(grid: Grid) -> Table:
     """One row per cell: its score under each test pattern and for the worst tenth of clients."""
     order = [*grid.axes[1:], *grid.axes[:1]]  # the cells of a method are neighbours
     patterns = list(dict.fromkeys(name for row in grid.rows for name in row.patterns))
-    table = Table(title=f"{grid.name}: trained in × tested with, %, mean ± s.d. over seeds", title_justify="left")
+    table = Table(title=f"{grid.name}: trained in × tested with, %, mean ± s.d. over replicates or seeds", title_justify="left")
     for axis in order:
         table.add_column(axis)
     for name in (*patterns, "worst tenth of clients"):

@@ -30,9 +30,9 @@ from fedmllm.storage.run_dir import RunDir
 
 _RUNS = "Single runs"
 _INTRODUCTION = (
-    "Written by `fedmllm report` from run folders alone. Scores are in percent. Of sweeps, they are means ± s.d. over seeds "
-    "(no ± where there is one; * where not all seeds are complete); of single runs, they have 95 % intervals over the test "
-    "samples."
+    "Written by `fedmllm report` from run folders alone. Scores are in percent. Of sweeps, they are means ± s.d. over "
+    "replicates or seeds (no ± if there is only one; * where not all of them are complete); of single runs, they have 95 % "
+    "intervals over the test samples."
 )
 
 

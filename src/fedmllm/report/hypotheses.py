@@ -137,9 +137,11 @@ def _incomplete(rows: Sequence[GridRow]) -> list[str]:
 HOW = Markdown(
     "Each claim was declared in a file with the cells that it is about and the margin d, in points, below which an effect does "
     "not matter. Supported: the 95 % interval is on the claimed side of zero; refuted: on the other; no effect: two one-sided "
-    "tests (5 %) exclude more than ±d. p is corrected after Holm over all rows of the table. MDE is the effect that would be "
-    "found with 80 %; where it is above d, the s.d. of the effect over replicates is too large for their number, which is the "
-    "last column, after the worst replicate. [How this is done](statistics.md#hypotheses)."
+    "tests (5 %) exclude more than ±d. p is corrected after Holm over all rows of the table. MDE is the minimum detectable "
+    "effect, which would be found with a probability of 80 %; where it is above d, there are too few replicates for their s.d. "
+    "`worst` is the effect in the worst replicate, and `units` is the number of independent replicates. Of a share of the way "
+    "between two baselines, the points are how far the score is above that share; where updates are trimmed, they are how much "
+    "less is kept of those of clients with one modality. [How this is done](statistics.md#hypotheses)."
 )
 HEAD = ("hypothesis", "sweep", "verdict", "points [95 %]", "d", "p (Holm)", "MDE", "s.d.", "worst", "units")
 

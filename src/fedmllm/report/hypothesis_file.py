@@ -27,6 +27,11 @@ def _equal(places: Mapping[str, Place]) -> dict[str, float]:
     return dict.fromkeys(places, 1 / len(places))
 
 
+def _mean(cells: Cells) -> str:
+    """How a label names the mean of cells."""
+    return cells[0] if len(cells) == 1 else f"mean({', '.join(cells)})"
+
+
 class Above(Table):
     """The mean of the cells `higher` of an axis is above that of the cells `lower`, on average over the places."""
 
@@ -36,7 +41,7 @@ class Above(Table):
 
     @property
     def label(self) -> str:
-        return f"{', '.join(self.higher)} − {', '.join(self.lower)}"
+        return f"{_mean(self.higher)} − {_mean(self.lower)}"
 
     @property
     def cells(self) -> dict[str, float]:
@@ -133,7 +138,7 @@ class Order(Table):
         for number in range(1, len(groups)):
             signed = ((groups[number], 1), (groups[number - 1], -1))
             weights = {name: sign / len(group) for group, sign in signed for name in group}
-            label = " − ".join(", ".join(self.ascending[index]) for index in (number, number - 1))
+            label = " − ".join(_mean(self.ascending[index]) for index in (number, number - 1))
             contrasts.append(Contrast(label, {"": 1.0}, weights))
         return contrasts
 

@@ -121,9 +121,9 @@ def _lead(lead: Best | None) -> str:
 
 
 HOW = (
-    "Points of difference with 95 % intervals over replicates; p corrected after Holm. MDE is the difference that would be "
-    "found with 80 %; anything beyond the next column is excluded (two one-sided tests, 5 %); then the worst replicate. "
-    "[How this is done](statistics.md)."
+    "Points of difference with 95 % intervals over replicates; p corrected after Holm. MDE is the minimum detectable effect, "
+    "which would be found with a probability of 80 %; anything beyond the next column is excluded (two one-sided tests, 5 %); "
+    "then the worst replicate. [How this is done](statistics.md)."
 )
 SHARED = (
     "These runs share their seeds and test samples over the places, so a unit is a seed averaged over the places, and the test "

@@ -44,14 +44,15 @@ def superiority(comparison: Comparison, ours: str, baseline: str, p: float) -> s
 def equivalence(comparison: Comparison, ours: str, baseline: str, declared: float) -> str:
     return (
         f"{ours} against {baseline}: no effect larger than ±{points(declared, '')} points (two one-sided tests, 5 %); "
-        f"one of {points(comparison.mde, '')} would have been found with 80 %."
+        f"one of {points(comparison.mde, '')} would have been found with a probability of 80 %."
     )
 
 
 def undecided(comparison: Comparison, ours: str, baseline: str, p: float) -> str:
     return (
         f"{ours} against {baseline} is undecided ({p_value(p)}): effects from {points(comparison.low)} to "
-        f"{points(comparison.high)} points fit; only {points(comparison.mde, '')} or more would be found with 80 %."
+        f"{points(comparison.high)} points fit; only {points(comparison.mde, '')} or more would be found with a probability of "
+        "80 %."
     )
 
 

@@ -28,8 +28,8 @@ from fedmllm.storage.archive import INDEX
 
 HEAD = """# {title}
 
-Made by `fedmllm report` from run folders alone; do not edit. Scores are in percent, mean ± s.d. over seeds (no ± where
-there is one); \\* not all seeds are complete. How methods are compared is in [statistics.md](statistics.md).
+Made by `fedmllm report` from run folders alone; do not edit. Scores are in percent, mean ± s.d. over replicates or seeds
+(no ± if there is only one); \\* not all of them are complete. How methods are compared is in [statistics.md](statistics.md).
 """
 
 
@@ -97,7 +97,7 @@ def _figures(grid: Grid) -> dict[str, object]:
 
 
 def _add_brief(document: Page, chapter: Chapter, baseline: str | None) -> None:
-    corner = Markdown("{metrics}, `{pattern}`, {runs} runs").filled(**_figures(chapter.grid))
+    corner = Markdown("{metrics}, pattern `{pattern}`, {runs} runs").filled(**_figures(chapter.grid))
     document.heading(2, chapter.grid.name)
     add_brief(document, chapter, corner, against(chapter.folder, chapter.grid, baseline, chapter.reader) if baseline else None)
 
