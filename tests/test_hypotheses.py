@@ -306,7 +306,7 @@ def test_the_table_comes_first(tmp_path: Path) -> None:
     assert (first[4], first[-2:]) == ("2", ["+1.0", "8"])
     assert second[0] == "a &#124; &lt;b&gt; claim"
     assert third[1:] == ["other", "not run", "–", "1", "–", "–", "–", "–", "–"]
-    assert "supported: 2, not run: 1." in text
+    assert "supported: 2 (2 after Holm), not run: 1." in text
     assert "other: the sweep is not among the folders of this page." in text
     assert call("report", folder, "--hypotheses", file, "--out", tmp_path / "page.md").exit_code == 0
     assert (tmp_path / "page.md").read_text() == text

@@ -40,14 +40,22 @@ class Answer:
         return self.hypothesis.margin[self.sweep]
 
     @property
+    def decided(self) -> bool:
+        return self.judgement.verdict in ("supported", "refuted")
+
+    @property
+    def firm(self) -> bool:
+        """Whether the verdict holds after Holm's correction; one that rejects nothing needs none."""
+        return not self.decided or self.p_holm < LEVEL
+
+    @property
     def verdict(self) -> str:
         """As a page prints it."""
         margin, verdict = f"±{self.margin:g}", self.judgement.verdict
         if verdict == "no effect":
             return f"no effect larger than {margin}"
-        decided = verdict in ("supported", "refuted")
-        small = f", but smaller than {margin}" if decided and self.judgement.small else ""
-        return verdict + small + (", not after Holm" if decided and self.p_holm >= LEVEL else "")
+        small = f", but smaller than {margin}" if self.decided and self.judgement.small else ""
+        return verdict + small + ("" if self.firm else ", not after Holm")
 
 
 def answers(hypotheses: Sequence[Hypothesis], chapters: Sequence[Chapter]) -> list[Answer]:
@@ -151,8 +159,7 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     cannot be compared."""
     given = answers(read(file), chapters)
     page.heading(2, "Hypotheses", HOW)
-    counts = Counter(answer.judgement.verdict for answer in given)
-    page.paragraph(", ".join(f"{verdict}: {counts[verdict]}" for verdict in get_args(Verdict) if verdict in counts) + ".")
+    page.paragraph(_counts(given))
     title = "The claims, each with its effect in every sweep that it is about"
     page.picture(f"{title}: the table below as a picture", "figures/hypotheses.svg", forest(title, [*map(_effect, given)]))
     page.table(HEAD, [_row(answer) for answer in given], 3)
@@ -162,13 +169,23 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     page.items([_claim(of_one) for of_one in by_name.values()])
 
 
+def _counts(given: Sequence[Answer]) -> str:
+    """ "supported: 3 (2 after Holm), undecided: 1." """
+    counts = Counter(answer.judgement.verdict for answer in given)
+    firm = Counter(answer.judgement.verdict for answer in given if answer.decided and answer.firm)
+    after = {verdict: f" ({firm[verdict]} after Holm)" for verdict in ("supported", "refuted")}
+    shown = [f"{verdict}: {counts[verdict]}{after.get(verdict, '')}" for verdict in get_args(Verdict) if verdict in counts]
+    return f"{', '.join(shown)}."
+
+
 def _effect(answer: Answer) -> Effect:
     """As the picture shows it."""
     overall = answer.overall
     shares = (overall.estimate, overall.low, overall.high) if overall else (math.nan,) * 3
     estimate, low, high = (100 * share for share in shares)
-    firm = answer.judgement.verdict not in ("supported", "refuted") or answer.p_holm < LEVEL
-    return Effect(answer.hypothesis.name, answer.sweep, estimate, low, high, answer.margin, answer.judgement.verdict, firm)
+    return Effect(
+        answer.hypothesis.name, answer.sweep, estimate, low, high, answer.margin, answer.judgement.verdict, answer.firm
+    )
 
 
 def _row(answer: Answer) -> list[str]:
