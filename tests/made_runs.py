@@ -73,7 +73,7 @@ def make_sweep(
 def replicated(folder: Path, scores: Callable[[str, str, int], float], *, draws: Callable[[str, str, int], int] | None = None,
                digests: Callable[[str, int], str] = lambda place, r: f"{place} {r}", replicates: int = 4,
                places: Sequence[str] = ("easy", "hard"), methods: Sequence[str] = ("base", "new"),
-               margin: float | None = None, resamples: int = 200) -> Path:  # fmt: skip
+               margin: float | None = None, resamples: int = 200, generated: bool = False) -> Path:  # fmt: skip
     """A sweep's folder with replicates, whose runs are results alone, from `scores(place, method, replicate)`."""
     folder.mkdir(parents=True)
     cells = []
@@ -91,7 +91,7 @@ def replicated(folder: Path, scores: Callable[[str, str, int], float], *, draws:
         run_folder = folder / str(cells[-1]["id"])
         run_folder.mkdir()
         (run_folder / "result.json").write_text(json.dumps(result))
-        (run_folder / "config.toml").write_text(CONFIG)
+        (run_folder / "config.toml").write_text(CONFIG + (f"task.seed = 0\ntask.draw = {draw}\n" if generated else ""))
     index = {"schema": 1, "name": "made", "axes": ["setting", "method"], "cells": cells} | (
         {"margin": margin} if margin else {}
     )

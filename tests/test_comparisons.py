@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,16 @@ def test_places_and_replicates_that_one_side_lacks_are_named_and_counted(tmp_pat
 
 
 def test_a_fixed_test_set_widens_the_interval(tmp_path: Path) -> None:
+    """A generated task has the same ids and answers in every draw, and yet other samples."""
+
     def scores(place: str, method: str, r: int) -> float:
         return 0.5 + (0.01 * (r + 1) if method == "new" else 0)
 
     compared = []
-    for name, digests in (("fresh", lambda place, r: f"{place} {r}"), ("fixed", lambda place, r: "one")):
-        folder = replicated(tmp_path / name, scores, digests=digests)
+    cases: list[tuple[Callable[[str, int], str], bool]]
+    cases = [(lambda place, r: f"{place} {r}", False), (lambda place, r: "one", True), (lambda place, r: "one", False)]
+    for number, (digests, generated) in enumerate(cases):
+        folder = replicated(tmp_path / str(number), scores, digests=digests, generated=generated)
         for result in folder.glob("new-*/result.json"):  # one test set is lucky for all runs of the new method alike
             stored = json.loads(result.read_text())
             lucky = stored["metrics"]["both"]["accuracy"] + np.random.default_rng(99).normal(0, 0.05, 200)
@@ -128,7 +132,8 @@ def test_a_fixed_test_set_widens_the_interval(tmp_path: Path) -> None:
             stored = json.loads(result.read_text())
             result.write_text(json.dumps(stored | {"bootstrap_scores": {"both": [0.5] * 200}}))
         compared.append(run("compare", folder, "--baseline", "base")["significance"]["overall"][0])
-    fresh, fixed = compared
+    fresh, drawn, fixed = compared
+    assert drawn == fresh
     assert fresh["common"] == 0
     assert fixed["common"] == pytest.approx(0.05**2, rel=0.3)
     assert fixed["ci"][1] - fixed["ci"][0] > 2 * (fresh["ci"][1] - fresh["ci"][0])

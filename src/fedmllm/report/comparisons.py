@@ -168,7 +168,7 @@ def runs_against(directories: Sequence[Path], baseline: Path) -> dict[Path, floa
     for directory in directories:
         if directory != baseline:
             ours = read_unit(RunDir(directory), pattern)
-            if (ours.metric, ours.digest) != (theirs.metric, theirs.digest):
+            if (ours.metric, ours.tested) != (theirs.metric, theirs.tested):
                 raise RunError(
                     f"{directory} and {baseline} were not tested on the same samples by the same metric; compare runs "
                     "that were."

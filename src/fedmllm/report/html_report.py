@@ -24,6 +24,7 @@ from fedmllm.report.sections import Chapter, add_transfer
 from fedmllm.report.sentences import untested
 from fedmllm.report.suites import add_suites
 from fedmllm.report.tables import comparison, metrics_table
+from fedmllm.report.units import tested_on
 from fedmllm.report.writeup import add_sweeps, read_chapters
 from fedmllm.storage.archive import INDEX
 from fedmllm.storage.run_dir import RunDir
@@ -126,8 +127,8 @@ def _add_table(page: HtmlPage, table: Table, names: Sequence[str] = ()) -> None:
 def _add_differences(page: HtmlPage, runs: dict[str, RunDir], results: dict[str, Any], baseline: str | None) -> None:
     """What the protocol says of single runs: one replicate has no interval."""
     chosen = next((name for name, run in runs.items() if baseline in (name, str(run.path))), next(iter(runs)))
-    key = results[chosen].get("test_digest"), results[chosen]["primary_metric"]
-    same = {n: run for n, run in runs.items() if key == (results[n].get("test_digest"), results[n]["primary_metric"])}
+    keys = {n: (tested_on(run, results[n].get("test_digest", "")), results[n]["primary_metric"]) for n, run in runs.items()}
+    same = {name: run for name, run in runs.items() if keys[name] == keys[chosen]}
     if len(same) < 2 or not results[chosen]["metrics"]:
         return
     gaps = runs_against([run.path for run in same.values()], runs[chosen].path)

@@ -20,12 +20,12 @@ from fedmllm.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class Unit:
-    """One run as a replicate. `digest` identifies its test samples; `resampled` (draws,) has its score on resamples of them,
+    """One run as a replicate. `tested` identifies its test samples; `resampled` (draws,) has its score on resamples of them,
     which are the same for all runs with these test samples."""
 
     metric: str
     score: float
-    digest: str
+    tested: str
     resampled: NDArray[np.float64]
 
 
@@ -87,7 +87,7 @@ class UnitReader:
         }
         for place in places:
             _check_same(place, {name: rows[place].draws for name, rows in methods.items()}, "draws of the data")
-            tests = {n: {u: (x.metric, x.digest) for u, x in by_place[place].items()} for n, by_place in units.items()}
+            tests = {n: {u: (x.metric, x.tested) for u, x in by_place[place].items()} for n, by_place in units.items()}
             _check_same(place, tests, "test samples")
         shared = not any(rows[place].draws for rows in methods.values() for place in places)
         draws = [rows[place].draws for place in places for rows in methods.values()]
@@ -118,12 +118,12 @@ def _check_same(place: str, by_method: Mapping[str, Mapping[str, Any]], what: st
 
 def _one_test_set(methods: Iterable[Mapping[str, Mapping[str, Unit]]]) -> bool:
     """Whether the replicates of each place share their test samples (a published test set), rather than each having others."""
-    digests: dict[str, dict[str, str]] = {}
+    tested: dict[str, dict[str, str]] = {}
     for by_place in methods:
         for place, at in by_place.items():
-            digests.setdefault(place, {}).update({name: unit.digest for name, unit in at.items()})
-    kinds = {len(set(at.values())) == 1 for at in digests.values() if len(at) > 1}
-    fresh = [digest for at in digests.values() for digest in at.values()]
+            tested.setdefault(place, {}).update({name: unit.tested for name, unit in at.items()})
+    kinds = {len(set(at.values())) == 1 for at in tested.values() if len(at) > 1}
+    fresh = [samples for at in tested.values() for samples in at.values()]
     if len(kinds) > 1 or (kinds == {False} and len(set(fresh)) < len(fresh)):
         raise RunError(
             "some replicates share their test samples and others do not; sweep them again with one setting of draws."
@@ -147,7 +147,7 @@ def _read_unit(run: RunDir, result: Mapping[str, Any], pattern: str) -> Unit:
                 f"{run.path}: result.json has {len(resampled)} resampled scores under the pattern {pattern!r} instead of "
                 f"{DRAWS}; run the experiment again."
             )
-        return Unit(metric, score, result["test_digest"], resampled)
+        return Unit(metric, score, tested_on(run, result["test_digest"]), resampled)
     lines = [line for line in run.predictions() if line["pattern"] == pattern]
     if not lines:
         raise RunError(f"{run.path}: predictions.jsonl has none under the pattern {pattern!r}; run the experiment again.")
@@ -158,4 +158,11 @@ def _read_unit(run: RunDir, result: Mapping[str, Any], pattern: str) -> Unit:
         models.setdefault(line.get("client"), []).append(line)
     first = next(iter(models.values()))
     resampled = np.array(bootstrap_scores(metric, result.get("positive"), list(models.values())), dtype=np.float64)
-    return Unit(metric, score, test_digest(first), resampled)
+    return Unit(metric, score, tested_on(run, test_digest(first)), resampled)
+
+
+def tested_on(run: RunDir, digest: str) -> str:
+    """What identifies a run's test samples: the `digest` of their ids and answers, and the seed of a generated task, whose
+    samples have the same ids, and often the same answers, whatever its seed. Raises RunError if the settings are damaged."""
+    task = run.settings()["task"] if run.config.exists() else {}
+    return f"{digest}, seed {task.get('draw', task['seed'])}" if "seed" in task else digest
