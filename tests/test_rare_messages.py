@@ -93,10 +93,10 @@ def refused_key(folder: Path) -> None:
     cli.register_sites(set())
 
 
-def other_data(folder: Path) -> None:
+def other_data(folder: Path, **before: str) -> None:
     directory = RunDir(folder)
-    directory.begin("", {"config_digest": "c", "kind": "local", "manifest_digest": "before"})
-    dataset = SimpleNamespace(manifest=SimpleNamespace(digest=lambda: "now"))
+    directory.begin("", {"config_digest": "c", "kind": "local", "manifest_digest": "now", "content_digest": "now"} | before)
+    dataset = SimpleNamespace(manifest=SimpleNamespace(digest=lambda: "now"), content_digest=lambda: "now")
     session = SimpleNamespace(config=SimpleNamespace(digest=lambda: "c"), dataset=dataset, progress=lambda *_: None)
     begin(SimpleNamespace(directory=directory, session=session, kind="local", backend=SimpleNamespace(local=False)))  # type: ignore[arg-type]
 
@@ -177,7 +177,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"client 0 did not send its own adapter \(no answer within 1 s\)",
     ),
     "a client's own adapter of another shape": (another_adapter, "client 0's own adapter cannot be used"),
-    "data that changed before a run was resumed": (other_data, "the data changed since this run began"),
+    "samples that changed before a run was resumed": (
+        lambda folder: other_data(folder, manifest_digest="before"), "the data changed since this run began"
+    ),
+    "a text that changed before a run was resumed": (
+        lambda folder: other_data(folder, content_digest="before"), "the data changed since this run began"
+    ),
     "an algorithm that needs single updates": (
         lambda _: SecureClients(pairwise(), built("flora"))._mask("run", round_info(sampled=(0, 1)), {}, update(0, {})),
         "the algorithm needs more than the mean of the updates",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from fedmllm.config import Experiment, TaskTable
 from fedmllm.data.dealing import draw
+from fedmllm.data.images import Picture, image_key
 from fedmllm.data.loading import read_split, usable_samples
 from fedmllm.data.manifest import Manifest
 from fedmllm.data.notes import notes
@@ -57,6 +60,25 @@ class Dataset:
     """What may be a mistake in the data, in one sentence each."""
     of_rounds: Sequence[Sample] | None = None
     """What rounds are scored on, if it is not `test`."""
+
+    def content_digest(self) -> str:
+        """SHA-256 of what the samples contain, of which the manifest has the ids alone. A picture in a file counts by the
+        file's name and size, so that it need not be read."""
+        sha = hashlib.sha256()
+        for sample in chain(self.train, self.test):
+            pictures = [_content(picture) for picture in sample.pictures]
+            fields = (sample.id, sample.question, sample.answer, sample.text, sample.choices, sample.label, pictures)
+            sha.update(ascii(fields).encode())  # repr depends on the version of Unicode that Python knows
+        return sha.hexdigest()
+
+
+def _content(picture: Picture) -> str:
+    if not isinstance(picture, Path):
+        return image_key(picture)
+    try:
+        return f"{picture.name}, {picture.stat().st_size}"
+    except OSError:  # one that has vanished since the data were checked is reported by what reads it
+        return picture.name
 
 
 def open_source(table: TaskTable, where: str = "task") -> Source:

@@ -35,6 +35,7 @@ def describe(session: Session, kind: str) -> dict[str, Any]:
         "run_id": secrets.token_hex(8),
         "config_digest": session.config.digest(),
         "manifest_digest": session.dataset.manifest.digest(),
+        "content_digest": session.dataset.content_digest(),
         "versions": versions(),
         "git_commit": _commit(),
         "hardware": hardware(session.model),

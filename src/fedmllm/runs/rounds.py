@@ -164,15 +164,16 @@ def begin(run: Run) -> None:
     run.session.progress(DETAIL, 0, 0, f"the files of the run are in {run.directory.path}")
     if run.kind != "zero-shot" and run.backend.local:
         run.session.progress(DETAIL, 0, 0, f"up to {run.cohort} clients train in one pass")
-    directory, config, manifest = run.directory, run.session.config, run.session.dataset.manifest
+    directory, config, dataset = run.directory, run.session.config, run.session.dataset
     if directory.exists:
         meta = directory.meta()
         if meta.get("config_digest") != config.digest() or meta.get("kind") != run.kind:
             raise another_run(directory, config, meta.get("kind") == run.kind)
-        if meta.get("manifest_digest") != manifest.digest():
+        content = meta.get("content_digest")  # runs of earlier versions have none
+        if meta.get("manifest_digest") != dataset.manifest.digest() or content not in (None, dataset.content_digest()):
             raise RunError(f"{directory.path}: the data changed since this run began; start a new one with another --out.")
         return
-    manifest.write(directory.manifest)
+    dataset.manifest.write(directory.manifest)
     directory.begin(config.toml(), describe(run.session, run.kind))
 
 
