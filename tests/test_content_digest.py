@@ -15,22 +15,23 @@ from fedmllm.data.stored import Samples
 SAMPLE = Sample("a", "what is it?", "cat", text="a tweet", choices=("cat", "dog"), label="cat", where="data.jsonl, line 1")
 
 
-def digest(*train: Sample, test: tuple[Sample, ...] = ()) -> str:
-    manifest = Manifest.of([], 1)
-    return Dataset(Task("t", "accuracy", lambda split: iter(())), Samples.of(train), test, 0, manifest).content_digest()
+def digest(*train: Sample, test: tuple[Sample, ...] = (), of_rounds: tuple[Sample, ...] | None = None) -> str:
+    task, manifest = Task("t", "accuracy", lambda split: iter(())), Manifest.of([], 1)
+    return Dataset(task, Samples.of(train), test, 0, manifest, of_rounds=of_rounds).content_digest()
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {"id": "b"}, {"question": "what?"}, {"answer": "dog"}, {"text": "another tweet"}, {"text": None},
-        {"choices": ("cat", "cow")}, {"label": "dog"}, {"image": b"picture"},
+        {"choices": ("cat", "cow")}, {"lettered": True}, {"closed": False}, {"label": "dog"}, {"image": b"picture"},
     ],
 )  # fmt: skip
 def test_it_changes_with_what_a_sample_contains(changed: dict[str, object]) -> None:
     other = replace(SAMPLE, **changed)  # type: ignore[arg-type]
     assert digest(other) != digest(SAMPLE)
     assert digest(SAMPLE, test=(other,)) != digest(SAMPLE, test=(SAMPLE,)), "test samples count too"
+    assert digest(SAMPLE, of_rounds=(other,)) != digest(SAMPLE, of_rounds=(SAMPLE,)), "and what rounds are scored on"
 
 
 def test_a_picture_counts_by_its_bytes_or_by_its_name_and_size(tmp_path: Path) -> None:

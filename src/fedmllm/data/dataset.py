@@ -65,9 +65,9 @@ class Dataset:
         """SHA-256 of what the samples contain, of which the manifest has the ids alone. A picture in a file counts by the
         file's name and size, so that it need not be read."""
         sha = hashlib.sha256()
-        for sample in chain(self.train, self.test):
-            pictures = [_content(picture) for picture in sample.pictures]
-            fields = (sample.id, sample.question, sample.answer, sample.text, sample.choices, sample.label, pictures)
+        for s in chain(self.train, self.test, self.of_rounds or ()):
+            pictures = [_content(picture) for picture in s.pictures]
+            fields = (s.id, s.question, s.answer, s.text, s.choices, s.lettered, s.closed, s.label, pictures)
             sha.update(ascii(fields).encode())  # repr depends on the version of Unicode that Python knows
         return sha.hexdigest()
 
