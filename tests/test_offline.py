@@ -53,7 +53,8 @@ def test_the_ablation_varies_nothing_but_the_strategies(task: str) -> None:
     strategies = {p.axes["strategy"]: str([p.experiment.resolved()[part] for part in parts]) for p in planned}
     assert len(strategies) == len(set(strategies.values())) == (5 if task != "qa" else 3)
     cells = Counter((setting_of(p.experiment.resolved()), p.axes["strategy"]) for p in planned)
-    assert cells == {(s, a): 9 if task == "qa" else 5 for s in settings(task) for a in strategies}
+    replicates = {"openmoji": 12, "pocket-memes": 5, "qa": 9}[task]
+    assert cells == {(s, a): replicates for s in settings(task) for a in strategies}
     kept = [{key: table for key, table in p.experiment.resolved().items() if key not in parts} for p in planned]
     assert set(Counter(map(str, kept)).values()) == {len(strategies)}, "each place and draw has all strategies"
 
