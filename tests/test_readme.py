@@ -111,10 +111,11 @@ def test_the_readme_counts_the_verdicts_of_the_results() -> None:
     (line,) = re.findall(r"^supported: \d+.*, refuted: .*", (ROOT / "docs" / "results.md").read_text(), re.M)
     counts = dict(re.findall(r"([a-z][a-z ]*): (\d+)", line))
     firm = re.findall(r"\((\d+) after Holm\)", line)
-    answers = r"Of (\d+) \[answers.*, (\d+) support the claim \((\d+) .*\), (\d+) refute it \((\d+)\), and (\d+) are undecided"
+    answers = r"Of (\d+) \[answers.*, (\d+) support the claim \((\d+) .*\), (\d+) refute it \((\d+)\), (\d+) .*, and (\d+) are"
     (told,) = re.findall(answers, README)
     total = str(sum(map(int, counts.values())))
-    assert told == (total, counts["supported"], firm[0], counts["refuted"], firm[1], counts["undecided"])
+    no_effect, undecided = counts["no effect"], counts["undecided"]
+    assert told == (total, counts["supported"], firm[0], counts["refuted"], firm[1], no_effect, undecided)
 
 
 def test_the_scores_of_the_benchmark_page_are_those_of_the_results() -> None:
