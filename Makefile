@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 TEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all errors fuzz lint format bench bench-gpu gpu-wheels tables docs results hashes pocket clean
+.PHONY: demo test test-all errors fuzz lint format bench bench-gpu gpu-wheels tables docs results hashes pocket pocket-large clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -81,7 +81,7 @@ tables: $(VENV)/installed  ## the tables of parts and the pictures of scenarios 
 docs: $(VENV)/installed-docs tables
 	$(BIN)/mkdocs build --strict --quiet
 
-GRIDS := $(foreach task,openmoji pocket-memes pocket-qwen qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
+GRIDS := $(foreach task,openmoji pocket-memes pocket-qwen pocket-large qa,$(wildcard $(foreach part,main others ablation,results/$(task).$(part).tar.xz)))
 CLAIMED := $(wildcard $(foreach study,attacks modality-aware rank skew,results/study-$(study).tar.xz))
 OTHER_STUDIES := $(filter-out $(CLAIMED),$(wildcard results/study-*.tar.xz))
 REPORT := $(BIN)/fedmllm report
@@ -101,6 +101,10 @@ hashes: $(VENV)/installed  ## requirements/hashes.txt again: the tested versions
 
 pocket: $(VENV)/installed  ## train the shipped model from scratch again; 60 to 90 minutes on two cores
 	$(BIN)/python -m recipes.pocket.pretrain --out build/pocket
+
+pocket-large: $(VENV)/installed  ## unpack the larger model that experiments/offline/pocket-large.*.toml name, into build/pocket-large
+	mkdir -p build
+	$(BIN)/python -m tarfile -e experiments/offline/pocket-large.tar.xz build
 
 clean:
 	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

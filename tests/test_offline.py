@@ -91,6 +91,31 @@ def test_a_cell_of_the_grids_has_the_settings_of_one_of_its_methods_trials(task:
     assert of_ablation in {settings_of(p) for p in trained if p.axes["method"] == "FedAvg"}
 
 
+def test_the_large_model_has_the_trials_and_the_ablation_of_the_small_one() -> None:
+    """But for the strength that grows with the gap. Its draws of the search are the others', and its rates are a trial's."""
+
+    def cell(planned: PlannedRun) -> tuple[str, ...]:
+        parts = ("seed", "task", "partition", "scenario", "prompt", "regularization", "eval")
+        return tuple(str(planned.experiment.resolved()[part]) for part in parts)
+
+    def rates(planned: PlannedRun) -> str:
+        return str([planned.experiment.algorithm, planned.experiment.train])
+
+    searched, kept, ablation = (
+        cells_of(OFFLINE / f"pocket-large.{part}.sweep.toml") for part in ("search", "winners", "ablation")
+    )
+    others = [p for p in cells_of(SEARCH) if p.axes["task"] == "pocket-memes"]
+    others = [p for p in others if p.kind == "federated" and p.experiment.algorithm.name == "fedavg"]
+    assert Counter((cell(p), rates(p)) for p in searched) == Counter((cell(p), rates(p)) for p in others)
+    assert {(p.id in {trial.id for trial in searched}) == (p.replicate in (0, 1, 2)) for p in kept} == {True}
+    small = [p for p in cells_of(OFFLINE / "pocket-qwen.ablation.sweep.toml") if p.axes["strategy"] != "gap strength"]
+    assert Counter(map(cell, ablation)) == Counter(map(cell, small))
+    (of_ablation,) = set(map(rates, ablation))
+    assert of_ablation in set(map(rates, kept))
+    models = {(p.experiment.model.name, p.experiment.model.precision) for p in (*searched, *kept, *ablation)}
+    assert models == {("build/pocket-large", "bf16")}
+
+
 def test_every_method_of_the_study_of_todays_methods_was_searched() -> None:
     studies = OFFLINE.parent / "studies"
     trials = cells_of(studies / "methods-search.sweep.toml")

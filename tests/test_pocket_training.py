@@ -18,7 +18,7 @@ from fedmllm.models import processors
 from fedmllm.models.mllm import MLLM
 from recipes.pocket import architecture, batches, losses, pretrain
 from recipes.pocket.architecture import Family
-from recipes.pocket.checkpoints import copy_text, export, load_checkpoint
+from recipes.pocket.checkpoints import copy_text, export, load_checkpoint, stored
 from recipes.pocket.families import FAMILIES
 from recipes.pocket.muon import Float32Muon
 from recipes.pocket.recipe import Recipe
@@ -182,7 +182,7 @@ def test_the_finished_folder_is_a_checkpoint_like_any_other(
     model = family.build_model(narrow(family, tokenizer)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # as they are stored
-            parameter.copy_(parameter.half())
+            parameter.copy_(stored(parameter, family.multiples))
     export(family, model, tokenizer, tmp_path, SMALL, SMALL.steps)
     card = (tmp_path / "README.md").read_text()
     assert f"--family {family.name}" in card
@@ -196,6 +196,17 @@ def test_the_finished_folder_is_a_checkpoint_like_any_other(
         torch.testing.assert_close(
             loaded.backbone.model(**loaded.collate([sample], [()])).logits, model(**loaded.collate([sample], [()])).logits
         )
+
+
+def test_the_matrices_of_the_large_model_are_rounded_to_multiples() -> None:
+    torch.manual_seed(0)
+    multiples = FAMILIES["idefics3-large"].multiples
+    matrix, norms = 0.2 * torch.randn(8, 8), torch.rand(8)
+    rounded = stored(matrix, multiples).float()
+    assert torch.equal(rounded, (rounded / multiples).round() * multiples)
+    assert (rounded - matrix).abs().max() <= multiples / 2
+    assert torch.equal(stored(norms, multiples), norms.half())
+    assert torch.equal(stored(matrix, 0.0), matrix.half())
 
 
 def test_image_tokens_are_in_the_order_of_cells(made: tuple[Family, PreTrainedTokenizerFast]) -> None:

@@ -119,6 +119,8 @@ class Family(ABC):
     layers: tuple[str, ...]
     """Parts of the names of the layers whose matrices are trained with Muon."""
     model_class: type[Any]
+    multiples: float = 0.0
+    """The finished matrices are rounded to multiples of this, so that they compress well; 0: they are not."""
 
     @abstractmethod
     def build_config(self, tokenizer: PreTrainedTokenizerFast, **text: Any) -> Any:

@@ -80,11 +80,19 @@ def copy_text(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> N
                 parameter.zero_()
 
 
+def stored(parameter: Tensor, multiples: float) -> Tensor:
+    """The parameter as a folder holds it: in float16, and a matrix as multiples of `multiples` unless that is 0."""
+    weights = parameter.detach().to("cpu", torch.float32)
+    if multiples and weights.ndim > 1:
+        weights = (weights / multiples).round() * multiples
+    return weights.to(torch.float16).contiguous()
+
+
 def export(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: Recipe, step: int) -> None:
     """Write the model as it is shipped, after `step` steps. Weights are stored in float16 and used in float32."""
     family.build_processor(tokenizer).save_pretrained(out)
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
-    tensors = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.named_parameters()}
+    tensors = {name: stored(parameter, family.multiples) for name, parameter in model.named_parameters()}
     write_atomically(out / "model.safetensors", serialize(tensors, metadata={"format": "pt"}))
     write_atomically(out / "README.md", card(family, model, recipe, step).encode())
