@@ -323,3 +323,16 @@ def test_the_table_comes_first_in_html(tmp_path: Path) -> None:
     shown = (tmp_path / "page.html").read_text()
     assert shown.index('id="hypotheses"') < shown.index('id="single-runs"') < shown.index('id="made"')
     assert "h: New is better. (ours)" in shown
+
+
+def test_claims_whose_names_begin_alike_are_one_item(tmp_path: Path) -> None:
+    """A source is named again where it changes."""
+    axes = {"setting": ["easy", "hard"], "method": ["base", "new"]}
+    folder = make_sweep(tmp_path / "made", axes, lambda cell, seed, pattern: 0.5 + 0.1 * seed * (cell["method"] == "new"))
+    kinds = [HEAD.replace('"h"', f'"{name}"') + ABOVE for name in ("gain", "gain, easy", "gain, hard", "loss, early", "loss")]
+    file = write(tmp_path, *kinds[:2], kinds[2].replace("ours", "theirs"), *kinds[3:])
+    items = [line for line in page([folder], hypotheses=file).lines if "New is better." in line]
+    assert items == [
+        "- gain: New is better. (ours) Easy: New is better. Hard: New is better. (theirs)",
+        "- loss, early: New is better. (ours) loss: New is better.",
+    ]

@@ -163,10 +163,11 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     title = "The claims, each with its effect in every sweep that it is about"
     page.picture(f"{title}: the table below as a picture", "figures/hypotheses.svg", forest(title, [*map(_effect, given)]))
     page.table(HEAD, [_row(answer) for answer in given], 3)
-    by_name: dict[str, list[Answer]] = {}
+    by_kind: dict[str, dict[str, list[Answer]]] = {}
     for answer in given:
-        by_name.setdefault(answer.hypothesis.name, []).append(answer)
-    page.items([_claim(of_one) for of_one in by_name.values()])
+        kind, _, case = answer.hypothesis.name.partition(", ")
+        by_kind.setdefault(kind, {}).setdefault(case, []).append(answer)
+    page.items([_claims(kind, by_case) for kind, by_case in by_kind.items()])
 
 
 def _counts(given: Sequence[Answer]) -> str:
@@ -198,8 +199,15 @@ def _row(answer: Answer) -> list[str]:
     return [*named, interval(overall), f"{answer.margin:g}", shown, *figures]
 
 
-def _claim(of_one: Sequence[Answer]) -> str:
-    """The claim, its source, and the notes on each sweep."""
-    hypothesis = of_one[0].hypothesis
-    notes = [f"{answer.sweep}: {' '.join(answer.notes)}" for answer in of_one if answer.notes]
-    return " ".join([f"{hypothesis.name}: {hypothesis.claim} ({hypothesis.source})", *notes])
+def _claims(kind: str, by_case: Mapping[str, Sequence[Answer]]) -> str:
+    """The claims whose names are alike up to the first comma, each with its source, if that is another one, and its notes."""
+    said, source = [], ""
+    for case, of_one in by_case.items():
+        hypothesis = of_one[0].hypothesis
+        name = case[:1].upper() + case[1:] if said else hypothesis.name
+        said.append(f"{name or kind}: {hypothesis.claim}")
+        if hypothesis.source != source:
+            source = hypothesis.source
+            said.append(f"({source})")
+        said += [f"{answer.sweep}: {' '.join(answer.notes)}" for answer in of_one if answer.notes]
+    return " ".join(said)
