@@ -84,24 +84,6 @@ def test_it_is_for_markdown(tmp_path: Path) -> None:
     assert "--brief is for a page in Markdown; give --out a name that ends in .md." in " ".join(refused.stderr.split())
 
 
-def test_a_page_of_all_grids_and_their_claims_has_300_lines(tmp_path: Path) -> None:
-    """Three tasks, each with a main grid, an ablation and the other methods, one of them with two grids of another model,
-    and four studies that claims are about, like ours; 32 claims with 87 answers. Neither runs nor columns take lines, so that
-    each kind of sweep is made once, with few of them."""
-    kinds = {"main": (6, 10, 4), "ablation": (3, 5, 4), "others": (4, 9, 3), "study": (2, 5, 3), "attacks": (5, 8, 1)}
-    sections = 0
-    for name, (settings, methods, number) in kinds.items():
-        places, cells = [f"s{i}" for i in range(settings)], ["base", *(f"m{i}" for i in range(1, methods))]
-        text = brief(replicated(tmp_path / name, scores, places=places, methods=cells, replicates=1))
-        sections += number * len(text.partition("\n\n## ")[2].splitlines() + [""])
-    margins = [", ".join(f"{sweep} = 1.0" for sweep in "abcd"[:n]) for n in [4] * 9 + [3] * 13 + [2] * 2 + [1] * 8]
-    claims = [FILE.replace('"h"', f'"h{i}"').replace("made = 2.0", margin) for i, margin in enumerate(margins)]
-    (tmp_path / "claims.toml").write_text("\n".join(claims))
-    head = brief(tmp_path / "study", hypotheses=tmp_path / "claims.toml").partition("\n\n## made")[0].splitlines()
-    assert len([line for line in head if "| not run |" in line]) == 87
-    assert len(head) + sections <= 300
-
-
 def test_the_page_of_this_repository_is_short() -> None:
     docs = Path(__file__).parents[1] / "docs"
     text = (docs / "results.md").read_text()

@@ -333,6 +333,6 @@ def test_claims_whose_names_begin_alike_are_one_item(tmp_path: Path) -> None:
     file = write(tmp_path, *kinds[:2], kinds[2].replace("ours", "theirs"), *kinds[3:])
     items = [line for line in page([folder], hypotheses=file).lines if "New is better." in line]
     assert items == [
-        "- gain: New is better. (ours) Easy: New is better. Hard: New is better. (theirs)",
+        "- gain: New is better. (ours) gain, easy: New is better. gain, hard: New is better. (theirs)",
         "- loss, early: New is better. (ours) loss: New is better.",
     ]

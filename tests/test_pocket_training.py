@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,10 @@ def test_the_finished_folder_is_a_checkpoint_like_any_other(
     family, tokenizer = made
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
     model = family.build_model(narrow(family, tokenizer)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # as they are stored
-            parameter.copy_(stored(parameter, family.multiples))
     export(family, model, tokenizer, tmp_path, SMALL, SMALL.steps)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as the folder holds them
+            parameter.copy_(stored(parameter, family.multiples))
     card = (tmp_path / "README.md").read_text()
     assert f"--family {family.name}" in card
     assert f"all {SMALL.steps} steps" in card
@@ -207,6 +208,19 @@ def test_the_matrices_of_the_large_model_are_rounded_to_multiples() -> None:
     assert (rounded - matrix).abs().max() <= multiples / 2
     assert torch.equal(stored(norms, multiples), norms.half())
     assert torch.equal(stored(matrix, 0.0), matrix.half())
+
+
+def test_the_large_model_of_the_repository_is_rounded_and_loads(tmp_path: Path) -> None:
+    with tarfile.open(Path(__file__).parents[1] / "experiments" / "offline" / "pocket-large.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "pocket-large", dtype=torch.float32)
+    assert type(model) is FAMILIES["idefics3-large"].model_class
+    assert (
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million" in (tmp_path / "pocket-large/README.md").read_text()
+    )
+    multiples = FAMILIES["idefics3-large"].multiples
+    for name, parameter in model.named_parameters():
+        assert torch.equal(stored(parameter, multiples).float(), parameter), name
 
 
 def test_image_tokens_are_in_the_order_of_cells(made: tuple[Family, PreTrainedTokenizerFast]) -> None:

@@ -111,7 +111,10 @@ def test_the_readme_counts_the_verdicts_of_the_results() -> None:
     (line,) = re.findall(r"^supported: \d+.*, refuted: .*", (ROOT / "docs" / "results.md").read_text(), re.M)
     counts = dict(re.findall(r"([a-z][a-z ]*): (\d+)", line))
     firm = re.findall(r"\((\d+) after Holm\)", line)
-    answers = r"Of (\d+) \[answers.*, (\d+) support the claim \((\d+) .*\), (\d+) refute it \((\d+)\), (\d+) .*, and (\d+) are"
+    answers = (
+        r"Of (\d+) \[answers.*, (\d+) support the claim \((\d+) .*\), (\d+) refute it \((\d+)\), "
+        r"(\d+) exclude an effect that matters, and (\d+) are undecided"
+    )
     (told,) = re.findall(answers, README)
     total = str(sum(map(int, counts.values())))
     no_effect, undecided = counts["no effect"], counts["undecided"]

@@ -165,9 +165,9 @@ def add_hypotheses(page: Page, file: Path, chapters: Sequence[Chapter]) -> None:
     page.table(HEAD, [_row(answer) for answer in given], 3)
     by_kind: dict[str, dict[str, list[Answer]]] = {}
     for answer in given:
-        kind, _, case = answer.hypothesis.name.partition(", ")
-        by_kind.setdefault(kind, {}).setdefault(case, []).append(answer)
-    page.items([_claims(kind, by_case) for kind, by_case in by_kind.items()])
+        name = answer.hypothesis.name
+        by_kind.setdefault(name.partition(", ")[0], {}).setdefault(name, []).append(answer)
+    page.items([_claims(by_name) for by_name in by_kind.values()])
 
 
 def _counts(given: Sequence[Answer]) -> str:
@@ -199,13 +199,12 @@ def _row(answer: Answer) -> list[str]:
     return [*named, interval(overall), f"{answer.margin:g}", shown, *figures]
 
 
-def _claims(kind: str, by_case: Mapping[str, Sequence[Answer]]) -> str:
-    """The claims whose names are alike up to the first comma, each with its source, if that is another one, and its notes."""
+def _claims(by_name: Mapping[str, Sequence[Answer]]) -> str:
+    """Claims with names alike up to the first comma, each with its notes; a source is named again only where it changes."""
     said, source = [], ""
-    for case, of_one in by_case.items():
+    for name, of_one in by_name.items():
         hypothesis = of_one[0].hypothesis
-        name = case[:1].upper() + case[1:] if said else hypothesis.name
-        said.append(f"{name or kind}: {hypothesis.claim}")
+        said.append(f"{name}: {hypothesis.claim}")
         if hypothesis.source != source:
             source = hypothesis.source
             said.append(f"({source})")
