@@ -45,6 +45,9 @@ def test_a_run_leaves_what_the_design_promises(write_experiment: Write) -> None:
     files = {p.name for p in folder.path.iterdir()}
     written = "config.toml meta.json manifest.parquet rounds.jsonl predictions.jsonl checkpoint adapter result.json run.log"
     assert files == set(written.split())
+    hardware = folder.meta()["hardware"]
+    assert hardware["processor"] == torch.cpu.get_capabilities().get("cpu_name")
+    assert hardware["kernels"] == torch.backends.cpu.get_cpu_capability()
     records = folder.rounds()
     assert [r["round"] for r in records] == [0, 1, 2]
     assert [bool(r["metrics"]) for r in records] == [True, True, False]

@@ -21,10 +21,16 @@ def versions() -> dict[str, str]:
 
 
 def hardware(model: MLLM) -> dict[str, Any]:
-    """The device, threads and precision that the model computes with."""
+    """The device, threads and precision that the model computes with.
+
+    On another processor, or with kernels for other vector instructions, sums are rounded otherwise, which moves scores.
+    """
     backbone = model.backbone
+    on_gpu = backbone.device.type == "cuda"
     return {
         "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name(backbone.device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name"),
+        "kernels": None if on_gpu else torch.backends.cpu.get_cpu_capability(),
         "device": str(backbone.device),
         "threads": torch.get_num_threads(),
         "precision": str(backbone.dtype).removeprefix("torch."),
@@ -34,8 +40,9 @@ def hardware(model: MLLM) -> dict[str, Any]:
 def details(model: MLLM) -> list[str]:
     """The same in lines for people."""
     used, parameters = hardware(model), sum(model.adapter.sizes.values())
+    computes = ", ".join(filter(None, (used["processor"], used["kernels"])))
     return [
         ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f"{used['device']} with {used['threads']} threads, {used['precision']}, on {used['platform']}",
+        f"{used['device']} ({computes}) with {used['threads']} threads, {used['precision']}, on {used['platform']}",
         f"an adapter of {parameters} parameters; vision features are {'' if model.caches else 'not '}kept",
     ]
